@@ -1,0 +1,42 @@
+"""sora_fast: fast, differentiable, ragged layers for Sora-style video models.
+
+The names below load on first use, so that ``import sora_fast`` costs little more than ``import torch``.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Pack": "sora_fast.pack",
+    "use_backend": "sora_fast.dispatch",
+    "explain": "sora_fast.explain",
+    "info": "sora_fast.explain",
+    "validate": "sora_fast.testing",
+    "ops": None,
+    "nn": None,
+    "models": None,
+    "diffusion": None,
+    "data": None,
+    "compat": None,
+    "reference": None,
+    "testing": None,
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'sora_fast' has no attribute {name!r}")
+    home = _HOME[name]
+    if home is None:
+        return importlib.import_module(f"sora_fast.{name}")
+    module = importlib.import_module(home)
+    value = getattr(module, name)
+    globals()[name] = value  # the function, not the module of the same name that the import has just bound here
+    return value
+
+
+def __dir__():
+    return sorted(__all__)

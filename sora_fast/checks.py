@@ -1,0 +1,142 @@
+"""The sentences that bad input gets: op, expectation, what came, remedy.
+
+Shape, dtype and device checks cost nothing and always run. Checks of *values* (``values_are_visible``) run for
+CPU tensors, and for CUDA tensors only with ``SORA_FAST_CHECK=1``, because there they wait for the GPU.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from . import env
+
+
+def show_shape(shape: Sequence[object]) -> str:
+    """``(N, 3)`` with the numbers and letters as they are."""
+    inner = ", ".join(str(s) for s in shape)
+    return f"({inner},)" if len(shape) == 1 else f"({inner})"
+
+
+def require(condition: bool, op: str, expected: str, got: object, remedy: str) -> None:
+    """Raise one ValueError sentence unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"{op}: expected {expected}, got {got}; {remedy}")
+
+
+def tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: expected {name} to be a tensor, got {type(value).__name__}; pass a torch.Tensor")
+
+
+def shape(op: str, name: str, value: torch.Tensor, expected: Sequence[int | str], remedy: str) -> None:
+    """``expected`` mixes numbers, which must match, and letters, which stand for any size."""
+    tensor(op, name, value)
+    matches = value.dim() == len(expected)
+    if matches:
+        for size, want in zip(value.shape, expected, strict=True):
+            if not isinstance(want, str) and size != want:
+                matches = False
+    if not matches:
+        raise ValueError(
+            f"{op}: expected {name} of shape {show_shape(expected)}, got {show_shape(value.shape)}; {remedy}"
+        )
+
+
+def floating(op: str, **tensors: torch.Tensor | None) -> None:
+    for name, value in tensors.items():
+        if value is not None:
+            tensor(op, name, value)
+            if not value.is_floating_point():
+                raise TypeError(
+                    f"{op}: expected {name} of a floating dtype, got {value.dtype}; convert it with .float()"
+                )
+
+
+def same_dtype(op: str, **tensors: torch.Tensor | None) -> None:
+    """All given tensors have the first one's dtype."""
+    present = [(name, value) for name, value in tensors.items() if value is not None]
+    first_name, first = present[0]
+    for name, value in present[1:]:
+        if value.dtype != first.dtype:
+            raise TypeError(
+                f"{op}: expected {name} in {first_name}'s dtype {first.dtype}, got {value.dtype}; "
+                f"convert one with .to(), or run under torch.autocast"
+            )
+
+
+def same_device(op: str, **tensors: torch.Tensor | None) -> None:
+    """All given tensors lie on the first one's device."""
+    present = [(name, value) for name, value in tensors.items() if value is not None]
+    first_name, first = present[0]
+    for name, value in present[1:]:
+        if value.device != first.device:
+            raise ValueError(
+                f"{op}: expected {name} on {first_name}'s device {first.device}, got {value.device}; "
+                f"move one with .to(device)"
+            )
+
+
+def choice(op: str, name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        options = ", ".join(repr(a) for a in allowed)
+        raise ValueError(f"{op}: expected {name} to be one of {options}, got {value!r}; choose one of them")
+
+
+def integers(op: str, name: str, value: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    tensor(op, name, value)
+    if value.dtype not in dtypes:
+        options = " or ".join(str(d) for d in dtypes)
+        raise TypeError(f"{op}: expected {name} in {options}, got {value.dtype}; convert it with .to({dtypes[0]})")
+
+
+def values_are_visible(value: torch.Tensor) -> bool:
+    """Whether reading numbers out of ``value`` is allowed here: never while tracing, never by a silent GPU wait."""
+    if torch.compiler.is_compiling() or isinstance(value, torch._subclasses.FakeTensor):
+        return False
+    if value.device.type == "cpu":
+        return True
+    return value.device.type == "cuda" and env.check_cuda_values()
+
+
+def cu_seqlens(op: str, name: str, value: torch.Tensor, total: int, owner: str) -> None:
+    """Offsets start at 0, never fall, and do not end beyond the ``total`` rows of ``owner``."""
+    shape(op, name, value, ("S + 1",), "it holds the start of every sample and the end of the last")
+    integers(op, name, value, (torch.int32,))
+    if value.shape[0] < 1:
+        raise ValueError(f"{op}: expected {name} to hold at least the number 0, got no number; pass zeros(1)")
+    if not values_are_visible(value):
+        return
+    offsets = value.tolist()
+    require(offsets[0] == 0, op, f"{name} to start at 0", offsets[0], "prepend the missing start")
+    for index in range(len(offsets) - 1):
+        if offsets[index + 1] < offsets[index]:
+            raise ValueError(
+                f"{op}: expected {name} never to fall, got {offsets[index]} before {offsets[index + 1]} at place "
+                f"{index + 1}; pass the running sum of the lengths"
+            )
+    if offsets[-1] > total:
+        raise ValueError(
+            f"{op}: {name} must not end beyond {owner}'s {total:,} rows, got {offsets[-1]:,}; "
+            f"pass offsets into this very tensor"
+        )
+
+
+def rows(op: str, value: torch.Tensor, tokens: int, table_rows: int | None) -> None:
+    """One modulation row a token, int32, -1 for tokens of no sample, non-decreasing otherwise."""
+    shape(op, "rows", value, (tokens,), "rows names one modulation row for every token")
+    integers(op, "rows", value, (torch.int32, torch.int64))
+    if tokens == 0 or not values_are_visible(value):
+        return
+    used = value[value >= 0]
+    low = int(value.min())
+    high = int(value.max())
+    require(low >= -1, op, "rows of -1 (no sample) or more", low, "use -1 for tokens that belong to no sample")
+    if table_rows is not None:
+        require(high < table_rows, op, f"rows below the {table_rows} rows of the modulation", high,
+                "pass one modulation row for every index in rows")
+    if used.numel() > 1 and bool((used[1:] < used[:-1]).any()):
+        place = int((used[1:] < used[:-1]).nonzero()[0])
+        raise ValueError(
+            f"{op}: expected rows never to fall, got {int(used[place])} before {int(used[place + 1])}; "
+            f"order the tokens by sample, as Pack does"
+        )

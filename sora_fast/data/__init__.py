@@ -1,0 +1,37 @@
+"""Clips and images from disk, fitted to a grid and packed to a token budget.
+
+`scan` a folder, `FitPolicy.fit` each item to the (T, H, W) it is read at, `read_clip` the window, and let a
+`Packer` collect items into packs of one static token budget. Names are loaded when they are first used, so
+that importing `sora_fast.data.packing` needs the standard library only; reading and writing media needs
+`pip install "sora_fast[train]"`.
+"""
+
+import importlib
+
+_HOME = {
+    "Library": "media",
+    "MediaItem": "media",
+    "UnreadableMedia": "media",
+    "probe": "media",
+    "read_clip": "media",
+    "scan": "media",
+    "FitPolicy": "fitting",
+    "to_pixels": "fitting",
+    "to_uint8": "fitting",
+    "Packer": "packing",
+    "pack_stream": "packing",
+    "demo_media": "samples",
+    "write_image": "writing",
+    "write_video": "writing",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__():
+    return __all__

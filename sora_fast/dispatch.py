@@ -1,0 +1,178 @@
+"""Which backend runs an op, and why.
+
+An op has a few backends. Each answers ``unsupported(problem)`` with full sentences; an empty list means it can run.
+``auto`` takes the first of ``ORDER`` that can. A backend asked for by name runs or raises: nothing falls back.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from . import env
+
+# The one visible order of "auto": PyTorch's own best composition, then the definition.
+ORDER = ("torch", "reference")
+
+_forced: str | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a backend is told about a call: enough to refuse it, nothing that changes from step to step.
+
+    ``device`` is ``"cpu"`` or, with its architecture, ``"cuda:sm90"``; ``grad`` says whether any input needs one.
+    Families add their own facts in a subclass.
+    """
+
+    device: str
+    dtype: torch.dtype
+    grad: bool
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op: ``run`` takes the op's own keyword arguments."""
+
+    name: str
+    run: Callable
+    unsupported: Callable[[Problem], list[str]] = lambda problem: []
+
+
+class Op:
+    """A public op: its name, its backends, and the choice between them."""
+
+    def __init__(self, name: str, family: str, example: Callable[[str, torch.dtype, bool], Problem],
+                 backends: Iterable[Backend]):
+        self.name = name
+        self.family = family
+        self.example = example  # (device, dtype, grad) -> a typical problem, for explain()
+        self.backends = {backend.name: backend for backend in backends}
+
+    def choose(self, problem: Problem, requested: str = "auto") -> Backend:
+        """The backend that will run ``problem``; raises with every backend's reasons where none can."""
+        wanted = requested if requested != "auto" else (_forced or env.backend() or "auto")
+        if wanted == "auto":
+            reasons = {}
+            for name in ORDER:
+                if name in self.backends:
+                    reasons[name] = self.backends[name].unsupported(problem)
+                    if not reasons[name]:
+                        return self.backends[name]
+            listed = " ".join(f"[{name}] {' '.join(why)}" for name, why in reasons.items())
+            raise NotImplementedError(f"{self.name}: no backend can run this call: {listed}")
+        if wanted not in self.backends:
+            names = ", ".join(repr(name) for name in ("auto", *self.backends))
+            raise ValueError(f"{self.name}: expected backend to be one of {names}, got {wanted!r}; "
+                             f"sora_fast.info() lists what this installation has")
+        reasons = self.backends[wanted].unsupported(problem)
+        if reasons:
+            raise NotImplementedError(
+                f"{self.name}: backend {wanted!r} was asked for by name and cannot run this call: "
+                f"{' '.join(reasons)} Pass backend='auto', or change the call."
+            )
+        return self.backends[wanted]
+
+    def run(self, problem: Problem, requested: str, **arguments):
+        """Run the op on the chosen backend; the result can be differentiated once."""
+        backend = self.choose(problem, requested)
+        if problem.grad and not torch.compiler.is_compiling():
+            arguments = {name: first_order(value, self.name) for name, value in arguments.items()}
+        return backend.run(**arguments)
+
+
+@contextmanager
+def use_backend(name: str):
+    """Every op called inside uses backend ``name`` (process-wide; ``"auto"`` lifts an outer choice).
+
+    A graph made by torch.compile keeps the backends it was traced with.
+    """
+    global _forced
+    if name != "auto" and name not in ORDER:
+        names = ", ".join(repr(known) for known in ("auto", *ORDER))
+        raise ValueError(f"use_backend: expected one of {names}, got {name!r}; choose one of them")
+    before, _forced = _forced, None if name == "auto" else name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"cuda:sm{major}{minor}"
+
+
+def device_name(tensor: torch.Tensor) -> str:
+    """``"cpu"``, ``"cuda:sm90"``, or the bare device type of others."""
+    if tensor.device.type == "cuda" and not isinstance(tensor, torch._subclasses.FakeTensor):
+        return _capability(tensor.device.index)
+    return tensor.device.type
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """The dtype that F.linear would compute in here, or None outside torch.autocast."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Cast as F.linear does under torch.autocast: floating tensors other than float64; else leave all alone."""
+    dtype = next((autocast_dtype(t) for t in tensors if t is not None), None)
+    if dtype is None:
+        return tensors
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+class _FirstOrder(torch.autograd.Function):
+    """The identity, differentiable once: kernels have no second derivative, so no backend pretends to have one."""
+
+    @staticmethod
+    def forward(x, op):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled() and grad is not None and grad.requires_grad:
+            return _NoSecond.apply(grad, ctx.op), None
+        return grad, None
+
+
+class _NoSecond(torch.autograd.Function):
+    @staticmethod
+    def forward(x, op):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            f"{ctx.op}: expected to be differentiated once, got a second backward through its gradient; "
+            f"use sora_fast.reference.{ctx.op}, which is plain PyTorch, where second derivatives are needed"
+        )
+
+
+def first_order(value, op: str):
+    """``value`` (a tensor, a list of them, anything else) with its gradient refused a second derivative."""
+    if isinstance(value, torch.Tensor):
+        return _FirstOrder.apply(value, op) if value.requires_grad else value
+    if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+        return type(value)(first_order(v, op) for v in value)
+    return value

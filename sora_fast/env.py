@@ -1,0 +1,25 @@
+"""Every environment variable the library reads, and nothing else.
+
+==================  =====================================================================================
+SORA_FAST_BACKEND   name of the backend every op must use; same meaning as ``sora_fast.use_backend``
+SORA_FAST_CHECK     1: check the values of CUDA index tensors too (each check waits for the GPU)
+==================  =====================================================================================
+
+Values are read at the call, not at import; a graph made by torch.compile keeps the value it was traced with.
+"""
+
+import os
+
+import torch
+
+
+@torch.compiler.assume_constant_result
+def backend() -> str | None:
+    """The backend that SORA_FAST_BACKEND names, or None."""
+    return os.environ.get("SORA_FAST_BACKEND") or None
+
+
+@torch.compiler.assume_constant_result
+def check_cuda_values() -> bool:
+    """Whether SORA_FAST_CHECK=1 asks for value checks that synchronise with the GPU."""
+    return os.environ.get("SORA_FAST_CHECK", "0") == "1"

@@ -1,0 +1,237 @@
+"""varlen_attention, its raw forward and backward, and merge_attention: attention within each sample of a pack.
+
+Nq query rows, Nk key rows, H heads, Hk key heads (Hk divides H), E head dim, S samples.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .. import checks
+from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad
+from ..reference import attention as reference
+
+
+@dataclass(frozen=True)
+class AttentionProblem(Problem):
+    """``raw``: the forward or backward without autograd, which gives or takes the log-sum-exp."""
+
+    heads: int
+    key_heads: int
+    head_dim: int
+    causal: bool
+    window: tuple[int, int]
+    return_lse: bool
+    deterministic: bool
+    raw: bool = False
+
+
+def _example(device: str, dtype: torch.dtype, grad: bool) -> AttentionProblem:
+    return AttentionProblem(device, dtype, grad, heads=12, key_heads=12, head_dim=128, causal=False, window=(-1, -1),
+                            return_lse=False, deterministic=False)
+
+
+# ---------------------------------------------------------------------------------------------- backend "torch"
+def _torch_unsupported(problem: AttentionProblem) -> list[str]:
+    reasons = []
+    if problem.raw:
+        reasons.append("PyTorch has no public attention backward that takes a log-sum-exp.")
+    elif problem.return_lse:
+        reasons.append("PyTorch's scaled_dot_product_attention does not return a differentiable log-sum-exp.")
+    return reasons
+
+
+def _sdpa(q_NHE, k_NHE, v_NHE, scale, mask_QK=None):
+    q, k, v = (t.transpose(0, 1)[None] for t in (q_NHE, k_NHE, v_NHE))
+    if mask_QK is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
+    # SDPA is undefined on rows that see nothing: let them see everything, then put 0 there
+    sees_Q = mask_QK.any(dim=1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask_QK | ~sees_Q[:, None])[None, None], scale=scale)
+    return torch.where(sees_Q[:, None, None], out[0].transpose(0, 1), 0)
+
+
+def _varlen_applies(q, problem_window, deterministic: bool) -> bool:
+    """Whether torch.nn.attention.varlen (FlashAttention-2 inside PyTorch) takes this call."""
+    return (q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and not deterministic
+            and q.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0))
+
+
+def _torch_varlen(q, k, v, cu_q, cu_k, scale, window):
+    from torch.nn.attention.varlen import varlen_attn
+
+    # max_seqlen sizes the launch there; it is a hint here, so the row's length stands in: rows that do not exist exit
+    return varlen_attn(q, k, v, cu_q, cu_k, q.shape[0], k.shape[0], scale=scale, window_size=window)
+
+
+def _torch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window, return_lse,
+                            deterministic):
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    queries, keys = q.shape[0], k.shape[0]
+    if queries == 0 or keys == 0 or cu_seqlens_q.shape[0] == 1:
+        return q * 0 + (k.sum() + v.sum()) * 0
+    copies = q.shape[1] // k.shape[1]
+    if copies > 1:
+        k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window)
+    q, k, v = (reference._without_tail(t, cu) for t, cu in
+               ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k)))
+    if _varlen_applies(q, window, deterministic):
+        out = _torch_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, (window[0], 0) if causal else window)
+        return reference._without_tail(out, cu_seqlens_q)
+    mask = reference.visible(cu_seqlens_q, cu_seqlens_k, queries, keys, causal, window, q.device)
+    return _sdpa(q, k, v, scale, mask)
+
+
+def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
+    """On a CPU the lengths are at hand: one dense SDPA per sample, no number of another sample touched."""
+    outs, done = [], 0
+    left, right = window[0], 0 if causal else window[1]
+    ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
+    for a, b, c, d in zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True):
+        done = b
+        if b == a:
+            continue
+        if d == c:
+            outs.append(torch.zeros_like(q[a:b]))
+            continue
+        mask = None
+        if left >= 0 or right >= 0:
+            distance = torch.arange(c - d, 0)[None, :] - torch.arange(a - b, 0)[:, None]
+            mask = torch.ones_like(distance, dtype=torch.bool)
+            mask = mask if left < 0 else mask & (distance >= -left)
+            mask = mask if right < 0 else mask & (distance <= right)
+        outs.append(_sdpa(q[a:b], k[c:d], v[c:d], scale, mask))
+    outs.append(torch.zeros_like(q[done:]))
+    return torch.cat(outs)
+
+
+VARLEN_ATTENTION = Op("varlen_attention", "attention", _example, [
+    Backend("torch", _torch_varlen_attention, _torch_unsupported),
+    Backend("reference", reference.varlen_attention)])
+VARLEN_ATTENTION_FORWARD = Op("varlen_attention_forward", "attention", _example, [
+    Backend("reference", reference.varlen_attention_forward)])
+VARLEN_ATTENTION_BACKWARD = Op("varlen_attention_backward", "attention", _example, [
+    Backend("reference", reference.varlen_attention_backward)])
+MERGE_ATTENTION = Op("merge_attention", "attention", _example, [Backend("reference", reference.merge_attention)])
+OPS = (VARLEN_ATTENTION, VARLEN_ATTENTION_FORWARD, VARLEN_ATTENTION_BACKWARD, MERGE_ATTENTION)
+
+
+# ------------------------------------------------------------------------------------------------------- checks
+def _check(op: str, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window):
+    checks.shape(op, "q", q, ("Nq", "H", "E"), "lay the samples of the pack one after the other in dimension 0")
+    checks.shape(op, "k", k, ("Nk", "Hk", q.shape[2]), "keys have the queries' head dim")
+    checks.shape(op, "v", v, tuple(k.shape), "values have the keys' shape")
+    heads, key_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
+    checks.require(head_dim % 8 == 0 and 16 <= head_dim <= 256, op, "a head dim of 16 to 256 by 8", head_dim,
+                   "pad the heads with zeros and pass softmax_scale")
+    checks.require(key_heads > 0 and heads % key_heads == 0, op, f"key heads that divide the {heads} query heads",
+                   key_heads, "repeat or drop heads")
+    checks.floating(op, q=q, k=k, v=v)
+    checks.same_device(op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    checks.cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0], "q")
+    checks.cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0], "k")
+    checks.require(cu_seqlens_q.shape[0] == cu_seqlens_k.shape[0], op, "cu_seqlens_q and cu_seqlens_k of one length",
+                   f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}",
+                   "every sample has queries and keys, possibly none of either")
+    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        checks.require(value is None or hasattr(value, "__index__"), op, f"{name} as an int", type(value).__name__,
+                       "pass Pack.max_seqlen")
+    checks.require(len(window) == 2 and all(hasattr(side, "__index__") for side in window), op,
+                   "window as two ints (left, right), negative for open", window, "pass (-1, -1) for no window")
+
+
+def _problem(q, k, grad, causal, window, return_lse, deterministic, raw) -> AttentionProblem:
+    return AttentionProblem(device_name(q), q.dtype, grad, q.shape[1], k.shape[1], q.shape[2], causal, tuple(window),
+                            return_lse, deterministic or torch.are_deterministic_algorithms_enabled(), raw)
+
+
+# ------------------------------------------------------------------------------------------------- public ops
+def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, softmax_scale=None,
+                     causal=False, window=(-1, -1), return_lse=False, deterministic=False, backend="auto"):
+    """``softmax(q k^T * scale) v`` within each sample of a pack.
+
+    Args:
+        q: (Nq, H, E). k, v: (Nk, Hk, E) of q's dtype; Hk divides H; E a multiple of 8 in 16..256.
+        cu_seqlens_q, cu_seqlens_k: int32 (S + 1,), where each sample's rows start and the last ends; empty samples
+            are legal; rows past the end belong to no sample.
+        max_seqlen_q, max_seqlen_k: longest sample, a hint: no result depends on them.
+        softmax_scale: default ``E ** -0.5``.
+        causal, window: key j is seen by query i if ``i + Sk - Sq - left <= j <= i + Sk - Sq + right`` (bottom-right
+            aligned as in flash-attn; a negative side is open; causal sets right = 0).
+        deterministic: gradients with the same bits every time.
+
+    Returns:
+        out (Nq, H, E) in q's dtype (that of autocast inside it), 0 on rows without keys; with ``return_lse`` also the
+        natural log-sum-exp (H, Nq), float32 (float64 for float64), -inf on rows without keys, differentiable.
+    """
+    op = "varlen_attention"
+    _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window)
+    q, k, v = autocast(q, k, v)
+    checks.same_dtype(op, q=q, k=k, v=v)
+    problem = _problem(q, k, needs_grad(q, k, v), causal, window, return_lse, deterministic, False)
+    return VARLEN_ATTENTION.run(problem, backend, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+                                softmax_scale=softmax_scale, causal=causal, window=tuple(window),
+                                return_lse=return_lse, deterministic=problem.deterministic)
+
+
+def varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *,
+                             softmax_scale=None, causal=False, window=(-1, -1), backend="auto"):
+    """Raw forward for ring attention: ``out, lse`` as ``varlen_attention(..., return_lse=True)``, without autograd."""
+    op = "varlen_attention_forward"
+    _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window)
+    checks.same_dtype(op, q=q, k=k, v=v)
+    return VARLEN_ATTENTION_FORWARD.run(_problem(q, k, False, causal, window, True, False, True), backend, q=q, k=k,
+                                        v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+                                        softmax_scale=softmax_scale, causal=causal, window=tuple(window))
+
+
+def varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None,
+                              max_seqlen_k=None, *, softmax_scale=None, causal=False, window=(-1, -1),
+                              deterministic=False, backend="auto"):
+    """Raw backward for ring attention: ``dq, dk, dv`` in their tensors' dtypes.
+
+    Args:
+        dout: (Nq, H, E). dlse: (H, Nq), or None. out (Nq, H, E), lse (H, Nq): of this attention, or of the whole
+            attention that these keys are a part of (each step of a ring passes the global ones).
+        The others as in ``varlen_attention``.
+    """
+    op = "varlen_attention_backward"
+    _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window)
+    checks.same_dtype(op, q=q, k=k, v=v)
+    checks.shape(op, "dout", dout, tuple(q.shape), "it is the gradient of out")
+    checks.shape(op, "out", out, tuple(q.shape), "pass the forward's out")
+    checks.shape(op, "lse", lse, (q.shape[1], q.shape[0]), "pass the forward's lse")
+    if dlse is not None:
+        checks.shape(op, "dlse", dlse, (q.shape[1], q.shape[0]), "it is the gradient of lse")
+    checks.floating(op, dout=dout, out=out, lse=lse, dlse=dlse)
+    checks.same_device(op, q=q, dout=dout, out=out, lse=lse, dlse=dlse)
+    return VARLEN_ATTENTION_BACKWARD.run(
+        _problem(q, k, False, causal, window, True, deterministic, True), backend, dout=dout, dlse=dlse, q=q, k=k, v=v,
+        out=out, lse=lse, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, softmax_scale=softmax_scale,
+        causal=causal, window=tuple(window), deterministic=deterministic)
+
+
+def merge_attention(outs, lses, *, backend="auto"):
+    """Attention over the union of keys from attentions over its parts.
+
+    Args:
+        outs: list of (N, H, E), one dtype. lses: list of (H, N) natural log-sum-exps; -inf where a part had no keys.
+
+    Returns:
+        out (N, H, E) in their dtype, lse (H, N); out 0 and lse -inf where no part had keys.
+    """
+    op = "merge_attention"
+    checks.require(len(outs) == len(lses) and len(outs) > 0, op, "as many lses as outs, at least one",
+                   f"{len(outs)} outs and {len(lses)} lses", "pass both results of every part")
+    for place, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        checks.shape(op, f"outs[{place}]", out, tuple(outs[0].shape) if place else ("N", "H", "E"), "parts agree in shape")
+        checks.shape(op, f"lses[{place}]", lse, (out.shape[1], out.shape[0]), "lse is (H, N)")
+        checks.floating(op, **{f"outs[{place}]": out, f"lses[{place}]": lse})
+        checks.same_device(op, **{"outs[0]": outs[0], f"outs[{place}]": out, f"lses[{place}]": lse})
+        checks.same_dtype(op, **{"outs[0]": outs[0], f"outs[{place}]": out})
+    q = outs[0]
+    problem = _problem(q, q, needs_grad(*outs, *lses), False, (-1, -1), True, False, False)
+    return MERGE_ATTENTION.run(problem, backend, outs=list(outs), lses=list(lses))

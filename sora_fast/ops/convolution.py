@@ -1,0 +1,286 @@
+"""causal_conv3d and norm_act_conv3d: causal 3-D convolution with a streaming cache, alone and after norm + act.
+
+B batch, C channels, T frames, H height, W width; kT, kH, kW kernel, sT, sH, sW stride.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .. import checks
+from ..dispatch import Backend, Op, Problem, autocast, autocast_dtype, device_name, needs_grad
+from ..reference import convolution as reference
+from ..reference.precision import wide_dtype
+from . import normalization
+
+
+@dataclass(frozen=True)
+class ConvolutionProblem(Problem):
+    """``norm`` is None for causal_conv3d."""
+
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    time_pad: str
+    space_pad: str
+    lookahead: int
+    norm: str | None
+
+
+def _example(device: str, dtype: torch.dtype, grad: bool) -> ConvolutionProblem:
+    return ConvolutionProblem(device, dtype, grad, 96, 96, (3, 3, 3), (1, 1, 1), "zeros", "zeros", 0, None)
+
+
+# ---------------------------------------------------------------------------------------------- backend "torch"
+@dataclass(frozen=True)
+class _Spec:
+    """The settings of one call that are not tensors; norm_act's settings are None for a plain convolution."""
+
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int, int]
+    time_pad: str
+    space_pad: str
+    phase: int
+    lookahead: int
+    norm: str | None = None
+    groups: int = 32
+    eps: float = 1e-6
+    act: str | None = None
+    dtype: torch.dtype | None = None
+
+    def activate(self, x, norm_weight, norm_bias):
+        """What is convolved, before its rounding to ``dtype``: gradients of the halo are summed at this width."""
+        if self.norm is None:
+            return x.to(wide_dtype(x)) if self.repeats else x
+        return normalization.torch_norm_act(x.to(wide_dtype(x)), norm_weight, norm_bias, norm=self.norm,
+                                            groups=self.groups, eps=self.eps, act=self.act)
+
+    @property
+    def repeats(self) -> bool:
+        return self.time_pad == "replicate" or self.space_pad != "zeros"
+
+    @property
+    def conv_padding(self) -> tuple[int, int, int]:
+        """Symmetric zero padding of space, which the convolution itself does best."""
+        left, right, top, bottom = self.padding
+        return (0, top, left) if self.space_pad == "zeros" and left == right and top == bottom else (0, 0, 0)
+
+    def only_last_tap(self, x, cache) -> bool:
+        """One frame after zeros meets the last time tap alone: an image costs a 2-D convolution."""
+        return (x.shape[2] == 1 and self.time_pad == "zeros" and self.lookahead == 0 and self.phase == 0
+                and (cache is None or cache.shape[2] == 0))
+
+    def pad(self, h, cache, kernel_frames: int):
+        padded = h if self.only_last_tap(h, cache) else reference.pad_time(
+            h, cache, kernel_frames, self.lookahead, self.time_pad)[:, :, self.phase :]
+        if self.conv_padding == (0, 0, 0):
+            padded = reference.pad_space(padded, self.padding, self.space_pad)
+        if padded.device.type == "cuda":
+            padded = padded.contiguous(memory_format=torch.channels_last_3d)
+        return padded
+
+    def taps(self, h, cache, weight):
+        return weight[:, :, -1:] if self.only_last_tap(h, cache) else weight
+
+
+def _convolve(spec: _Spec, h, weight, bias, cache, residual):
+    if spec.phase >= h.shape[2] or h.shape[0] == 0:  # no frame comes out; the reference keeps the graph whole
+        return reference.causal_conv3d(h, weight, bias, stride=spec.stride, padding=spec.padding, cache=cache,
+                                       time_pad=spec.time_pad, space_pad=spec.space_pad, phase=spec.phase,
+                                       lookahead=spec.lookahead, residual=residual)
+    padded = spec.pad(h, cache, weight.shape[2])
+    y = F.conv3d(padded, spec.taps(h, cache, weight), bias, spec.stride, spec.conv_padding)
+    return y if residual is None else y + residual
+
+
+class _SavesInput(torch.autograd.Function):
+    """The convolution as one autograd node that keeps x, from before norm, act and padding, and recomputes those.
+
+    PyTorch's own graph would keep the norm's input and output, the activation's input and the padded copy.
+    """
+
+    @staticmethod
+    def forward(spec, x, weight, bias, cache, residual, norm_weight, norm_bias):
+        h = spec.activate(x, norm_weight, norm_bias).to(spec.dtype)
+        return _convolve(spec, h, weight, bias, cache, residual), reference.next_cache(h, cache, weight.shape[2] - 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.spec, x, weight, bias, cache, residual, norm_weight, norm_bias = inputs
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, cache, norm_weight, norm_bias)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy, dcache_out):
+        spec, needs = ctx.spec, ctx.needs_input_grad
+        x, weight, cache, norm_weight, norm_bias = (
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in zip(ctx.saved_tensors, (needs[1], needs[2], needs[4], needs[6], needs[7]), strict=True))
+        data = [t for t in (x, cache, norm_weight, norm_bias) if t is not None and t.requires_grad]
+        grads = {}
+        dweight = dbias = None
+        with torch.enable_grad():
+            h = spec.activate(x, norm_weight, norm_bias)
+            frames = None if cache is None else cache.to(h.dtype)
+            outputs, cotangents = [], []
+            if dcache_out is not None:
+                outputs.append(reference.next_cache(h, frames, weight.shape[2] - 1))
+                cotangents.append(dcache_out.to(h.dtype))
+            if dy is not None:
+                padded = spec.pad(h, frames, weight.shape[2])
+                taps = spec.taps(h, frames, weight).detach()
+                # Repeated frames and pixels add several gradients up: where a wide convolution costs little more, on
+                # a CPU, they are not rounded before that sum.
+                dtype = h.dtype if spec.repeats and dy.device.type == "cpu" else spec.dtype
+                dpadded, dtaps, dbias = torch.ops.aten.convolution_backward(
+                    dy.contiguous().to(dtype), padded.detach().to(spec.dtype).to(dtype), taps.to(dtype),
+                    [taps.shape[0]] if ctx.has_bias else None, spec.stride, spec.conv_padding, (1, 1, 1), False,
+                    (0, 0, 0), 1, (bool(data), needs[2], ctx.has_bias and needs[3]))
+                if needs[2]:
+                    missing = weight.shape[2] - taps.shape[2]
+                    dweight = (F.pad(dtaps, (0, 0, 0, 0, missing, 0)) if missing else dtaps).to(weight.dtype)
+                if dbias is not None:
+                    dbias = dbias.to(weight.dtype)
+                outputs.append(padded)
+                cotangents.append(None if dpadded is None else dpadded.to(h.dtype))
+            pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if o.requires_grad]
+            if data and pairs:
+                found = torch.autograd.grad([o for o, _ in pairs], data, [g for _, g in pairs], allow_unused=True)
+                grads = {id(leaf): grad for leaf, grad in zip(data, found, strict=True)}
+        return (None, grads.get(id(x)), dweight, dbias, grads.get(id(cache)), dy if needs[5] else None,
+                grads.get(id(norm_weight)), grads.get(id(norm_bias)))
+
+
+def _torch_norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, norm=None, groups=32, eps=1e-6,
+                           act=None, stride, padding, time_pad, space_pad, cache, phase, lookahead, residual,
+                           return_cache):
+    spec = _Spec(stride, tuple(padding), time_pad, space_pad, phase, lookahead, norm, groups, eps, act, weight.dtype)
+    tensors = (x, weight, bias, cache, residual, norm_weight, norm_bias)
+    nothing_comes_out = phase >= x.shape[2] or x.shape[0] == 0
+    if needs_grad(*tensors) and not nothing_comes_out and not torch.compiler.is_compiling():
+        y, cache_out = _SavesInput.apply(spec, *tensors)
+        return (y, cache_out) if return_cache else y
+    h = spec.activate(x, norm_weight, norm_bias).to(spec.dtype)
+    y = _convolve(spec, h, weight, bias, cache, residual)
+    return (y, reference.next_cache(h, cache, weight.shape[2] - 1)) if return_cache else y
+
+
+CAUSAL_CONV3D = Op("causal_conv3d", "convolution", _example, [
+    Backend("torch", _torch_norm_act_conv3d), Backend("reference", reference.causal_conv3d)])
+NORM_ACT_CONV3D = Op("norm_act_conv3d", "convolution", _example, [
+    Backend("torch", _torch_norm_act_conv3d), Backend("reference", reference.norm_act_conv3d)])
+OPS = (CAUSAL_CONV3D, NORM_ACT_CONV3D)
+
+
+# ------------------------------------------------------------------------------------------------------- checks
+def _geometry(op: str, x, weight, bias, stride, padding, time_pad, space_pad, cache, phase, lookahead, residual,
+              return_cache):
+    """Check everything but dtypes; returns stride and padding in full."""
+    checks.shape(op, "x", x, ("B", "Cin", "T", "H", "W"), "an image is a clip of one frame: x[:, :, None]")
+    checks.shape(op, "weight", weight, ("Cout", "Cin", "kT", "kH", "kW"), "use the weight of a Conv3d")
+    batch, channels, frames, height, width = x.shape
+    checks.shape(op, "weight", weight, ("Cout", channels, "kT", "kH", "kW"),
+                 "its second size is x's channels (groups are not supported)")
+    kt, kh, kw = weight.shape[2:]
+    if bias is not None:
+        checks.shape(op, "bias", bias, (weight.shape[0],), "one number per output channel")
+    stride = (stride,) * 3 if isinstance(stride, int) else tuple(stride)
+    checks.require(len(stride) == 3 and all(isinstance(s, int) and s >= 1 for s in stride), op,
+                   "stride as an int or (sT, sH, sW), 1 or more", stride, "pass for example (1, 2, 2)")
+    padding = (kw // 2, kw // 2, kh // 2, kh // 2) if padding is None else tuple(padding)
+    checks.require(len(padding) == 4 and all(isinstance(p, int) and p >= 0 for p in padding), op,
+                   "padding as (left, right, top, bottom), 0 or more", padding,
+                   "time needs none: the past is padded by the op")
+    checks.choice(op, "time_pad", time_pad, ("zeros", "replicate"))
+    checks.choice(op, "space_pad", space_pad, ("zeros", "replicate", "reflect"))
+    left, right, top, bottom = padding
+    if space_pad == "reflect":
+        checks.require(max(left, right) < width and max(top, bottom) < height, op,
+                       f"reflect padding smaller than the frame's {height} x {width}", padding, "pad less")
+    checks.require(height + top + bottom >= kh and width + left + right >= kw, op,
+                   f"padded frames at least as large as the {kh} x {kw} kernel",
+                   f"{height + top + bottom} x {width + left + right}", "pad more, or use larger frames")
+    checks.require(isinstance(phase, int) and phase >= 0, op, "phase of 0 or more", phase,
+                   "it is the first frame that has an output")
+    checks.require(isinstance(lookahead, int) and 0 <= lookahead < kt, op, f"lookahead of 0 to {kt - 1} frames",
+                   lookahead, "at most the kernel's frames less one")
+    if cache is not None:
+        checks.shape(op, "cache", cache, (batch, channels, "frames", height, width), "use the cache_out of the last call")
+        checks.require(cache.shape[2] <= kt - 1, op, f"a cache of at most kT - 1 = {kt - 1} frames", cache.shape[2],
+                       "pass cache[:, :, -(kT - 1):]")
+    checks.require(lookahead == 0 or (cache is None and not return_cache), op,
+                   "no cache with lookahead: frames of the future cannot be streamed", f"lookahead={lookahead}",
+                   "run the whole clip at once")
+    checks.require(frames > 0 or lookahead == 0, op, "at least one frame with lookahead", frames, "pass frames")
+    if residual is not None:
+        out = (batch, weight.shape[0], -(-(frames - phase) // stride[0]) if phase < frames else 0,
+               (height + top + bottom - kh) // stride[1] + 1, (width + left + right - kw) // stride[2] + 1)
+        checks.shape(op, "residual", residual, out, "it is added to the output")
+    return stride, padding
+
+
+def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zeros", space_pad="zeros", cache=None,
+                  phase=0, lookahead=0, residual=None, return_cache=False, backend="auto"):
+    """3-D convolution that sees the past only, with its past handed in and out for streaming.
+
+    Args:
+        x: (B, Cin, T, H, W); T = 0 is legal (nothing comes out). weight: (Cout, Cin, kT, kH, kW). bias: (Cout,).
+        stride: int or (sT, sH, sW). Outputs stand at frames ``phase``, ``phase + sT``, ... of x (0 frames is legal).
+        padding: (left, right, top, bottom), default (kW // 2, kW // 2, kH // 2, kH // 2).
+        time_pad: what stands before the first frame there is: ``"zeros"``, or ``"replicate"``, that frame again.
+        space_pad: ``"zeros"``, ``"replicate"`` or ``"reflect"``.
+        cache: (B, Cin, <= kT - 1, H, W), the frames before x, as ``cache_out`` gave them.
+        lookahead: frames of the future seen after the clip's end, padded by ``time_pad`` (models that are not
+            causal); not with a cache.
+        residual: the output's shape; added.
+
+    Returns:
+        y (B, Cout, T', H', W') in x's dtype (that of autocast inside it); with ``return_cache`` also ``cache_out``,
+        the last kT - 1 frames seen (fewer if fewer were seen), a tensor of its own, differentiable.
+
+    Dilation and groups are not supported.
+    """
+    op = "causal_conv3d"
+    stride, padding = _geometry(op, x, weight, bias, stride, padding, time_pad, space_pad, cache, phase, lookahead,
+                                residual, return_cache)
+    checks.floating(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
+    checks.same_device(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
+    x, weight, bias, cache, residual = autocast(x, weight, bias, cache, residual)
+    checks.same_dtype(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
+    problem = ConvolutionProblem(device_name(x), x.dtype, needs_grad(x, weight, bias, cache, residual), x.shape[1],
+                                 weight.shape[0], tuple(weight.shape[2:]), stride, time_pad, space_pad, lookahead, None)
+    return CAUSAL_CONV3D.run(problem, backend, x=x, weight=weight, bias=bias, stride=stride, padding=padding,
+                             time_pad=time_pad, space_pad=space_pad, cache=cache, phase=phase, lookahead=lookahead,
+                             residual=residual, return_cache=return_cache)
+
+
+def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, norm="rms", groups=32, eps=1e-6,
+                    act="silu", stride=1, padding=None, time_pad="zeros", space_pad="zeros", cache=None, phase=0,
+                    lookahead=0, residual=None, return_cache=False, backend="auto"):
+    """``causal_conv3d(norm_act(x))`` as one autograd node, which saves x from before the norm and nothing of its size.
+
+    Arguments as in ``norm_act`` (its weight and bias are ``norm_weight``, ``norm_bias``, of any floating dtype) and
+    ``causal_conv3d``; ``cache`` and ``cache_out`` hold frames after norm and activation. (The backend ``reference``,
+    and traced graphs, are the plain composition: there PyTorch decides what is saved.)
+    """
+    op = "norm_act_conv3d"
+    normalization.check(op, x, norm_weight, norm_bias, norm, groups, act, prefix="norm_")
+    stride, padding = _geometry(op, x, weight, bias, stride, padding, time_pad, space_pad, cache, phase, lookahead,
+                                residual, return_cache)
+    checks.floating(op, weight=weight, bias=bias, cache=cache, residual=residual)
+    checks.same_device(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
+    if autocast_dtype(x) is None:
+        checks.same_dtype(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
+    else:
+        weight, bias, cache, residual = autocast(weight, bias, cache, residual)
+        checks.same_dtype(op, weight=weight, bias=bias, cache=cache, residual=residual)
+    problem = ConvolutionProblem(device_name(x), weight.dtype,
+                                 needs_grad(x, weight, bias, norm_weight, norm_bias, cache, residual), x.shape[1],
+                                 weight.shape[0], tuple(weight.shape[2:]), stride, time_pad, space_pad, lookahead, norm)
+    return NORM_ACT_CONV3D.run(problem, backend, x=x, weight=weight, bias=bias, norm_weight=norm_weight,
+                               norm_bias=norm_bias, norm=norm, groups=groups, eps=eps, act=act, stride=stride,
+                               padding=padding, time_pad=time_pad, space_pad=space_pad, cache=cache, phase=phase,
+                               lookahead=lookahead, residual=residual, return_cache=return_cache)

@@ -1,0 +1,52 @@
+"""kl_sample: the VAE's latent and its KL divergence in one pass. B batch, C latent channels."""
+
+import torch
+
+from .. import checks
+from ..dispatch import Backend, Op, Problem, device_name, needs_grad
+from ..reference import latents as reference
+from ..reference.precision import wide_dtype
+
+
+def _example(device: str, dtype: torch.dtype, grad: bool) -> Problem:
+    return Problem(device, dtype, grad)
+
+
+def _torch_kl_sample(moments, noise):
+    mean, logvar = moments.to(wide_dtype(moments, noise)).chunk(2, dim=1)
+    logvar = logvar.clamp(-30.0, 20.0)
+    std = torch.exp(0.5 * logvar)
+    z = mean if noise is None else torch.addcmul(mean, std, noise.to(mean.dtype))
+    # std^2 would lose the difference to 1 for tiny log-variances; expm1 keeps it
+    kl = 0.5 * (torch.addcmul(torch.expm1(logvar) - logvar, mean, mean)).flatten(1).sum(1)
+    return z.to(moments.dtype), kl.to(wide_dtype(moments))
+
+
+KL_SAMPLE = Op("kl_sample", "latents", _example, [
+    Backend("torch", _torch_kl_sample), Backend("reference", reference.kl_sample)])
+OPS = (KL_SAMPLE,)
+
+
+def kl_sample(moments, noise=None, *, backend="auto"):
+    """A latent ``z = mean + exp(logvar / 2) * noise`` and its KL divergence from the unit normal.
+
+    Args:
+        moments: (B, 2C, ...): mean, then log-variance (clamped to [-30, 20]), floating.
+        noise: (B, C, ...) standard normal numbers of any floating dtype, drawn outside; None: z is the mean.
+
+    Returns:
+        z (B, C, ...) in moments' dtype; kl (B,) in nats, summed over all of a sample, float32 (float64 for float64).
+
+    Source: arXiv 1312.6114, appendix B.
+    """
+    checks.tensor("kl_sample", "moments", moments)
+    checks.floating("kl_sample", moments=moments, noise=noise)
+    checks.same_device("kl_sample", moments=moments, noise=noise)
+    checks.require(moments.dim() >= 2 and moments.shape[1] % 2 == 0, "kl_sample",
+                   "moments of shape (B, 2C, ...)", checks.show_shape(moments.shape),
+                   "concatenate mean and log-variance along dimension 1")
+    if noise is not None:
+        checks.shape("kl_sample", "noise", noise, (moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]),
+                     "draw one number per latent entry, as with torch.randn_like(mean)")
+    problem = Problem(device_name(moments), moments.dtype, needs_grad(moments, noise))
+    return KL_SAMPLE.run(problem, backend, moments=moments, noise=noise)

@@ -1,0 +1,78 @@
+"""norm_act: norm and activation of video features in one pass. B batch, C channels, T frames, H height, W width."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .. import checks
+from ..dispatch import Backend, Op, Problem, device_name, needs_grad
+from ..reference import normalization as reference
+from ..reference.precision import widen
+
+
+@dataclass(frozen=True)
+class NormalizationProblem(Problem):
+    channels: int
+    norm: str
+    act: str | None
+
+
+def _example(device: str, dtype: torch.dtype, grad: bool) -> NormalizationProblem:
+    return NormalizationProblem(device, dtype, grad, channels=96, norm="rms", act="silu")
+
+
+def torch_norm_act(x, weight=None, bias=None, *, norm, groups, eps, act):
+    """PyTorch's own composition; the convolution family recomputes with it in its backward."""
+    dtype = x.dtype
+    x_BCTHW, weight_C, bias_C = widen(x, weight, bias)
+    if norm == "group":
+        x_BCTHW = F.group_norm(x_BCTHW, groups, weight_C, None if weight_C is None else bias_C, eps)
+        if weight_C is None and bias_C is not None:
+            x_BCTHW = x_BCTHW + bias_C[:, None, None, None]
+    else:
+        # F.rms_norm works on the last dimension; over channels the plain formula needs no transpose
+        inverse = torch.rsqrt(x_BCTHW.square().mean(dim=1, keepdim=True) + eps)
+        x_BCTHW = x_BCTHW * inverse if weight_C is None else x_BCTHW * inverse * weight_C[:, None, None, None]
+        if bias_C is not None:
+            x_BCTHW = x_BCTHW + bias_C[:, None, None, None]
+    return (F.silu(x_BCTHW) if act == "silu" else x_BCTHW).to(dtype)
+
+
+NORM_ACT = Op("norm_act", "normalization", _example, [
+    Backend("torch", torch_norm_act), Backend("reference", reference.norm_act)])
+OPS = (NORM_ACT,)
+
+
+def check(op: str, x, weight, bias, norm: str, groups: int, act, prefix: str = "") -> None:
+    """The checks of norm_act, which norm_act_conv3d shares (there the weights are norm_weight and norm_bias)."""
+    checks.shape(op, "x", x, ("B", "C", "T", "H", "W"), "an image is a clip of one frame: x[:, :, None]")
+    names = {f"{prefix}weight": weight, f"{prefix}bias": bias}
+    checks.floating(op, x=x, **names)
+    checks.same_device(op, x=x, **names)
+    checks.choice(op, "norm", norm, ("rms", "group"))
+    checks.choice(op, "act", act, ("silu", None))
+    for name, value in names.items():
+        if value is not None:
+            checks.shape(op, name, value, (x.shape[1],), "a norm has one number per channel of x")
+    if norm == "group":
+        checks.require(groups > 0 and x.shape[1] % groups == 0, op, f"groups to divide the {x.shape[1]} channels",
+                       groups, "choose a divisor of the channels")
+
+
+def norm_act(x, weight=None, bias=None, *, norm="rms", groups=32, eps=1e-6, act="silu", backend="auto"):
+    """``act(norm(x) * weight + bias)`` on video features.
+
+    Args:
+        x: (B, C, T, H, W), floating. weight, bias: (C,), or None.
+        norm: ``"rms"`` over C of each pixel (causal); ``"group"`` over (C / groups, T, H, W), which mixes frames and
+            is therefore NOT causal: the whole clip must be there at once.
+        eps: inside the root. Wan's form, which divides by the length of the vector, is eps = 1e-24: zeros stay 0.
+        act: ``"silu"`` or None.
+
+    Returns:
+        (B, C, T, H, W) in x's dtype; computed in at least float32.
+    """
+    check("norm_act", x, weight, bias, norm, groups, act)
+    problem = NormalizationProblem(device_name(x), x.dtype, needs_grad(x, weight, bias), x.shape[1], norm, act)
+    return NORM_ACT.run(problem, backend, x=x, weight=weight, bias=bias, norm=norm, groups=groups, eps=eps, act=act)

@@ -1,0 +1,216 @@
+"""patch_embed and unpatchify: latents to tokens and back, samples of any sizes in one flat buffer.
+
+N tokens, C channels, D width; a sample has t x h x w tokens of pt x ph x pw pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .. import checks
+from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad
+from ..pack import Pack, host_grids
+from ..reference import patches as reference
+
+
+@dataclass(frozen=True)
+class PatchesProblem(Problem):
+    """``numel``: numbers of a patch, C * pt * ph * pw; ``sizes_hidden``: grids is a CPU tensor in a traced graph."""
+
+    numel: int
+    sizes_hidden: bool
+
+
+def _example(device: str, dtype: torch.dtype, grad: bool) -> PatchesProblem:
+    return PatchesProblem(device, dtype, grad, numel=64, sizes_hidden=False)
+
+
+# ---------------------------------------------------------------------------------------------- backend "torch"
+def _places(grids_S3, tokens: int, patch, channels: int, device):
+    """Place in the flat buffer of every number of every patch, (N, C, pt, ph, pw), and which tokens belong (N,)."""
+    pt, ph, pw = patch
+    grids_S3 = grids_S3.to(device=device, dtype=torch.int64)
+    ends_S = grids_S3.prod(1).cumsum(0)
+    token_N = torch.arange(tokens, device=device)
+    belongs_N = token_N < ends_S[-1]
+    sample_N = torch.searchsorted(ends_S, token_N, right=True).clamp(max=ends_S.shape[0] - 1)
+    t_N, h_N, w_N = (size.clamp(min=1) for size in grids_S3[sample_N].unbind(1))
+    first_N = ends_S[sample_N] - grids_S3.prod(1)[sample_N]
+    inner_N = torch.where(belongs_N, token_N - first_N, 0)
+    start_N = first_N * (channels * pt * ph * pw)
+    corner_N = ((inner_N // (h_N * w_N)) * pt * (h_N * ph) + (inner_N // w_N % h_N) * ph) * (w_N * pw) + (
+        inner_N % w_N) * pw
+    c, dt, dh, dw = (torch.arange(n, device=device) for n in (channels, pt, ph, pw))
+    row_N = (w_N * pw)[:, None, None, None, None]
+    plane_N = row_N * (h_N * ph)[:, None, None, None, None]
+    place = c[:, None, None, None] * (t_N * pt)[:, None, None, None, None] * plane_N
+    place = place + dt[:, None, None] * plane_N + dh[:, None] * row_N + dw
+    return place + (start_N + corner_N)[:, None, None, None, None], belongs_N
+
+
+def _torch_patch_embed(latents, weight, bias, *, grids):
+    width, channels, *patch = weight.shape
+    if isinstance(grids, torch.Tensor):
+        tokens = latents.shape[0] // weight[0].numel()
+        place, belongs = _places(grids, tokens, patch, channels, latents.device)
+        patches = torch.where(belongs[:, None], latents[torch.where(belongs[:, None], place.flatten(1), 0)], 0)
+    else:
+        patches = reference.cut(latents, grids, patch, channels)
+        inside = sum(t * h * w for t, h, w in grids)
+        belongs = None if inside == patches.shape[0] else torch.arange(patches.shape[0], device=latents.device) < inside
+    out = F.linear(patches, weight.reshape(width, -1), bias)
+    if belongs is None or bias is None:
+        return out
+    return torch.where(belongs[:, None], out, 0)
+
+
+def _torch_unpatchify(tokens, grids, patch, channels):
+    if not isinstance(grids, torch.Tensor):
+        return reference.unpatchify(tokens, grids, patch, channels)
+    place, belongs = _places(grids, tokens.shape[0], patch, channels, tokens.device)
+    place = place.permute(0, 2, 3, 4, 1).flatten(1)  # a token's numbers are in (pt, ph, pw, C) order
+    total = tokens.shape[0] * tokens.shape[1]
+    # the tail's numbers all go to one spare place past the end, which is cut off: none of them is read
+    flat = tokens.new_zeros(total + 1).scatter(0, torch.where(belongs[:, None], place, total).flatten(),
+                                               tokens.flatten())
+    return flat[:total]
+
+
+def _reference_unsupported(problem: PatchesProblem) -> list[str]:
+    if problem.sizes_hidden:
+        return ["The reference cuts sample by sample and cannot see the numbers of a grids tensor while a graph is "
+                "traced; pass grids as a tuple of triples there."]
+    return []
+
+
+PATCH_EMBED = Op("patch_embed", "patches", _example, [
+    Backend("torch", _torch_patch_embed), Backend("reference", reference.patch_embed, _reference_unsupported)])
+UNPATCHIFY = Op("unpatchify", "patches", _example, [
+    Backend("torch", _torch_unpatchify), Backend("reference", reference.unpatchify, _reference_unsupported)])
+OPS = (PATCH_EMBED, UNPATCHIFY)
+
+
+# ------------------------------------------------------------------------------------------------- public ops
+def _sizes(op: str, grids):
+    """Host triples; while a graph is traced a CPU tensor (a Pack's ``grids_cpu``) instead, so that no size is baked in."""
+    if torch.compiler.is_compiling() and isinstance(grids, (Pack, torch.Tensor)):
+        grids = grids.grids_cpu if isinstance(grids, Pack) else grids
+        checks.require(grids.device.type == "cpu", op, "grids as host data", grids.device, "keep sizes on the host")
+        return grids
+    return host_grids(op, grids)
+
+
+def _nearest(size: int, patch: int) -> str:
+    low, high = size // patch * patch, -(-size // patch) * patch
+    return f"{high}" if low == 0 else f"{low} or {high}"
+
+
+def _grid_of(op: str, name: str, clip, patch) -> tuple[int, int, int]:
+    sizes = clip.shape[-3:]
+    for axis, size, step in zip("THW", sizes, patch, strict=True):
+        if size % step:
+            raise ValueError(f"{op}: expected {axis} of {name} to be a multiple of the patch's {step}, got {size}; "
+                             f"crop or pad to {_nearest(size, step)}")
+    return tuple(size // step for size, step in zip(sizes, patch, strict=True))
+
+
+def _flatten(op: str, latents, channels: int, patch):
+    """A batch or a list of clips as one flat buffer, and its grids."""
+    if isinstance(latents, torch.Tensor):
+        checks.shape(op, "latents", latents, ("B", channels, "T", "H", "W"),
+                     "pass a batch, a list of (C, T, H, W), or a flat buffer with grids")
+        return latents.reshape(-1), (_grid_of(op, "latents", latents, patch),) * latents.shape[0]
+    grids = []
+    for place, clip in enumerate(latents):
+        checks.shape(op, f"latents[{place}]", clip, (channels, "T", "H", "W"), "each clip is (C, T, H, W)")
+        checks.same_dtype(op, **{"latents[0]": latents[0], f"latents[{place}]": clip})
+        checks.same_device(op, **{"latents[0]": latents[0], f"latents[{place}]": clip})
+        grids.append(_grid_of(op, f"latents[{place}]", clip, patch))
+    return torch.cat([clip.reshape(-1) for clip in latents]), tuple(grids)
+
+
+def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
+    """Tokens from spacetime patches: what ``Conv3d`` with kernel = stride = patch computes, on samples of any sizes.
+
+    Args:
+        latents: (B, C, T, H, W); a list of (C, T, H, W); or, with ``grids``, one flat 1-D buffer holding the samples
+            (C, T, H, W) one after the other, which may be longer (its end is tail).
+        weight: (D, C, pt, ph, pw). bias: (D,) or None.
+        grids: host data, tokens in t, h, w of each sample: triples, an int CPU tensor (S, 3), or a Pack; needed for,
+            and only taken with, a flat buffer. In a traced graph a Pack or a CPU tensor bakes no size in.
+
+    Returns:
+        (N, D) in latents' dtype (that of autocast inside it), tokens in t, h, w order, samples one after the other;
+        tail tokens are 0.
+    """
+    op = "patch_embed"
+    checks.shape(op, "weight", weight, ("D", "C", "pt", "ph", "pw"), "use the weight of a Conv3d")
+    width, channels, *patch = weight.shape
+    if grids is None:
+        if isinstance(latents, torch.Tensor) and latents.dim() == 1:
+            raise ValueError(f"{op}: expected grids with a flat buffer, got None; pass the tokens in t, h, w of every "
+                             f"sample")
+        if not isinstance(latents, torch.Tensor) and len(latents) == 0:
+            return weight.new_zeros((0, width)) + (weight.sum() * 0)
+        latents, grids = _flatten(op, latents, channels, patch)
+    else:
+        checks.shape(op, "latents", latents, ("numbers",), "with grids, pass one flat buffer of all samples")
+        grids = _sizes(op, grids)
+        numel = weight[0].numel()
+        checks.require(latents.shape[0] % numel == 0, op, f"a flat buffer of whole patches of {numel} numbers",
+                       f"{latents.shape[0]:,} numbers", "end the buffer (and its tail) on a whole patch")
+        if not isinstance(grids, torch.Tensor):
+            needed = numel * sum(t * h * w for t, h, w in grids)
+            checks.require(latents.shape[0] >= needed, op, f"at least the {needed:,} numbers that grids asks for",
+                           f"{latents.shape[0]:,}", "pass the grids of this very buffer")
+    checks.floating(op, latents=latents, weight=weight, bias=bias)
+    checks.same_device(op, latents=latents, weight=weight, bias=bias)
+    if bias is not None:
+        checks.shape(op, "bias", bias, (width,), "one number per column of the tokens")
+    latents, weight, bias = autocast(latents, weight, bias)
+    checks.same_dtype(op, latents=latents, weight=weight, bias=bias)
+    problem = PatchesProblem(device_name(latents), latents.dtype, needs_grad(latents, weight, bias),
+                             weight[0].numel(), isinstance(grids, torch.Tensor))
+    return PATCH_EMBED.run(problem, backend, latents=latents, weight=weight, bias=bias, grids=grids)
+
+
+def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
+    """Tokens back to clips: the inverse layout of ``patch_embed``.
+
+    Args:
+        tokens: (N, pt * ph * pw * C), a token's numbers in (pt, ph, pw, C) order as in the official DiT.
+        grids: host data as in ``patch_embed`` (a CUDA tensor is refused); tokens beyond them are tail.
+        patch: (pt, ph, pw). channels: C.
+        flat: return the one flat buffer (tail 0) instead of views of it; the form for traced code.
+
+    Returns:
+        list of (C, T, H, W), views of one flat buffer, in tokens' dtype.
+    """
+    op = "unpatchify"
+    pt, ph, pw = patch
+    checks.shape(op, "tokens", tokens, ("N", pt * ph * pw * channels), "a token holds pt * ph * pw * C numbers")
+    checks.floating(op, tokens=tokens)
+    sizes = _sizes(op, grids)
+    if not isinstance(sizes, torch.Tensor):
+        needed = sum(t * h * w for t, h, w in sizes)
+        checks.require(tokens.shape[0] >= needed, op, f"at least the {needed:,} tokens that grids asks for",
+                       f"{tokens.shape[0]:,}", "pass the grids of these very tokens")
+    else:
+        checks.require(flat, op, "flat=True with a grids tensor in a traced graph", "flat=False",
+                       "cut the buffer into clips outside the graph")
+    problem = PatchesProblem(device_name(tokens), tokens.dtype, needs_grad(tokens), tokens.shape[1],
+                             isinstance(sizes, torch.Tensor))
+    buffer = UNPATCHIFY.run(problem, backend, tokens=tokens, grids=sizes, patch=tuple(patch), channels=channels)
+    return buffer if flat else clips(buffer, sizes, patch, channels)
+
+
+def clips(buffer, grids, patch, channels: int) -> list[torch.Tensor]:
+    """Views (C, T, H, W) of the samples in a flat buffer; ``grids`` as in ``patch_embed``."""
+    pt, ph, pw = patch
+    views, start = [], 0
+    for t, h, w in host_grids("clips", grids):
+        size = channels * t * pt * h * ph * w * pw
+        views.append(buffer[start : start + size].view(channels, t * pt, h * ph, w * pw))
+        start += size
+    return views

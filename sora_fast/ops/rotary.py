@@ -1,0 +1,153 @@
+"""qk_norm_rope: norm of queries and keys, and rotation by their place in the clip.
+
+N tokens, H query heads, Hk key heads, E head dim, R rotated numbers of a head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .. import checks
+from ..dispatch import Backend, Op, Problem, device_name, needs_grad
+from ..reference import rotary as reference
+from ..reference.modulation import only_samples
+from ..reference.precision import wide_dtype
+
+NORMS = ("rms_head", "rms_all", "layer_head", None)
+
+
+@dataclass(frozen=True)
+class RotaryProblem(Problem):
+    """``rotated``: R, 0 for no rotation; ``learned``: ``freqs`` replaces axes and theta."""
+
+    heads: int
+    head_dim: int
+    norm: str | None
+    rotated: int
+    pairing: str
+    learned: bool
+
+
+def _example(device: str, dtype: torch.dtype, grad: bool) -> RotaryProblem:
+    return RotaryProblem(device, dtype, grad, heads=12, head_dim=128, norm="rms_all", rotated=128,
+                         pairing="interleaved", learned=False)
+
+
+# ---------------------------------------------------------------------------------------------- backend "torch"
+def _torch_norm_rope(x, weight, bias, turn, norm, pairing, eps, rows):
+    shape, width = x.shape, x.shape[1] * x.shape[2]
+    wide = wide_dtype(x, weight, bias, turn)
+    h = only_samples(x.reshape(-1, width).to(wide), rows)
+    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+    if norm is not None:
+        columns = (width,) if norm == "rms_all" else (shape[2],)
+        h = h.reshape(-1, *columns) if norm == "rms_all" else h.reshape(shape)
+        if norm == "layer_head":
+            h = F.layer_norm(h, columns, None, None, eps)
+            h = h if weight is None else h * weight
+        else:
+            h = F.rms_norm(h, columns, weight, eps)
+        h = h if bias is None else h + bias
+    h = h.reshape(shape)
+    if turn is not None:
+        h = reference.rotate(h, turn.to(wide), pairing)
+    return only_samples(h.reshape(-1, width), rows).reshape(shape).to(x.dtype)
+
+
+def _torch_qk_norm_rope(q, k, coords, *, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing, eps,
+                        rows):
+    turn = None
+    if coords is not None:
+        positions = (coords,) if coords.is_floating_point() else ()
+        turn = reference.angles(coords, axes, theta, freqs, wide_dtype(q, k, freqs, q_weight, k_weight, *positions))
+        if rows is not None:
+            turn = only_samples(turn.flatten(1), rows).reshape(turn.shape)
+    q_out = _torch_norm_rope(q, q_weight, q_bias, turn, norm, pairing, eps, rows)
+    return q_out, None if k is None else _torch_norm_rope(k, k_weight, k_bias, turn, norm, pairing, eps, rows)
+
+
+QK_NORM_ROPE = Op("qk_norm_rope", "rotary", _example, [
+    Backend("torch", _torch_qk_norm_rope), Backend("reference", reference.qk_norm_rope)])
+OPS = (QK_NORM_ROPE,)
+
+
+# ------------------------------------------------------------------------------------------------- public op
+def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_bias=None, norm="rms_head",
+                 axes=(44, 42, 42), theta=1e4, freqs=None, pairing="interleaved", eps=1e-6, rows=None,
+                 backend="auto"):
+    """Norm of q and k, then rotary position embedding over time, height and width.
+
+    Args:
+        q: (N, H, E). k: (N, Hk, E) of q's dtype, or None.
+        coords: (N, 3) t, h, w of each token, int or float; None: no rotation (then k may have another length).
+        q_weight, k_weight, q_bias, k_bias: of the norm: (E,), or (H * E,) / (Hk * E,) for ``"rms_all"``; or None.
+        norm: ``"rms_head"`` or ``"layer_head"`` over each head, ``"rms_all"`` over all heads together, None: none.
+        axes: even numbers of rotated entries for t, h, w; they sum to R <= E, the other E - R pass through. Axis a of
+            size d has the angles ``coords[:, a] * theta_a ** (-2 j / d)``, j < d / 2, axes one after the other.
+        theta: a float, or one per axis.
+        freqs: float (3, R/2) or (3, H, R/2) in place of axes and theta: angle i of head h is the sum over a of
+            ``coords[:, a] * freqs[a, h, i]``; it has a gradient.
+        pairing: ``"interleaved"`` turns entries (2i, 2i + 1), ``"half"`` (i, i + R/2), each by angle i.
+        rows: (N,) int32; tokens with -1 belong to no sample: output 0, gradient 0, contents never read.
+
+    Returns:
+        (q, k) in their dtype and shapes; k is None where none was given. Angles are computed in at least float32.
+
+    Source: RoPE, arXiv 2104.09864; QK-norm, arXiv 2302.05442; freqs as in Mochi 1.
+    """
+    op = "qk_norm_rope"
+    checks.shape(op, "q", q, ("N", "H", "E"), "split the heads first, as in x.unflatten(-1, (heads, -1))")
+    checks.choice(op, "norm", norm, NORMS)
+    checks.choice(op, "pairing", pairing, ("interleaved", "half"))
+    checks.floating(op, q=q, k=k, q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias, freqs=freqs)
+    checks.same_device(op, q=q, k=k, coords=coords, q_weight=q_weight, k_weight=k_weight, q_bias=q_bias,
+                       k_bias=k_bias, freqs=freqs, rows=rows)
+    checks.same_dtype(op, q=q, k=k)
+    tokens, heads, head_dim = q.shape
+    if k is not None:
+        length = tokens if coords is not None or rows is not None else "Nk"
+        checks.shape(op, "k", k, (length, "Hk", head_dim), "k has q's head dim, and its length where they are rotated")
+    for name, value, owner in (("q_weight", q_weight, q), ("q_bias", q_bias, q), ("k_weight", k_weight, k),
+                               ("k_bias", k_bias, k)):
+        if value is not None:
+            checks.require(owner is not None and norm is not None, op, f"no {name} without its tensor and a norm",
+                           f"{name} with norm={norm!r}", f"leave {name} out")
+            width = owner.shape[1] * head_dim if norm == "rms_all" else head_dim
+            checks.shape(op, name, value, (width,), f"norm={norm!r} has one number per normalised entry")
+    rotated = 0
+    if coords is not None:
+        checks.shape(op, "coords", coords, (tokens, 3), "one t, h, w per token")
+        checks.require(coords.dtype != torch.bool and not coords.is_complex(), op, "coords of an int or float dtype",
+                       coords.dtype, "pass Pack.coords")
+        rotated = _check_angles(op, q, k, axes, theta, freqs)
+    if rows is not None:
+        checks.rows(op, rows, tokens, None)
+    problem = RotaryProblem(device_name(q), q.dtype,
+                            needs_grad(q, k, q_weight, k_weight, q_bias, k_bias, freqs, coords), heads, head_dim,
+                            norm, rotated, pairing, freqs is not None)
+    return QK_NORM_ROPE.run(problem, backend, q=q, k=k, coords=coords, q_weight=q_weight, k_weight=k_weight,
+                            q_bias=q_bias, k_bias=k_bias, norm=norm, axes=axes, theta=theta, freqs=freqs,
+                            pairing=pairing, eps=eps, rows=rows)
+
+
+def _check_angles(op: str, q, k, axes, theta, freqs) -> int:
+    """Axes, theta or freqs fit the heads; returns R."""
+    _, heads, head_dim = q.shape
+    if freqs is not None:
+        if freqs.dim() == 3:
+            checks.shape(op, "freqs", freqs, (3, heads, "R/2"), "give frequencies per axis, head and pair")
+            checks.require(k is None or k.shape[1] == heads, op, "as many key heads as query heads with freqs per head",
+                           0 if k is None else k.shape[1], "use freqs of shape (3, R/2), or repeat k's heads")
+        else:
+            checks.shape(op, "freqs", freqs, (3, "R/2"), "give frequencies per axis and pair")
+        rotated = 2 * freqs.shape[-1]
+    else:
+        checks.require(len(axes) == 3 and all(size % 2 == 0 and size >= 0 for size in axes), op,
+                       "axes as three even numbers", axes, "give the rotated entries of t, h and w")
+        if isinstance(theta, (tuple, list)):
+            checks.require(len(theta) == 3, op, "theta as a number or three", theta, "give one per axis")
+        rotated = sum(axes)
+    checks.require(rotated <= head_dim, op, f"at most the {head_dim} entries of a head to be rotated", rotated,
+                   "make axes (or freqs) smaller: they must sum to the head dim or less")
+    return rotated

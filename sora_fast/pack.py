@@ -1,0 +1,217 @@
+"""Pack: clips and images of any size in one row of tokens.
+
+N tokens in all, S samples, R modulation rows. A uniform batch is the special case in which all grids are equal; an
+image is a clip of one frame. Tokens of a sample stand in t, h, w order, samples one after the other, and rows past
+``cu_seqlens[-1]`` (the tail, made by ``pad_to``) belong to no sample: ops give 0 there and never read them.
+(Patch n' Pack: Dehghani et al., arXiv 2307.06304.)
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from . import checks
+
+Grid = tuple[int, int, int]
+
+
+class Pack:
+    """Where every token of a row belongs.
+
+    Args:
+        grids: (S, 3) tokens in t, h, w of each sample: a sequence of triples or a CPU integer tensor. 0 is legal.
+        modulation: ``"sample"``: one modulation row per sample (R = S); ``"frame"``: one per latent frame of each
+            sample (R = sum of t), for timesteps that differ from frame to frame.
+        text_lengths: text tokens of each sample, (S,) ints, where the model has ragged text; or None.
+        tokens: length N of the row; more than the samples need makes a tail.
+        device: where the index tensors go.
+
+    Attributes:
+        grids: tuple of S triples (host). ``grids_cpu``: the same as an int64 CPU tensor (S, 3), for traced code.
+        cu_seqlens: int32 (S + 1,). max_seqlen: int, the longest sample.
+        segment_ids: int32 (N,), the sample of each token, -1 in the tail.
+        coords: int32 (N, 3), t, h, w of each token within its sample, 0 in the tail.
+        rows: int32 (N,), the modulation row of each token, -1 in the tail; non-decreasing before it.
+        row_samples: int64 (R,), the sample that each modulation row belongs to.
+        text_cu_seqlens: int32 (S + 1,) or None; text_max_seqlen: int.
+        kept: int64 (N,) place of each token in the full row before ``keep`` dropped some, or None.
+
+    Raises:
+        ValueError, TypeError: one sentence saying what was expected, what came and what to do.
+    """
+
+    def __init__(self, grids: Sequence[Sequence[int]] | torch.Tensor, *, modulation: str = "sample",
+                 text_lengths: Sequence[int] | None = None, tokens: int | None = None,
+                 device: torch.device | str = "cpu"):
+        checks.choice("Pack", "modulation", modulation, ("sample", "frame"))
+        self.grids = host_grids("Pack", grids)
+        self.modulation = modulation
+        self.grids_cpu = torch.tensor(self.grids, dtype=torch.int64).reshape(len(self.grids), 3)
+        lengths = self.grids_cpu.prod(dim=1)
+        needed = int(lengths.sum())
+        total = needed if tokens is None else tokens
+        checks.require(total >= needed, "Pack", f"at least the {needed:,} tokens of its grids", f"{total:,}",
+                       "pass a larger tokens, or fewer samples")
+        if total > 2**31 - 1:
+            raise ValueError(f"Pack: expected at most 2,147,483,647 tokens, got {total:,}; make several packs")
+        cu_seqlens = _running_sum(lengths)
+        segment_ids, coords = _layout(self.grids_cpu, lengths, total)
+        if modulation == "sample":
+            rows, row_samples = segment_ids, torch.arange(len(self.grids))
+        else:
+            frames = self.grids_cpu[:, 0]
+            first_row = _running_sum(frames)[:-1].to(torch.int64)
+            inside = segment_ids >= 0
+            rows = torch.full((total,), -1, dtype=torch.int32)
+            rows[inside] = (first_row[segment_ids[inside].long()] + coords[inside, 0]).to(torch.int32)
+            row_samples = torch.repeat_interleave(torch.arange(len(self.grids)), frames)
+        self.kept = None
+        self._set(cu_seqlens, int(lengths.max()) if len(self.grids) else 0, segment_ids, coords, rows, row_samples)
+        self.set_text(text_lengths)
+        self._move(torch.device(device))
+
+    def _set(self, cu_seqlens, max_seqlen, segment_ids, coords, rows, row_samples):
+        checks.cu_seqlens("Pack", "cu_seqlens", cu_seqlens, segment_ids.shape[0], "the pack")
+        checks.rows("Pack", rows, segment_ids.shape[0], row_samples.shape[0])
+        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
+        self.segment_ids, self.coords, self.rows, self.row_samples = segment_ids, coords, rows, row_samples
+
+    def set_text(self, lengths: Sequence[int] | None) -> "Pack":
+        """Give the pack ragged text: ``lengths`` (S,) text tokens of each sample; None takes it away."""
+        if lengths is None:
+            self.text_cu_seqlens, self.text_max_seqlen = None, 0
+            return self
+        lengths = torch.as_tensor(lengths, dtype=torch.int64).cpu()
+        checks.shape("Pack", "text_lengths", lengths, (len(self.grids),), "give one length per sample")
+        checks.require(bool((lengths >= 0).all()), "Pack", "text_lengths of 0 or more", lengths.tolist(),
+                       "use 0 for a sample without text")
+        device = self.cu_seqlens.device
+        self.text_cu_seqlens = _running_sum(lengths).to(device)
+        self.text_max_seqlen = int(lengths.max()) if len(self.grids) else 0
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the tail included."""
+        return self.segment_ids.shape[0]
+
+    @property
+    def num_samples(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_samples.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.cu_seqlens.device
+
+    def _move(self, device: torch.device) -> None:
+        for name in ("cu_seqlens", "segment_ids", "coords", "rows", "row_samples", "text_cu_seqlens", "kept"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value.to(device, non_blocking=True))
+
+    def _copy(self) -> "Pack":
+        other = object.__new__(Pack)
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def to(self, device: torch.device | str) -> "Pack":
+        """The same pack with its index tensors on ``device``."""
+        other = self._copy()
+        other._move(torch.device(device))
+        return other
+
+    def pad_to(self, tokens: int) -> "Pack":
+        """The same samples in a row of ``tokens`` tokens; the new ones are tail (static shapes, CUDA graphs)."""
+        more = tokens - self.num_tokens
+        checks.require(more >= 0, "Pack.pad_to", f"at least the pack's {self.num_tokens:,} tokens", f"{tokens:,}",
+                       "pass a larger length")
+        other = self._copy()
+        other.segment_ids = _extend(self.segment_ids, more, -1)
+        other.rows = _extend(self.rows, more, -1)
+        other.coords = _extend(self.coords, more, 0)
+        other.kept = None if self.kept is None else _extend(self.kept, more, -1)
+        return other
+
+    def keep(self, index: torch.Tensor) -> "Pack":
+        """The pack of the tokens ``index`` (M,) int64, rising, without the others; they keep their coords.
+
+        ``grids`` still describes the whole samples; ``kept`` says where each remaining token stood.
+        """
+        checks.shape("Pack.keep", "index", index, ("M",), "pass the places of the tokens to keep")
+        checks.integers("Pack.keep", "index", index, (torch.int64,))
+        checks.require(self.kept is None, "Pack.keep", "a pack that has dropped nothing yet", "one that has",
+                       "choose all tokens in one call")
+        host = index.cpu()
+        inside = bool(((host >= 0) & (host < int(self.cu_seqlens[-1]))).all())
+        checks.require(inside and bool((host[1:] > host[:-1]).all()), "Pack.keep",
+                       f"rising places below {int(self.cu_seqlens[-1]):,}", f"{host.tolist()[:8]} ...",
+                       "sort them and leave the tail out")
+        index = index.to(self.device)
+        other = self._copy()
+        segment_ids = self.segment_ids[index]
+        lengths = torch.bincount(segment_ids.long(), minlength=self.num_samples)
+        other.kept = index
+        other._set(_running_sum(lengths), int(lengths.max()) if self.num_samples else 0, segment_ids,
+                   self.coords[index], self.rows[index], self.row_samples)
+        return other
+
+    def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Cut ``tokens`` (N, ...) into the samples' own views, tail left out."""
+        checks.shape("Pack.split", "tokens", tokens[:, None] if tokens.dim() == 1 else tokens.flatten(1),
+                     (self.num_tokens, "D"), "pass one row per token of the pack")
+        offsets = self.cu_seqlens.tolist()
+        return [tokens[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+    def __repr__(self) -> str:
+        shown = ", ".join("x".join(map(str, grid)) for grid in self.grids[:4])
+        more = ", ..." if len(self.grids) > 4 else ""
+        return (f"Pack({self.num_samples} samples [{shown}{more}], {self.num_tokens:,} tokens, "
+                f"{self.num_rows} modulation rows, {self.device})")
+
+
+def host_grids(op: str, grids: object) -> tuple[Grid, ...]:
+    """``grids`` as a tuple of int triples; refuses device tensors, because reading one would wait for the GPU."""
+    if isinstance(grids, Pack):
+        return grids.grids
+    if isinstance(grids, torch.Tensor):
+        if grids.device.type != "cpu":
+            raise ValueError(f"{op}: expected grids as host data (a list of triples or a CPU tensor), got a tensor on "
+                             f"{grids.device}; keep the sizes on the host, as Pack.grids does")
+        checks.integers(op, "grids", grids, (torch.int64, torch.int32))
+        checks.shape(op, "grids", grids, ("S", 3), "one row of t, h, w per sample")
+        grids = grids.tolist()
+    result = []
+    for place, grid in enumerate(grids):
+        triple = tuple(grid)
+        if len(triple) != 3 or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 0 for n in triple):
+            raise ValueError(f"{op}: expected grids as triples (t, h, w) of ints, 0 or more, got {grid!r} at place "
+                             f"{place}; pass the tokens in t, h, w of every sample")
+        result.append(tuple(int(n) for n in triple))
+    return tuple(result)
+
+
+def _running_sum(lengths: torch.Tensor) -> torch.Tensor:
+    zero = torch.zeros(1, dtype=torch.int64, device=lengths.device)
+    return torch.cat([zero, lengths.cumsum(0)]).to(torch.int32)
+
+
+def _layout(grids_S3: torch.Tensor, lengths_S: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """segment_ids (total,) and coords (total, 3), int32, of samples one after the other."""
+    segment_ids = torch.full((total,), -1, dtype=torch.int32)
+    coords = torch.zeros((total, 3), dtype=torch.int32)
+    inside = int(lengths_S.sum())
+    sample = torch.repeat_interleave(torch.arange(len(lengths_S)), lengths_S)
+    place = torch.arange(inside) - (lengths_S.cumsum(0) - lengths_S)[sample]
+    height, width = grids_S3[sample, 1], grids_S3[sample, 2]
+    segment_ids[:inside] = sample.to(torch.int32)
+    if inside:
+        coords[:inside] = torch.stack([place // (height * width), place // width % height, place % width], 1).int()
+    return segment_ids, coords
+
+
+def _extend(values: torch.Tensor, more: int, fill: int) -> torch.Tensor:
+    return torch.cat([values, values.new_full((more, *values.shape[1:]), fill)])

@@ -1,0 +1,10 @@
+"""Is a function right? The error rule, the cases, and the report.
+
+``assert_matches(op, got, inputs)`` for one call (used by every test), ``validate(op, fn)`` for all cases of an op.
+"""
+
+from .cases import cases
+from .rule import Comparison, assert_matches, compare, compare_with_reference
+from .validation import Report, validate
+
+__all__ = ["Comparison", "Report", "assert_matches", "cases", "compare", "compare_with_reference", "validate"]

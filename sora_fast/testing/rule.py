@@ -1,0 +1,187 @@
+"""The error rule: one function, used by every test.
+
+The reference in float64 is the truth (``ref64``). ``low`` is the same reference on inputs of the tested dtype: the
+error that dtype cannot avoid. A result k passes if, for every output and every gradient,
+
+    max|k - ref64| <= 2 max|low - ref64| + 2 eps max|ref64|
+    rms(k - ref64) <= 2 rms(low - ref64) + eps/2 rms(ref64)
+
+with eps of the tensor's own dtype. 16-bit attention may add one eps to the first and eps/2 to the second, because P is
+rounded before the second product. Anything non-finite fails, but where the truth itself is -inf (the log-sum-exp of a
+row without keys), which must be met exactly.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from .. import ops
+
+ROUNDS_P = ("varlen_attention", "varlen_attention_forward", "varlen_attention_backward")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor against the truth. Errors are absolute; ``worst`` is the index of the largest."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    error_max: float
+    allowed_max: float
+    error_rms: float
+    allowed_rms: float
+    worst: tuple[int, ...]
+    problem: str  # "" or why the comparison fails regardless of size
+
+    @property
+    def passed(self) -> bool:
+        return not self.problem and self.error_max <= self.allowed_max and self.error_rms <= self.allowed_rms
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.passed else "FAILED"
+        text = (f"{self.name} {str(self.dtype).removeprefix('torch.')} {list(self.shape)}: "
+                f"max error {self.error_max:.3e} (allowed {self.allowed_max:.3e}) at {list(self.worst)}, "
+                f"rms {self.error_rms:.3e} (allowed {self.allowed_rms:.3e}): {verdict}")
+        return f"{text}; {self.problem}" if self.problem else text
+
+
+def compare(name: str, got: torch.Tensor, low: torch.Tensor, ref64: torch.Tensor, *, rounds_p: bool = False) -> Comparison:
+    """Apply the rule to one tensor; ``rounds_p`` grants 16-bit attention its extra rounding."""
+    blank = dict(error_max=float("inf"), allowed_max=0.0, error_rms=float("inf"), allowed_rms=0.0, worst=())
+    if got is None or ref64 is None:
+        if got is None and ref64 is None:
+            zero = dict(error_max=0.0, allowed_max=0.0, error_rms=0.0, allowed_rms=0.0, worst=())
+            return Comparison(name, torch.float32, (), problem="", **zero)
+        return Comparison(name, torch.float32, (), problem=f"one of them is missing: got {got is not None}", **blank)
+    if got.shape != ref64.shape:
+        return Comparison(name, got.dtype, tuple(got.shape), **blank,
+                          problem=f"shape {tuple(got.shape)} instead of {tuple(ref64.shape)}")
+    if got.dtype != low.dtype:
+        return Comparison(name, got.dtype, tuple(got.shape), **blank, problem=f"dtype {got.dtype} instead of {low.dtype}")
+    wide, low, ref64 = (t.detach().to("cpu", torch.float64) for t in (got, low, ref64))
+    absent = torch.isneginf(ref64)
+    problem = ""
+    if not torch.equal(torch.isneginf(wide), absent):
+        problem = "-inf in other places than the truth"
+    wide, low, ref64 = (torch.where(absent, 0.0, t) for t in (wide, low, ref64))
+    if not bool(torch.isfinite(wide).all()):
+        problem = f"{int((~torch.isfinite(wide)).sum())} non-finite numbers"
+    if wide.numel() == 0:
+        return Comparison(name, got.dtype, tuple(got.shape), 0.0, 0.0, 0.0, 0.0, (), problem)
+    eps = torch.finfo(got.dtype).eps
+    extra = 1.0 if rounds_p and got.dtype in (torch.float16, torch.bfloat16) else 0.0
+    error, unavoidable = (wide - ref64).abs(), (low - ref64).abs()
+    worst = torch.unravel_index(error.nan_to_num(nan=float("inf")).argmax(), error.shape)
+    rms = lambda t: float(t.square().mean().sqrt())
+    return Comparison(
+        name, got.dtype, tuple(got.shape),
+        error_max=float(error.max()),
+        allowed_max=2 * float(unavoidable.max()) + (2 + extra) * eps * float(ref64.abs().max()),
+        error_rms=rms(error),
+        allowed_rms=2 * rms(unavoidable) + (0.5 + 0.5 * extra) * eps * rms(ref64),
+        worst=tuple(int(i) for i in worst), problem=problem,
+    )
+
+
+def _map(value, change: Callable):
+    """Apply ``change`` to every tensor of an argument (a tensor, a list of them, or something else)."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+        return [change(v) for v in value]
+    return value
+
+
+def _leaves(inputs: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, value in inputs.items():
+        for place, tensor in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                found[f"{name}[{place}]" if isinstance(value, list) else name] = tensor
+    return found
+
+
+def _tensors(outputs) -> list[torch.Tensor]:
+    if outputs is None:
+        return []
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [tensor for output in outputs for tensor in _tensors(output)]
+
+
+def _double(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().double() if t.is_floating_point() else t
+
+
+def run(fn: Callable, inputs: Mapping[str, object], cotangents: list[torch.Tensor] | None):
+    """Outputs of ``fn(**inputs)`` and, where ``cotangents`` are given, the gradients of all floating inputs."""
+    grads = cotangents is not None
+    fresh = {name: _map(value, lambda t: t.detach().requires_grad_(grads and t.is_floating_point()))
+             for name, value in inputs.items()}
+    outputs = _tensors(fn(**fresh))
+    if not grads:
+        return outputs, {}
+    leaves = _leaves(fresh)
+    pairs = [(o, torch.where(torch.isneginf(o.detach()), 0, c).to(o.dtype))
+             for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not pairs or not leaves:
+        return outputs, {name: None for name in leaves}
+    found = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [c for _, c in pairs], allow_unused=True)
+    found = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves.values(), strict=True)]
+    return outputs, dict(zip(leaves, found, strict=True))
+
+
+def compare_with_reference(op: str, got, inputs: Mapping[str, object], *, grads: bool = True, seed: int = 0,
+                           flat_cotangent: bool = False) -> list[Comparison]:
+    """Comparisons of every output and gradient of ``op``.
+
+    Args:
+        op: name of an op, as in ``sora_fast.ops``.
+        got: a function taking the op's keyword arguments (then gradients are compared too, for one random cotangent),
+            or the output tensors themselves.
+        inputs: the op's keyword arguments.
+        flat_cotangent: use a cotangent of stride 0, as ``.sum().backward()`` makes.
+    """
+    if op not in ops.__all__:
+        raise ValueError(f"testing: expected op to be one of {', '.join(ops.__all__)}, got {op!r}; name a public op")
+    truth = partial(getattr(ops, op), backend="reference")
+    inputs = {name: value for name, value in inputs.items() if name != "backend"}
+    doubled = {name: _map(value, _double) for name, value in inputs.items()}
+    ref_out, _ = run(truth, doubled, None)
+    cotangents = None
+    if callable(got) and grads and any(o.is_floating_point() for o in ref_out):
+        generator = torch.Generator().manual_seed(seed)
+        low_out, _ = run(truth, inputs, None)
+        make = lambda o: torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype)
+        if flat_cotangent:
+            make = lambda o: torch.ones((), dtype=o.dtype, device=o.device).expand(o.shape)
+        cotangents = [make(o) for o in low_out]
+    ref_out, ref_grads = run(truth, doubled, cotangents)
+    low_out, low_grads = run(truth, inputs, cotangents)
+    got_out, got_grads = run(got, inputs, cotangents) if callable(got) else (_tensors(got), {})
+    if len(got_out) != len(ref_out):
+        raise AssertionError(f"{op}: expected {len(ref_out)} outputs, got {len(got_out)}; return what the op returns")
+    rounds_p = op in ROUNDS_P
+    results = [compare(f"output {place}" if len(ref_out) > 1 else "output", g, low, ref, rounds_p=rounds_p)
+               for place, (g, low, ref) in enumerate(zip(got_out, low_out, ref_out, strict=True))]
+    if callable(got):
+        results += [compare(f"d {name}", got_grads.get(name), low_grads[name], ref_grads[name], rounds_p=rounds_p)
+                    for name in ref_grads]
+    return results
+
+
+def assert_matches(op: str, got, inputs: Mapping[str, object], **options) -> list[Comparison]:
+    """Raise AssertionError with every failed comparison unless ``got`` obeys the error rule for ``op(**inputs)``.
+
+    Arguments as in ``compare_with_reference``; returns the comparisons.
+
+    >>> assert_matches("gate_residual", my_kernel, dict(x=x, y=y, gate=gate, rows=rows))
+    """
+    results = compare_with_reference(op, got, inputs, **options)
+    failed = [str(result) for result in results if not result.passed]
+    if failed:
+        raise AssertionError(f"{op} departs from its reference:\n  " + "\n  ".join(failed))
+    return results
