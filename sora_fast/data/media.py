@@ -140,14 +140,14 @@ def scan(folder: str | os.PathLike, *, progress: bool = True) -> Library:
 
 def _bar(results: Iterator, total: int, progress: bool) -> Iterator:
     try:
-        tqdm = importlib.import_module("tqdm").tqdm if progress else None
+        tqdm = importlib.import_module("tqdm").tqdm if progress and total else None
     except ImportError:
         tqdm = None
     return tqdm(results, total=total, desc="scan", unit="file") if tqdm else results
 
 
 def _read_metadata(path: Path) -> dict[Path, str]:
-    """{file: caption} of one metadata.jsonl; an entry without a caption is left out."""
+    """{file: caption} of one metadata.jsonl; the caption of an entry without one is empty."""
     captions = {}
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -237,7 +237,7 @@ def _probe_clip(path: Path) -> tuple[int, int, int, float, float]:
     with _open(path) as (container, stream):
         frames, fps = stream.frames, float(stream.average_rate or 0)
         seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
-        end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+        end = max((entry.pos + entry.size for entry in getattr(stream, "index_entries", ())), default=0)
         if end > path.stat().st_size:
             raise ValueError(
                 f"it is truncated: its index reaches {end:,} bytes, it has {path.stat().st_size:,}"
@@ -282,7 +282,8 @@ def read_clip(
     """A window of a clip, or an image: uint8 torch tensor (T, H, W, 3) on the CPU, T = frames.
 
     frames: how many. start: seconds. fps: frame i is the one nearest to start + i / fps in time (the earlier
-    one of two as near); None is the clip's mean rate. Decoding begins at the keyframe before `start`.
+    one of two as near); None is the clip's mean rate; an image takes any. Decoding begins at the keyframe
+    before `start`.
     size: (H, W) of the result. The picture is resized, in its aspect, to just cover it (antialiased bicubic;
     it is enlarged too where `size` asks for that), then cropped; None is the picture as displayed.
     crop: "center", "random" (needs rng, a random.Random), or (top, left) in pixels of the resized picture.
@@ -296,7 +297,7 @@ def read_clip(
     for module, package in (("numpy", "NumPy"), ("PIL.Image", "Pillow"), ("av", "PyAV")):
         if module != "av" or item.kind == "clip":
             require(module, package)
-    if frames < 1 or start < 0 or (fps is not None and fps <= 0):
+    if frames < 1 or start < 0 or (fps is not None and fps <= 0 and item.kind == "clip"):
         raise ValueError(
             f"read_clip: frames >= 1, start >= 0 and fps > 0 are expected, got {frames}, {start} and {fps}; "
             f"FitPolicy.fit and FitPolicy.read_fps give legal ones"
@@ -312,6 +313,8 @@ def read_clip(
         for frame in _nearest(_decode(item.path, start), wanted):
             clip_THWC.append(clip_THWC[-1] if frame is shown else place.cut(_read_frame(frame)))
             shown = frame
+        if len(clip_THWC) < frames and wanted[-1] < item.seconds:
+            raise ValueError(f"it ends before the {item.seconds:.3f} s it promised")
     except Exception as error:  # see scan
         raise UnreadableMedia(
             f"read_clip: {item.path} cannot be read ({_reason(error)}); replace it"
@@ -362,7 +365,7 @@ def _nearest(decoded: Iterator[tuple], wanted: list[float]) -> Iterator:
         if place == len(wanted):
             return
         before = now
-    while before is not None and place < len(wanted) and wanted[place] < before[0] + before[1] + 1e-6:
+    while before is not None and place < len(wanted) and wanted[place] < before[0] + before[1] - 1e-6:
         yield before[2]  # the last frame, for as long as it is on show
         place += 1
 

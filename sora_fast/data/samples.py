@@ -49,20 +49,20 @@ _SOURCES = (
 
 
 def demo_media() -> list[MediaItem]:
-    """The demo's 3 clips and 12 photos, clips first. ImportError or FileNotFoundError says what is missing."""
+    """The demo's 3 clips and 12 photos, clips first; ImportError or FileNotFoundError for what is missing."""
     items = []
     for module, package, folder, captions in _SOURCES:
         found = importlib.util.find_spec(module)
         if found is None or not found.submodule_search_locations:
             raise ImportError(
-                f"demo_media: the package {package} is needed and is not installed; "
+                f"demo_media: {package} is needed and is not installed; "
                 'pip install "sora_fast[demo]" brings it'
             )
         root = Path(next(iter(found.submodule_search_locations))) / folder
         missing = [name for name in captions if not (root / name).is_file()]
         if missing:
             raise FileNotFoundError(
-                f"demo_media: {package} is expected to hold {', '.join(missing)} in its {folder}, got a release "
+                f"demo_media: {package} is expected to hold {', '.join(missing)} in {folder}, got a release "
                 f'without; pip install "sora_fast[demo]" brings one that has them'
             )
         items += [probe(root / name, caption) for name, caption in captions.items()]

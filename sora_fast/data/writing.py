@@ -62,7 +62,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _array(frames, dimensions: int, expected: str):
-    """A contiguous numpy array of that form, nothing in it empty; else a ValueError that begins `expected`."""
+    """A contiguous numpy array of that form, not empty, or a ValueError that begins `expected`."""
     numpy = require("numpy", "NumPy")
     if hasattr(frames, "detach"):
         frames = frames.detach().cpu().numpy()

@@ -1,0 +1,234 @@
+"""DiT: a diffusion transformer on packs of spacetime patches.
+
+Clips and images of any size stand in one row of tokens (a Pack); every sample, or every frame, has its own timestep.
+(DiT: Peebles and Xie, arXiv 2212.09748; packing: NaViT, arXiv 2307.06304.)
+
+N tokens, S samples, R modulation rows (samples or frames), D width, C latent channels, L text tokens.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..nn import FinalLayer, Modulation, PatchEmbed3d, VarlenAttention
+from ..pack import Pack
+from .text import Text
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes and parts of a DiT.
+
+    ``classes``: number of class labels, 0 for none; one more stands for "no class". ``text_width``: width of the text
+    tokens that each block attends to, 0 for none. ``positions``: axes (0 t, 1 h, 2 w) of the fixed sin-cos embedding
+    added to the tokens. ``rope_axes``: entries of each head rotated for t, h, w; None: no rotation.
+    ``learn_sigma``: the output has 2 C channels, the second half for the variance.
+    """
+
+    width: int = 192
+    depth: int = 6
+    heads: int = 3
+    mlp_ratio: float = 4.0
+    patch: tuple[int, int, int] = (1, 2, 2)
+    in_channels: int = 16
+    learn_sigma: bool = False
+    classes: int = 0
+    text_width: int = 0
+    qk_norm: bool = True
+    positions: tuple[int, ...] = (0, 1, 2)
+    rope_axes: tuple[int, int, int] | None = (16, 24, 24)
+    rope_theta: float = 100.0
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+
+_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+
+# "tiny" is Sora-style: text, QK-norm, 3-D RoPE. The others are the paper's class-conditional models.
+PRESETS = {"tiny": DiTConfig(text_width=128)} | {
+    f"{size}/{p}": DiTConfig(width, depth, heads, patch=(1, p, p), in_channels=4, learn_sigma=True, classes=1000,
+                             qk_norm=False, positions=(2, 1), rope_axes=None)
+    for size, (width, depth, heads) in _SIZES.items() for p in (2, 4, 8)
+}
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (R,) in [0, 1000], as diffusion schedules count them, to (R, D)."""
+
+    def __init__(self, width: int, frequencies: int = 256):
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, timesteps):
+        half = self.frequencies // 2
+        steps = torch.arange(half, device=timesteps.device, dtype=torch.float32)
+        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) / half * steps)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """adaLN-Zero block: attention, attention to text where there is text, MLP. The identity at the start."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.attn = VarlenAttention(config.width, config.heads, qk_norm=config.qk_norm, rope_axes=config.rope_axes,
+                                    theta=config.rope_theta)
+        self.cross = VarlenAttention(config.width, config.heads, context_width=config.text_width,
+                                     qk_norm=config.qk_norm) if config.text_width else None
+        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
+        self.adaLN_modulation = Modulation(config.width, 9 if config.text_width else 6)
+
+    def forward(self, x, c, pack, text=None):
+        """x (N, D), c (R, D), text (L, Dt) -> (N, D)."""
+        shift, scale, gate, *rest = self.adaLN_modulation(c)
+        h = self.attn(ops.norm_modulate(x, shift, scale, pack.rows), pack)
+        if self.cross is not None:
+            shift, scale, next_gate, *rest = rest
+            x, h = ops.gate_residual_norm_modulate(x, h, gate, shift, scale, pack.rows)
+            h, gate = self.cross(h, pack, text), next_gate
+        shift, scale, next_gate = rest
+        x, h = ops.gate_residual_norm_modulate(x, h, gate, shift, scale, pack.rows)
+        return ops.gate_residual(x, self.mlp(h), next_gate, pack.rows)
+
+
+class DiT(nn.Module):
+    """Noisy latents, timesteps and conditions to a prediction of the latents' own size.
+
+    >>> model = DiT.preset("tiny")
+    >>> clips = [torch.randn(16, 5, 16, 24), torch.randn(16, 1, 32, 32)]        # a clip and an image
+    >>> text = ByteTextEncoder(128)(["a bunny", "a rocket"])
+    >>> prediction = model(clips, torch.tensor([300.0, 800.0]), text=text)       # a list like clips
+    """
+
+    def __init__(self, config: DiTConfig = PRESETS["tiny"]):
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbed3d(config.in_channels, config.width, config.patch)
+        self.t_embedder = TimestepEmbedder(config.width)
+        if config.classes:
+            self.y_embedder = nn.Embedding(config.classes + 1, config.width)
+        if config.text_width:
+            self.text_embedder = nn.Sequential(nn.Linear(config.text_width, config.width), nn.SiLU(),
+                                               nn.Linear(config.width, config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config.width, math.prod(config.patch) * config.out_channels)
+        self.gradient_checkpointing = False
+        self._initialise()
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "DiT":
+        """``"tiny"``, or the paper's ``"S/2"`` ... ``"XL/8"``, with fields of DiTConfig changed by keyword."""
+        if name not in PRESETS:
+            raise ValueError(f"DiT.preset: expected one of {', '.join(PRESETS)}, got {name!r}; choose one of them")
+        return cls(replace(PRESETS[name], **changes))
+
+    def forward(self, latents, timesteps, pack: Pack | None = None, *, labels=None, text: Text | None = None):
+        """Predict from noisy latents.
+
+        Args:
+            latents: (B, C, T, H, W), a list of (C, T, H, W), or, with ``pack``, one flat buffer of all samples.
+            timesteps: (S,) in [0, 1000], 0 clean, or (R,), one per modulation row of the pack (per frame).
+            pack: the samples' sizes in tokens; with text it holds the text's lengths.
+            labels: (S,) int64 class labels; ``config.classes`` stands for none.
+            text: a TextEncoder's result for the S samples.
+
+        Returns:
+            The prediction in latents' form, with ``config.out_channels`` channels.
+        """
+        flat, pack, reform = self._to_flat(latents, pack, text)
+        x = self.x_embedder(flat, pack)
+        x = x + sincos(pack.coords, self.config.positions, self.config.width).to(self.x_embedder.proj.weight.dtype)
+        c = self._conditions(timesteps, pack, labels, text)
+        for block in self.blocks:
+            arguments = (x, c, pack, None if text is None else text.tokens)
+            x = checkpoint(block, *arguments, use_reentrant=False) if self.gradient_checkpointing else block(*arguments)
+        tokens = self.final_layer(x, c, pack.rows)
+        return reform(ops.unpatchify(tokens, pack, self.config.patch, self.config.out_channels, flat=True))
+
+    def _conditions(self, timesteps, pack, labels, text):
+        """c (R, D): timestep of the row, class and text of its sample."""
+        if timesteps.shape[0] not in (pack.num_samples, pack.num_rows):
+            raise ValueError(f"DiT: expected one timestep per sample ({pack.num_samples}) or modulation row "
+                             f"({pack.num_rows}), got {timesteps.shape[0]}; pass a tensor of one of these lengths")
+        of_row = lambda values_S: values_S if pack.modulation == "sample" else values_S[pack.row_samples]
+        per_sample = timesteps.shape[0] == pack.num_samples
+        c = of_row(self.t_embedder(timesteps)) if per_sample else self.t_embedder(timesteps)
+        for name, given, wanted in (("labels", labels, self.config.classes), ("text", text, self.config.text_width)):
+            if (given is not None) != bool(wanted):
+                raise ValueError(f"DiT: expected {name} {'for' if wanted else 'to be None with'} this model, got "
+                                 f"{type(given).__name__}; its config has classes={self.config.classes} and "
+                                 f"text_width={self.config.text_width}")
+        if labels is not None:
+            c = c + of_row(self.y_embedder(labels))
+        if text is not None:
+            c = c + of_row(self.text_embedder(text.pooled))
+        return c
+
+    def _to_flat(self, latents, pack, text):
+        """The flat buffer, its pack, and the function that gives a prediction the latents' form."""
+        channels, patch = self.config.out_channels, self.config.patch
+        lengths = None if text is None else text.lengths
+        if isinstance(latents, torch.Tensor) and latents.dim() == 1:
+            if pack is None or (text is not None and pack.text_cu_seqlens is None):
+                raise ValueError("DiT: expected a pack with a flat buffer (with text_lengths where there is text), got "
+                                 "none; pass Pack(grids, text_lengths=text.lengths)")
+            return latents, pack, lambda flat: flat
+        clips = latents if not isinstance(latents, torch.Tensor) else latents.unbind(0)
+        if pack is None:
+            pack = Pack([token_grid(clip.shape[1:], patch) for clip in clips], text_lengths=lengths,
+                        device=clips[0].device)
+        flat = torch.cat([clip.reshape(-1) for clip in clips])
+        if isinstance(latents, torch.Tensor):
+            return flat, pack, lambda out: out.reshape(latents.shape[0], channels, *latents.shape[2:])
+        return flat, pack, lambda out: [
+            part.view(channels, *clip.shape[1:])
+            for part, clip in zip(out.split([channels * clip[0].numel() for clip in clips]), clips, strict=True)]
+
+    def _initialise(self):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and "adaLN" not in name and "final_layer" not in name:
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        if self.config.classes:
+            nn.init.normal_(self.y_embedder.weight, std=0.02)
+
+
+def token_grid(sizes, patch) -> tuple[int, int, int]:
+    """Tokens in t, h, w of latents of (T, H, W) ``sizes``; an error names the nearest sizes that fit."""
+    for axis, size, step in zip("THW", sizes, patch, strict=True):
+        if size % step:
+            low, high = size // step * step, -(-size // step) * step
+            raise ValueError(f"DiT: expected latents whose {axis} is a multiple of the patch's {step}, got {size}; crop "
+                             f"or pad to {low or high} or {high}")
+    return tuple(size // step for size, step in zip(sizes, patch, strict=True))
+
+
+def sincos(coords_N3, axes: tuple[int, ...], width: int):
+    """Fixed sin-cos embedding (N, D) of the coordinates along ``axes``, an equal share of D for each."""
+    share = width // len(axes) // 2 * 2
+    steps = torch.arange(share // 2, device=coords_N3.device, dtype=torch.float32) / (share // 2)
+    parts = []
+    for axis in axes:
+        angles = coords_N3[:, axis : axis + 1].float() * 10000.0**-steps
+        parts += [angles.sin(), angles.cos()]
+    rest = width - share * len(axes)
+    return torch.cat([*parts, angles.new_zeros((coords_N3.shape[0], rest))], dim=1)

@@ -1,0 +1,96 @@
+"""Text to ragged tokens. L text tokens in all, S samples, W width of the encoder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..nn import VarlenAttention
+from ..pack import Pack
+
+
+@dataclass(frozen=True)
+class Text:
+    """tokens (L, W), samples one after the other; pooled (S, W); lengths: text tokens of each sample (host)."""
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor
+    lengths: tuple[int, ...]
+
+
+class TextEncoder(Protocol):
+    """Anything that turns captions into ``Text``; ``width`` is the DiT's ``text_width``. "" stands for no caption."""
+
+    width: int
+
+    def __call__(self, captions: Sequence[str]) -> Text: ...
+
+
+class ByteTextEncoder(nn.Module):
+    """A small transformer on the bytes of the captions, trained along with the DiT: no vocabulary, no weights to fetch.
+
+    Args:
+        width: W. depth: blocks. heads: heads of each. max_bytes: longer captions are cut.
+    """
+
+    def __init__(self, width: int = 128, depth: int = 2, heads: int = 4, max_bytes: int = 256):
+        super().__init__()
+        self.width, self.max_bytes = width, max_bytes
+        self.embedding = nn.Embedding(257, width)  # 256 bytes and the start, so that "" has a token too
+        head = width // heads // 2 * 2
+        self.attentions = nn.ModuleList(
+            VarlenAttention(width, heads, qk_norm=True, rope_axes=(0, 0, head)) for _ in range(depth))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(depth))
+        nn.init.normal_(self.embedding.weight, std=0.5)
+
+    def forward(self, captions: Sequence[str]) -> Text:
+        device = self.embedding.weight.device
+        data = [[256, *caption.encode("utf-8")[: self.max_bytes]] for caption in captions]
+        pack = Pack([(1, 1, len(d)) for d in data], device=device)
+        x = self.embedding(torch.tensor([b for d in data for b in d], dtype=torch.int64, device=device))
+        for attention, mlp in zip(self.attentions, self.mlps, strict=True):
+            x = x + attention(ops.norm_modulate(x, None, None), pack)
+            x = x + mlp(ops.norm_modulate(x, None, None))
+        x = ops.norm_modulate(x, None, None)
+        sums = x.new_zeros((len(data), self.width)).index_add(0, pack.segment_ids, x)
+        lengths = tuple(len(d) for d in data)
+        return Text(x, sums / torch.tensor(lengths, device=device, dtype=x.dtype)[:, None], lengths)
+
+
+class HuggingFaceTextEncoder(nn.Module):
+    """A frozen T5-type encoder (T5, mT5, UMT5) from a local folder in Hugging Face's layout.
+
+    Args:
+        path: folder with config.json, the weights, and the tokenizer's files. max_length: longer captions are cut.
+    """
+
+    def __init__(self, path: str, max_length: int = 512, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        try:
+            import transformers
+        except ImportError as error:
+            raise ImportError("HuggingFaceTextEncoder: expected the transformers package, got none; run "
+                              "pip install 'sora_fast[train]'") from error
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        kinds = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+        if config.model_type not in kinds:
+            raise ValueError(f"HuggingFaceTextEncoder: expected a model of type {', '.join(kinds)}, got "
+                             f"{config.model_type!r} in {path}; point path at such a folder")
+        kind = getattr(transformers, kinds[config.model_type])
+        self.model = kind.from_pretrained(path, local_files_only=True, dtype=dtype).eval().requires_grad_(False)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        self.width, self.max_length = config.d_model, max_length
+
+    @torch.no_grad()
+    def forward(self, captions: Sequence[str]) -> Text:
+        batch = self.tokenizer(list(captions), padding=True, truncation=True, max_length=self.max_length,
+                               return_tensors="pt").to(self.model.device)
+        hidden = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        mask = batch["attention_mask"].bool()
+        lengths = tuple(mask.sum(1).tolist())
+        pooled = torch.where(mask[..., None], hidden, 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return Text(hidden[mask], pooled, lengths)

@@ -1,0 +1,452 @@
+"""VideoVAE: a causal 3-D autoencoder that compresses clips in time and space; an image is a clip of one frame.
+
+The graph is Wan 2.1's (preset "wan2.1"); the shortcuts of Wan 2.2 and a pixel-unshuffle front make the small preset
+"tiny". Everything is causal and norms are per pixel or per frame, so a clip can be encoded and decoded in chunks of
+any sizes with the same result, in constant memory.
+
+B batch, C channels, T frames, H height, W width; t, h, w of the latents: T = 1 + time_factor * (t - 1), H = f * h.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import ops
+from ..nn import CausalConv3d, RMSNorm, StreamState, norm_act_conv
+
+# Mean and standard deviation of Wan 2.1's 16 latent channels, as published with the model.
+_WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+_WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of a VideoVAE.
+
+    ``space_factor`` f = 2^m and ``time_factor`` (1, 2, 4, 8) decide the number of levels; ``multipliers`` of ``width``
+    give the channels of each level (the last one is repeated, or the end cut, where the count differs).
+    ``patch``: pixels per side folded into channels in front. ``shortcuts``: parameter-free paths around every level.
+    ``linear_heads``: no norm and activation before the last convolution of either side.
+    """
+
+    in_channels: int = 3
+    latent_channels: int = 16
+    width: int = 96
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    encoder_blocks: int = 2
+    decoder_blocks: int = 3
+    space_factor: int = 8
+    time_factor: int = 4
+    patch: int = 1
+    shortcuts: bool = False
+    linear_heads: bool = False
+    attention: bool = True
+    latent_mean: tuple[float, ...] | None = None
+    latent_std: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        for name in ("space_factor", "time_factor", "patch"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"VAEConfig: expected {name} to be a power of two, got {value}; use 1, 2, 4, 8, ...")
+        if self.time_factor > 8:
+            raise ValueError(f"VAEConfig: expected time_factor of 8 or less, got {self.time_factor}; use 1, 2, 4 or 8")
+        if self.patch > self.space_factor:
+            raise ValueError(f"VAEConfig: expected patch to divide space_factor {self.space_factor}, got {self.patch}; "
+                             f"make patch smaller")
+        for name in ("latent_mean", "latent_std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.latent_channels:
+                raise ValueError(f"VAEConfig: expected {name} of {self.latent_channels} numbers, got {len(value)}; "
+                                 f"give one per latent channel")
+
+    @property
+    def resamples(self) -> tuple[tuple[bool, bool], ...]:
+        """(halves space, halves time) after each level but the last; time is halved as late as possible."""
+        space, time = int(math.log2(self.space_factor // self.patch)), int(math.log2(self.time_factor))
+        levels = max(space, time)
+        return tuple((i < space, i >= levels - time) for i in range(levels))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        count = len(self.resamples) + 1
+        multipliers = (self.multipliers + self.multipliers[-1:] * count)[:count]
+        return tuple(self.width * m for m in multipliers)
+
+
+PRESETS = {
+    "wan2.1": VAEConfig(latent_mean=_WAN_MEAN, latent_std=_WAN_STD),
+    "tiny": VAEConfig(width=32, multipliers=(1, 2, 4), encoder_blocks=1, decoder_blocks=1, patch=2, shortcuts=True,
+                      linear_heads=True, attention=False),
+}
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, 3x3x3, twice, around a shortcut; starts as the shortcut."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.norm1, self.conv1 = RMSNorm(inputs, act="silu"), CausalConv3d(inputs, outputs, 3)
+        self.norm2, self.conv2 = RMSNorm(outputs, act="silu"), CausalConv3d(outputs, outputs, 3)
+        self.shortcut = CausalConv3d(inputs, outputs, 1) if inputs != outputs else None
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x, state):
+        h = norm_act_conv(self.norm1, self.conv1, x, state)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return norm_act_conv(self.norm2, self.conv2, h, state, residual=shortcut)
+
+
+class FrameAttention(nn.Module):
+    """Single-head attention among the pixels of each frame."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = RMSNorm(channels)
+        self.to_qkv = CausalConv3d(channels, 3 * channels, 1)
+        self.proj = CausalConv3d(channels, channels, 1)
+
+    def forward(self, x):
+        batch, channels, frames, height, width = x.shape
+        qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 4, 1).reshape(batch * frames, 1, height * width, 3 * channels)
+        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        out = out.reshape(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
+        return self.proj(out, residual=x)
+
+
+class Downsample(nn.Module):
+    """Half the height and width (3x3, stride 2), then half the frames: the first passes, then every second one."""
+
+    def __init__(self, channels: int, space: bool, time: bool):
+        super().__init__()
+        self.space_conv = CausalConv3d(channels, channels, (1, 3, 3), (1, 2, 2), padding=(0, 1, 0, 1)) if space else None
+        self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), (2, 1, 1), phase=2) if time else None
+
+    def forward(self, x, state):
+        if self.space_conv is not None:
+            x = self.space_conv(x)
+        if self.time_conv is None:
+            return x
+        first = x[:, :, :1] if starts(self, x, state) else x[:, :, :0]
+        return torch.cat([first, self.time_conv(x, state)], dim=2)
+
+
+class Upsample(nn.Module):
+    """Twice the frames (but the first, which later ones do not see), then twice the height and width (3x3)."""
+
+    def __init__(self, inputs: int, outputs: int, space: bool, time: bool):
+        super().__init__()
+        self.time_conv = CausalConv3d(inputs, 2 * inputs, (3, 1, 1)) if time else None
+        self.space_conv = CausalConv3d(inputs, outputs, (1, 3, 3) if space else 1)
+        self.scale = 2 if space else 1
+
+    def forward(self, x, state):
+        if self.time_conv is not None:
+            split = 1 if starts(self, x, state) else 0
+            first, rest = x[:, :, :split], x[:, :, split:]
+            pairs = self.time_conv(rest, state).unflatten(1, (2, -1))  # (B, 2, C, T, H, W)
+            x = torch.cat([first, pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
+        if self.scale == 2:
+            flat = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2.0, mode="nearest-exact")
+            x = flat.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        return self.space_conv(x)
+
+
+class AverageDown(nn.Module):
+    """Shortcut around a level of the encoder: pixels folded into channels, channels averaged in groups (Wan 2.2)."""
+
+    def __init__(self, inputs: int, outputs: int, space: bool, time: bool):
+        super().__init__()
+        self.outputs, self.space, self.time = outputs, 2 if space else 1, 2 if time else 1
+        self.group = inputs * self.space**2 * self.time // outputs
+
+    def forward(self, x, state):
+        if self.time == 2:  # pairs of frames; the first frame's partner is a zero frame
+            waiting = torch.zeros_like(x[:, :, :1]) if starts(self, x, state) else state.get(self)
+            x = torch.cat([waiting, x], dim=2)
+            whole = x.shape[2] // 2 * 2
+            if state is not None:
+                state.set(self, x[:, :, whole:].clone())
+            x = x[:, :, :whole]
+        s = self.space
+        batch, channels, frames, height, width = x.shape
+        x = x.reshape(batch, channels, frames // self.time, self.time, height // s, s, width // s, s)
+        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)
+        x = x.reshape(batch, self.outputs, self.group, frames // self.time, height // s, width // s)
+        return x.mean(dim=2)
+
+
+class DuplicateUp(nn.Module):
+    """Shortcut around a level of the decoder: channels repeated, then unfolded into pixels (Wan 2.2)."""
+
+    def __init__(self, inputs: int, outputs: int, space: bool, time: bool):
+        super().__init__()
+        self.space, self.time = 2 if space else 1, 2 if time else 1
+        self.repeats = outputs * self.space**2 * self.time // inputs
+
+    def forward(self, x, state):
+        drop = self.time - 1 if starts(self, x, state) else 0
+        s = self.space
+        x = x.repeat_interleave(self.repeats, dim=1)
+        batch, _, frames, height, width = x.shape
+        x = x.reshape(batch, -1, self.time, s, s, frames, height, width).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return x.reshape(batch, -1, frames * self.time, height * s, width * s)[:, :, drop:]
+
+
+def starts(module: nn.Module, x, state: StreamState | None) -> bool:
+    """Whether x holds the first frame of the clip for ``module``."""
+    if state is None:
+        return True
+    if x.shape[2] == 0 or state.get(module) is not None:
+        return False
+    state.set(module, True)
+    return True
+
+
+class Level(nn.Module):
+    """Residual blocks, the change of size after them, and the shortcut around both."""
+
+    def __init__(self, blocks, resample=None, shortcut=None):
+        super().__init__()
+        self.blocks, self.resample, self.shortcut = nn.ModuleList(blocks), resample, shortcut
+
+    def forward(self, x, state):
+        h = x
+        for block in self.blocks:
+            h = block(h, state)
+        if self.resample is not None:
+            h = self.resample(h, state)
+        return h if self.shortcut is None else h + self.shortcut(x, state)
+
+
+class Middle(nn.Module):
+    """Block, attention within each frame, block, at the coarsest size."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block1, self.attention, self.block2 = (
+            ResidualBlock(channels, channels), FrameAttention(channels), ResidualBlock(channels, channels))
+
+    def forward(self, x, state):
+        return self.block2(self.attention(self.block1(x, state)), state)
+
+
+class Encoder(nn.Module):
+    """(B, 3, T, H, W) -> (B, 2C, t, h, w)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, resamples = config.widths, (*config.resamples, None)
+        self.stem = CausalConv3d(config.in_channels * config.patch**2, widths[0], 3)
+        self.levels, channels = nn.ModuleList(), widths[0]
+        for outputs, resample in zip(widths, resamples, strict=True):
+            blocks = [ResidualBlock(channels if i == 0 else outputs, outputs) for i in range(config.encoder_blocks)]
+            down = Downsample(outputs, *resample) if resample else None
+            around = AverageDown(channels, outputs, *resample) if resample and config.shortcuts else None
+            self.levels.append(Level(blocks, down, around))
+            channels = outputs
+        self.middle = Middle(channels) if config.attention else None
+        self.norm = None if config.linear_heads else RMSNorm(channels, act="silu")
+        self.head = CausalConv3d(channels, 2 * config.latent_channels, 3)
+
+    def forward(self, x, state=None):
+        x = self.stem(x, state)
+        for level in self.levels:
+            x = level(x, state)
+            if x.shape[2] == 0:  # a chunk too short for a latent frame; what follows has nothing to do
+                return x.new_zeros((x.shape[0], self.head.out_channels, 0, *x.shape[3:]))
+        if self.middle is not None:
+            x = self.middle(x, state)
+        return self.head(x, state) if self.norm is None else norm_act_conv(self.norm, self.head, x, state)
+
+
+class Decoder(nn.Module):
+    """(B, C, t, h, w) -> (B, 3, T, H, W)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, resamples = config.widths[::-1], (*config.resamples[::-1], None)
+        self.stem = CausalConv3d(config.latent_channels, widths[0], 3)
+        self.middle = Middle(widths[0]) if config.attention else None
+        self.levels, channels = nn.ModuleList(), widths[0]
+        for outputs, resample in zip(widths, resamples, strict=True):
+            blocks = [ResidualBlock(channels if i == 0 else outputs, outputs) for i in range(config.decoder_blocks)]
+            after = outputs if config.shortcuts else outputs // 2  # Wan 2.1 halves the channels as it upsamples
+            up = Upsample(outputs, after, *resample) if resample else None
+            around = DuplicateUp(channels, outputs, *resample) if resample and config.shortcuts else None
+            self.levels.append(Level(blocks, up, around))
+            channels = after if resample else outputs
+        self.norm = None if config.linear_heads else RMSNorm(channels, act="silu")
+        self.head = CausalConv3d(channels, config.in_channels * config.patch**2, 3)
+
+    def forward(self, x, state=None):
+        x = self.stem(x, state)
+        if self.middle is not None:
+            x = self.middle(x, state)
+        for level in self.levels:
+            x = level(x, state)
+        return self.head(x, state) if self.norm is None else norm_act_conv(self.norm, self.head, x, state)
+
+
+class VideoVAE(nn.Module):
+    """Causal video autoencoder with a KL posterior. (LDM: arXiv 2112.10752; causal video: arXiv 2310.05737.)
+
+    Pixels are in [-1, 1]. Latents are normalised, ``(z - latent_mean) / latent_std``, in encode and back in decode.
+
+    >>> vae = VideoVAE.preset("tiny")
+    >>> latents = vae.encode(video)          # (B, 3, 17, 128, 192) -> (B, 16, 5, 16, 24)
+    >>> for frames in vae.decode_stream(latents):
+    ...     write(frames)                    # constant memory, whatever the length
+    """
+
+    def __init__(self, config: VAEConfig = PRESETS["wan2.1"]):
+        super().__init__()
+        self.config = config
+        channels = config.latent_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.to_moments = CausalConv3d(2 * channels, 2 * channels, 1)
+        self.from_latents = CausalConv3d(channels, channels, 1)
+        self.register_buffer("latent_mean", torch.tensor(config.latent_mean or [0.0] * channels))
+        self.register_buffer("latent_std", torch.tensor(config.latent_std or [1.0] * channels))
+        # Small posterior noise at the start, so that the decoder sees the picture and not the noise.
+        nn.init.constant_(self.to_moments.bias[channels:], -6.0)
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "VideoVAE":
+        """``"wan2.1"`` or ``"tiny"``, with fields of VAEConfig changed by keyword."""
+        if name not in PRESETS:
+            raise ValueError(f"VideoVAE.preset: expected one of {', '.join(PRESETS)}, got {name!r}; choose one of them")
+        if "latent_channels" in changes:
+            changes = dict(latent_mean=None, latent_std=None) | changes
+        return cls(replace(PRESETS[name], **changes))
+
+    # ------------------------------------------------------------------------------------------------ encode
+    def encode(self, video, noise=None):
+        """Normalised latents (B, C, t, h, w) of pixels (B, 3, T, H, W).
+
+        Args:
+            noise: (B, C, t, h, w) standard normal numbers to sample the posterior with; None: its mean.
+
+        Raises:
+            ValueError: sizes that do not fit, naming the nearest that do.
+        """
+        self._check_video(video)
+        return self._normalised(ops.kl_sample(self.moments(video), noise)[0])
+
+    def encode_stream(self, video: torch.Tensor | Iterable[torch.Tensor], *, chunk: int | None = None) -> Iterator:
+        """Latents of ``video`` (one tensor, or its chunks of any lengths) as they come, posterior means.
+
+        Args:
+            chunk: frames per step where ``video`` is one tensor, default time_factor.
+
+        Yields:
+            (B, C, t_i, h, w), t_i > 0; together what ``encode`` gives. Memory does not grow with the length.
+        """
+        state, frames = StreamState(), 0
+        for part in _chunks(video, chunk or self.config.time_factor):
+            self._check_video(part, length=False)
+            frames += part.shape[2]
+            moments = self.moments(part, state)
+            if moments.shape[2]:
+                yield self._normalised(ops.kl_sample(moments)[0])
+        self._check_length(frames)
+
+    def moments(self, video, state: StreamState | None = None):
+        """Mean and log-variance (B, 2C, t, h, w) before normalisation; ``state`` for a chunk of a stream."""
+        p = self.config.patch
+        if p > 1:
+            x = video.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # B C T h q w r
+            video = x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+        return self.to_moments(self.encoder(video, state))
+
+    # ------------------------------------------------------------------------------------------------ decode
+    def decode(self, latents):
+        """Pixels (B, 3, T, H, W), about [-1, 1], of normalised latents (B, C, t, h, w)."""
+        return self._decode(latents)
+
+    def decode_stream(self, latents: torch.Tensor | Iterable[torch.Tensor], *, chunk: int = 1) -> Iterator:
+        """Pixels of ``latents`` (one tensor, or its chunks of any lengths) as they come.
+
+        Args:
+            chunk: latent frames per step where ``latents`` is one tensor.
+
+        Yields:
+            (B, 3, T_i, H, W); together what ``decode`` gives; frames given out never change.
+        """
+        state = StreamState()
+        for part in _chunks(latents, chunk):
+            yield self._decode(part, state)
+
+    def _decode(self, latents, state=None):
+        channels = self.config.latent_channels
+        if latents.dim() != 5 or latents.shape[1] != channels or latents.shape[2] == 0:
+            raise ValueError(f"VideoVAE.decode: expected latents (B, {channels}, t, h, w) with t of 1 or more, got "
+                             f"{tuple(latents.shape)}; pass what encode gives")
+        z = latents * _per_channel(self.latent_std, latents) + _per_channel(self.latent_mean, latents)
+        video = self.decoder(self.from_latents(z), state)
+        p = self.config.patch
+        if p > 1:
+            x = video.unflatten(1, (-1, p, p))  # B C r q T h w
+            video = x.permute(0, 1, 4, 5, 3, 6, 2).flatten(-2).flatten(-3, -2)
+        return video
+
+    # ------------------------------------------------------------------------------------------------ training
+    def forward(self, video, noise=None):
+        """``(reconstruction, kl)``: pixels like ``video`` and the posterior's KL (B,) in nats."""
+        self._check_video(video)
+        z, kl = ops.kl_sample(self.moments(video), noise)
+        return self._decode(self._normalised(z)), kl
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, t, h, w) of a clip of ``frames`` x ``height`` x ``width`` pixels."""
+        f = self.config.space_factor
+        return self.config.latent_channels, 1 + (frames - 1) // self.config.time_factor, height // f, width // f
+
+    def _normalised(self, z):
+        return (z - _per_channel(self.latent_mean, z)) / _per_channel(self.latent_std, z)
+
+    @torch.no_grad()
+    def set_latent_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Store the latents' mean and std (C,), used in both directions from now on."""
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+
+    def _check_video(self, video, length: bool = True) -> None:
+        channels, f = self.config.in_channels, self.config.space_factor
+        if video.dim() != 5 or video.shape[1] != channels:
+            raise ValueError(f"VideoVAE.encode: expected video (B, {channels}, T, H, W), got {tuple(video.shape)}; an "
+                             f"image is a clip of one frame")
+        for name, size in (("height", video.shape[3]), ("width", video.shape[4])):
+            if size == 0 or size % f:
+                low, high = size // f * f, -(-size // f) * f
+                near = f"{low} or {high}" if low else f"{high or f}"
+                raise ValueError(f"VideoVAE.encode: expected a {name} that is a multiple of {f}, got {size}; crop or "
+                                 f"pad to {near}")
+        if length:
+            self._check_length(video.shape[2])
+
+    def _check_length(self, frames: int) -> None:
+        step = self.config.time_factor
+        if frames < 1 or (frames - 1) % step:
+            low = (frames - 1) // step * step + 1
+            near = f"{low} or {low + step}" if frames > 1 else "1"
+            raise ValueError(f"VideoVAE.encode: expected 1 + {step} k frames, got {frames}; the nearest lengths are "
+                             f"{near}")
+
+
+def _per_channel(values_C, like):
+    return values_C.to(like.dtype)[:, None, None, None]
+
+
+def _chunks(clip, size: int) -> Iterator[torch.Tensor]:
+    for part in clip.split(size, dim=2) if isinstance(clip, torch.Tensor) else clip:
+        if part.dim() != 5 or part.shape[2]:  # a chunk without frames changes nothing; a wrong shape is told later
+            yield part

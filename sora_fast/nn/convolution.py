@@ -1,0 +1,72 @@
+"""CausalConv3d: nn.Conv3d that sees the past only."""
+
+from torch import nn
+
+from .. import ops
+from .streaming import StreamState
+
+
+class CausalConv3d(nn.Conv3d):
+    """Drop-in for ``nn.Conv3d`` (same parameters, same state_dict, same initialisation), causal in time.
+
+    The number of frames is kept (divided by the time stride): kT - 1 frames of padding or of the stream's past stand
+    before the clip, none after it.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, bias: as in nn.Conv3d.
+        padding: of space: None for "same"; an int; (T, H, W) as in nn.Conv3d, of which T is not used because time is
+            padded causally; or (left, right, top, bottom).
+        padding_mode: of space: "zeros", "replicate" or "reflect".
+        time_pad: before the first frame: "zeros", or "replicate", the first frame again.
+        phase: the first frame with an output.
+        lookahead: frames of the future each output sees (not causal, no streaming).
+
+    Raises:
+        ValueError: dilation or groups other than 1.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=None, dilation=1, groups=1, bias=True,
+                 padding_mode="zeros", device=None, dtype=None, *, time_pad="zeros", phase=0, lookahead=0):
+        if dilation not in (1, (1, 1, 1)) or groups != 1:
+            raise ValueError(f"CausalConv3d: expected dilation 1 and groups 1, got {dilation} and {groups}; "
+                             f"use nn.Conv3d for those")
+        super().__init__(in_channels, out_channels, kernel_size, stride, 0, bias=bias, device=device, dtype=dtype)
+        self.space_padding = _space_padding(padding, self.kernel_size)
+        self.space_pad, self.time_pad, self.phase, self.lookahead = padding_mode, time_pad, phase, lookahead
+
+    def forward(self, x, state: StreamState | None = None, residual=None):
+        """x (B, Cin, T, H, W) -> (B, Cout, T', H', W'); ``state`` carries the stream, ``residual`` is added."""
+        return self._run(ops.causal_conv3d, x, state, residual)
+
+    def _run(self, op, x, state, residual, **norm):
+        settings = dict(stride=self.stride, padding=self.space_padding, time_pad=self.time_pad,
+                        space_pad=self.space_pad, lookahead=self.lookahead, residual=residual, **norm)
+        if state is None:
+            return op(x, self.weight, self.bias, phase=self.phase, **settings)
+        cache, phase = state.get(self, (None, self.phase))
+        y, cache = op(x, self.weight, self.bias, cache=cache, phase=phase, return_cache=True, **settings)
+        state.set(self, (cache, phase + y.shape[2] * self.stride[0] - x.shape[2]))
+        return y
+
+    def extra_repr(self) -> str:
+        return (f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+                f"padding={self.space_padding}, time_pad={self.time_pad!r}, space_pad={self.space_pad!r}")
+
+
+def norm_act_conv(norm, conv: CausalConv3d, x, state: StreamState | None = None, residual=None):
+    """``conv(norm(x))`` as one op, for a ``sora_fast.nn`` norm and CausalConv3d; arguments as in conv's forward."""
+    return conv._run(ops.norm_act_conv3d, x, state, residual, norm_weight=norm.weight, norm_bias=norm.bias,
+                     **norm.settings)
+
+
+def _space_padding(padding, kernel) -> tuple[int, int, int, int]:
+    if padding is None:
+        return (kernel[2] // 2, kernel[2] // 2, kernel[1] // 2, kernel[1] // 2)
+    if isinstance(padding, int):
+        return (padding,) * 4
+    if len(padding) == 3:
+        return (padding[2], padding[2], padding[1], padding[1])
+    if len(padding) == 4:
+        return tuple(padding)
+    raise ValueError(f"CausalConv3d: expected padding as None, an int, (T, H, W) or (left, right, top, bottom), got "
+                     f"{padding!r}; pass one of these")

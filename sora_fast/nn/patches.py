@@ -1,0 +1,23 @@
+"""PatchEmbed3d: spacetime patches to tokens."""
+
+from torch import nn
+
+from .. import ops
+
+
+class PatchEmbed3d(nn.Module):
+    """Patches of (pt, ph, pw) pixels to tokens of ``width``; ``proj`` has the state_dict of the Conv3d it replaces.
+
+    Args:
+        channels: C of the latents. width: D of the tokens. patch: (pt, ph, pw).
+    """
+
+    def __init__(self, channels: int, width: int, patch=(1, 2, 2), bias: bool = True):
+        super().__init__()
+        self.patch = tuple(patch)
+        self.proj = nn.Conv3d(channels, width, self.patch, self.patch, bias=bias)
+        nn.init.xavier_uniform_(self.proj.weight.flatten(1))
+
+    def forward(self, latents, grids=None):
+        """Latents as ``ops.patch_embed`` takes them (batch, list, or flat buffer with ``grids``) -> tokens (N, D)."""
+        return ops.patch_embed(latents, self.proj.weight, self.proj.bias, grids=grids)
