@@ -10,8 +10,8 @@ __version__ = "0.1.0"
 _HOME = {
     "Pack": "sora_fast.pack",
     "use_backend": "sora_fast.dispatch",
-    "explain": "sora_fast.explain",
-    "info": "sora_fast.explain",
+    "explain": "sora_fast.explanation",
+    "info": "sora_fast.explanation",
     "validate": "sora_fast.testing",
     "ops": None,
     "nn": None,

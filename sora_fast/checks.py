@@ -2,6 +2,9 @@
 
 Shape, dtype and device checks cost nothing and always run. Checks of *values* (``values_are_visible``) run for
 CPU tensors, and for CUDA tensors only with ``SORA_FAST_CHECK=1``, because there they wait for the GPU.
+
+A sentence that shows a size is formatted only once the check has failed (``if ...: raise error(...)``): formatting a
+size while torch.compile traces would bake that size into the graph.
 """
 
 from collections.abc import Sequence
@@ -9,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from . import env
+from .reference.precision import holds_numbers
 
 
 def show_shape(shape: Sequence[object]) -> str:
@@ -17,10 +21,58 @@ def show_shape(shape: Sequence[object]) -> str:
     return f"({inner},)" if len(shape) == 1 else f"({inner})"
 
 
+def error(op: str, expected: str, got: object, remedy: str) -> ValueError:
+    """The sentence as an exception, for the caller to raise."""
+    return ValueError(f"{op}: expected {expected}, got {got}; {remedy}")
+
+
 def require(condition: bool, op: str, expected: str, got: object, remedy: str) -> None:
-    """Raise one ValueError sentence unless ``condition`` holds."""
+    """Raise one ValueError sentence unless ``condition`` holds; neither ``expected`` nor ``remedy`` shows a size."""
     if not condition:
-        raise ValueError(f"{op}: expected {expected}, got {got}; {remedy}")
+        raise error(op, expected, got, remedy)
+
+
+def number(op: str, name: str, value: object) -> None:
+    """A real number of the host: a tensor would wait for its device."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) and not _converts(value, "__float__"):
+        raise TypeError(f"{op}: expected {name} to be a number, got {_came(value)}; pass a float")
+
+
+def whole(op: str, name: str, value: object, least: int | None = None) -> None:
+    """An int (numpy's too), at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) and not _converts(value, "__index__"):
+        raise TypeError(f"{op}: expected {name} to be an int, got {_came(value)}; pass an int")
+    if least is not None and value < least:
+        raise error(op, f"{name} of {least} or more", value, "pass a larger int")
+
+
+def several(op: str, name: str, value: object, names: str, least: int | None = None) -> None:
+    """A tuple or list of ints, as many as ``names`` ("pt, ph, pw") has, each at least ``least``."""
+    floor = "" if least is None else f", each {least} or more"
+    right = isinstance(value, (tuple, list)) and len(value) == names.count(",") + 1
+    for each in value if right else ():
+        whole(op, f"every number of {name}", each)
+        right = right and (least is None or each >= least)
+    if not right:
+        raise error(op, f"{name} as ints ({names}){floor}", _came(value), "pass them in this order")
+
+
+def sequence(op: str, name: str, value: object, of: str) -> None:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{op}: expected {name} to be a list of {of}, got {_came(value)}; put them in a list")
+
+
+def _converts(value: object, method: str) -> bool:
+    return not isinstance(value, torch.Tensor) and hasattr(value, method)
+
+
+def _came(value: object) -> str:
+    """What to show of a value of the wrong kind: small things whole, others by their type."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, (tuple, list)) and len(value) <= 6 and all(isinstance(v, (int, float)) for v in value):
+        return repr(value)
+    return f"a {type(value).__name__}"
 
 
 def tensor(op: str, name: str, value: object) -> None:
@@ -52,9 +104,16 @@ def floating(op: str, **tensors: torch.Tensor | None) -> None:
                 )
 
 
+def _present(op: str, tensors: dict) -> list[tuple[str, torch.Tensor]]:
+    present = [(name, value) for name, value in tensors.items() if value is not None]
+    for name, value in present:
+        tensor(op, name, value)
+    return present
+
+
 def same_dtype(op: str, **tensors: torch.Tensor | None) -> None:
     """All given tensors have the first one's dtype."""
-    present = [(name, value) for name, value in tensors.items() if value is not None]
+    present = _present(op, tensors)
     first_name, first = present[0]
     for name, value in present[1:]:
         if value.dtype != first.dtype:
@@ -66,7 +125,7 @@ def same_dtype(op: str, **tensors: torch.Tensor | None) -> None:
 
 def same_device(op: str, **tensors: torch.Tensor | None) -> None:
     """All given tensors lie on the first one's device."""
-    present = [(name, value) for name, value in tensors.items() if value is not None]
+    present = _present(op, tensors)
     first_name, first = present[0]
     for name, value in present[1:]:
         if value.device != first.device:
@@ -77,7 +136,7 @@ def same_device(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def choice(op: str, name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
+    if not (value is None or isinstance(value, str)) or value not in allowed:
         options = ", ".join(repr(a) for a in allowed)
         raise ValueError(f"{op}: expected {name} to be one of {options}, got {value!r}; choose one of them")
 
@@ -91,7 +150,7 @@ def integers(op: str, name: str, value: torch.Tensor, dtypes: Sequence[torch.dty
 
 def values_are_visible(value: torch.Tensor) -> bool:
     """Whether reading numbers out of ``value`` is allowed here: never while tracing, never by a silent GPU wait."""
-    if torch.compiler.is_compiling() or isinstance(value, torch._subclasses.FakeTensor):
+    if not holds_numbers(value):
         return False
     if value.device.type == "cpu":
         return True
@@ -131,9 +190,9 @@ def rows(op: str, value: torch.Tensor, tokens: int, table_rows: int | None) -> N
     low = int(value.min())
     high = int(value.max())
     require(low >= -1, op, "rows of -1 (no sample) or more", low, "use -1 for tokens that belong to no sample")
-    if table_rows is not None:
-        require(high < table_rows, op, f"rows below the {table_rows} rows of the modulation", high,
-                "pass one modulation row for every index in rows")
+    if table_rows is not None and high >= table_rows:
+        raise error(op, f"rows below the {table_rows} rows of the modulation", high,
+                    "pass one modulation row for every index in rows")
     if used.numel() > 1 and bool((used[1:] < used[:-1]).any()):
         place = int((used[1:] < used[:-1]).nonzero()[0])
         raise ValueError(

@@ -52,20 +52,19 @@ class Op:
 
     def choose(self, problem: Problem, requested: str = "auto") -> Backend:
         """The backend that will run ``problem``; raises with every backend's reasons where none can."""
-        wanted = requested if requested != "auto" else (_forced or env.backend() or "auto")
-        if wanted == "auto":
-            reasons = {}
-            for name in ORDER:
-                if name in self.backends:
-                    reasons[name] = self.backends[name].unsupported(problem)
-                    if not reasons[name]:
-                        return self.backends[name]
-            listed = " ".join(f"[{name}] {' '.join(why)}" for name, why in reasons.items())
-            raise NotImplementedError(f"{self.name}: no backend can run this call: {listed}")
-        if wanted not in self.backends:
+        wanted = requested
+        if isinstance(requested, str) and requested == "auto":
+            wanted = _forced or env.backend() or "auto"
+            if wanted == "auto":
+                return self._first(problem)
+        if not isinstance(wanted, str) or wanted not in (*ORDER, *self.backends):
             names = ", ".join(repr(name) for name in ("auto", *self.backends))
             raise ValueError(f"{self.name}: expected backend to be one of {names}, got {wanted!r}; "
                              f"sora_fast.info() lists what this installation has")
+        if wanted not in self.backends:
+            names = ", ".join(repr(name) for name in self.backends)
+            raise NotImplementedError(f"{self.name}: backend {wanted!r} was asked for by name and does not implement "
+                                      f"this op, expected one of {names}; pass backend='auto'")
         reasons = self.backends[wanted].unsupported(problem)
         if reasons:
             raise NotImplementedError(
@@ -74,25 +73,49 @@ class Op:
             )
         return self.backends[wanted]
 
+    def _first(self, problem: Problem) -> Backend:
+        """The first of ``ORDER`` that can run ``problem``."""
+        reasons = {}
+        for name in ORDER:
+            if name in self.backends:
+                reasons[name] = self.backends[name].unsupported(problem)
+                if not reasons[name]:
+                    return self.backends[name]
+        for name in self.backends:
+            if name not in ORDER:
+                reasons[name] = ["It is not among those that 'auto' tries; ask for it by name."]
+        listed = " ".join(f"[{name}] {' '.join(why)}" for name, why in reasons.items())
+        raise NotImplementedError(f"{self.name}: no backend can run this call: {listed}")
+
     def run(self, problem: Problem, requested: str, **arguments):
-        """Run the op on the chosen backend; the result can be differentiated once."""
+        """Run the op on the chosen backend; the result can be differentiated once.
+
+        Ops have cast their tensors by now: autocast is off inside, or it would round the products that a backend
+        makes in float32 (the reference's, and the angles of learned frequencies).
+        """
         backend = self.choose(problem, requested)
         if problem.grad and not torch.compiler.is_compiling():
             arguments = {name: first_order(value, self.name) for name, value in arguments.items()}
-        return backend.run(**arguments)
+        kind = problem.device.partition(":")[0]
+        if not _autocasts(kind):
+            return backend.run(**arguments)
+        with torch.autocast(kind, enabled=False):
+            return backend.run(**arguments)
 
 
 @contextmanager
 def use_backend(name: str):
-    """Every op called inside uses backend ``name`` (process-wide; ``"auto"`` lifts an outer choice).
+    """Every op called inside uses backend ``name``, in all threads; ``"auto"`` lifts an outer choice.
+
+    It goes before SORA_FAST_BACKEND, and an op's own ``backend=`` before both.
 
     A graph made by torch.compile keeps the backends it was traced with.
     """
     global _forced
-    if name != "auto" and name not in ORDER:
+    if not isinstance(name, str) or name not in ("auto", *ORDER):
         names = ", ".join(repr(known) for known in ("auto", *ORDER))
         raise ValueError(f"use_backend: expected one of {names}, got {name!r}; choose one of them")
-    before, _forced = _forced, None if name == "auto" else name
+    before, _forced = _forced, name
     try:
         yield
     finally:
@@ -116,12 +139,15 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _autocasts(kind: str) -> bool:
+    """Whether torch.autocast is on for devices of ``kind``; the meta device has no autocast."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """The dtype that F.linear would compute in here, or None outside torch.autocast."""
     kind = tensor.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(kind) if _autocasts(kind) else None
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -135,31 +161,37 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 
 
 class _FirstOrder(torch.autograd.Function):
-    """The identity, differentiable once: kernels have no second derivative, so no backend pretends to have one."""
+    """The identity, differentiable once: kernels have no second derivative, so no backend pretends to have one.
+
+    The second output, which holds nothing, ties gradients to the input: a backend's gradient may look constant to
+    autograd, which would then say no more than that nothing requires a gradient.
+    """
 
     @staticmethod
     def forward(x, op):
-        return x.view_as(x)
+        return x.view_as(x), x.new_empty(())
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.op = inputs[1]
+        ctx.save_for_backward(output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad):
-        if torch.is_grad_enabled() and grad is not None and grad.requires_grad:
-            return _NoSecond.apply(grad, ctx.op), None
+    def backward(ctx, grad, nothing):
+        if torch.is_grad_enabled() and grad is not None:  # create_graph=True
+            return _NoSecond.apply(grad, *ctx.saved_tensors, ctx.op), None
         return grad, None
 
 
 class _NoSecond(torch.autograd.Function):
     @staticmethod
-    def forward(x, op):
+    def forward(x, tie, op):
         return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op = inputs[1]
+        ctx.op = inputs[2]
 
     @staticmethod
     def backward(ctx, grad):
@@ -172,7 +204,7 @@ class _NoSecond(torch.autograd.Function):
 def first_order(value, op: str):
     """``value`` (a tensor, a list of them, anything else) with its gradient refused a second derivative."""
     if isinstance(value, torch.Tensor):
-        return _FirstOrder.apply(value, op) if value.requires_grad else value
+        return _FirstOrder.apply(value, op)[0] if value.requires_grad else value
     if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
         return type(value)(first_order(v, op) for v in value)
     return value

@@ -6,7 +6,7 @@ image is a clip of one frame. Tokens of a sample stand in t, h, w order, samples
 (Patch n' Pack: Dehghani et al., arXiv 2307.06304.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -49,7 +49,9 @@ class Pack:
         self.grids_cpu = torch.tensor(self.grids, dtype=torch.int64).reshape(len(self.grids), 3)
         lengths = self.grids_cpu.prod(dim=1)
         needed = int(lengths.sum())
-        total = needed if tokens is None else tokens
+        if tokens is not None:
+            checks.whole("Pack", "tokens", tokens)
+        total = needed if tokens is None else int(tokens)
         checks.require(total >= needed, "Pack", f"at least the {needed:,} tokens of its grids", f"{total:,}",
                        "pass a larger tokens, or fewer samples")
         if total > 2**31 - 1:
@@ -81,10 +83,17 @@ class Pack:
         if lengths is None:
             self.text_cu_seqlens, self.text_max_seqlen = None, 0
             return self
-        lengths = torch.as_tensor(lengths, dtype=torch.int64).cpu()
-        checks.shape("Pack", "text_lengths", lengths, (len(self.grids),), "give one length per sample")
-        checks.require(bool((lengths >= 0).all()), "Pack", "text_lengths of 0 or more", lengths.tolist(),
-                       "use 0 for a sample without text")
+        if isinstance(lengths, torch.Tensor):
+            checks.integers("Pack", "text_lengths", lengths, (torch.int64, torch.int32))
+            checks.require(lengths.device.type == "cpu", "Pack", "text_lengths as host data (ints or a CPU tensor)",
+                           f"a tensor on {lengths.device}", "keep the lengths on the host")
+            lengths = lengths.flatten().tolist() if lengths.dim() == 1 else [lengths.tolist()]
+        checks.sequence("Pack", "text_lengths", lengths, "ints")
+        checks.require(len(lengths) == len(self.grids), "Pack", f"{len(self.grids)} text_lengths, one per sample",
+                       len(lengths), "use 0 for a sample without text")
+        for length in lengths:
+            checks.whole("Pack", "every length of text_lengths", length, 0)
+        lengths = torch.tensor([int(length) for length in lengths], dtype=torch.int64)
         device = self.cu_seqlens.device
         self.text_cu_seqlens = _running_sum(lengths).to(device)
         self.text_max_seqlen = int(lengths.max()) if len(self.grids) else 0
@@ -111,7 +120,8 @@ class Pack:
         for name in ("cu_seqlens", "segment_ids", "coords", "rows", "row_samples", "text_cu_seqlens", "kept"):
             value = getattr(self, name)
             if value is not None:
-                setattr(self, name, value.to(device, non_blocking=True))
+                # towards the host a copy that does not wait may be read before it is there
+                setattr(self, name, value.to(device, non_blocking=device.type == "cuda"))
 
     def _copy(self) -> "Pack":
         other = object.__new__(Pack)
@@ -126,7 +136,8 @@ class Pack:
 
     def pad_to(self, tokens: int) -> "Pack":
         """The same samples in a row of ``tokens`` tokens; the new ones are tail (static shapes, CUDA graphs)."""
-        more = tokens - self.num_tokens
+        checks.whole("Pack.pad_to", "tokens", tokens)
+        more = int(tokens) - self.num_tokens
         checks.require(more >= 0, "Pack.pad_to", f"at least the pack's {self.num_tokens:,} tokens", f"{tokens:,}",
                        "pass a larger length")
         other = self._copy()
@@ -145,26 +156,36 @@ class Pack:
         checks.integers("Pack.keep", "index", index, (torch.int64,))
         checks.require(self.kept is None, "Pack.keep", "a pack that has dropped nothing yet", "one that has",
                        "choose all tokens in one call")
-        host = index.cpu()
-        inside = bool(((host >= 0) & (host < int(self.cu_seqlens[-1]))).all())
-        checks.require(inside and bool((host[1:] > host[:-1]).all()), "Pack.keep",
-                       f"rising places below {int(self.cu_seqlens[-1]):,}", f"{host.tolist()[:8]} ...",
-                       "sort them and leave the tail out")
+        if checks.values_are_visible(index):
+            inside = bool(((index >= 0) & (index < sum(self._lengths()))).all())
+            checks.require(inside and bool((index[1:] > index[:-1]).all()), "Pack.keep",
+                           f"rising places below {sum(self._lengths()):,}", _first_few(index),
+                           "sort them and leave the tail out")
         index = index.to(self.device)
         other = self._copy()
-        segment_ids = self.segment_ids[index]
-        lengths = torch.bincount(segment_ids.long(), minlength=self.num_samples)
         other.kept = index
-        other._set(_running_sum(lengths), int(lengths.max()) if self.num_samples else 0, segment_ids,
-                   self.coords[index], self.rows[index], self.row_samples)
+        segment_ids = self.segment_ids[index]
+        lengths = torch.zeros(self.num_samples, dtype=torch.int64, device=self.device)
+        lengths.index_add_(0, segment_ids.long(), torch.ones_like(index))
+        # max_seqlen is a hint: where the new one cannot be read without waiting, the old one is still a bound
+        longest = int(lengths.max()) if self.num_samples and checks.values_are_visible(lengths) else self.max_seqlen
+        other._set(_running_sum(lengths), longest, segment_ids, self.coords[index], self.rows[index],
+                   self.row_samples)
         return other
+
+    def _lengths(self) -> list[int]:
+        """Tokens of each sample; read from the device only after ``keep``."""
+        if self.kept is None:
+            return [t * h * w for t, h, w in self.grids]
+        return self.cu_seqlens.diff().tolist()
 
     def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """Cut ``tokens`` (N, ...) into the samples' own views, tail left out."""
-        checks.shape("Pack.split", "tokens", tokens[:, None] if tokens.dim() == 1 else tokens.flatten(1),
-                     (self.num_tokens, "D"), "pass one row per token of the pack")
-        offsets = self.cu_seqlens.tolist()
-        return [tokens[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        checks.tensor("Pack.split", "tokens", tokens)
+        expected = (self.num_tokens, *(f"D{place}" for place in range(1, tokens.dim())))
+        checks.shape("Pack.split", "tokens", tokens, expected, "pass one row per token of the pack")
+        lengths = self._lengths()
+        return list(tokens[: sum(lengths)].split(lengths))
 
     def __repr__(self) -> str:
         shown = ", ".join("x".join(map(str, grid)) for grid in self.grids[:4])
@@ -184,14 +205,22 @@ def host_grids(op: str, grids: object) -> tuple[Grid, ...]:
         checks.integers(op, "grids", grids, (torch.int64, torch.int32))
         checks.shape(op, "grids", grids, ("S", 3), "one row of t, h, w per sample")
         grids = grids.tolist()
+    if not isinstance(grids, Iterable) or isinstance(grids, str):
+        raise TypeError(f"{op}: expected grids as a list of triples (t, h, w), got {type(grids).__name__}; pass the "
+                        f"tokens in t, h, w of every sample")
     result = []
     for place, grid in enumerate(grids):
-        triple = tuple(grid)
+        triple = tuple(grid) if isinstance(grid, Iterable) else ()
         if len(triple) != 3 or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 0 for n in triple):
             raise ValueError(f"{op}: expected grids as triples (t, h, w) of ints, 0 or more, got {grid!r} at place "
                              f"{place}; pass the tokens in t, h, w of every sample")
         result.append(tuple(int(n) for n in triple))
     return tuple(result)
+
+
+def _first_few(index: torch.Tensor) -> str:
+    shown = ", ".join(str(place) for place in index[:8].tolist())
+    return f"{shown} and more" if index.shape[0] > 8 else shown
 
 
 def _running_sum(lengths: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,8 @@ MAPPED = ("kernels", "benchmarks")  # top-level folders that are imported as sor
 # long as no circle arises.
 FLOORS = (
     {"cli"},
-    {"models", "data", "diffusion", "integrations", "benchmarks", "tuning", "testing", "explain"},
+    {"training"},
+    {"models", "data", "diffusion", "integrations", "benchmarks", "tuning", "testing", "explanation"},
     {"nn", "compat"},
     {"ops"},
     {"dispatch", "kernels", "_C", "reference", "env", "pack", "checks"},

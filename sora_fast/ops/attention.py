@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from .. import checks
 from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad
 from ..reference import attention as reference
+from ..reference.precision import holds_numbers
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ def _torch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scal
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     queries, keys = q.shape[0], k.shape[0]
     if queries == 0 or keys == 0 or cu_seqlens_q.shape[0] == 1:
-        return q * 0 + (k.sum() + v.sum()) * 0
+        return _nothing(q, k, v)
     copies = q.shape[1] // k.shape[1]
     if copies > 1:
         k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if q.device.type == "cpu" and holds_numbers(cu_seqlens_q) and holds_numbers(cu_seqlens_k):
         return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window)
     q, k, v = (reference._without_tail(t, cu) for t, cu in
                ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k)))
@@ -83,6 +84,12 @@ def _torch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scal
         return reference._without_tail(out, cu_seqlens_q)
     mask = reference.visible(cu_seqlens_q, cu_seqlens_k, queries, keys, causal, window, q.device)
     return _sdpa(q, k, v, scale, mask)
+
+
+def _nothing(q, k, v):
+    """Zeros for queries that see no key; part of the graph, so that gradients are zeros, and no number is read."""
+    never = torch.zeros((), dtype=torch.bool, device=q.device)
+    return torch.where(never, q, torch.zeros((), dtype=q.dtype, device=q.device)) + k[:0].sum() + v[:0].sum()
 
 
 def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
@@ -104,7 +111,7 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
             mask = mask if left < 0 else mask & (distance >= -left)
             mask = mask if right < 0 else mask & (distance <= right)
         outs.append(_sdpa(q[a:b], k[c:d], v[c:d], scale, mask))
-    outs.append(torch.zeros_like(q[done:]))
+    outs.append(_nothing(q[done:], k, v))
     return torch.cat(outs)
 
 
@@ -115,32 +122,37 @@ VARLEN_ATTENTION_FORWARD = Op("varlen_attention_forward", "attention", _example,
     Backend("reference", reference.varlen_attention_forward)])
 VARLEN_ATTENTION_BACKWARD = Op("varlen_attention_backward", "attention", _example, [
     Backend("reference", reference.varlen_attention_backward)])
-MERGE_ATTENTION = Op("merge_attention", "attention", _example, [Backend("reference", reference.merge_attention)])
+MERGE_ATTENTION = Op("merge_attention", "attention", _example, [
+    Backend("torch", reference.merge_attention),  # element by element: the definition fuses as it stands
+    Backend("reference", reference.merge_attention)])
 OPS = (VARLEN_ATTENTION, VARLEN_ATTENTION_FORWARD, VARLEN_ATTENTION_BACKWARD, MERGE_ATTENTION)
 
 
 # ------------------------------------------------------------------------------------------------------- checks
-def _check(op: str, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window):
+def _check(op: str, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window):
     checks.shape(op, "q", q, ("Nq", "H", "E"), "lay the samples of the pack one after the other in dimension 0")
     checks.shape(op, "k", k, ("Nk", "Hk", q.shape[2]), "keys have the queries' head dim")
     checks.shape(op, "v", v, tuple(k.shape), "values have the keys' shape")
     heads, key_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
-    checks.require(head_dim % 8 == 0 and 16 <= head_dim <= 256, op, "a head dim of 16 to 256 by 8", head_dim,
-                   "pad the heads with zeros and pass softmax_scale")
-    checks.require(key_heads > 0 and heads % key_heads == 0, op, f"key heads that divide the {heads} query heads",
-                   key_heads, "repeat or drop heads")
+    if head_dim % 8 or not 16 <= head_dim <= 256:
+        raise checks.error(op, "a head dim of 16 to 256, a multiple of 8", head_dim,
+                           "pad the heads with zeros and pass softmax_scale")
+    if key_heads == 0 or heads % key_heads:
+        raise checks.error(op, f"key heads that divide the {heads} query heads", key_heads, "repeat or drop heads")
     checks.floating(op, q=q, k=k, v=v)
     checks.same_device(op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     checks.cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0], "q")
     checks.cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0], "k")
-    checks.require(cu_seqlens_q.shape[0] == cu_seqlens_k.shape[0], op, "cu_seqlens_q and cu_seqlens_k of one length",
-                   f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}",
-                   "every sample has queries and keys, possibly none of either")
+    if cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
+        raise checks.error(op, "cu_seqlens_q and cu_seqlens_k of one length",
+                           f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}",
+                           "every sample has queries and keys, possibly none of either")
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        checks.require(value is None or hasattr(value, "__index__"), op, f"{name} as an int", type(value).__name__,
-                       "pass Pack.max_seqlen")
-    checks.require(len(window) == 2 and all(hasattr(side, "__index__") for side in window), op,
-                   "window as two ints (left, right), negative for open", window, "pass (-1, -1) for no window")
+        if value is not None and not isinstance(value, torch.Tensor):  # flash-attn's callers pass 0-d tensors too
+            checks.whole(op, name, value)
+    if softmax_scale is not None:
+        checks.number(op, "softmax_scale", softmax_scale)
+    checks.several(op, "window", window, "left, right")
 
 
 def _problem(q, k, grad, causal, window, return_lse, deterministic, raw) -> AttentionProblem:
@@ -168,7 +180,7 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
         natural log-sum-exp (H, Nq), float32 (float64 for float64), -inf on rows without keys, differentiable.
     """
     op = "varlen_attention"
-    _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window)
+    _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window)
     q, k, v = autocast(q, k, v)
     checks.same_dtype(op, q=q, k=k, v=v)
     problem = _problem(q, k, needs_grad(q, k, v), causal, window, return_lse, deterministic, False)
@@ -181,7 +193,8 @@ def varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=N
                              softmax_scale=None, causal=False, window=(-1, -1), backend="auto"):
     """Raw forward for ring attention: ``out, lse`` as ``varlen_attention(..., return_lse=True)``, without autograd."""
     op = "varlen_attention_forward"
-    _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window)
+    _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window)
+    q, k, v = autocast(q, k, v)
     checks.same_dtype(op, q=q, k=k, v=v)
     return VARLEN_ATTENTION_FORWARD.run(_problem(q, k, False, causal, window, True, False, True), backend, q=q, k=k,
                                         v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
@@ -199,7 +212,7 @@ def varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_se
         The others as in ``varlen_attention``.
     """
     op = "varlen_attention_backward"
-    _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window)
+    _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window)
     checks.same_dtype(op, q=q, k=k, v=v)
     checks.shape(op, "dout", dout, tuple(q.shape), "it is the gradient of out")
     checks.shape(op, "out", out, tuple(q.shape), "pass the forward's out")
@@ -208,10 +221,11 @@ def varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_se
         checks.shape(op, "dlse", dlse, (q.shape[1], q.shape[0]), "it is the gradient of lse")
     checks.floating(op, dout=dout, out=out, lse=lse, dlse=dlse)
     checks.same_device(op, q=q, dout=dout, out=out, lse=lse, dlse=dlse)
+    problem = _problem(q, k, False, causal, window, True, deterministic, True)
     return VARLEN_ATTENTION_BACKWARD.run(
-        _problem(q, k, False, causal, window, True, deterministic, True), backend, dout=dout, dlse=dlse, q=q, k=k, v=v,
-        out=out, lse=lse, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, softmax_scale=softmax_scale,
-        causal=causal, window=tuple(window), deterministic=deterministic)
+        problem, backend, dout=dout, dlse=dlse, q=q, k=k, v=v, out=out, lse=lse, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, softmax_scale=softmax_scale, causal=causal, window=tuple(window),
+        deterministic=problem.deterministic)
 
 
 def merge_attention(outs, lses, *, backend="auto"):
@@ -224,10 +238,13 @@ def merge_attention(outs, lses, *, backend="auto"):
         out (N, H, E) in their dtype, lse (H, N); out 0 and lse -inf where no part had keys.
     """
     op = "merge_attention"
+    checks.sequence(op, "outs", outs, "tensors (N, H, E)")
+    checks.sequence(op, "lses", lses, "tensors (H, N)")
     checks.require(len(outs) == len(lses) and len(outs) > 0, op, "as many lses as outs, at least one",
                    f"{len(outs)} outs and {len(lses)} lses", "pass both results of every part")
     for place, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        checks.shape(op, f"outs[{place}]", out, tuple(outs[0].shape) if place else ("N", "H", "E"), "parts agree in shape")
+        expected = tuple(outs[0].shape) if place else ("N", "H", "E")
+        checks.shape(op, f"outs[{place}]", out, expected, "parts agree in shape")
         checks.shape(op, f"lses[{place}]", lse, (out.shape[1], out.shape[0]), "lse is (H, N)")
         checks.floating(op, **{f"outs[{place}]": out, f"lses[{place}]": lse})
         checks.same_device(op, **{"outs[0]": outs[0], f"outs[{place}]": out, f"lses[{place}]": lse})

@@ -54,8 +54,10 @@ class _Spec:
         """What is convolved, before its rounding to ``dtype``: gradients of the halo are summed at this width."""
         if self.norm is None:
             return x.to(wide_dtype(x)) if self.repeats else x
-        return normalization.torch_norm_act(x.to(wide_dtype(x)), norm_weight, norm_bias, norm=self.norm,
-                                            groups=self.groups, eps=self.eps, act=self.act)
+        h = normalization.torch_norm_act(x.to(wide_dtype(x)), norm_weight, norm_bias, norm=self.norm,
+                                         groups=self.groups, eps=self.eps, act=self.act)
+        # under autocast the convolution's dtype may be another than x's, which norm_act alone would round to
+        return h if x.dtype in (self.dtype, h.dtype) else h.to(x.dtype)
 
     @property
     def repeats(self) -> bool:
@@ -187,34 +189,39 @@ def _geometry(op: str, x, weight, bias, stride, padding, time_pad, space_pad, ca
     kt, kh, kw = weight.shape[2:]
     if bias is not None:
         checks.shape(op, "bias", bias, (weight.shape[0],), "one number per output channel")
-    stride = (stride,) * 3 if isinstance(stride, int) else tuple(stride)
-    checks.require(len(stride) == 3 and all(isinstance(s, int) and s >= 1 for s in stride), op,
-                   "stride as an int or (sT, sH, sW), 1 or more", stride, "pass for example (1, 2, 2)")
-    padding = (kw // 2, kw // 2, kh // 2, kh // 2) if padding is None else tuple(padding)
-    checks.require(len(padding) == 4 and all(isinstance(p, int) and p >= 0 for p in padding), op,
-                   "padding as (left, right, top, bottom), 0 or more", padding,
-                   "time needs none: the past is padded by the op")
+    stride = stride if isinstance(stride, (tuple, list)) else (stride,) * 3
+    checks.several(op, "stride", stride, "sT, sH, sW", 1)
+    padding = (kw // 2, kw // 2, kh // 2, kh // 2) if padding is None else padding
+    checks.several(op, "padding", padding, "left, right, top, bottom", 0)
+    stride, padding = tuple(stride), tuple(padding)
     checks.choice(op, "time_pad", time_pad, ("zeros", "replicate"))
     checks.choice(op, "space_pad", space_pad, ("zeros", "replicate", "reflect"))
     left, right, top, bottom = padding
-    if space_pad == "reflect":
-        checks.require(max(left, right) < width and max(top, bottom) < height, op,
-                       f"reflect padding smaller than the frame's {height} x {width}", padding, "pad less")
-    checks.require(height + top + bottom >= kh and width + left + right >= kw, op,
-                   f"padded frames at least as large as the {kh} x {kw} kernel",
-                   f"{height + top + bottom} x {width + left + right}", "pad more, or use larger frames")
-    checks.require(isinstance(phase, int) and phase >= 0, op, "phase of 0 or more", phase,
-                   "it is the first frame that has an output")
-    checks.require(isinstance(lookahead, int) and 0 <= lookahead < kt, op, f"lookahead of 0 to {kt - 1} frames",
-                   lookahead, "at most the kernel's frames less one")
+    if kt * kh * kw == 0:
+        raise checks.error(op, "a kernel of 1 or more along every axis", f"{kt} x {kh} x {kw}", "pass a larger weight")
+    if space_pad == "reflect" and not (max(left, right) < width and max(top, bottom) < height):
+        raise checks.error(op, f"reflect padding smaller than the frame's {height} x {width}", padding, "pad less")
+    if space_pad == "replicate" and height * width == 0 and any(padding):
+        raise checks.error(op, "at least one pixel to replicate", f"frames of {height} x {width}",
+                           "use larger frames, or space_pad='zeros'")
+    if height + top + bottom < kh or width + left + right < kw:
+        raise checks.error(op, f"padded frames at least as large as the {kh} x {kw} kernel",
+                           f"{height + top + bottom} x {width + left + right}", "pad more, or use larger frames")
+    checks.whole(op, "phase", phase, 0)
+    checks.whole(op, "lookahead", lookahead, 0)
+    if lookahead >= kt:
+        raise checks.error(op, f"lookahead of at most the kernel's {kt} frames less one", lookahead, "look less far")
     if cache is not None:
-        checks.shape(op, "cache", cache, (batch, channels, "frames", height, width), "use the cache_out of the last call")
-        checks.require(cache.shape[2] <= kt - 1, op, f"a cache of at most kT - 1 = {kt - 1} frames", cache.shape[2],
-                       "pass cache[:, :, -(kT - 1):]")
-    checks.require(lookahead == 0 or (cache is None and not return_cache), op,
-                   "no cache with lookahead: frames of the future cannot be streamed", f"lookahead={lookahead}",
-                   "run the whole clip at once")
-    checks.require(frames > 0 or lookahead == 0, op, "at least one frame with lookahead", frames, "pass frames")
+        checks.shape(op, "cache", cache, (batch, channels, "frames", height, width),
+                     "use the cache_out of the last call")
+        if cache.shape[2] > kt - 1:
+            raise checks.error(op, f"a cache of at most kT - 1 = {kt - 1} frames", cache.shape[2],
+                               "pass cache[:, :, -(kT - 1):]")
+    if lookahead and (cache is not None or return_cache):
+        raise checks.error(op, "no cache with lookahead, because frames of the future cannot be streamed",
+                           f"lookahead={lookahead}", "run the whole clip at once")
+    if lookahead and frames == 0:
+        raise checks.error(op, "at least one frame with lookahead", frames, "pass frames")
     if residual is not None:
         out = (batch, weight.shape[0], -(-(frames - phase) // stride[0]) if phase < frames else 0,
                (height + top + bottom - kh) // stride[1] + 1, (width + left + right - kw) // stride[2] + 1)
@@ -267,16 +274,15 @@ def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, n
     and traced graphs, are the plain composition: there PyTorch decides what is saved.)
     """
     op = "norm_act_conv3d"
-    normalization.check(op, x, norm_weight, norm_bias, norm, groups, act, prefix="norm_")
+    normalization.check(op, x, norm_weight, norm_bias, norm, groups, eps, act, prefix="norm_")
     stride, padding = _geometry(op, x, weight, bias, stride, padding, time_pad, space_pad, cache, phase, lookahead,
                                 residual, return_cache)
     checks.floating(op, weight=weight, bias=bias, cache=cache, residual=residual)
     checks.same_device(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
-    if autocast_dtype(x) is None:
-        checks.same_dtype(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
-    else:
-        weight, bias, cache, residual = autocast(weight, bias, cache, residual)
-        checks.same_dtype(op, weight=weight, bias=bias, cache=cache, residual=residual)
+    # x itself is normalised as it came; what is convolved has the dtype that F.conv3d would cast it to
+    weight, bias, cache, residual = autocast(weight, bias, cache, residual)
+    convolved = x if autocast_dtype(x) is None or x.dtype == torch.float64 else weight
+    checks.same_dtype(op, x=convolved, weight=weight, bias=bias, cache=cache, residual=residual)
     problem = ConvolutionProblem(device_name(x), weight.dtype,
                                  needs_grad(x, weight, bias, norm_weight, norm_bias, cache, residual), x.shape[1],
                                  weight.shape[0], tuple(weight.shape[2:]), stride, time_pad, space_pad, lookahead, norm)

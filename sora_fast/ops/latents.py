@@ -42,9 +42,9 @@ def kl_sample(moments, noise=None, *, backend="auto"):
     checks.tensor("kl_sample", "moments", moments)
     checks.floating("kl_sample", moments=moments, noise=noise)
     checks.same_device("kl_sample", moments=moments, noise=noise)
-    checks.require(moments.dim() >= 2 and moments.shape[1] % 2 == 0, "kl_sample",
-                   "moments of shape (B, 2C, ...)", checks.show_shape(moments.shape),
-                   "concatenate mean and log-variance along dimension 1")
+    if moments.dim() < 2 or moments.shape[1] % 2:
+        raise checks.error("kl_sample", "moments of shape (B, 2C, ...)", checks.show_shape(moments.shape),
+                           "concatenate mean and log-variance along dimension 1")
     if noise is not None:
         checks.shape("kl_sample", "noise", noise, (moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]),
                      "draw one number per latent entry, as with torch.randn_like(mean)")

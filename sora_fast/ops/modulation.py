@@ -78,13 +78,14 @@ OPS = (NORM_MODULATE, GATE_RESIDUAL, GATE_RESIDUAL_NORM_MODULATE)
 
 
 # ------------------------------------------------------------------------------------------------------- checks
-def _check(op: str, x, tables: dict, rows, norm, weight, bias) -> None:
+def _check(op: str, x, tables: dict, rows, norm=None, weight=None, bias=None, eps=0.0, normed=True) -> None:
     checks.shape(op, "x", x, ("N", "D"), "flatten the tokens of all samples into one row each")
     tokens, width = x.shape
     checks.floating(op, x=x, weight=weight, bias=bias, **tables)
     checks.same_device(op, x=x, rows=rows, weight=weight, bias=bias, **tables)
-    if norm is not None:
+    if normed:
         checks.choice(op, "norm", norm, NORMS)
+    checks.number(op, "eps", eps)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             checks.shape(op, name, value, (width,), "a norm has one number per column of x")
@@ -118,7 +119,7 @@ def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias
 
     Source: adaLN of DiT, arXiv 2212.09748.
     """
-    _check("norm_modulate", x, {"shift": shift, "scale": scale}, rows, norm, weight, bias)
+    _check("norm_modulate", x, {"shift": shift, "scale": scale}, rows, norm, weight, bias, eps)
     problem = ModulationProblem(device_name(x), x.dtype, needs_grad(x, shift, scale, weight, bias), x.shape[1], norm,
                                 weight is not None or bias is not None)
     return NORM_MODULATE.run(problem, backend, x=x, shift=shift, scale=scale, rows=rows, norm=norm, weight=weight,
@@ -131,7 +132,7 @@ def gate_residual(x, y, gate, rows=None, *, backend="auto"):
     x may be float32 with a 16-bit y (a residual stream kept in float32).
     """
     checks.shape("gate_residual", "gate", gate, ("R", "D"), "gate is modulation, one row per sample or frame")
-    _check("gate_residual", x, {"gate": gate}, rows, None, None, None)
+    _check("gate_residual", x, {"gate": gate}, rows, normed=False)
     checks.floating("gate_residual", y=y)
     checks.same_device("gate_residual", x=x, y=y)
     checks.shape("gate_residual", "y", y, x.shape, "y is added to x")
@@ -150,7 +151,7 @@ def gate_residual_norm_modulate(x, y, gate, shift, scale, rows=None, *, norm="la
     """
     op = "gate_residual_norm_modulate"
     checks.shape(op, "gate", gate, ("R", "D"), "gate is modulation, one row per sample or frame")
-    _check(op, x, {"gate": gate, "shift": shift, "scale": scale}, rows, norm, weight, bias)
+    _check(op, x, {"gate": gate, "shift": shift, "scale": scale}, rows, norm, weight, bias, eps)
     checks.floating(op, y=y)
     checks.same_device(op, x=x, y=y)
     checks.shape(op, "y", y, x.shape, "y is added to x")

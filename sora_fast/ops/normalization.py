@@ -44,7 +44,7 @@ NORM_ACT = Op("norm_act", "normalization", _example, [
 OPS = (NORM_ACT,)
 
 
-def check(op: str, x, weight, bias, norm: str, groups: int, act, prefix: str = "") -> None:
+def check(op: str, x, weight, bias, norm: str, groups: int, eps: float, act, prefix: str = "") -> None:
     """The checks of norm_act, which norm_act_conv3d shares (there the weights are norm_weight and norm_bias)."""
     checks.shape(op, "x", x, ("B", "C", "T", "H", "W"), "an image is a clip of one frame: x[:, :, None]")
     names = {f"{prefix}weight": weight, f"{prefix}bias": bias}
@@ -55,9 +55,12 @@ def check(op: str, x, weight, bias, norm: str, groups: int, act, prefix: str = "
     for name, value in names.items():
         if value is not None:
             checks.shape(op, name, value, (x.shape[1],), "a norm has one number per channel of x")
+    checks.number(op, "eps", eps)
     if norm == "group":
-        checks.require(groups > 0 and x.shape[1] % groups == 0, op, f"groups to divide the {x.shape[1]} channels",
-                       groups, "choose a divisor of the channels")
+        checks.whole(op, "groups", groups, 1)
+        if x.shape[1] % groups:
+            raise checks.error(op, f"groups to divide the {x.shape[1]} channels", groups,
+                               "choose a divisor of the channels")
 
 
 def norm_act(x, weight=None, bias=None, *, norm="rms", groups=32, eps=1e-6, act="silu", backend="auto"):
@@ -73,6 +76,6 @@ def norm_act(x, weight=None, bias=None, *, norm="rms", groups=32, eps=1e-6, act=
     Returns:
         (B, C, T, H, W) in x's dtype; computed in at least float32.
     """
-    check("norm_act", x, weight, bias, norm, groups, act)
+    check("norm_act", x, weight, bias, norm, groups, eps, act)
     problem = NormalizationProblem(device_name(x), x.dtype, needs_grad(x, weight, bias), x.shape[1], norm, act)
     return NORM_ACT.run(problem, backend, x=x, weight=weight, bias=bias, norm=norm, groups=groups, eps=eps, act=act)

@@ -52,7 +52,7 @@ def _places(grids_S3, tokens: int, patch, channels: int, device):
 def _torch_patch_embed(latents, weight, bias, *, grids):
     width, channels, *patch = weight.shape
     if isinstance(grids, torch.Tensor):
-        tokens = latents.shape[0] // weight[0].numel()
+        tokens = latents.shape[0] // (weight.numel() // width)
         place, belongs = _places(grids, tokens, patch, channels, latents.device)
         patches = torch.where(belongs[:, None], latents[torch.where(belongs[:, None], place.flatten(1), 0)], 0)
     else:
@@ -60,9 +60,8 @@ def _torch_patch_embed(latents, weight, bias, *, grids):
         inside = sum(t * h * w for t, h, w in grids)
         belongs = None if inside == patches.shape[0] else torch.arange(patches.shape[0], device=latents.device) < inside
     out = F.linear(patches, weight.reshape(width, -1), bias)
-    if belongs is None or bias is None:
-        return out
-    return torch.where(belongs[:, None], out, 0)
+    # without a bias too: it is the gradient of a tail token (NaN perhaps) that must not reach the weight
+    return out if belongs is None else torch.where(belongs[:, None], out, 0)
 
 
 def _torch_unpatchify(tokens, grids, patch, channels):
@@ -93,10 +92,13 @@ OPS = (PATCH_EMBED, UNPATCHIFY)
 
 # ------------------------------------------------------------------------------------------------- public ops
 def _sizes(op: str, grids):
-    """Host triples; while a graph is traced a CPU tensor (a Pack's ``grids_cpu``) instead, so that no size is baked in."""
+    """Host triples; while a graph is traced a Pack's ``grids_cpu`` or a CPU tensor, so that no size is baked in."""
     if torch.compiler.is_compiling() and isinstance(grids, (Pack, torch.Tensor)):
         grids = grids.grids_cpu if isinstance(grids, Pack) else grids
-        checks.require(grids.device.type == "cpu", op, "grids as host data", grids.device, "keep sizes on the host")
+        checks.require(grids.device.type == "cpu", op, "grids as host data", grids.device.type,
+                       "keep sizes on the host")
+        checks.integers(op, "grids", grids, (torch.int64, torch.int32))
+        checks.shape(op, "grids", grids, ("S", 3), "one row of t, h, w per sample")
         return grids
     return host_grids(op, grids)
 
@@ -115,19 +117,21 @@ def _grid_of(op: str, name: str, clip, patch) -> tuple[int, int, int]:
     return tuple(size // step for size, step in zip(sizes, patch, strict=True))
 
 
-def _flatten(op: str, latents, channels: int, patch):
-    """A batch or a list of clips as one flat buffer, and its grids."""
+def _flatten(op: str, latents, channels: int, patch, like):
+    """A batch or a list of clips as one flat buffer, and its grids; an empty list has ``like``'s dtype."""
     if isinstance(latents, torch.Tensor):
         checks.shape(op, "latents", latents, ("B", channels, "T", "H", "W"),
                      "pass a batch, a list of (C, T, H, W), or a flat buffer with grids")
         return latents.reshape(-1), (_grid_of(op, "latents", latents, patch),) * latents.shape[0]
+    checks.sequence(op, "latents", latents, "clips (C, T, H, W)")
     grids = []
     for place, clip in enumerate(latents):
         checks.shape(op, f"latents[{place}]", clip, (channels, "T", "H", "W"), "each clip is (C, T, H, W)")
         checks.same_dtype(op, **{"latents[0]": latents[0], f"latents[{place}]": clip})
         checks.same_device(op, **{"latents[0]": latents[0], f"latents[{place}]": clip})
         grids.append(_grid_of(op, f"latents[{place}]", clip, patch))
-    return torch.cat([clip.reshape(-1) for clip in latents]), tuple(grids)
+    flat = [clip.reshape(-1) for clip in latents] or [like.new_zeros(0)]
+    return torch.cat(flat), tuple(grids)
 
 
 def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
@@ -147,23 +151,26 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
     op = "patch_embed"
     checks.shape(op, "weight", weight, ("D", "C", "pt", "ph", "pw"), "use the weight of a Conv3d")
     width, channels, *patch = weight.shape
+    numel = weight.numel() // max(width, 1)
+    if width > 0 and numel == 0:
+        raise checks.error(op, "a weight of at least one number per token", checks.show_shape(weight.shape),
+                           "use the weight of a Conv3d")
     if grids is None:
         if isinstance(latents, torch.Tensor) and latents.dim() == 1:
             raise ValueError(f"{op}: expected grids with a flat buffer, got None; pass the tokens in t, h, w of every "
                              f"sample")
-        if not isinstance(latents, torch.Tensor) and len(latents) == 0:
-            return weight.new_zeros((0, width)) + (weight.sum() * 0)
-        latents, grids = _flatten(op, latents, channels, patch)
+        latents, grids = _flatten(op, latents, channels, patch, weight)
     else:
         checks.shape(op, "latents", latents, ("numbers",), "with grids, pass one flat buffer of all samples")
         grids = _sizes(op, grids)
-        numel = weight[0].numel()
-        checks.require(latents.shape[0] % numel == 0, op, f"a flat buffer of whole patches of {numel} numbers",
-                       f"{latents.shape[0]:,} numbers", "end the buffer (and its tail) on a whole patch")
+        if latents.shape[0] % numel:
+            raise checks.error(op, f"a flat buffer of whole patches of {numel} numbers",
+                               f"{latents.shape[0]:,} numbers", "end the buffer (and its tail) on a whole patch")
         if not isinstance(grids, torch.Tensor):
             needed = numel * sum(t * h * w for t, h, w in grids)
-            checks.require(latents.shape[0] >= needed, op, f"at least the {needed:,} numbers that grids asks for",
-                           f"{latents.shape[0]:,}", "pass the grids of this very buffer")
+            if latents.shape[0] < needed:
+                raise checks.error(op, f"at least the {needed:,} numbers that grids asks for",
+                                   f"{latents.shape[0]:,}", "pass the grids of this very buffer")
     checks.floating(op, latents=latents, weight=weight, bias=bias)
     checks.same_device(op, latents=latents, weight=weight, bias=bias)
     if bias is not None:
@@ -171,7 +178,7 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
     latents, weight, bias = autocast(latents, weight, bias)
     checks.same_dtype(op, latents=latents, weight=weight, bias=bias)
     problem = PatchesProblem(device_name(latents), latents.dtype, needs_grad(latents, weight, bias),
-                             weight[0].numel(), isinstance(grids, torch.Tensor))
+                             numel, isinstance(grids, torch.Tensor))
     return PATCH_EMBED.run(problem, backend, latents=latents, weight=weight, bias=bias, grids=grids)
 
 
@@ -188,14 +195,17 @@ def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
         list of (C, T, H, W), views of one flat buffer, in tokens' dtype.
     """
     op = "unpatchify"
+    checks.several(op, "patch", patch, "pt, ph, pw", 1)
+    checks.whole(op, "channels", channels, 1)
     pt, ph, pw = patch
     checks.shape(op, "tokens", tokens, ("N", pt * ph * pw * channels), "a token holds pt * ph * pw * C numbers")
     checks.floating(op, tokens=tokens)
     sizes = _sizes(op, grids)
     if not isinstance(sizes, torch.Tensor):
         needed = sum(t * h * w for t, h, w in sizes)
-        checks.require(tokens.shape[0] >= needed, op, f"at least the {needed:,} tokens that grids asks for",
-                       f"{tokens.shape[0]:,}", "pass the grids of these very tokens")
+        if tokens.shape[0] < needed:
+            raise checks.error(op, f"at least the {needed:,} tokens that grids asks for", f"{tokens.shape[0]:,}",
+                               "pass the grids of these very tokens")
     else:
         checks.require(flat, op, "flat=True with a grids tensor in a traced graph", "flat=False",
                        "cut the buffer into clips outside the graph")

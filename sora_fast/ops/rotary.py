@@ -111,8 +111,9 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
     for name, value, owner in (("q_weight", q_weight, q), ("q_bias", q_bias, q), ("k_weight", k_weight, k),
                                ("k_bias", k_bias, k)):
         if value is not None:
+            what = "k=None" if owner is None else "norm=None"
             checks.require(owner is not None and norm is not None, op, f"no {name} without its tensor and a norm",
-                           f"{name} with norm={norm!r}", f"leave {name} out")
+                           f"{name} with {what}", f"leave {name} out")
             width = owner.shape[1] * head_dim if norm == "rms_all" else head_dim
             checks.shape(op, name, value, (width,), f"norm={norm!r} has one number per normalised entry")
     rotated = 0
@@ -123,6 +124,7 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
         rotated = _check_angles(op, q, k, axes, theta, freqs)
     if rows is not None:
         checks.rows(op, rows, tokens, None)
+    checks.number(op, "eps", eps)
     problem = RotaryProblem(device_name(q), q.dtype,
                             needs_grad(q, k, q_weight, k_weight, q_bias, k_bias, freqs, coords), heads, head_dim,
                             norm, rotated, pairing, freqs is not None)
@@ -137,17 +139,23 @@ def _check_angles(op: str, q, k, axes, theta, freqs) -> int:
     if freqs is not None:
         if freqs.dim() == 3:
             checks.shape(op, "freqs", freqs, (3, heads, "R/2"), "give frequencies per axis, head and pair")
-            checks.require(k is None or k.shape[1] == heads, op, "as many key heads as query heads with freqs per head",
-                           0 if k is None else k.shape[1], "use freqs of shape (3, R/2), or repeat k's heads")
+            if k is not None and k.shape[1] != heads:
+                raise checks.error(op, f"as many key heads as the {heads} query heads with freqs per head", k.shape[1],
+                                   "use freqs of shape (3, R/2), or repeat k's heads")
         else:
             checks.shape(op, "freqs", freqs, (3, "R/2"), "give frequencies per axis and pair")
         rotated = 2 * freqs.shape[-1]
     else:
-        checks.require(len(axes) == 3 and all(size % 2 == 0 and size >= 0 for size in axes), op,
-                       "axes as three even numbers", axes, "give the rotated entries of t, h and w")
-        if isinstance(theta, (tuple, list)):
-            checks.require(len(theta) == 3, op, "theta as a number or three", theta, "give one per axis")
+        checks.several(op, "axes", axes, "t, h, w", 0)
+        checks.require(all(size % 2 == 0 for size in axes), op, "axes as three even numbers", axes,
+                       "give the rotated entries of t, h and w")
+        bases = theta if isinstance(theta, (tuple, list)) else (theta,) * 3
+        checks.require(len(bases) == 3, op, "theta as a number or three", theta, "give one per axis")
+        for base in bases:
+            checks.number(op, "theta", base)
+            checks.require(base > 0, op, "theta above 0", base, "it is the base of a power, usually 10,000")
         rotated = sum(axes)
-    checks.require(rotated <= head_dim, op, f"at most the {head_dim} entries of a head to be rotated", rotated,
-                   "make axes (or freqs) smaller: they must sum to the head dim or less")
+    if rotated > head_dim:
+        raise checks.error(op, f"at most the {head_dim} entries of a head to be rotated", rotated,
+                           "make axes (or freqs) smaller, because they sum to the head dim or less")
     return rotated

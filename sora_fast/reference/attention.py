@@ -7,7 +7,7 @@ Row i of a sample with Sq queries and Sk keys sees key j where
 
 import torch
 
-from .precision import wide_dtype
+from .precision import holds_numbers, wide_dtype
 
 
 def visible(cu_q, cu_k, queries: int, keys: int, causal: bool, window, device):
@@ -52,7 +52,8 @@ def attend(q_NHE, k_NHE, v_NHE, mask_QK, scale: float):
         top = torch.where(sees_Q[:, None], scores_HQK.amax(dim=-1, keepdim=True), 0).detach()
     p_HQK = torch.exp(scores_HQK - top)
     total = torch.where(sees_Q[:, None], p_HQK.sum(dim=-1, keepdim=True), 1)
-    out_HQE = (p_HQK / total) @ v_HKE
+    # rows that see nothing are 0 in the graph too, so that no gradient of theirs (NaN in a tail) reaches a key
+    out_HQE = torch.where(sees_Q[:, None], (p_HQK / total) @ v_HKE, 0)
     lse_HQ = torch.where(sees_Q, (top + total.log()).squeeze(-1), -torch.inf)
     return out_HQE.transpose(0, 1), lse_HQ
 
@@ -63,7 +64,7 @@ def blocks(cu_q, cu_k, queries: int, keys: int, causal: bool, window, device):
     Where lengths can be read there is one dense block per sample, so that no number of another sample is touched at
     all; while a graph is traced they cannot, and the whole pack is one block under a block-diagonal mask.
     """
-    if torch.compiler.is_compiling() or isinstance(cu_q, torch._subclasses.FakeTensor):
+    if not holds_numbers(cu_q):
         yield slice(0, queries), slice(0, keys), visible(cu_q, cu_k, queries, keys, causal, window, device)
         return
     ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
@@ -143,7 +144,7 @@ def merge_attention(outs, lses):
     parts_PHN = torch.exp(torch.where(sees, lse_PHN, -torch.inf) - top)
     total_HN = torch.where(sees, parts_PHN.sum(dim=0), 1)
     share_PNH1 = (parts_PHN / total_HN).transpose(1, 2)[..., None]
-    values = torch.stack([out.to(wide) for out in outs])
-    out = torch.where(share_PNH1 > 0, share_PNH1 * values, 0).sum(dim=0)
+    values = torch.where(share_PNH1 > 0, torch.stack([out.to(wide) for out in outs]), 0)
+    out = (share_PNH1 * values).sum(dim=0)
     lse = torch.where(sees, top + total_HN.log(), -torch.inf)
     return out.to(outs[0].dtype), lse

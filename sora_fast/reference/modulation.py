@@ -13,6 +13,8 @@ def pick(table_RD, rows):
     """The modulation of every token: row ``rows[n]``, or, without rows, the one row there is or one a token."""
     if table_RD is None or rows is None:
         return table_RD
+    if table_RD.shape[0] == 0:  # no sample: every token is tail, and any row will do
+        return table_RD.sum(dim=0, keepdim=True)
     return table_RD.index_select(0, rows.clamp(min=0).to(torch.int64))
 
 

@@ -30,10 +30,10 @@ def patch_embed(latents, weight, bias=None, *, grids):
     wide = wide_dtype(latents, weight, bias)
     tokens = cut(latents, grids, patch, channels).to(wide) @ weight.reshape(width, -1).to(wide).t()
     if bias is not None:
-        inside = sum(t * h * w for t, h, w in grids)
-        belongs = torch.arange(tokens.shape[0], device=tokens.device) < inside
-        tokens = tokens + bias.to(wide) * belongs[:, None]
-    return tokens.to(latents.dtype)
+        tokens = tokens + bias.to(wide)
+    inside = sum(t * h * w for t, h, w in grids)
+    belongs = torch.arange(tokens.shape[0], device=tokens.device) < inside
+    return torch.where(belongs[:, None], tokens, 0).to(latents.dtype)
 
 
 def unpatchify(tokens, grids, patch, channels):

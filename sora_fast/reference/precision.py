@@ -1,4 +1,4 @@
-"""At least float32 inside, one rounding where a tensor of the contract is produced."""
+"""At least float32 inside, one rounding where a tensor of the contract is produced; and whether numbers can be read."""
 
 import torch
 
@@ -6,6 +6,12 @@ import torch
 def wide_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """float64 if any of ``tensors`` is float64, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def holds_numbers(tensor: torch.Tensor) -> bool:
+    """Whether there are numbers to read in ``tensor``: not while a graph is traced, nor in fake and meta tensors."""
+    return not (torch.compiler.is_compiling() or tensor.device.type == "meta"
+                or isinstance(tensor, torch._subclasses.FakeTensor))
 
 
 def widen(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from .. import reference
 from ..pack import Pack
 
 RAGGED = [(2, 3, 5), (0, 4, 4), (1, 1, 1), (1, 7, 3), (3, 2, 2)]  # 30 + 0 + 1 + 21 + 12 = 64 tokens
@@ -36,7 +37,8 @@ def _modulation(op, draw) -> Iterator[tuple[str, dict]]:
     single = Pack([(1, 1, 1)], device=draw.device)
     settings = [
         ("layer, rows per sample, chunk(6) views", pack, 48, dict(norm="layer"), "chunk", draw.dtype),
-        ("rms with weight, per frame, NaN tail, odd width", frames, 37, dict(norm="rms", weight=37), "own", torch.float32),
+        ("rms with weight, per frame, NaN tail, odd width", frames, 37, dict(norm="rms", weight=37), "own",
+         torch.float32),
         ("layer, affine, float32 modulation", pack, 40, dict(norm="layer", weight=40, bias=40), "own", torch.float32),
         ("one token, one row", single, 8, dict(norm="rms"), "own", draw.dtype),
         ("rows None, one row for all", None, 33, dict(norm="layer"), "one", draw.dtype),
@@ -79,7 +81,8 @@ def _rotary(op, draw) -> Iterator[tuple[str, dict]]:
         q_bias=draw(24), k_bias=draw(24), theta=(1e4, 1e3, 256.0))
     yield "no norm, learned freqs per head", dict(q=q, k=draw(64, 4, 24), coords=coords, norm=None,
                                                   freqs=draw(3, 4, 12, dtype=torch.float32))
-    yield "learned freqs, no heads", dict(q=q, k=k, coords=coords, freqs=draw(3, 9, dtype=torch.float32), pairing="half")
+    yield "learned freqs, no heads", dict(q=q, k=k, coords=coords, freqs=draw(3, 9, dtype=torch.float32),
+                                          pairing="half")
     yield "no rotation, other key length", dict(q=q, k=draw(17, 2, 24), coords=None, norm="rms_head")
     yield "no keys, strided q", dict(q=draw(64, 3, 4, 24)[:, 1], k=None, coords=coords, axes=(8, 8, 8))
     tail = pack.pad_to(70)
@@ -99,7 +102,7 @@ def _attention(op, draw) -> Iterator[tuple[str, dict]]:
         return label, dict(q=q, k=k, v=v, cu_seqlens_q=lengths(*lens_q), cu_seqlens_k=lengths(*lens_k),
                            max_seqlen_q=max(lens_q), max_seqlen_k=max(lens_k), **options)
 
-    lse = {} if op == "varlen_attention_forward" else dict(return_lse=True)
+    lse = dict(return_lse=True) if op == "varlen_attention" else {}
     yield make("self, ragged", [30, 0, 1, 21, 12], [30, 0, 1, 21, 12], 4, 4, 16)
     yield make("cross, GQA, empty keys, NaN tail", [5, 7, 1], [11, 0, 40], 4, 2, 24, tail=3)
     yield make("causal, more queries than keys", [9, 4], [5, 17], 2, 1, 32, causal=True)
@@ -109,6 +112,16 @@ def _attention(op, draw) -> Iterator[tuple[str, dict]]:
     yield "strided slices of packed qkv", dict(
         q=packed[:, 0], k=packed[:, 1], v=packed[:, 2], cu_seqlens_q=lengths(15, 25), cu_seqlens_k=lengths(15, 25),
         max_seqlen_q=25, max_seqlen_k=25)
+
+
+def _attention_backward(op, draw) -> Iterator[tuple[str, dict]]:
+    names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
+    for label, inputs in _attention(op, draw):
+        kept = {name: value for name, value in inputs.items() if not name.startswith("max_")}
+        out, lse = reference.varlen_attention_forward(**kept)
+        yield label, dict(dout=draw(*out.shape), dlse=draw(*lse.shape, dtype=lse.dtype), out=out, lse=lse, **inputs)
+    kept = {name: kept[name] for name in names}
+    yield "no gradient of lse", dict(dout=draw(*out.shape), dlse=None, out=out, lse=lse, **kept)
 
 
 def _merge(op, draw) -> Iterator[tuple[str, dict]]:
@@ -142,7 +155,8 @@ def _convolution(op, draw) -> Iterator[tuple[str, dict]]:
                space_pad="reflect")
     yield make("strides and phase", (1, 3, 6, 7, 8), (3, 3, 3), 5, stride=(2, 2, 2), phase=1, return_cache=True)
     yield make("one frame, replicate space", (2, 3, 1, 5, 6), (3, 3, 3), 4, space_pad="replicate", return_cache=True)
-    yield make("(1, 3, 3), uneven padding, stride 2", (1, 6, 2, 6, 8), (1, 3, 3), 4, stride=(1, 2, 2), padding=(0, 1, 0, 1))
+    yield make("(1, 3, 3), uneven padding, stride 2", (1, 6, 2, 6, 8), (1, 3, 3), 4, stride=(1, 2, 2),
+               padding=(0, 1, 0, 1))
     yield make("(3, 1, 1), no bias", (1, 16, 5, 3, 2), (3, 1, 1), 12, bias=False)
     yield make("lookahead", (1, 3, 4, 5, 5), (3, 3, 3), 2, lookahead=1, time_pad="replicate")
     yield make("1x1x1", (2, 12, 2, 3, 3), (1, 1, 1), 3, return_cache=True)
@@ -171,7 +185,8 @@ def _patches(op, draw) -> Iterator[tuple[str, dict]]:
     if op == "patch_embed":
         weight, bias = draw(20, channels, *patch), draw(20)
         yield "flat, ragged", dict(latents=draw(64 * numel), weight=weight, bias=bias, grids=grids)
-        yield "flat with NaN tail", dict(latents=_nan_tail(draw(67 * numel), 64 * numel), weight=weight, bias=bias, grids=grids)
+        yield "flat with NaN tail", dict(latents=_nan_tail(draw(67 * numel), 64 * numel), weight=weight, bias=bias,
+                                         grids=grids)
         yield "patch (2, 4, 1), no bias", dict(latents=draw(3 * 6 * 16), weight=draw(5, 2, 2, 4, 1), bias=None,
                                                grids=((1, 2, 3), (3, 1, 4)))
     else:
@@ -183,7 +198,8 @@ _MAKERS = {
     "patch_embed": _patches, "unpatchify": _patches,
     "norm_modulate": _modulation, "gate_residual": _modulation, "gate_residual_norm_modulate": _modulation,
     "qk_norm_rope": _rotary,
-    "varlen_attention": _attention, "varlen_attention_forward": _attention, "merge_attention": _merge,
+    "varlen_attention": _attention, "varlen_attention_forward": _attention,
+    "varlen_attention_backward": _attention_backward, "merge_attention": _merge,
     "causal_conv3d": _convolution, "norm_act_conv3d": _convolution,
     "norm_act": _normalization,
     "kl_sample": _latents,

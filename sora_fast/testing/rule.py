@@ -8,7 +8,9 @@ error that dtype cannot avoid. A result k passes if, for every output and every 
 
 with eps of the tensor's own dtype. 16-bit attention may add one eps to the first and eps/2 to the second, because P is
 rounded before the second product. Anything non-finite fails, but where the truth itself is -inf (the log-sum-exp of a
-row without keys), which must be met exactly.
+row without keys), which must be met exactly. In float64 the reference is the truth itself and would allow no other
+order of a sum: there ``low`` errs as it does in float32, scaled by the ratio of the eps, and the truth's own rounding
+grants one eps to the first and eps/2 to the second.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,7 +50,8 @@ class Comparison:
         return f"{text}; {self.problem}" if self.problem else text
 
 
-def compare(name: str, got: torch.Tensor, low: torch.Tensor, ref64: torch.Tensor, *, rounds_p: bool = False) -> Comparison:
+def compare(name: str, got: torch.Tensor, low: torch.Tensor, ref64: torch.Tensor, *,
+            rounds_p: bool = False) -> Comparison:
     """Apply the rule to one tensor; ``rounds_p`` grants 16-bit attention its extra rounding."""
     blank = dict(error_max=float("inf"), allowed_max=0.0, error_rms=float("inf"), allowed_rms=0.0, worst=())
     if got is None or ref64 is None:
@@ -60,7 +63,8 @@ def compare(name: str, got: torch.Tensor, low: torch.Tensor, ref64: torch.Tensor
         return Comparison(name, got.dtype, tuple(got.shape), **blank,
                           problem=f"shape {tuple(got.shape)} instead of {tuple(ref64.shape)}")
     if got.dtype != low.dtype:
-        return Comparison(name, got.dtype, tuple(got.shape), **blank, problem=f"dtype {got.dtype} instead of {low.dtype}")
+        return Comparison(name, got.dtype, tuple(got.shape), **blank,
+                          problem=f"dtype {got.dtype} instead of {low.dtype}")
     wide, low, ref64 = (t.detach().to("cpu", torch.float64) for t in (got, low, ref64))
     absent = torch.isneginf(ref64)
     problem = ""
@@ -72,7 +76,8 @@ def compare(name: str, got: torch.Tensor, low: torch.Tensor, ref64: torch.Tensor
     if wide.numel() == 0:
         return Comparison(name, got.dtype, tuple(got.shape), 0.0, 0.0, 0.0, 0.0, (), problem)
     eps = torch.finfo(got.dtype).eps
-    extra = 1.0 if rounds_p and got.dtype in (torch.float16, torch.bfloat16) else 0.0
+    rounded = rounds_p and got.dtype in (torch.float16, torch.bfloat16) or got.dtype == torch.float64
+    extra = 1.0 if rounded else 0.0
     error, unavoidable = (wide - ref64).abs(), (low - ref64).abs()
     worst = torch.unravel_index(error.nan_to_num(nan=float("inf")).argmax(), error.shape)
     rms = lambda t: float(t.square().mean().sqrt())
@@ -134,6 +139,27 @@ def run(fn: Callable, inputs: Mapping[str, object], cotangents: list[torch.Tenso
     return outputs, dict(zip(leaves, found, strict=True))
 
 
+_EPS_RATIO = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+
+
+def _low(truth: Callable, inputs: Mapping[str, object], cotangents, ref: tuple[list, dict]) -> tuple[list, dict]:
+    """Outputs and gradients of the reference on ``inputs`` themselves; in float64 the scaled error of float32."""
+    low_out, low_grads = run(truth, inputs, cotangents)
+    if not any(t.dtype == torch.float64 for t in (*low_out, *low_grads.values()) if t is not None):
+        return low_out, low_grads
+    single = {name: _map(value, lambda t: t.float() if t.dtype == torch.float64 else t)
+              for name, value in inputs.items()}
+    single_out, single_grads = run(truth, single, cotangents)
+
+    def scaled(low, single, ref):
+        if low is None or low.dtype != torch.float64:
+            return low
+        return torch.where(torch.isneginf(ref), ref, ref + (single.double() - ref) * _EPS_RATIO)
+
+    return ([scaled(*each) for each in zip(low_out, single_out, ref[0], strict=True)],
+            {name: scaled(low_grads[name], single_grads[name], ref[1][name]) for name in low_grads})
+
+
 def compare_with_reference(op: str, got, inputs: Mapping[str, object], *, grads: bool = True, seed: int = 0,
                            flat_cotangent: bool = False) -> list[Comparison]:
     """Comparisons of every output and gradient of ``op``.
@@ -160,7 +186,7 @@ def compare_with_reference(op: str, got, inputs: Mapping[str, object], *, grads:
             make = lambda o: torch.ones((), dtype=o.dtype, device=o.device).expand(o.shape)
         cotangents = [make(o) for o in low_out]
     ref_out, ref_grads = run(truth, doubled, cotangents)
-    low_out, low_grads = run(truth, inputs, cotangents)
+    low_out, low_grads = _low(truth, inputs, cotangents, (ref_out, ref_grads))
     got_out, got_grads = run(got, inputs, cotangents) if callable(got) else (_tensors(got), {})
     if len(got_out) != len(ref_out):
         raise AssertionError(f"{op}: expected {len(ref_out)} outputs, got {len(got_out)}; return what the op returns")

@@ -24,9 +24,9 @@ class Row:
     def as_dict(self) -> dict:
         c = self.comparison
         return dict(op=self.op, implementation=self.implementation, case=self.case, direction=self.direction,
-                    tensor=c.name, dtype=str(c.dtype).removeprefix("torch."), shape=list(c.shape), error_max=c.error_max,
-                    allowed_max=c.allowed_max, error_rms=c.error_rms, allowed_rms=c.allowed_rms, passed=c.passed,
-                    problem=c.problem)
+                    tensor=c.name, dtype=str(c.dtype).removeprefix("torch."), shape=list(c.shape),
+                    error_max=c.error_max, allowed_max=c.allowed_max, error_rms=c.error_rms,
+                    allowed_rms=c.allowed_rms, passed=c.passed, problem=c.problem)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Report:
         return bool(self.rows) and all(row.comparison.passed for row in self.rows)
 
     def __str__(self) -> str:
-        lines = [f"{'op':28s} {'implementation':16s} {'dtype':9s} {'direction':9s} {'error':>10s} {'allowed':>10s}  verdict"]
+        lines = [f"{'op':28s} {'implementation':16s} {'dtype':9s} {'direction':9s} {'error':>10s} {'allowed':>10s}"
+                 f"  verdict"]
         groups: dict[tuple, list[Row]] = {}
         for row in self.rows:
             key = (row.op, row.implementation, str(row.comparison.dtype).removeprefix("torch."), row.direction)

@@ -1,0 +1,141 @@
+"""sora-fast: demo, train-vae, train, generate, info, explain, validate."""
+
+import argparse
+import sys
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def _info(arguments) -> int:
+    from ..explanation import info
+
+    print(info())
+    return 0
+
+
+def _explain(arguments) -> int:
+    import torch
+
+    from ..explanation import explain
+
+    print(explain(arguments.what, device=arguments.device, dtype=getattr(torch, arguments.dtype),
+                  grad=not arguments.no_grad))
+    return 0
+
+
+def _validate(arguments) -> int:
+    from .validate import run
+
+    return run(arguments)
+
+
+def _train_vae(arguments) -> int:
+    from .train import train_vae
+
+    return train_vae(arguments)
+
+
+def _train(arguments) -> int:
+    from .train import train
+
+    return train(arguments)
+
+
+def _generate(arguments) -> int:
+    from .generate import run
+
+    return run(arguments)
+
+
+def _demo(arguments) -> int:
+    from .demo import run
+
+    return run(arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    from .. import __version__
+    from ..training.config import DiTTraining, VAETraining
+    from .options import add_options
+
+    top = argparse.ArgumentParser(prog="sora-fast", description="Fast, differentiable, ragged layers for Sora-style video "
+                                  "models: see them work, train, generate, check.")
+    top.add_argument("--version", action="version", version=f"sora_fast {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name, run, help, description=None):
+        sub = commands.add_parser(name, help=help, description=description or help,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("demo", _demo, "train a VAE and a DiT on real clips and photos, generate, and write a report",
+                  "The whole system on three real clips and twelve photos that come with two Python packages: trains\n"
+                  "the tiny VAE and the tiny DiT, generates clips and an image, and writes OUT/report.html.\n"
+                  "About seven minutes on two CPU cores.")
+    sub.add_argument("--out", default="out/demo", help="folder for the report and all beside it (default: %(default)s)")
+    sub.add_argument("--vae-steps", type=int, default=1500, help="training steps of the VAE (default: %(default)s)")
+    sub.add_argument("--dit-steps", type=int, default=900, help="training steps of the DiT (default: %(default)s)")
+    sub.add_argument("--minutes", type=float, default=8.0,
+                     help="on a slow machine, shorten both trainings to end about then; 0: never (default: %(default)s)")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+    sub.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    sub.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
+
+    sub = command("train-vae", _train_vae, "train a VideoVAE on a folder of clips and images")
+    add_options(sub, VAETraining)
+    sub = command("train", _train, "train a text-conditioned DiT on packs of clips and images of any size")
+    add_options(sub, DiTTraining)
+
+    sub = command("generate", _generate, "generate clips and images of any sizes from captions",
+                  "sora-fast generate runs/dit --prompt 'a rabbit' --size 9x96x160 --prompt 'a cat' --size 1x128x128")
+    sub.add_argument("model", help="run folder of sora-fast train")
+    sub.add_argument("--prompt", action="append", required=True, help="caption; repeat for several samples")
+    sub.add_argument("--size", action="append", required=True, metavar="TxHxW",
+                     help="frames x lines x columns; once for all prompts, or once per prompt; T = 1 is an image")
+    sub.add_argument("--out", default="out/generated", help="folder for mp4 and png files (default: %(default)s)")
+    sub.add_argument("--steps", type=int, default=25, help="sampling steps (default: %(default)s)")
+    sub.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance, 1: none (default: %(default)s)")
+    sub.add_argument("--fps", type=float, default=12.0, help="frames per second of the files (default: %(default)s)")
+    sub.add_argument("--gif", action="store_true", help="write gif in place of mp4")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+
+    command("info", _info, "what is installed, and which backend runs what")
+    sub = command("explain", _explain, "which backend each op takes on a device, and why",
+                  "Example: sora-fast explain dit --device cuda:sm90")
+    sub.add_argument("what", nargs="?", default="all", help="all, dit, vae, a family or an op (default: all)")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, or an architecture as in cuda:sm90 (default: %(default)s)")
+    sub.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="(default: %(default)s)")
+    sub.add_argument("--no-grad", action="store_true", help="forward only")
+
+    sub = command("validate", _validate, "check ops, or a function of yours, against the reference in float64",
+                  "Ours:  sora-fast validate --op norm_modulate --backend torch\n"
+                  "Yours: sora-fast validate --op norm_modulate --impl my_package.kernels:norm_modulate\n"
+                  "Your function takes the op's keyword arguments and returns what it returns.")
+    sub.add_argument("--op", action="append", help="op to check; repeat for several (default: all)")
+    sub.add_argument("--impl", metavar="PKG.MOD:FN", help="your function, for one --op")
+    sub.add_argument("--backend", action="append", help="backend of ours; repeat for several (default: all there are)")
+    sub.add_argument("--dtype", action="append", choices=DTYPES, help="repeat for several (default: the last three)")
+    sub.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    sub.add_argument("--jsonl", metavar="FILE", help="also write every comparison as a line of JSON")
+    return top
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    try:
+        code = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, NotImplementedError,
+            FloatingPointError) as error:
+        # Sentences made for people; anything else is a bug and keeps its traceback.
+        print(f"sora-fast: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Dataclass fields as command-line flags and YAML keys of the same names; flags win over the file."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+
+def add_options(parser: argparse.ArgumentParser, config: type) -> None:
+    """One flag per field of the dataclass ``config``, and --config for a YAML file of them."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings by name")
+    for field in dataclasses.fields(config):
+        flag = "--" + field.name.replace("_", "-")
+        # Defaults stay out of argparse, so that a flag can be told from a default when it meets the file.
+        settings: dict = dict(dest=field.name, default=argparse.SUPPRESS,
+                              help=f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%"))
+        if field.type in (bool, "bool"):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
+        else:
+            choices = field.metadata.get("choices") or None
+            parser.add_argument(flag, type=type(field.default), choices=choices,
+                                metavar=None if choices else field.name.upper(), **settings)
+
+
+def read_options(arguments: argparse.Namespace, config: type):
+    """The dataclass from --config and flags; one sentence for a key or a type that is wrong."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    values = {}
+    if arguments.config:
+        for name, value in _read_yaml(arguments.config).items():
+            name = name.replace("-", "_")
+            if name not in fields:
+                raise ValueError(f"{arguments.config}: expected settings among {', '.join(fields)}, got {name!r}; remove "
+                                 f"it or mend its name")
+            kind = type(fields[name].default)
+            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+            if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+                value = str(value)
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise ValueError(f"{arguments.config}: expected {name} as {kind.__name__}, got {value!r}; mend the file")
+            values[name] = value
+    values |= {name: value for name, value in vars(arguments).items() if name in fields}
+    return config(**values)
+
+
+def _read_yaml(path: str) -> dict:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError("--config: expected the pyyaml package, got none; run pip install 'sora_fast[train]'") from error
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"--config: expected a YAML file, got no file at {path}; check the path")
+    try:
+        content = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}; mend the file") from error
+    if not isinstance(content or {}, dict):
+        raise ValueError(f"{path}: expected settings as 'name: value' lines, got a {type(content).__name__}; mend the file")
+    return content or {}

@@ -1,0 +1,16 @@
+"""Other libraries' interfaces on top of ``ops.varlen_attention``, so that a model needs one changed import.
+
+``sora_fast.compat.flash_attn``: flash-attn 2.8's varlen functions. ``sora_fast.compat.xformers``:
+``memory_efficient_attention`` and ``BlockDiagonalMask``. Every function also takes ``backend="auto"``.
+"""
+
+from .flash_attn import flash_attn_varlen_func, flash_attn_varlen_kvpacked_func, flash_attn_varlen_qkvpacked_func
+from .xformers import BlockDiagonalMask, memory_efficient_attention
+
+__all__ = [
+    "BlockDiagonalMask",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "memory_efficient_attention",
+]

@@ -1,0 +1,175 @@
+"""Objectives: how clean latents get noisy, and what the model predicts from them.
+
+All tensors of latents are flat buffers (all samples of a pack one after the other); ``counts`` (S,) says how many
+numbers each sample has. Every sample has a timestep of its own, t in [0, 1000]: 0 is clean.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+
+Prediction = Literal["x0", "velocity", "noise"]
+
+
+class Objective(Protocol):
+    """What training and sampling need of an objective."""
+
+    prediction: Prediction
+
+    def draw_timesteps(self, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor: ...
+    def add_noise(self, x0, noise, timesteps, counts): ...
+    def loss(self, predicted, x0, noise, timesteps, counts) -> torch.Tensor: ...
+    def scheduler(self, steps: int, tokens: int): ...
+    def for_scheduler(self, predicted, x_t, timesteps, counts): ...
+
+
+def spread(values_S, counts_S, total: int | None = None):
+    """Each sample's value on all of its numbers: (S,) -> (sum of counts,)."""
+    return torch.repeat_interleave(values_S, counts_S, output_size=total)
+
+
+def _check_prediction(op: str, prediction: str) -> None:
+    if prediction not in ("x0", "velocity", "noise"):
+        raise ValueError(f"{op}: expected prediction to be 'x0', 'velocity' or 'noise', got {prediction!r}; choose one "
+                         f"of them")
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """Straight paths from clean latents to noise: ``x_t = (1 - s) x0 + s noise`` with s = t / 1000.
+
+    (Rectified flow: arXiv 2209.03003; logit-normal timesteps and the shift: SD3, arXiv 2403.03206.)
+
+    Args:
+        prediction: "velocity" (noise - x0), "x0" (the clean patches; its loss is weighted by 1 / max(s, 0.05)^2, the
+            velocity's own scale) or "noise".
+        timesteps: "logit_normal" or "uniform", each stratified over the samples of a pack.
+        shift: moves timesteps to the noisy end, ``s -> shift s / (1 + (shift - 1) s)``; a number, or "tokens":
+            sqrt(tokens of the sample / base_tokens), at least 1, since more tokens need more noise to hide.
+    """
+
+    prediction: Prediction = "velocity"
+    timesteps: Literal["logit_normal", "uniform"] = "logit_normal"
+    shift: float | Literal["tokens"] = "tokens"
+    base_tokens: int = 256
+
+    def __post_init__(self):
+        _check_prediction("FlowMatching", self.prediction)
+        if self.timesteps not in ("logit_normal", "uniform"):
+            raise ValueError(f"FlowMatching: expected timesteps to be 'logit_normal' or 'uniform', got "
+                             f"{self.timesteps!r}; choose one of them")
+
+    def shift_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The shift of samples with ``tokens`` (S,) tokens."""
+        if self.shift == "tokens":
+            return (tokens.float() / self.base_tokens).sqrt().clamp(min=1.0)
+        return torch.full(tokens.shape, float(self.shift))
+
+    def draw_timesteps(self, tokens, generator):
+        """Timesteps (S,) for samples of ``tokens`` (S,) tokens, stratified: one from each S-th of the range."""
+        count = tokens.shape[0]
+        order = torch.randperm(count, generator=generator)
+        u = (order + torch.rand(count, generator=generator)) / max(count, 1)
+        s = torch.sigmoid(torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))) if self.timesteps == "logit_normal" else u
+        shift = self.shift_of(tokens)
+        return 1000.0 * shift * s / (1 + (shift - 1) * s)
+
+    def add_noise(self, x0, noise, timesteps, counts):
+        s = spread(timesteps / 1000.0, counts, x0.shape[0])
+        return torch.lerp(x0, noise, s)
+
+    def target(self, x0, noise, timesteps, counts):
+        return {"velocity": noise - x0, "x0": x0, "noise": noise}[self.prediction]
+
+    def loss(self, predicted, x0, noise, timesteps, counts):
+        """Mean squared error over all numbers, in float32."""
+        error = (predicted.float() - self.target(x0, noise, timesteps, counts).float()).square()
+        if self.prediction == "x0":
+            error = error * spread((timesteps / 1000.0).clamp(min=0.05) ** -2, counts, x0.shape[0])
+        return error.mean()
+
+    def scheduler(self, steps, tokens):
+        """diffusers' Euler scheduler set to ``steps`` steps for a sample of ``tokens`` tokens."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        shift = float(self.shift_of(torch.tensor([tokens]))[0])
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+    def for_scheduler(self, predicted, x_t, timesteps, counts):
+        """The velocity, which the scheduler wants, from the model's prediction."""
+        s = spread(timesteps / 1000.0, counts, x_t.shape[0])
+        if self.prediction == "velocity":
+            return predicted
+        if self.prediction == "x0":
+            return (x_t - predicted) / s.clamp(min=1e-3)
+        return (predicted - x_t) / (1 - s).clamp(min=1e-3)
+
+
+@dataclass(frozen=True)
+class DDPM:
+    """Variance-preserving diffusion: ``x_t = sqrt(a) x0 + sqrt(1 - a) noise`` with a the cumulated alphas.
+
+    (arXiv 2006.11239; cosine schedule: 2102.09672; velocity ``sqrt(a) noise - sqrt(1 - a) x0``: 2202.00512.)
+    """
+
+    prediction: Prediction = "noise"
+    schedule: Literal["linear", "cosine"] = "linear"
+    alphas: torch.Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        _check_prediction("DDPM", self.prediction)
+        object.__setattr__(self, "alphas", self._diffusers().alphas_cumprod.clone())
+
+    def _diffusers(self):
+        from diffusers import DDIMScheduler
+
+        names = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+        if self.schedule not in names:
+            raise ValueError(f"DDPM: expected schedule to be 'linear' or 'cosine', got {self.schedule!r}; choose one")
+        kinds = {"noise": "epsilon", "x0": "sample", "velocity": "v_prediction"}
+        return DDIMScheduler(num_train_timesteps=1000, beta_schedule=names[self.schedule], clip_sample=False,
+                             prediction_type=kinds[self.prediction], timestep_spacing="trailing")
+
+    def draw_timesteps(self, tokens, generator):
+        """Whole timesteps 0..999 (S,), stratified over the samples."""
+        count = tokens.shape[0]
+        u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / max(count, 1)
+        return (u * 1000).floor().clamp(max=999)
+
+    def _scales(self, timesteps, counts, total):
+        a = self.alphas.to(timesteps.device)[timesteps.long()]
+        return spread(a.sqrt(), counts, total), spread((1 - a).sqrt(), counts, total)
+
+    def add_noise(self, x0, noise, timesteps, counts):
+        signal, sigma = self._scales(timesteps, counts, x0.shape[0])
+        return signal * x0 + sigma * noise
+
+    def target(self, x0, noise, timesteps, counts):
+        if self.prediction == "velocity":
+            signal, sigma = self._scales(timesteps, counts, x0.shape[0])
+            return signal * noise - sigma * x0
+        return x0 if self.prediction == "x0" else noise
+
+    def loss(self, predicted, x0, noise, timesteps, counts):
+        """Mean squared error over all numbers, in float32."""
+        return (predicted.float() - self.target(x0, noise, timesteps, counts).float()).square().mean()
+
+    def scheduler(self, steps, tokens):
+        """diffusers' DDIM scheduler set to ``steps`` steps."""
+        scheduler = self._diffusers()
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+    def for_scheduler(self, predicted, x_t, timesteps, counts):
+        return predicted
+
+
+def make_objective(kind: str, prediction: str | None = None, **options) -> Objective:
+    """``"flow"`` or ``"ddpm"``, with that objective's usual prediction unless one is given."""
+    kinds = {"flow": FlowMatching, "ddpm": DDPM}
+    if kind not in kinds:
+        raise ValueError(f"make_objective: expected 'flow' or 'ddpm', got {kind!r}; choose one of them")
+    return kinds[kind](**options) if prediction is None else kinds[kind](prediction=prediction, **options)

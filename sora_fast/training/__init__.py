@@ -1,0 +1,1 @@
+"""Training the VAE and the DiT: one loop, two tasks, checkpoints that survive."""
