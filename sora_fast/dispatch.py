@@ -5,7 +5,7 @@ An op has a few backends. Each answers ``unsupported(problem)`` with full senten
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -96,10 +96,7 @@ class Op:
         backend = self.choose(problem, requested)
         if problem.grad and not torch.compiler.is_compiling():
             arguments = {name: first_order(value, self.name) for name, value in arguments.items()}
-        kind = problem.device.partition(":")[0]
-        if not _autocasts(kind):
-            return backend.run(**arguments)
-        with torch.autocast(kind, enabled=False):
+        with no_autocast(problem.device.partition(":")[0]):
             return backend.run(**arguments)
 
 
@@ -142,6 +139,11 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 def _autocasts(kind: str) -> bool:
     """Whether torch.autocast is on for devices of ``kind``; the meta device has no autocast."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def no_autocast(kind: str):
+    """A context without torch.autocast for devices of ``kind`` (under it even torch.cat refuses some dtypes)."""
+    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:

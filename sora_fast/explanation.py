@@ -3,13 +3,12 @@
 import importlib.metadata
 import importlib.util
 import platform
+import re
 from pathlib import Path
 
 import torch
 
-import sora_fast
-
-from . import env, ops
+from . import __version__, env, ops
 from .dispatch import ORDER, Op
 
 # The ops that a model calls, in the order of its forward.
@@ -19,7 +18,10 @@ MODELS = {
     "vae": ("causal_conv3d", "norm_act_conv3d", "norm_act", "kl_sample"),
 }
 # Packages that add a backend or a peer to measure against. None is required.
-OPTIONAL = ("triton", "flash_attn", "flash_attn_interface", "xformers", "diffusers", "transformers", "av", "safetensors")
+# Name to import: name to install.
+OPTIONAL = {"triton": "triton", "flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3", "xformers": "xformers",
+            "diffusers": "diffusers", "transformers": "transformers", "safetensors": "safetensors", "numpy": "numpy",
+            "av": "av", "PIL": "pillow", "yaml": "pyyaml", "tqdm": "tqdm", "tensorboard": "tensorboard"}
 
 
 def all_ops() -> dict[str, Op]:
@@ -42,7 +44,10 @@ def explain(what: str = "all", *, device: str = "cpu", dtype: torch.dtype = torc
         dtype: of the tensors. grad: whether a backward is wanted.
 
     Returns:
-        Text; ``*`` marks the backend that auto takes for a typical problem of each op.
+        Text; ``*`` marks the backend that is taken for a typical problem of each op where none is named.
+
+    Raises:
+        ValueError: an unknown ``what``, a device that is none, or "cuda" where there is no GPU.
     """
     table = all_ops()
     chosen = [op for name, op in table.items()
@@ -50,16 +55,15 @@ def explain(what: str = "all", *, device: str = "cpu", dtype: torch.dtype = torc
     if not chosen:
         raise ValueError(f"explain: expected all, {', '.join(MODELS)}, a family ({', '.join(ops.FAMILIES)}) or an op, got "
                          f"{what!r}; sora_fast.info() lists the ops")
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("explain: expected a CUDA device for 'cuda', got none here; name an architecture, as in "
-                             "'cuda:sm90'")
-        major, minor = torch.cuda.get_device_capability()
-        device = f"cuda:sm{major}{minor}"
+    device = _architecture(device)
     lines = [f"{'op':28s} {'backend':11s} {'':3s} reason"]
     for op in chosen:
         problem = op.example(device, dtype, grad)
-        taken = op.choose(problem).name
+        try:
+            taken = op.choose(problem).name
+        except (NotImplementedError, ValueError) as refusal:  # SORA_FAST_BACKEND or use_backend names what cannot run
+            taken = None
+            lines.append(f"{op.name:28s} {'none':11s} {'!':3s} {refusal}")
         for name in ORDER:
             backend = op.backends.get(name)
             if backend is None:
@@ -67,17 +71,36 @@ def explain(what: str = "all", *, device: str = "cpu", dtype: torch.dtype = torc
             else:
                 why = backend.unsupported(problem)
                 mark = "-" if why else ("*" if name == taken else "ok")
-            reason = " ".join(why) or ("taken by auto" if mark == "*" else "would run")
+            told = f"taken, as SORA_FAST_BACKEND={env.backend()} says" if env.backend() else "taken by auto"
+            reason = " ".join(why) or (told if mark == "*" else "would run")
             lines.append(f"{op.name:28s} {name:11s} {mark:3s} {reason}")
     lines.append(f"auto takes the first that can, in the order {', '.join(ORDER)}"
                  + (f"; SORA_FAST_BACKEND={env.backend()} overrides it" if env.backend() else ""))
     return "\n".join(lines)
 
 
+def _architecture(device: str) -> str:
+    """``"cpu"`` or ``"cuda:sm90"``, as problems name devices; one sentence for what is neither."""
+    if re.fullmatch(r"cuda:sm\d+", device):
+        return device
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"explain: expected device to be cpu, cuda or an architecture such as cuda:sm90, got {device!r}; "
+                         f"choose one of them") from None
+    if found.type != "cuda":
+        return found.type
+    if (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"explain: expected a CUDA device for {device!r}, got none here; name an architecture, as in "
+                         f"'cuda:sm90'")
+    major, minor = torch.cuda.get_device_capability(found)
+    return f"cuda:sm{major}{minor}"
+
+
 def info() -> str:
     """What is installed and where this package was imported from."""
     lines = [
-        f"sora_fast {sora_fast.__version__} from {Path(sora_fast.__file__).parent}",
+        f"sora_fast {__version__} from {Path(__file__).parent}",
         f"python {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"torch {torch.__version__}, CUDA build {torch.version.cuda or 'none'}",
     ]
@@ -87,16 +110,22 @@ def info() -> str:
             lines.append(f"GPU {index}: {torch.cuda.get_device_name(index)}, sm{major}{minor}")
     else:
         lines.append("GPU: none that PyTorch can use")
-    for package in OPTIONAL:
-        if importlib.util.find_spec(package) is None:
-            lines.append(f"{package}: not installed")
-        else:
-            try:
-                version = importlib.metadata.version(package.replace("_", "-"))
-            except importlib.metadata.PackageNotFoundError:
-                version = "version unknown"
-            lines.append(f"{package}: {version}")
-    lines.append("backends: torch and reference for every op; this version has no Triton or CUDA kernels yet")
+    for module, package in OPTIONAL.items():
+        lines.append(f"{module}: {_version(module, package)}")
+    lines.append("backends: torch (PyTorch's own best composition) and reference (the definition); this version has no "
+                 "Triton or CUDA kernels yet")
+    lines.append(f"SORA_FAST_BACKEND={env.backend()}" if env.backend() else "SORA_FAST_BACKEND is not set")
     lines.append("")
     lines.append(explain("all", device="cuda" if torch.cuda.is_available() else "cpu"))
     return "\n".join(lines)
+
+
+def _version(module: str, package: str) -> str:
+    try:
+        if importlib.util.find_spec(module) is None:
+            return "not installed"
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "version unknown"
+    except ImportError:
+        return "not installed"

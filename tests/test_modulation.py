@@ -4,7 +4,7 @@ import op_checks
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import same_bits, with_grad
 
@@ -262,7 +262,7 @@ def test_empty_packs(grids, tokens, op, backend):
 
 
 # --------------------------------------------------------------------------------------------- drawn and wrong
-@settings(max_examples=25, deadline=None)
+@op_checks.drawn
 @given(grids=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 4)), max_size=5),
        width=st.sampled_from((1, 7, 8, 33)), tail=st.integers(0, 3), frames=st.booleans(),
        op=st.sampled_from(OPS), norm=st.sampled_from(("layer", "rms")), dtype=st.sampled_from(op_checks.DTYPES))
@@ -277,7 +277,7 @@ def test_drawn_packs(grids, width, tail, frames, op, norm, dtype):
         inputs |= dict(shift=draw(pack.num_rows, width), scale=draw(pack.num_rows, width), norm=norm)
         # a norm of one number is all cancellation: keep it away from division by nearly 0
         inputs["eps"] = 1e-6 if width > 1 else 0.1
-    assert_matches(op, lambda **arguments: getattr(ops, op)(**arguments, backend="torch"), inputs)
+    op_checks.assert_close_to_reference(op, lambda **arguments: getattr(ops, op)(**arguments, backend="torch"), inputs)
 
 
 def test_wrong_kernels_fail():

@@ -1,7 +1,10 @@
 """sora-fast: demo, train-vae, train, generate, info, explain, validate."""
 
 import argparse
+import dis
+import os
 import sys
+from pathlib import Path
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -79,7 +82,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--minutes", type=float, default=8.0,
                      help="on a slow machine, shorten both trainings to end about then; 0: never (default: %(default)s)")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
-    sub.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    sub.add_argument("--threads", type=int, default=0,
+                     help="CPU threads; 0: whichever is faster, one or all (default: %(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
 
     sub = command("train-vae", _train_vae, "train a VideoVAE on a folder of clips and images")
@@ -97,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=25, help="sampling steps (default: %(default)s)")
     sub.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance, 1: none (default: %(default)s)")
     sub.add_argument("--fps", type=float, default=12.0, help="frames per second of the files (default: %(default)s)")
-    sub.add_argument("--gif", action="store_true", help="write gif in place of mp4")
+    sub.add_argument("--gif", action="store_true", help="write gif in place of mp4 (default: mp4)")
     sub.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
 
@@ -107,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("what", nargs="?", default="all", help="all, dit, vae, a family or an op (default: all)")
     sub.add_argument("--device", default="cpu", help="cpu, cuda, or an architecture as in cuda:sm90 (default: %(default)s)")
     sub.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="(default: %(default)s)")
-    sub.add_argument("--no-grad", action="store_true", help="forward only")
+    sub.add_argument("--no-grad", action="store_true", help="forward only (default: with the backward)")
 
     sub = command("validate", _validate, "check ops, or a function of yours, against the reference in float64",
                   "Ours:  sora-fast validate --op norm_modulate --backend torch\n"
@@ -122,19 +126,42 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main() -> None:
-    arguments = parser().parse_args()
+def is_sentence(error: BaseException) -> bool:
+    """Whether ``error`` is a sentence made for people: from a raise statement of ours, not from a slip of the code."""
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    ours = Path(code.co_filename).is_relative_to(Path(__file__).parents[1])
+    return ours and dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command and exit: 0, 1 for a failed validation, 2 with one sentence for what is wrong, 130 for Ctrl-C."""
+    arguments = parser().parse_args(argv)
     try:
         code = arguments.run(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, NotImplementedError,
-            FloatingPointError) as error:
-        # Sentences made for people; anything else is a bug and keeps its traceback.
-        print(f"sora-fast: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output has gone, as in: sora-fast info | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (ValueError, TypeError, NotImplementedError, ImportError, OSError, FloatingPointError) as error:
+        # A missing package or file is no bug of ours; everything else that no raise statement of ours made keeps its
+        # traceback.
+        foreign = isinstance(error, OSError) or isinstance(error, ImportError) and not _is_ours(error.name)
+        if not foreign and not is_sentence(error):
+            raise
+        missing = isinstance(error, ModuleNotFoundError) and not is_sentence(error)
+        print(f"sora-fast: {error}" + ("; run pip install 'sora_fast[train]'" if missing else ""), file=sys.stderr)
         code = 2
     sys.exit(code)
+
+
+def _is_ours(module: str | None) -> bool:
+    return (module or "").partition(".")[0] == "sora_fast"
 
 
 if __name__ == "__main__":

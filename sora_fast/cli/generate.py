@@ -5,10 +5,12 @@ from pathlib import Path
 import torch
 
 from ..data import to_uint8, write_image, write_video
+from ..data.frames import bar
 from ..diffusion import generate
 from ..models import VideoVAE
 from ..training.dit import Generator, load_run
 from ..training.loop import pick_device
+from ..training.progress import Progress
 
 
 def parse_size(text: str, vae: VideoVAE, patch) -> tuple[int, int, int]:
@@ -29,29 +31,32 @@ def parse_size(text: str, vae: VideoVAE, patch) -> tuple[int, int, int]:
 
 
 def sample(run: Generator, prompts: list[str], sizes: list[tuple[int, int, int]], *, steps: int, guidance: float,
-           seed: int, progress: bool = True) -> list[torch.Tensor]:
+           seed: int) -> list[torch.Tensor]:
     """Clips uint8 (T, H, W, 3) for ``prompts`` at ``sizes`` (T, H, W) in pixels, all denoised in one pack."""
-    from tqdm.auto import tqdm
-
     device = next(run.dit.parameters()).device
 
     def condition(null: bool) -> dict:
         with torch.no_grad():
             return dict(text=run.text_encoder([""] * len(prompts) if null else prompts))
 
-    with tqdm(total=steps, desc="denoise", unit="step", disable=not progress, leave=False) as bar:
-        latents = generate(run.dit, run.objective, [run.vae.latent_shape(*size) for size in sizes],
-                           patch=run.dit.config.patch, steps=steps, guidance=guidance, condition=condition,
-                           generator=torch.Generator().manual_seed(seed), device=device, progress=lambda *_: bar.update(1))
+    shown = Progress("denoise", steps, 0)
+    latents = generate(run.dit, run.objective, [run.vae.latent_shape(*size) for size in sizes],
+                       patch=run.dit.config.patch, steps=steps, guidance=guidance, condition=condition,
+                       generator=torch.Generator().manual_seed(seed), device=device,
+                       progress=lambda step, _: shown.update(step, ""))
+    shown.close()
     clips = []
     with torch.no_grad():
-        for latent in tqdm(latents, desc="decode", unit="clip", disable=not progress, leave=False):
+        for latent in bar(latents, "decode"):
             frames = [to_uint8(part[0].cpu()) for part in run.vae.decode_stream(latent[None])]
             clips.append(torch.cat(frames))
     return clips
 
 
 def run(arguments) -> int:
+    if arguments.steps < 1 or not 0 < arguments.fps < 1000:
+        raise ValueError(f"generate: expected --steps of 1 or more and --fps between 0 and 1000, got {arguments.steps} and "
+                         f"{arguments.fps:g}; 25 and 12 are usual")
     found = load_run(arguments.model, pick_device(arguments.device))
     prompts, patch = arguments.prompt, found.dit.config.patch
     sizes = [parse_size(text, found.vae, patch) for text in arguments.size]

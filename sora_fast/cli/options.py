@@ -1,7 +1,11 @@
-"""Dataclass fields as command-line flags and YAML keys of the same names; flags win over the file."""
+"""Dataclass fields as command-line flags and YAML keys of the same names.
+
+Flags win over the file, and both over the settings of the run that --resume goes on with.
+"""
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 
@@ -27,20 +31,36 @@ def read_options(arguments: argparse.Namespace, config: type):
     values = {}
     if arguments.config:
         for name, value in _read_yaml(arguments.config).items():
-            name = name.replace("-", "_")
+            name = str(name).replace("-", "_")
             if name not in fields:
                 raise ValueError(f"{arguments.config}: expected settings among {', '.join(fields)}, got {name!r}; remove "
                                  f"it or mend its name")
             kind = type(fields[name].default)
             if kind is float and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
+            if kind is float and isinstance(value, str):  # YAML 1.1 takes 1e-3 for text: it wants 1.0e-3
+                try:
+                    value = float(value)
+                except ValueError:
+                    pass
             if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
                 value = str(value)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise ValueError(f"{arguments.config}: expected {name} as {kind.__name__}, got {value!r}; mend the file")
             values[name] = value
     values |= {name: value for name, value in vars(arguments).items() if name in fields}
+    if values.get("resume"):
+        values = _settings_of(values.get("out", fields["out"].default), fields) | values
     return config(**values)
+
+
+def _settings_of(run: str, fields) -> dict:
+    """The settings that the run in folder ``run`` was begun with; none where it has no readable config.json."""
+    try:
+        saved = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))["training"]
+        return {name: value for name, value in saved.items() if name in fields}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # the trainer says what is missing
 
 
 def _read_yaml(path: str) -> dict:
@@ -52,7 +72,7 @@ def _read_yaml(path: str) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"--config: expected a YAML file, got no file at {path}; check the path")
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}; mend the file") from error
     if not isinstance(content or {}, dict):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..training.config import DiTTraining, VAETraining
+from ..training.loop import check_start
 from .options import read_options
 
 
@@ -21,7 +22,9 @@ def train_vae(arguments) -> int:
     from ..training import vae as task
 
     config = read_options(arguments, VAETraining)
+    check_start(config)
     trainer = task.make_trainer(config, _library("train-vae", config.data).items)
+    print(trainer.batches.summary(), flush=True)
     print(memory.estimate(trainer), flush=True)
     trainer.run()
     task.finish(trainer)
@@ -36,13 +39,16 @@ def train(arguments) -> int:
     from ..training.vae import load_vae
 
     config = read_options(arguments, DiTTraining)
-    library = _library("train", config.data)
-    vae = load_vae(config.vae, task.pick_device(config.device))
-    latents = Path(config.out) / "latents"
+    check_start(config)
+    task.preset_config(config.preset), task.objective_of(config)  # before the media are read and encoded
+    latents, own_vae = Path(config.out) / "latents", Path(config.out) / "vae"
+    vae = load_vae(str(own_vae) if config.resume and own_vae.is_dir() else config.vae, task.pick_device(config.device))
     if config.resume and latents.with_suffix(".json").is_file():
         clips = load_library(latents)
+        print(f"latents and VAE are those of {config.out}; --data and --vae are not read again", flush=True)
     else:
-        clips = task.encode_media(config, vae, library.items)
+        clips = task.encode_media(config, vae, _library("train", config.data).items)
+    vae.cpu()
     trainer = task.make_trainer(config, vae, clips)
     print(f"{len(clips)} latent clips in packs of {config.budget:,} tokens", flush=True)
     print(memory.estimate(trainer), flush=True)

@@ -42,17 +42,18 @@ class Frames:
             frames, fps, start = 1, 0.0, 0.0
             if item.kind == "clip":
                 fps = policy.read_fps(item.fps)
-                total = 1 + math.floor((item.seconds - 1 / item.fps) * fps + 1e-6)
+                # The last frame begins one native frame before the end; a clip without a rate or a length is its first.
+                last = item.seconds - 1 / item.fps if item.fps > 0 else 0.0
+                total = 1 + math.floor(max(last, 0.0) * fps + 1e-6)
                 first = math.ceil(span[0] * total)
-                frames, start = math.ceil(span[1] * total) - first, first / fps
+                frames, start = math.ceil(span[1] * total) - first, first / fps if first else 0.0
             if frames > 0:
                 self.sources.append(_Source(item, frames, (height, width), fps, start))
         left, self._kept = memory_gb * 2**30, {}
-        for index, source in enumerate(_bar(self.sources, "decode", progress)):
-            left -= source.frames * source.size[0] * source.size[1] * 3
-            if left < 0:
-                break
-            self._kept[index] = self._read(source, 0, source.frames)
+        for index, source in enumerate(bar(self.sources, "decode", progress)):
+            size = source.frames * source.size[0] * source.size[1] * 3
+            if size <= left:
+                self._kept[index], left = self._read(source, 0, source.frames), left - size
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -85,13 +86,14 @@ class Frames:
     def _read(source: _Source, start: int, frames: int) -> torch.Tensor:
         if source.item.kind == "image":
             return read_clip(source.item, frames=1, size=source.size)
-        return read_clip(source.item, frames=frames, start=source.start + start / source.fps, fps=source.fps,
-                         size=source.size)
+        later = start / source.fps if start else 0.0
+        return read_clip(source.item, frames=frames, start=source.start + later, fps=source.fps or None, size=source.size)
 
 
-def _bar(values, label: str, show: bool):
+def bar(values, label: str, show: bool = True):
+    """``values`` with a bar of their progress in a terminal, where tqdm is installed; never in a log."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return values
-    return tqdm(values, desc=label, disable=not show, leave=False)
+    return tqdm(values, desc=label, disable=None if show else True, leave=False)

@@ -4,6 +4,7 @@ All tensors of latents are flat buffers (all samples of a pack one after the oth
 numbers each sample has. Every sample has a timestep of its own, t in [0, 1000]: 0 is clean.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -35,6 +36,22 @@ def _check_prediction(op: str, prediction: str) -> None:
                          f"of them")
 
 
+def _diffusers(name: str):
+    """A scheduler class of diffusers, or an ImportError that says how to get it."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError(f"diffusion: expected the diffusers package for its {name}, got none ({error}); run "
+                          f"pip install 'sora_fast[train]'") from error
+    return getattr(diffusers, name)
+
+
+def _stratified(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Uniform numbers (S,) in [0, 1), one from each S-th of the range, in random order."""
+    u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / max(count, 1)
+    return u.clamp(max=1 - 2**-24)  # the sum above may round up to S
+
+
 @dataclass(frozen=True)
 class FlowMatching:
     """Straight paths from clean latents to noise: ``x_t = (1 - s) x0 + s noise`` with s = t / 1000.
@@ -59,6 +76,13 @@ class FlowMatching:
         if self.timesteps not in ("logit_normal", "uniform"):
             raise ValueError(f"FlowMatching: expected timesteps to be 'logit_normal' or 'uniform', got "
                              f"{self.timesteps!r}; choose one of them")
+        number = isinstance(self.shift, (int, float)) and not isinstance(self.shift, bool)
+        if self.shift != "tokens" and not (number and 0 < self.shift < math.inf):
+            raise ValueError(f"FlowMatching: expected shift to be 'tokens' or a number above 0, got {self.shift!r}; 1 "
+                             f"shifts nothing")
+        if self.base_tokens < 1:
+            raise ValueError(f"FlowMatching: expected base_tokens of 1 or more, got {self.base_tokens}; pass the tokens "
+                             f"of a sample that needs no shift")
 
     def shift_of(self, tokens: torch.Tensor) -> torch.Tensor:
         """The shift of samples with ``tokens`` (S,) tokens."""
@@ -68,9 +92,7 @@ class FlowMatching:
 
     def draw_timesteps(self, tokens, generator):
         """Timesteps (S,) for samples of ``tokens`` (S,) tokens, stratified: one from each S-th of the range."""
-        count = tokens.shape[0]
-        order = torch.randperm(count, generator=generator)
-        u = (order + torch.rand(count, generator=generator)) / max(count, 1)
+        u = _stratified(tokens.shape[0], generator)
         s = torch.sigmoid(torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))) if self.timesteps == "logit_normal" else u
         shift = self.shift_of(tokens)
         return 1000.0 * shift * s / (1 + (shift - 1) * s)
@@ -91,21 +113,24 @@ class FlowMatching:
 
     def scheduler(self, steps, tokens):
         """diffusers' Euler scheduler set to ``steps`` steps for a sample of ``tokens`` tokens."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
         shift = float(self.shift_of(torch.tensor([tokens]))[0])
-        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
-        scheduler.set_timesteps(steps)
+        scheduler = _diffusers("FlowMatchEulerDiscreteScheduler")(num_train_timesteps=1000, shift=shift)
+        # Its own default ends at s = 0.001 * shift^2, one call of the model for next to nothing.
+        scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
         return scheduler
 
     def for_scheduler(self, predicted, x_t, timesteps, counts):
-        """The velocity, which the scheduler wants, from the model's prediction."""
-        s = spread(timesteps / 1000.0, counts, x_t.shape[0])
+        """The velocity, which the scheduler wants, from the model's prediction.
+
+        From noise it is (noise - x_t) / (1 - s): at s = 1, where noise says nothing about the picture, any error of the
+        model would grow without bound, so 1 - s counts as 0.05 at least.
+        """
         if self.prediction == "velocity":
             return predicted
+        s = spread(timesteps / 1000.0, counts, x_t.shape[0])
         if self.prediction == "x0":
             return (x_t - predicted) / s.clamp(min=1e-3)
-        return (predicted - x_t) / (1 - s).clamp(min=1e-3)
+        return (predicted - x_t) / (1 - s).clamp(min=0.05)
 
 
 @dataclass(frozen=True)
@@ -124,20 +149,20 @@ class DDPM:
         object.__setattr__(self, "alphas", self._diffusers().alphas_cumprod.clone())
 
     def _diffusers(self):
-        from diffusers import DDIMScheduler
-
         names = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
         if self.schedule not in names:
             raise ValueError(f"DDPM: expected schedule to be 'linear' or 'cosine', got {self.schedule!r}; choose one")
         kinds = {"noise": "epsilon", "x0": "sample", "velocity": "v_prediction"}
-        return DDIMScheduler(num_train_timesteps=1000, beta_schedule=names[self.schedule], clip_sample=False,
-                             prediction_type=kinds[self.prediction], timestep_spacing="trailing")
+        # "trailing" begins at t = 999. There the cosine schedule leaves 5e-5 of the signal, and noise divided by that
+        # is no picture: that pair begins at the first "leading" timestep (960 of 25 steps), as DDIM itself did.
+        spacing = "leading" if (self.prediction, self.schedule) == ("noise", "cosine") else "trailing"
+        return _diffusers("DDIMScheduler")(
+            num_train_timesteps=1000, beta_schedule=names[self.schedule], clip_sample=False,
+            prediction_type=kinds[self.prediction], timestep_spacing=spacing)
 
     def draw_timesteps(self, tokens, generator):
         """Whole timesteps 0..999 (S,), stratified over the samples."""
-        count = tokens.shape[0]
-        u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / max(count, 1)
-        return (u * 1000).floor().clamp(max=999)
+        return (_stratified(tokens.shape[0], generator) * 1000).floor().clamp(max=999)
 
     def _scales(self, timesteps, counts, total):
         a = self.alphas.to(timesteps.device)[timesteps.long()]
@@ -164,6 +189,7 @@ class DDPM:
         return scheduler
 
     def for_scheduler(self, predicted, x_t, timesteps, counts):
+        """The prediction itself: the scheduler knows what it is."""
         return predicted
 
 

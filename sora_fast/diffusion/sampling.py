@@ -25,27 +25,26 @@ def generate(model: Callable, objective: Objective, sizes: Sequence[tuple[int, i
         patch: (pt, ph, pw).
         guidance: classifier-free guidance; 1.0 is none and costs half. (arXiv 2207.12598)
         condition: ``condition(null)`` gives the model's keyword arguments for the S samples (``text=``, ``labels=``),
-            with null=True those of no condition.
-        generator: a CPU generator for the noise.
+            with null=True those of no condition. Guidance needs it.
+        generator: a CPU generator for the noise, which is drawn sample by sample: the first is the same whatever follows.
         progress: called with (step, steps) after each step.
 
     Returns:
         list of (C, T, H, W) float32 latents.
     """
+    _check(sizes, patch, steps, guidance, condition)
+    if not sizes:
+        return []
     grids = [tuple(n // p for n, p in zip(size[1:], patch, strict=True)) for size in sizes]
-    for size in sizes:
-        if any(n < p or n % p for n, p in zip(size[1:], patch, strict=True)):
-            raise ValueError(f"generate: expected latent sizes that are multiples of the patch {tuple(patch)}, got "
-                             f"{tuple(size[1:])}; round the size up or down to whole patches")
     counts = torch.tensor([torch.Size(size).numel() for size in sizes])
     tokens = [t * h * w for t, h, w in grids]
     given = condition(False) if condition else {}
     both = guidance != 1.0
-    conditions = _join(given, condition(True)) if both and condition else given
+    conditions = _join(given, condition(True)) if both else given
     lengths = getattr(conditions.get("text"), "lengths", None)
     pack = Pack(grids * (2 if both else 1), text_lengths=lengths, device=device)
     schedulers = [objective.scheduler(steps, n) for n in tokens]
-    x = torch.randn(int(counts.sum()), generator=generator).to(device)
+    x = torch.cat([torch.randn(size, generator=generator).flatten() for size in sizes]).to(device)
     counts = counts.to(device)
     for step in range(steps):
         timesteps = torch.stack([scheduler.timesteps[step].float() for scheduler in schedulers]).to(device)
@@ -63,12 +62,26 @@ def generate(model: Callable, objective: Objective, sizes: Sequence[tuple[int, i
     return [part.view(size) for part, size in zip(x.split(counts.tolist()), sizes, strict=True)]
 
 
+def _check(sizes, patch, steps: int, guidance: float, condition) -> None:
+    for size in sizes:
+        if len(size) != 4 or any(n < p or n % p for n, p in zip(size[1:], patch, strict=True)):
+            raise ValueError(f"generate: expected latent sizes (C, T, H, W) with T, H and W multiples of the patch "
+                             f"{tuple(patch)}, got {tuple(size)}; round the size up or down to whole patches")
+    if steps < 1:
+        raise ValueError(f"generate: expected steps of 1 or more, got {steps}; 25 is a usual number")
+    if guidance != 1.0 and condition is None:
+        raise ValueError(f"generate: expected a condition for guidance {guidance}, got none; pass condition=, or "
+                         f"guidance=1.0")
+
+
 def _join(given: dict, null: dict) -> dict:
     """Conditions of the S samples followed by those of no condition."""
     joined = {}
     for name, value in given.items():
         other = null[name]
-        if isinstance(value, torch.Tensor):
+        if value is None:
+            joined[name] = None
+        elif isinstance(value, torch.Tensor):
             joined[name] = torch.cat([value, other])
         else:  # Text
             joined[name] = type(value)(torch.cat([value.tokens, other.tokens]), torch.cat([value.pooled, other.pooled]),

@@ -10,11 +10,13 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..nn import FinalLayer, Modulation, PatchEmbed3d, VarlenAttention
+from ..ops.patches import clips as views
 from ..pack import Pack
 from .text import Text
 
@@ -69,7 +71,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, timesteps):
         half = self.frequencies // 2
         steps = torch.arange(half, device=timesteps.device, dtype=torch.float32)
-        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) / half * steps)
+        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) * steps / half)  # bit for bit the official
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
@@ -153,7 +155,7 @@ class DiT(nn.Module):
         """
         flat, pack, reform = self._to_flat(latents, pack, text)
         x = self.x_embedder(flat, pack)
-        x = x + sincos(pack.coords, self.config.positions, self.config.width).to(self.x_embedder.proj.weight.dtype)
+        x = x + sincos(pack.coords, self.config.positions, self.config.width, self.x_embedder.proj.weight.dtype)
         c = self._conditions(timesteps, pack, labels, text)
         for block in self.blocks:
             arguments = (x, c, pack, None if text is None else text.tokens)
@@ -163,9 +165,10 @@ class DiT(nn.Module):
 
     def _conditions(self, timesteps, pack, labels, text):
         """c (R, D): timestep of the row, class and text of its sample."""
-        if timesteps.shape[0] not in (pack.num_samples, pack.num_rows):
+        if timesteps.dim() != 1 or timesteps.shape[0] not in (pack.num_samples, pack.num_rows):
             raise ValueError(f"DiT: expected one timestep per sample ({pack.num_samples}) or modulation row "
-                             f"({pack.num_rows}), got {timesteps.shape[0]}; pass a tensor of one of these lengths")
+                             f"({pack.num_rows}), got shape {tuple(timesteps.shape)}; pass a tensor of one of these "
+                             f"lengths")
         of_row = lambda values_S: values_S if pack.modulation == "sample" else values_S[pack.row_samples]
         per_sample = timesteps.shape[0] == pack.num_samples
         c = of_row(self.t_embedder(timesteps)) if per_sample else self.t_embedder(timesteps)
@@ -174,6 +177,10 @@ class DiT(nn.Module):
                 raise ValueError(f"DiT: expected {name} {'for' if wanted else 'to be None with'} this model, got "
                                  f"{type(given).__name__}; its config has classes={self.config.classes} and "
                                  f"text_width={self.config.text_width}")
+            rows = given if name == "labels" or given is None else given.pooled
+            if rows is not None and rows.shape[0] != pack.num_samples:
+                raise ValueError(f"DiT: expected {name} of {pack.num_samples} samples, got {rows.shape[0]}; give one for "
+                                 f"every sample of the pack")
         if labels is not None:
             c = c + of_row(self.y_embedder(labels))
         if text is not None:
@@ -182,23 +189,37 @@ class DiT(nn.Module):
 
     def _to_flat(self, latents, pack, text):
         """The flat buffer, its pack, and the function that gives a prediction the latents' form."""
-        channels, patch = self.config.out_channels, self.config.patch
-        lengths = None if text is None else text.lengths
+        config, weight = self.config, self.x_embedder.proj.weight
+        numbers = weight[0].numel()  # of a token
         if isinstance(latents, torch.Tensor) and latents.dim() == 1:
-            if pack is None or (text is not None and pack.text_cu_seqlens is None):
-                raise ValueError("DiT: expected a pack with a flat buffer (with text_lengths where there is text), got "
-                                 "none; pass Pack(grids, text_lengths=text.lengths)")
-            return latents, pack, lambda flat: flat
-        clips = latents if not isinstance(latents, torch.Tensor) else latents.unbind(0)
-        if pack is None:
-            pack = Pack([token_grid(clip.shape[1:], patch) for clip in clips], text_lengths=lengths,
-                        device=clips[0].device)
-        flat = torch.cat([clip.reshape(-1) for clip in clips])
-        if isinstance(latents, torch.Tensor):
-            return flat, pack, lambda out: out.reshape(latents.shape[0], channels, *latents.shape[2:])
-        return flat, pack, lambda out: [
-            part.view(channels, *clip.shape[1:])
-            for part, clip in zip(out.split([channels * clip[0].numel() for clip in clips]), clips, strict=True)]
+            if pack is None:
+                raise ValueError("DiT: expected a pack with a flat buffer, got none; pass Pack(grids)")
+            flat, reform = latents, lambda out: out
+        else:
+            clips = list(latents)
+            for clip in clips:
+                if clip.dim() != 4 or clip.shape[0] != config.in_channels:
+                    raise ValueError(f"DiT: expected clips of shape ({config.in_channels}, T, H, W), got "
+                                     f"{tuple(clip.shape)}; an image is a clip of one frame")
+            grids = tuple(token_grid(clip.shape[1:], config.patch) for clip in clips)
+            if pack is None:
+                pack = Pack(grids, text_lengths=None if text is None else text.lengths, device=weight.device)
+            if pack.grids != grids:
+                raise ValueError(f"DiT: expected the latents' own pack, with grids {list(grids)}, got {pack}; leave pack "
+                                 f"out, or build it from these latents")
+            flat = torch.cat([clip.reshape(-1) for clip in clips]) if clips else weight.new_zeros(0)
+            flat = F.pad(flat, (0, max(0, pack.num_tokens * numbers - flat.shape[0])))  # the pack's tail
+            reform = lambda out: views(out, grids, config.patch, config.out_channels)
+            if isinstance(latents, torch.Tensor):
+                reform = lambda out: out[: latents[:, :1].numel() * config.out_channels].reshape(
+                    latents.shape[0], config.out_channels, *latents.shape[2:])
+        if flat.shape[0] != pack.num_tokens * numbers:
+            raise ValueError(f"DiT: expected {numbers} numbers for each of the pack's {pack.num_tokens} tokens, got "
+                             f"{flat.shape[0]}; pass the pack of these very latents, tail included")
+        if text is not None and pack.text_cu_seqlens is None:
+            raise ValueError("DiT: expected a pack with text_lengths, got one without; pass "
+                             "Pack(grids, text_lengths=text.lengths)")
+        return flat, pack, reform
 
     def _initialise(self):
         for name, module in self.named_modules():
@@ -218,17 +239,18 @@ def token_grid(sizes, patch) -> tuple[int, int, int]:
         if size % step:
             low, high = size // step * step, -(-size // step) * step
             raise ValueError(f"DiT: expected latents whose {axis} is a multiple of the patch's {step}, got {size}; crop "
-                             f"or pad to {low or high} or {high}")
+                             f"or pad to {f'{low} or ' if low else ''}{high}")
     return tuple(size // step for size, step in zip(sizes, patch, strict=True))
 
 
-def sincos(coords_N3, axes: tuple[int, ...], width: int):
+def sincos(coords_N3, axes: tuple[int, ...], width: int, dtype: torch.dtype):
     """Fixed sin-cos embedding (N, D) of the coordinates along ``axes``, an equal share of D for each."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     share = width // len(axes) // 2 * 2
-    steps = torch.arange(share // 2, device=coords_N3.device, dtype=torch.float32) / (share // 2)
+    steps = torch.arange(share // 2, device=coords_N3.device, dtype=wide) / (share // 2)
     parts = []
     for axis in axes:
-        angles = coords_N3[:, axis : axis + 1].float() * 10000.0**-steps
+        angles = coords_N3[:, axis : axis + 1].to(wide) * 10000.0**-steps
         parts += [angles.sin(), angles.cos()]
     rest = width - share * len(axes)
-    return torch.cat([*parts, angles.new_zeros((coords_N3.shape[0], rest))], dim=1)
+    return torch.cat([*parts, steps.new_zeros((coords_N3.shape[0], rest))], dim=1).to(dtype)

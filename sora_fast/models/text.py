@@ -48,6 +48,7 @@ class ByteTextEncoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.5)
 
     def forward(self, captions: Sequence[str]) -> Text:
+        _check("ByteTextEncoder", captions)
         device = self.embedding.weight.device
         data = [[256, *caption.encode("utf-8")[: self.max_bytes]] for caption in captions]
         pack = Pack([(1, 1, len(d)) for d in data], device=device)
@@ -85,8 +86,14 @@ class HuggingFaceTextEncoder(nn.Module):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
         self.width, self.max_length = config.d_model, max_length
 
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.model.eval()  # frozen: no dropout, whatever surrounds it
+        return self
+
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> Text:
+        _check("HuggingFaceTextEncoder", captions)
         batch = self.tokenizer(list(captions), padding=True, truncation=True, max_length=self.max_length,
                                return_tensors="pt").to(self.model.device)
         hidden = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
@@ -94,3 +101,8 @@ class HuggingFaceTextEncoder(nn.Module):
         lengths = tuple(mask.sum(1).tolist())
         pooled = torch.where(mask[..., None], hidden, 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         return Text(hidden[mask], pooled, lengths)
+
+
+def _check(name: str, captions: Sequence[str]) -> None:
+    if isinstance(captions, str):
+        raise TypeError(f"{name}: expected a list of captions, one per sample, got the string {captions!r}; pass [caption]")

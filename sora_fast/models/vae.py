@@ -1,8 +1,9 @@
 """VideoVAE: a causal 3-D autoencoder that compresses clips in time and space; an image is a clip of one frame.
 
-The graph is Wan 2.1's (preset "wan2.1"); the shortcuts of Wan 2.2 and a pixel-unshuffle front make the small preset
-"tiny". Everything is causal and norms are per pixel or per frame, so a clip can be encoded and decoded in chunks of
-any sizes with the same result, in constant memory.
+The graph is Wan 2.1's (preset "wan2.1"). The preset "tiny" is a small one with a pixel-unshuffle front and a linear
+codec around the network, which training sets to principal components: minutes on a CPU are enough for it. Everything
+is causal and norms are per pixel or per frame, so a clip can be encoded and decoded in chunks of any sizes with the
+same result, in constant memory.
 
 B batch, C channels, T frames, H height, W width; t, h, w of the latents: T = 1 + time_factor * (t - 1), H = f * h.
 """
@@ -31,8 +32,8 @@ class VAEConfig:
 
     ``space_factor`` f = 2^m and ``time_factor`` (1, 2, 4, 8) decide the number of levels; ``multipliers`` of ``width``
     give the channels of each level (the last one is repeated, or the end cut, where the count differs).
-    ``patch``: pixels per side folded into channels in front. ``shortcuts``: parameter-free paths around every level.
-    ``linear_heads``: no norm and activation before the last convolution of either side.
+    ``patch``: pixels per side folded into channels in front. ``linear_path``: a linear codec of pixel blocks around
+    the network. ``linear_heads``: no norm and activation before the last convolution of either side.
     """
 
     in_channels: int = 3
@@ -44,7 +45,7 @@ class VAEConfig:
     space_factor: int = 8
     time_factor: int = 4
     patch: int = 1
-    shortcuts: bool = False
+    linear_path: bool = False
     linear_heads: bool = False
     attention: bool = True
     latent_mean: tuple[float, ...] | None = None
@@ -83,7 +84,7 @@ class VAEConfig:
 
 PRESETS = {
     "wan2.1": VAEConfig(latent_mean=_WAN_MEAN, latent_std=_WAN_STD),
-    "tiny": VAEConfig(width=32, multipliers=(1, 2, 4), encoder_blocks=1, decoder_blocks=1, patch=2, shortcuts=True,
+    "tiny": VAEConfig(width=32, multipliers=(1, 2, 4), encoder_blocks=1, decoder_blocks=1, patch=2, linear_path=True,
                       linear_heads=True, attention=False),
 }
 
@@ -156,49 +157,74 @@ class Upsample(nn.Module):
             x = torch.cat([first, pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
         if self.scale == 2:
             flat = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2.0, mode="nearest-exact")
-            x = flat.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+            x = flat.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
         return self.space_conv(x)
 
 
-class AverageDown(nn.Module):
-    """Shortcut around a level of the encoder: pixels folded into channels, channels averaged in groups (Wan 2.2)."""
+class Fold(nn.Module):
+    """The pixels of each latent's own block of frames, lines and columns as channels.
 
-    def __init__(self, inputs: int, outputs: int, space: bool, time: bool):
+    The first frame stands for a block of equal frames, so that an image is a clip at rest.
+    """
+
+    def __init__(self, time: int, f: int):
         super().__init__()
-        self.outputs, self.space, self.time = outputs, 2 if space else 1, 2 if time else 1
-        self.group = inputs * self.space**2 * self.time // outputs
+        self.time, self.f = time, f
 
     def forward(self, x, state):
-        if self.time == 2:  # pairs of frames; the first frame's partner is a zero frame
-            waiting = torch.zeros_like(x[:, :, :1]) if starts(self, x, state) else state.get(self)
-            x = torch.cat([waiting, x], dim=2)
-            whole = x.shape[2] // 2 * 2
-            if state is not None:
-                state.set(self, x[:, :, whole:].clone())
-            x = x[:, :, :whole]
-        s = self.space
-        batch, channels, frames, height, width = x.shape
-        x = x.reshape(batch, channels, frames // self.time, self.time, height // s, s, width // s, s)
-        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)
-        x = x.reshape(batch, self.outputs, self.group, frames // self.time, height // s, width // s)
-        return x.mean(dim=2)
+        waiting = x[:, :, :1].expand(-1, -1, self.time - 1, -1, -1) if starts(self, x, state) else state.get(self)
+        x = torch.cat([waiting, x], dim=2)
+        whole = x.shape[2] // self.time * self.time
+        if state is not None:
+            state.set(self, x[:, :, whole:].clone())
+        t, h, w = whole // self.time, x.shape[3] // self.f, x.shape[4] // self.f
+        batch, channels = x.shape[:2]
+        x = x[:, :, :whole].reshape(batch, channels, t, self.time, h, self.f, w, self.f)
+        return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(batch, channels * self.time * self.f**2, t, h, w)
 
 
-class DuplicateUp(nn.Module):
-    """Shortcut around a level of the decoder: channels repeated, then unfolded into pixels (Wan 2.2)."""
+class Unfold(nn.Module):
+    """Channels back to blocks of pixels; the first block gives its last frame only."""
 
-    def __init__(self, inputs: int, outputs: int, space: bool, time: bool):
+    def __init__(self, time: int, f: int):
         super().__init__()
-        self.space, self.time = 2 if space else 1, 2 if time else 1
-        self.repeats = outputs * self.space**2 * self.time // inputs
+        self.time, self.f = time, f
 
     def forward(self, x, state):
         drop = self.time - 1 if starts(self, x, state) else 0
-        s = self.space
-        x = x.repeat_interleave(self.repeats, dim=1)
-        batch, _, frames, height, width = x.shape
-        x = x.reshape(batch, -1, self.time, s, s, frames, height, width).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return x.reshape(batch, -1, frames * self.time, height * s, width * s)[:, :, drop:]
+        batch, _, t, h, w = x.shape
+        x = x.reshape(batch, -1, self.time, self.f, self.f, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return x.reshape(batch, -1, t * self.time, h * self.f, w * self.f)[:, :, drop:]
+
+
+class LinearPath(nn.Module):
+    """A linear codec around the whole network: blocks of pixels straight to the latent's mean, and back.
+
+    Set to the principal components of some blocks (``start``), it is a fair codec before the first step, and the network
+    learns what it leaves. The state_dict holds ``down`` and ``up``, 1x1x1 convolutions.
+    """
+
+    def __init__(self, channels: int, latent_channels: int, time: int, f: int):
+        super().__init__()
+        numbers = channels * time * f * f
+        self.fold, self.unfold = Fold(time, f), Unfold(time, f)
+        self.down, self.up = CausalConv3d(numbers, latent_channels, 1), CausalConv3d(latent_channels, numbers, 1)
+
+    @torch.no_grad()
+    def start(self, videos: Iterable[torch.Tensor]) -> None:
+        """Principal components of the blocks of ``videos`` (B, C, T, H, W), on one scale that gives latents unit variance.
+
+        One scale for all: an error of the same size costs the same in pixels whichever component it is in.
+        """
+        blocks = torch.cat([self.fold(video, None).transpose(0, 1).flatten(1) for video in videos], dim=1).double()
+        mean = blocks.mean(dim=1, keepdim=True)
+        values, vectors = torch.linalg.eigh((blocks - mean) @ (blocks - mean).t() / blocks.shape[1])
+        count = self.down.out_channels
+        basis, scale = vectors[:, -count:].flip(1), values[-count:].mean().clamp(min=1e-8).sqrt()
+        self.down.weight.copy_(basis.t()[:, :, None, None, None] / scale)
+        self.down.bias.copy_(-(basis.t() @ mean)[:, 0] / scale)
+        self.up.weight.copy_(basis[:, :, None, None, None] * scale)
+        self.up.bias.copy_(mean[:, 0])
 
 
 def starts(module: nn.Module, x, state: StreamState | None) -> bool:
@@ -212,19 +238,16 @@ def starts(module: nn.Module, x, state: StreamState | None) -> bool:
 
 
 class Level(nn.Module):
-    """Residual blocks, the change of size after them, and the shortcut around both."""
+    """Residual blocks, then the change of size."""
 
-    def __init__(self, blocks, resample=None, shortcut=None):
+    def __init__(self, blocks, resample=None):
         super().__init__()
-        self.blocks, self.resample, self.shortcut = nn.ModuleList(blocks), resample, shortcut
+        self.blocks, self.resample = nn.ModuleList(blocks), resample
 
     def forward(self, x, state):
-        h = x
         for block in self.blocks:
-            h = block(h, state)
-        if self.resample is not None:
-            h = self.resample(h, state)
-        return h if self.shortcut is None else h + self.shortcut(x, state)
+            x = block(x, state)
+        return x if self.resample is None else self.resample(x, state)
 
 
 class Middle(nn.Module):
@@ -245,13 +268,11 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, resamples = config.widths, (*config.resamples, None)
-        self.stem = CausalConv3d(config.in_channels * config.patch**2, widths[0], 3)
-        self.levels, channels = nn.ModuleList(), widths[0]
+        self.stem = CausalConv3d(config.in_channels * config.patch**2, config.width, 3)
+        self.levels, channels = nn.ModuleList(), config.width
         for outputs, resample in zip(widths, resamples, strict=True):
             blocks = [ResidualBlock(channels if i == 0 else outputs, outputs) for i in range(config.encoder_blocks)]
-            down = Downsample(outputs, *resample) if resample else None
-            around = AverageDown(channels, outputs, *resample) if resample and config.shortcuts else None
-            self.levels.append(Level(blocks, down, around))
+            self.levels.append(Level(blocks, Downsample(outputs, *resample) if resample else None))
             channels = outputs
         self.middle = Middle(channels) if config.attention else None
         self.norm = None if config.linear_heads else RMSNorm(channels, act="silu")
@@ -260,9 +281,9 @@ class Encoder(nn.Module):
     def forward(self, x, state=None):
         x = self.stem(x, state)
         for level in self.levels:
-            x = level(x, state)
-            if x.shape[2] == 0:  # a chunk too short for a latent frame; what follows has nothing to do
-                return x.new_zeros((x.shape[0], self.head.out_channels, 0, *x.shape[3:]))
+            x = level(x, state) if x.shape[2] else x
+        if x.shape[2] == 0:  # a chunk too short for a latent frame: what follows has nothing to do
+            return x.new_zeros((x.shape[0], self.head.out_channels, 0, *x.shape[3:]))
         if self.middle is not None:
             x = self.middle(x, state)
         return self.head(x, state) if self.norm is None else norm_act_conv(self.norm, self.head, x, state)
@@ -279,11 +300,8 @@ class Decoder(nn.Module):
         self.levels, channels = nn.ModuleList(), widths[0]
         for outputs, resample in zip(widths, resamples, strict=True):
             blocks = [ResidualBlock(channels if i == 0 else outputs, outputs) for i in range(config.decoder_blocks)]
-            after = outputs if config.shortcuts else outputs // 2  # Wan 2.1 halves the channels as it upsamples
-            up = Upsample(outputs, after, *resample) if resample else None
-            around = DuplicateUp(channels, outputs, *resample) if resample and config.shortcuts else None
-            self.levels.append(Level(blocks, up, around))
-            channels = after if resample else outputs
+            self.levels.append(Level(blocks, Upsample(outputs, outputs // 2, *resample) if resample else None))
+            channels = outputs // 2 if resample else outputs  # channels are halved as pixels are doubled
         self.norm = None if config.linear_heads else RMSNorm(channels, act="silu")
         self.head = CausalConv3d(channels, config.in_channels * config.patch**2, 3)
 
@@ -314,6 +332,12 @@ class VideoVAE(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.to_moments = CausalConv3d(2 * channels, 2 * channels, 1)
         self.from_latents = CausalConv3d(channels, channels, 1)
+        self.linear_path = None
+        if config.linear_path:
+            self.linear_path = LinearPath(config.in_channels, channels, config.time_factor, config.space_factor)
+            for head in (self.encoder.head, self.decoder.head):  # the network starts as nothing beside the linear path
+                nn.init.zeros_(head.weight)
+                nn.init.zeros_(head.bias)
         self.register_buffer("latent_mean", torch.tensor(config.latent_mean or [0.0] * channels))
         self.register_buffer("latent_std", torch.tensor(config.latent_std or [1.0] * channels))
         # Small posterior noise at the start, so that the decoder sees the picture and not the noise.
@@ -341,6 +365,7 @@ class VideoVAE(nn.Module):
         self._check_video(video)
         return self._normalised(ops.kl_sample(self.moments(video), noise)[0])
 
+    @torch.no_grad()
     def encode_stream(self, video: torch.Tensor | Iterable[torch.Tensor], *, chunk: int | None = None) -> Iterator:
         """Latents of ``video`` (one tensor, or its chunks of any lengths) as they come, posterior means.
 
@@ -348,10 +373,11 @@ class VideoVAE(nn.Module):
             chunk: frames per step where ``video`` is one tensor, default time_factor.
 
         Yields:
-            (B, C, t_i, h, w), t_i > 0; together what ``encode`` gives. Memory does not grow with the length.
+            (B, C, t_i, h, w), t_i > 0; together what ``encode`` gives. Memory does not grow with the length: there is
+            no gradient (``moments`` with a StreamState has one).
         """
         state, frames = StreamState(), 0
-        for part in _chunks(video, chunk or self.config.time_factor):
+        for part in _chunks("encode_stream", video, self.config.time_factor if chunk is None else chunk):
             self._check_video(part, length=False)
             frames += part.shape[2]
             moments = self.moments(part, state)
@@ -361,31 +387,20 @@ class VideoVAE(nn.Module):
 
     def moments(self, video, state: StreamState | None = None):
         """Mean and log-variance (B, 2C, t, h, w) before normalisation; ``state`` for a chunk of a stream."""
-        p = self.config.patch
+        x, p = video, self.config.patch
         if p > 1:
             x = video.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # B C T h q w r
-            video = x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
-        return self.to_moments(self.encoder(video, state))
+            x = x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+        moments = self.to_moments(self.encoder(x, state))
+        if self.linear_path is not None:
+            mean = self.linear_path.down(self.linear_path.fold(video, state))
+            if mean.shape[2]:
+                moments = moments + torch.cat([mean, torch.zeros_like(mean)], dim=1)
+        return moments
 
     # ------------------------------------------------------------------------------------------------ decode
-    def decode(self, latents):
-        """Pixels (B, 3, T, H, W), about [-1, 1], of normalised latents (B, C, t, h, w)."""
-        return self._decode(latents)
-
-    def decode_stream(self, latents: torch.Tensor | Iterable[torch.Tensor], *, chunk: int = 1) -> Iterator:
-        """Pixels of ``latents`` (one tensor, or its chunks of any lengths) as they come.
-
-        Args:
-            chunk: latent frames per step where ``latents`` is one tensor.
-
-        Yields:
-            (B, 3, T_i, H, W); together what ``decode`` gives; frames given out never change.
-        """
-        state = StreamState()
-        for part in _chunks(latents, chunk):
-            yield self._decode(part, state)
-
-    def _decode(self, latents, state=None):
+    def decode(self, latents, state: StreamState | None = None):
+        """Pixels (B, 3, T, H, W), about [-1, 1], of normalised latents (B, C, t, h, w); ``state`` for a chunk."""
         channels = self.config.latent_channels
         if latents.dim() != 5 or latents.shape[1] != channels or latents.shape[2] == 0:
             raise ValueError(f"VideoVAE.decode: expected latents (B, {channels}, t, h, w) with t of 1 or more, got "
@@ -396,14 +411,31 @@ class VideoVAE(nn.Module):
         if p > 1:
             x = video.unflatten(1, (-1, p, p))  # B C r q T h w
             video = x.permute(0, 1, 4, 5, 3, 6, 2).flatten(-2).flatten(-3, -2)
+        if self.linear_path is not None:
+            video = video + self.linear_path.unfold(self.linear_path.up(z), state)
         return video
+
+    @torch.no_grad()
+    def decode_stream(self, latents: torch.Tensor | Iterable[torch.Tensor], *, chunk: int = 1) -> Iterator:
+        """Pixels of ``latents`` (one tensor, or its chunks of any lengths) as they come.
+
+        Args:
+            chunk: latent frames per step where ``latents`` is one tensor.
+
+        Yields:
+            (B, 3, T_i, H, W); together what ``decode`` gives; frames given out never change. Memory does not grow with
+            the length: there is no gradient (``decode`` with a StreamState has one).
+        """
+        state = StreamState()
+        for part in _chunks("decode_stream", latents, chunk):
+            yield self.decode(part, state)
 
     # ------------------------------------------------------------------------------------------------ training
     def forward(self, video, noise=None):
         """``(reconstruction, kl)``: pixels like ``video`` and the posterior's KL (B,) in nats."""
         self._check_video(video)
         z, kl = ops.kl_sample(self.moments(video), noise)
-        return self._decode(self._normalised(z)), kl
+        return self.decode(self._normalised(z)), kl
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, t, h, w) of a clip of ``frames`` x ``height`` x ``width`` pixels."""
@@ -446,7 +478,9 @@ def _per_channel(values_C, like):
     return values_C.to(like.dtype)[:, None, None, None]
 
 
-def _chunks(clip, size: int) -> Iterator[torch.Tensor]:
+def _chunks(name: str, clip, size: int) -> Iterator[torch.Tensor]:
+    if size < 1:
+        raise ValueError(f"VideoVAE.{name}: expected chunk of 1 or more, got {size}; pass the frames per step")
     for part in clip.split(size, dim=2) if isinstance(clip, torch.Tensor) else clip:
         if part.dim() != 5 or part.shape[2]:  # a chunk without frames changes nothing; a wrong shape is told later
             yield part

@@ -3,7 +3,7 @@
 from torch import nn
 
 from .. import ops
-from .streaming import StreamState
+from .streaming import StreamState, renew
 
 
 class CausalConv3d(nn.Conv3d):
@@ -14,8 +14,8 @@ class CausalConv3d(nn.Conv3d):
 
     Args:
         in_channels, out_channels, kernel_size, stride, bias: as in nn.Conv3d.
-        padding: of space: None for "same"; an int; (T, H, W) as in nn.Conv3d, of which T is not used because time is
-            padded causally; or (left, right, top, bottom).
+        padding: of space: None or "same" for half the kernel; "valid" for none; an int; (T, H, W) as in nn.Conv3d, of
+            which T is not used because time is padded causally; or (left, right, top, bottom).
         padding_mode: of space: "zeros", "replicate" or "reflect".
         time_pad: before the first frame: "zeros", or "replicate", the first frame again.
         phase: the first frame with an output.
@@ -27,7 +27,7 @@ class CausalConv3d(nn.Conv3d):
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=None, dilation=1, groups=1, bias=True,
                  padding_mode="zeros", device=None, dtype=None, *, time_pad="zeros", phase=0, lookahead=0):
-        if dilation not in (1, (1, 1, 1)) or groups != 1:
+        if dilation not in (1, (1, 1, 1), [1, 1, 1]) or groups != 1:
             raise ValueError(f"CausalConv3d: expected dilation 1 and groups 1, got {dilation} and {groups}; "
                              f"use nn.Conv3d for those")
         super().__init__(in_channels, out_channels, kernel_size, stride, 0, bias=bias, device=device, dtype=dtype)
@@ -43,9 +43,9 @@ class CausalConv3d(nn.Conv3d):
                         space_pad=self.space_pad, lookahead=self.lookahead, residual=residual, **norm)
         if state is None:
             return op(x, self.weight, self.bias, phase=self.phase, **settings)
-        cache, phase = state.get(self, (None, self.phase))
-        y, cache = op(x, self.weight, self.bias, cache=cache, phase=phase, return_cache=True, **settings)
-        state.set(self, (cache, phase + y.shape[2] * self.stride[0] - x.shape[2]))
+        past, phase = state.get(self, (None, self.phase))
+        y, cache = op(x, self.weight, self.bias, cache=past, phase=phase, return_cache=True, **settings)
+        state.set(self, (renew(past, cache), phase + y.shape[2] * self.stride[0] - x.shape[2]))
         return y
 
     def extra_repr(self) -> str:
@@ -55,18 +55,21 @@ class CausalConv3d(nn.Conv3d):
 
 def norm_act_conv(norm, conv: CausalConv3d, x, state: StreamState | None = None, residual=None):
     """``conv(norm(x))`` as one op, for a ``sora_fast.nn`` norm and CausalConv3d; arguments as in conv's forward."""
+    if state is not None and norm.settings["norm"] == "group":
+        raise ValueError("norm_act_conv: expected a norm within each frame with a StreamState, got a GroupNorm, which "
+                         "mixes frames; use RMSNorm, or run the whole clip at once")
     return conv._run(ops.norm_act_conv3d, x, state, residual, norm_weight=norm.weight, norm_bias=norm.bias,
                      **norm.settings)
 
 
 def _space_padding(padding, kernel) -> tuple[int, int, int, int]:
-    if padding is None:
-        return (kernel[2] // 2, kernel[2] // 2, kernel[1] // 2, kernel[1] // 2)
+    if padding is None or isinstance(padding, str):
+        padding = {None: [k // 2 for k in kernel], "same": [k // 2 for k in kernel], "valid": 0}.get(padding, padding)
     if isinstance(padding, int):
         return (padding,) * 4
-    if len(padding) == 3:
+    if not isinstance(padding, str) and len(padding) == 3:
         return (padding[2], padding[2], padding[1], padding[1])
-    if len(padding) == 4:
+    if not isinstance(padding, str) and len(padding) == 4:
         return tuple(padding)
-    raise ValueError(f"CausalConv3d: expected padding as None, an int, (T, H, W) or (left, right, top, bottom), got "
-                     f"{padding!r}; pass one of these")
+    raise ValueError(f"CausalConv3d: expected padding as None, 'same', 'valid', an int, (T, H, W) or (left, right, "
+                     f"top, bottom), got {padding!r}; pass one of these")

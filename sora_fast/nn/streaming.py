@@ -25,6 +25,20 @@ class StreamState:
     def set(self, module: nn.Module, value: object) -> None:
         self._slots[module] = value
 
+    def copy(self) -> "StreamState":
+        """A stream of its own that goes on from here; ``torch.utils.checkpoint`` needs one for each of its runs.
+
+        >>> def step(x, past):
+        ...     state = past.copy()
+        ...     return decoder(x, state), state
+        >>> y, state = checkpoint(step, x, state, use_reentrant=False)
+        """
+        other = StreamState()
+        own = lambda value: value.clone() if isinstance(value, torch.Tensor) else value
+        for module, value in self._slots.items():
+            other._slots[module] = tuple(map(own, value)) if isinstance(value, tuple) else own(value)
+        return other
+
     def tensors(self) -> Iterator[torch.Tensor]:
         for value in self._slots.values():
             for part in value if isinstance(value, tuple) else (value,):
@@ -35,3 +49,16 @@ class StreamState:
     def nbytes(self) -> int:
         """Bytes held; constant once every cache is full."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+def renew(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    """``new``, in the memory of ``old`` where it fits and no gradient can need ``old``.
+
+    A long stream then allocates nothing that stays. (Caches that move with every chunk leave holes in the heap: a CPU
+    process that decodes 257 frames had grown by 6 % over 17 frames.)
+    """
+    if (old is None or old.shape != new.shape or old.dtype != new.dtype or old.device != new.device
+            or torch.is_grad_enabled() or old.requires_grad or torch.compiler.is_compiling()
+            or old.is_inference() != torch.is_inference_mode_enabled()):
+        return new
+    return old.copy_(new)

@@ -16,7 +16,7 @@ def _torch_kl_sample(moments, noise):
     mean, logvar = moments.to(wide_dtype(moments, noise)).chunk(2, dim=1)
     logvar = logvar.clamp(-30.0, 20.0)
     std = torch.exp(0.5 * logvar)
-    z = mean if noise is None else torch.addcmul(mean, std, noise.to(mean.dtype))
+    z = mean.clone() if noise is None else torch.addcmul(mean, std, noise.to(mean.dtype))
     # std^2 would lose the difference to 1 for tiny log-variances; expm1 keeps it
     kl = 0.5 * (torch.addcmul(torch.expm1(logvar) - logvar, mean, mean)).flatten(1).sum(1)
     return z.to(moments.dtype), kl.to(wide_dtype(moments))

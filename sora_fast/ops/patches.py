@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks
-from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad
+from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad, no_autocast
 from ..pack import Pack, host_grids
 from ..reference import patches as reference
 
@@ -131,7 +131,8 @@ def _flatten(op: str, latents, channels: int, patch, like):
         checks.same_device(op, **{"latents[0]": latents[0], f"latents[{place}]": clip})
         grids.append(_grid_of(op, f"latents[{place}]", clip, patch))
     flat = [clip.reshape(-1) for clip in latents] or [like.new_zeros(0)]
-    return torch.cat(flat), tuple(grids)
+    with no_autocast(flat[0].device.type):
+        return torch.cat(flat), tuple(grids)
 
 
 def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):

@@ -60,9 +60,8 @@ def _torch_qk_norm_rope(q, k, coords, *, q_weight, k_weight, q_bias, k_bias, nor
     turn = None
     if coords is not None:
         positions = (coords,) if coords.is_floating_point() else ()
-        turn = reference.angles(coords, axes, theta, freqs, wide_dtype(q, k, freqs, q_weight, k_weight, *positions))
-        if rows is not None:
-            turn = only_samples(turn.flatten(1), rows).reshape(turn.shape)
+        turn = reference.angles(only_samples(coords, rows), axes, theta, freqs,
+                                wide_dtype(q, k, freqs, q_weight, k_weight, *positions))
     q_out = _torch_norm_rope(q, q_weight, q_bias, turn, norm, pairing, eps, rows)
     return q_out, None if k is None else _torch_norm_rope(k, k_weight, k_bias, turn, norm, pairing, eps, rows)
 

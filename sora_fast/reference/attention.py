@@ -91,7 +91,8 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
         outs.append(out)
         lses.append(lse)
         done = rows.stop
-    outs.append(q_NHE[done:] * 0)  # the tail: zeros already, in the graph so that its gradient is 0
+    # the tail: zeros already; all three inputs stay in the graph, with gradients of 0, where there is nothing else
+    outs.append(q_NHE[done:] * 0 + (k_NHE[:0].sum() + v_NHE[:0].sum()))
     lses.append(q_NHE.new_full((q.shape[1], q.shape[0] - done), -torch.inf))
     out = torch.cat(outs).to(q.dtype)
     return (out, torch.cat(lses, dim=1)) if return_lse else out

@@ -13,6 +13,6 @@ def kl_sample(moments, noise=None):
     wide = wide_dtype(moments, noise)
     mean, logvar = moments.to(wide).chunk(2, dim=1)
     logvar = logvar.clamp(-30.0, 20.0)
-    z = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise.to(wide)
+    z = mean.clone() if noise is None else mean + torch.exp(0.5 * logvar) * noise.to(wide)
     kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
     return z.to(moments.dtype), kl.flatten(1).sum(dim=1).to(wide_dtype(moments))

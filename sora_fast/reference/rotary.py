@@ -65,9 +65,8 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
         tensors = (q, k, freqs, q_weight, k_weight)
         if coords.is_floating_point():
             tensors += (coords,)
-        turn = angles(coords, axes, theta, freqs, wide_dtype(*tensors))
-        if rows is not None:  # the coordinates of no sample's tokens are not read either
-            turn = only_samples(turn.flatten(1), rows).reshape(turn.shape)
+        # the coordinates of no sample's tokens are not read either, nor do they reach the gradient of freqs
+        turn = angles(only_samples(coords, rows), axes, theta, freqs, wide_dtype(*tensors))
     q_out = _norm_rope(q, q_weight, q_bias, turn, norm, pairing, eps, rows)
     k_out = None if k is None else _norm_rope(k, k_weight, k_bias, turn, norm, pairing, eps, rows)
     return q_out, k_out

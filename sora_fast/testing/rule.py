@@ -121,6 +121,12 @@ def _double(t: torch.Tensor) -> torch.Tensor:
     return t.detach().double() if t.is_floating_point() else t
 
 
+def _finite_part(output: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
+    """``cotangent`` with 0 where the output is -inf; itself, strides of 0 included, where it is nowhere."""
+    absent = torch.isneginf(output)
+    return torch.where(absent, 0, cotangent) if bool(absent.any()) else cotangent
+
+
 def run(fn: Callable, inputs: Mapping[str, object], cotangents: list[torch.Tensor] | None):
     """Outputs of ``fn(**inputs)`` and, where ``cotangents`` are given, the gradients of all floating inputs."""
     grads = cotangents is not None
@@ -130,7 +136,9 @@ def run(fn: Callable, inputs: Mapping[str, object], cotangents: list[torch.Tenso
     if not grads:
         return outputs, {}
     leaves = _leaves(fresh)
-    pairs = [(o, torch.where(torch.isneginf(o.detach()), 0, c).to(o.dtype))
+    if [o.shape for o in outputs] != [c.shape for c in cotangents]:  # the comparison of outputs says what is wrong
+        return outputs, {}
+    pairs = [(o, _finite_part(o.detach(), c).to(o.dtype))
              for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if not pairs or not leaves:
         return outputs, {name: None for name in leaves}

@@ -1,11 +1,13 @@
 """Checkpoints: folders of safetensors and JSON that are either whole or not there.
 
 A run folder holds ``checkpoints/step-00000500/`` with model.safetensors, ema.safetensors, optimizer.safetensors,
-state.safetensors (random generators) and state.json. Each is written under another name, flushed, and renamed.
+state.safetensors (random generators) and state.json. Each is written under another name, flushed, and renamed; so is the
+folder. Folders that begin with a dot are unfinished or on their way out, and are never read.
 """
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -23,27 +25,60 @@ def _safetensors():
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    _safetensors().save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary)
-    _flush(temporary)
-    os.replace(temporary, path)
+    found, values = set(), {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous().cpu()
+        place = tensor.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory (tied weights): each gets a copy of its own.
+        values[name] = tensor.clone() if place in found else tensor
+        found.add(place)
+    safetensors = _safetensors()
+    _replace(path, lambda temporary: safetensors.save_file(values, temporary))
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    return _safetensors().load_file(path)
+    """What ``save_tensors`` wrote; one sentence for a file that is missing or damaged."""
+    safetensors = _safetensors()
+    try:
+        return safetensors.load_file(path)
+    except Exception as error:  # SafetensorError has no public name
+        raise ValueError(f"{path}: expected a safetensors file, got {error}; use an older checkpoint, or write it "
+                         f"again") from error
 
 
 def save_json(path: Path, value) -> None:
     """Write JSON atomically."""
+    save_text(path, json.dumps(value, indent=1))
+
+
+def load_json(path: Path):
+    """What ``save_json`` wrote; one sentence for a file that is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a JSON file, got {error}; use an older checkpoint, or write it again") from error
+
+
+def plain(value):
+    """``value`` as JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write text atomically."""
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))
+
+
+def _replace(path: Path, write) -> None:
+    """``write(temporary)``, flushed to the disk, then renamed to ``path``; nothing is left of a write that fails."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    _flush(temporary)
-    os.replace(temporary, path)
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    try:
+        write(temporary)
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict, keep: int) -> Path:
@@ -56,16 +91,23 @@ def write(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], sta
     for name, values in tensors.items():
         save_tensors(building / f"{name}.safetensors", values)
     save_json(building / "state.json", state)
-    shutil.rmtree(final, ignore_errors=True)
+    # Old ones are renamed before they are deleted, so that one half deleted has no checkpoint's name.
+    if final.exists():
+        os.replace(final, folder / f".old-{final.name}")
     os.replace(building, final)
     for old in everything(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        os.replace(old, folder / f".old-{old.name}")
+    for left in [*folder.glob(".old-*"), *folder.glob(".building-*")]:
+        shutil.rmtree(left, ignore_errors=True)
     return final
 
 
 def everything(run: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
-    return sorted((Path(run) / "checkpoints").glob("step-*"))
+    folders = (Path(run) / "checkpoints").glob("step-*")
+    # state.json is written last.
+    found = [folder for folder in folders if re.fullmatch(r"step-\d+", folder.name) and (folder / "state.json").is_file()]
+    return sorted(found, key=lambda folder: int(folder.name.partition("-")[2]))
 
 
 def newest(run: Path) -> Path:

@@ -1,60 +1,67 @@
 """Settings of a training run; every field is a command-line flag and a YAML key of the same name."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 
 
-def option(default, help: str, choices: tuple = ()):
-    """A dataclass field with its help text and, where given, its legal values."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, choices: tuple = (), *, least: float = -math.inf, most: float = math.inf,
+           fixed: bool = False):
+    """A dataclass field with its help text, its legal values or range, and whether a resumed run must keep it."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most, "fixed": fixed})
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     out: str = option("runs/run", "folder for checkpoints, losses.csv and TensorBoard events")
-    steps: int = option(1000, "optimiser steps")
-    minutes: float = option(0.0, "stop (schedule included) after this long even if steps are left; 0: no limit")
-    lr: float = option(1e-3, "peak learning rate of AdamW")
-    warmup: int = option(40, "steps of linear warm-up")
-    final_lr: float = option(0.02, "learning rate at the end of the cosine, as a share of lr")
-    weight_decay: float = option(0.01, "AdamW's weight decay")
-    clip: float = option(1.0, "gradient norm is clipped to this; 0: not clipped")
-    accumulate: int = option(1, "batches whose gradients are summed before each step")
-    ema: float = option(0.999, "decay of the averaged weights")
+    steps: int = option(1000, "optimiser steps", least=1)
+    minutes: float = option(0.0, "stop (schedule included) after this long even if steps are left; 0: no limit", least=0)
+    lr: float = option(1e-3, "peak learning rate of AdamW", least=0)
+    warmup: int = option(40, "steps of linear warm-up", least=0)
+    final_lr: float = option(0.02, "learning rate at the end of the cosine, as a share of lr", least=0, most=1)
+    weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
+    clip: float = option(1.0, "gradient norm is clipped to this; 0: not clipped", least=0)
+    accumulate: int = option(1, "batches whose gradients are averaged before each step", least=1)
+    ema: float = option(0.999, "decay of the averaged weights", least=0, most=1)
     precision: str = option("bf16", "autocast dtype; weights, optimiser and average stay float32", ("bf16", "fp32"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    threads: int = option(0, "CPU threads; 0: PyTorch's choice")
-    seed: int = option(0, "seed of weights, data order and noise")
-    save_every: int = option(500, "steps between checkpoints; the last one is always saved")
-    keep: int = option(2, "checkpoints kept")
-    log_every: int = option(10, "steps between rows of losses.csv")
-    resume: bool = option(False, "go on from the newest checkpoint in out")
+    threads: int = option(0, "CPU threads; 0: PyTorch's choice", least=0)
+    seed: int = option(0, "seed of weights, data order and noise", fixed=True)
+    save_every: int = option(500, "steps between checkpoints; the last one is always saved", least=1)
+    keep: int = option(2, "checkpoints kept", least=1)
+    log_every: int = option(10, "steps between rows of losses.csv", least=1)
+    resume: bool = option(False, "go on from the newest checkpoint in out, with that run's settings where none are given")
     tensorboard: bool = option(True, "write TensorBoard events too")
 
     def __post_init__(self):
-        for name in ("steps", "accumulate", "save_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}; pass a larger number")
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision: expected bf16 or fp32, got {self.precision}; choose one of them")
+        for each in fields(self):
+            value, limits = getattr(self, each.name), each.metadata
+            if limits["choices"] and value not in limits["choices"]:
+                raise ValueError(f"{each.name}: expected one of {', '.join(c for c in limits['choices'] if c)}, got "
+                                 f"{value!r}; choose one of them")
+            # Negated, so that nan is refused too.
+            if not isinstance(value, (str, bool)) and not limits["least"] <= value <= limits["most"]:
+                most = f" to {limits['most']:g}" if limits["most"] < math.inf else " or more"
+                raise ValueError(f"{each.name}: expected {limits['least']:g}{most}, got {value:g}; change that setting")
 
 
 @dataclass(frozen=True)
 class VAETraining(LoopConfig):
     out: str = option("runs/vae", "folder for checkpoints, losses.csv and TensorBoard events")
     data: str = option("", "folder of mp4, webm, gif, png and jpg files")
-    preset: str = option("tiny", "VideoVAE preset", ("tiny", "wan2.1"))
-    steps: int = option(2000, "optimiser steps")
-    lr: float = option(1.5e-3, "peak learning rate of AdamW")
-    ema: float = option(0.99, "decay of the averaged weights")
-    frames: int = option(9, "frames of a training crop, 1 + time_factor * k")
-    crop: int = option(64, "lines and columns of a training crop")
-    clips: int = option(2, "clip crops in a batch of clips")
-    images: int = option(6, "image crops in a batch of images")
-    image_share: float = option(0.3, "share of batches that hold images")
-    short_side: int = option(180, "clips and images are made this small before they are cropped, never larger")
-    fps: float = option(0.0, "frames per second read from clips; 0: their own")
-    kl: float = option(1e-6, "weight of the KL term (per element of the clip)")
-    memory_gb: float = option(4.0, "decoded frames kept in memory")
+    preset: str = option("tiny", "VideoVAE preset", ("tiny", "wan2.1"), fixed=True)
+    steps: int = option(2000, "optimiser steps", least=1)
+    lr: float = option(7e-4, "peak learning rate of AdamW", least=0)
+    warmup: int = option(100, "steps of linear warm-up", least=0)
+    ema: float = option(0.99, "decay of the averaged weights", least=0, most=1)
+    frames: int = option(9, "frames of a training crop, 1 + time_factor * k", least=1)
+    crop: int = option(64, "lines and columns of a training crop", least=1)
+    clips: int = option(2, "clip crops in a batch of clips", least=1)
+    images: int = option(6, "image crops in a batch of images", least=1)
+    image_share: float = option(0.3, "share of batches that hold images", least=0, most=1)
+    short_side: int = option(180, "clips and images are made this small before they are cropped, never larger", least=1)
+    fps: float = option(0.0, "frames per second read from clips; 0: their own", least=0)
+    kl: float = option(1e-6, "weight of the KL term (per element of the clip)", least=0)
+    memory_gb: float = option(4.0, "decoded frames kept in memory", least=0)
 
 
 @dataclass(frozen=True)
@@ -62,21 +69,22 @@ class DiTTraining(LoopConfig):
     out: str = option("runs/dit", "folder for checkpoints, losses.csv and TensorBoard events")
     data: str = option("", "folder of mp4, webm, gif, png and jpg files with captions in .txt or metadata.jsonl")
     vae: str = option("runs/vae", "run folder of the trained VideoVAE")
-    preset: str = option("tiny", "DiT preset; the paper's presets are built with text in place of classes")
-    steps: int = option(2000, "optimiser steps")
-    lr: float = option(1e-3, "peak learning rate of AdamW")
-    weight_decay: float = option(0.0, "AdamW's weight decay")
-    budget: int = option(1024, "tokens of a pack (of one optimiser step, times accumulate)")
-    look_ahead: int = option(1000, "items the packer may choose among")
-    frames: int = option(9, "most frames of a clip, 1 + time_factor * k")
-    short_side: int = option(160, "short side of clips and images, never enlarged")
-    fps: float = option(0.0, "frames per second read from clips; 0: their own")
-    windows: int = option(4, "windows of each clip that are encoded, evenly spread")
-    objective: str = option("flow", "flow matching or DDPM", ("flow", "ddpm"))
+    preset: str = option("tiny", "DiT preset; the paper's presets are built with text in place of classes", fixed=True)
+    steps: int = option(2000, "optimiser steps", least=1)
+    lr: float = option(1e-3, "peak learning rate of AdamW", least=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
+    budget: int = option(1024, "tokens of a pack (of one optimiser step, times accumulate)", least=1)
+    look_ahead: int = option(1000, "items the packer may choose among", least=1)
+    frames: int = option(9, "most frames of a clip, 1 + time_factor * k", least=1, fixed=True)
+    short_side: int = option(160, "short side of clips and images, never enlarged", least=1, fixed=True)
+    fps: float = option(0.0, "frames per second read from clips; 0: their own", least=0, fixed=True)
+    windows: int = option(4, "windows of each clip that are encoded, evenly spread", least=1, fixed=True)
+    objective: str = option("flow", "flow matching or DDPM", ("flow", "ddpm"), fixed=True)
     prediction: str = option("", "x0 (clean patches), velocity or noise; default velocity for flow, noise for ddpm",
-                             ("", "x0", "velocity", "noise"))
+                             ("", "x0", "velocity", "noise"), fixed=True)
     timesteps: str = option("logit_normal", "distribution of flow matching's timesteps", ("logit_normal", "uniform"))
     shift: str = option("tokens", "shift of flow matching's timesteps: a number, or tokens (by token count)")
-    condition_dropout: float = option(0.1, "share of samples trained without their caption, for guidance")
-    text_encoder: str = option("", "folder of a Hugging Face T5, mT5 or UMT5 encoder; default: bytes, trained along")
+    condition_dropout: float = option(0.1, "share of samples trained without their caption, for guidance", least=0, most=1)
+    text_encoder: str = option("", "folder of a Hugging Face T5, mT5 or UMT5 encoder; default: bytes, trained along",
+                               fixed=True)
     checkpointing: bool = option(False, "recompute blocks in the backward to save memory")

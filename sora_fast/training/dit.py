@@ -1,7 +1,5 @@
 """Training a text-conditioned DiT on packs of latents, and loading one to generate with."""
 
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from ..models.dit import PRESETS
 from . import checkpoint
 from .config import DiTTraining
 from .latents import LatentBatch, LatentClip, LatentPacks, encode_library, save_library
-from .loop import Trainer, pick_device
+from .loop import Trainer, check_start, pick_device
 from .vae import load_vae
 
 BYTE_WIDTH = 128
@@ -32,7 +30,11 @@ def policy_for(config: DiTTraining, vae: VideoVAE, patch) -> FitPolicy:
 def objective_of(config: DiTTraining) -> Objective:
     options = {}
     if config.objective == "flow":
-        options = dict(timesteps=config.timesteps, shift="tokens" if config.shift == "tokens" else float(config.shift))
+        try:
+            shift = "tokens" if config.shift == "tokens" else float(config.shift)
+        except ValueError:
+            raise ValueError(f"--shift: expected tokens or a number, got {config.shift!r}; 1 shifts nothing") from None
+        options = dict(timesteps=config.timesteps, shift=shift)
     return make_objective(config.objective, config.prediction or None, **options)
 
 
@@ -40,18 +42,24 @@ def make_text_encoder(path: str) -> nn.Module:
     return HuggingFaceTextEncoder(path) if path else ByteTextEncoder(BYTE_WIDTH)
 
 
-def dit_config(preset: str, vae: VideoVAE, text_width: int) -> DiTConfig:
-    """A preset for this VAE's latents, conditioned on text."""
+def preset_config(preset: str) -> DiTConfig:
+    """A preset by name; one sentence for a name that is none."""
     if preset not in PRESETS:
         raise ValueError(f"train: expected preset to be one of {', '.join(PRESETS)}, got {preset!r}; choose one of them")
-    return replace(PRESETS[preset], in_channels=vae.config.latent_channels, text_width=text_width, classes=0,
+    return PRESETS[preset]
+
+
+def dit_config(preset: str, vae: VideoVAE, text_width: int) -> DiTConfig:
+    """A preset for this VAE's latents, conditioned on text."""
+    return replace(preset_config(preset), in_channels=vae.config.latent_channels, text_width=text_width, classes=0,
                    learn_sigma=False)
 
 
 def encode_media(config: DiTTraining, vae: VideoVAE, items: Sequence[MediaItem], *,
                  span: tuple[float, float] = (0.0, 1.0)) -> list[LatentClip]:
     """Latents of ``items``, kept in the run folder as latents.safetensors."""
-    patch = PRESETS[config.preset].patch
+    check_start(config)
+    patch = preset_config(config.preset).patch
     clips = encode_library(vae, items, policy_for(config, vae, patch), windows=config.windows, span=span)
     Path(config.out).mkdir(parents=True, exist_ok=True)
     save_library(Path(config.out) / "latents", clips)
@@ -60,15 +68,15 @@ def encode_media(config: DiTTraining, vae: VideoVAE, items: Sequence[MediaItem],
 
 def make_trainer(config: DiTTraining, vae: VideoVAE, clips: Sequence[LatentClip]) -> Trainer:
     """A Trainer for a new DiT (and its byte text encoder) on latent ``clips``."""
+    check_start(config)
+    objective, device = objective_of(config), pick_device(config.device)
     torch.manual_seed(config.seed)
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = pick_device(config.device)
     text_encoder = make_text_encoder(config.text_encoder).to(device)
     dit = DiT(dit_config(config.preset, vae, text_encoder.width)).to(device)
     dit.gradient_checkpointing = config.checkpointing
     batches = LatentPacks(clips, dit.config.patch, config.budget, look_ahead=config.look_ahead, seed=config.seed)
-    objective = objective_of(config)
     # A frozen encoder is not part of the checkpoint: its folder is named in config.json.
     modules = nn.ModuleDict({"dit": dit} if config.text_encoder else {"dit": dit, "text": text_encoder})
 
@@ -86,20 +94,18 @@ def make_trainer(config: DiTTraining, vae: VideoVAE, clips: Sequence[LatentClip]
         return (objective.loss(predicted, x0, noise, timesteps, counts),
                 dict(samples=len(batch.captions), tokens=pack.num_tokens, pad=max(0, config.budget - pack.num_tokens)))
 
-    description = dict(kind="dit", dit=asdict(dit.config), text_encoder=config.text_encoder, training=asdict(config))
+    description = dict(kind="dit", dit=asdict(dit.config), text_encoder=config.text_encoder)
     trainer = Trainer(config, modules, batches, loss, description)
-    if Path(config.vae).is_dir() and Path(config.vae).resolve() != (trainer.run_folder / "vae").resolve():
-        _copy_vae(Path(config.vae), trainer.run_folder / "vae")
+    if not config.resume or not (trainer.run_folder / "vae" / "config.json").is_file():
+        save_vae(vae, trainer.run_folder / "vae")
     return trainer
 
 
-def _copy_vae(run: Path, target: Path) -> None:
-    """The run carries its VAE, so that it can generate wherever it is moved."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "vae.safetensors"):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, target / f".{name}")
-            (target / f".{name}").replace(target / name)
+def save_vae(vae: VideoVAE, folder: Path) -> None:
+    """What ``load_vae`` reads. A run carries its VAE, so that it can generate wherever it is moved."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_tensors(folder / "vae.safetensors", vae.state_dict())
+    checkpoint.save_json(folder / "config.json", dict(kind="vae", vae=asdict(vae.config)))
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def load_run(run: str, device="cpu", vae: str = "") -> Generator:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{run}: expected a run folder of sora-fast train, got no config.json there; pass the "
                                 f"folder given as its --out")
-    described = json.loads((folder / "config.json").read_text())
+    described = checkpoint.load_json(folder / "config.json")
     if described.get("kind") != "dit":
         raise ValueError(f"{run}: expected a run of sora-fast train, got one of kind {described.get('kind')!r}; pass the "
                          f"DiT's run folder")

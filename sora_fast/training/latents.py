@@ -5,7 +5,6 @@ C latent channels; t, h, w of a latent clip.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..data import FitPolicy, MediaItem, Packer, to_pixels
-from ..data.frames import Frames
+from ..data.frames import Frames, bar
 from ..models import VideoVAE
 from ..models.dit import token_grid
 from ..pack import Pack
@@ -40,11 +39,9 @@ def encode_library(vae: VideoVAE, items: Sequence[MediaItem], policy: FitPolicy,
                    span: tuple[float, float] = (0.0, 1.0), memory_gb: float = 4.0, progress: bool = True
                    ) -> list[LatentClip]:
     """Posterior means of ``windows`` evenly spread windows of each clip, and of each image."""
-    from tqdm.auto import tqdm
-
     frames = Frames(items, policy, span=span, memory_gb=memory_gb, progress=progress)
     step, found = vae.config.time_factor, []
-    for index in tqdm(range(len(frames)), desc="latents", unit="item", disable=not progress, leave=False):
+    for index in bar(range(len(frames)), "latents", progress):
         have = frames.frames(index)
         length = (min(have, policy.max_frames) - 1) // step * step + 1
         height, width = frames.size(index)
@@ -61,14 +58,15 @@ def encode_library(vae: VideoVAE, items: Sequence[MediaItem], policy: FitPolicy,
 
 
 def save_library(path: Path, clips: Sequence[LatentClip]) -> None:
-    """Write ``path``.safetensors and ``path``.json."""
+    """Write ``path``.safetensors and then ``path``.json, which is there only if the tensors beside it are its own."""
+    path.with_suffix(".json").unlink(missing_ok=True)
     checkpoint.save_tensors(path.with_suffix(".safetensors"), {str(i): clip.latent for i, clip in enumerate(clips)})
     checkpoint.save_json(path.with_suffix(".json"), [asdict(replace(clip, latent=None)) for clip in clips])
 
 
 def load_library(path: Path) -> list[LatentClip]:
     tensors = checkpoint.load_tensors(path.with_suffix(".safetensors"))
-    described = json.loads(path.with_suffix(".json").read_text())
+    described = checkpoint.load_json(path.with_suffix(".json"))
     return [LatentClip(**{**entry, "latent": tensors[str(i)]}) for i, entry in enumerate(described)]
 
 
@@ -89,6 +87,8 @@ class LatentPacks:
     """Endless shuffled epochs of latent clips, packed online to a token budget."""
 
     def __init__(self, clips: Sequence[LatentClip], patch, budget: int, *, look_ahead: int = 1000, seed: int = 0):
+        if not clips:
+            raise ValueError("train: expected at least one latent clip to pack, got none; pass what encode_library gives")
         self.clips, self.budget = list(clips), budget
         self.grids = [clip.grid(patch) for clip in self.clips]
         self.packer = Packer(budget, look_ahead=look_ahead)
@@ -109,18 +109,23 @@ class LatentPacks:
         return LatentBatch(torch.cat(flats), tuple(f.numel() for f in flats), tuple(self.grids[i] for i in chosen),
                            tuple(self.clips[i].caption for i in chosen))
 
-    def probe(self) -> tuple[LatentBatch, float]:
-        """The smallest clip alone, and how many times its tokens a full pack holds."""
-        index = min(range(len(self.clips)), key=lambda i: _tokens(self.grids[i]))
+    def probe(self, copies: int) -> tuple[LatentBatch, float]:
+        """A pack of ``copies`` times the clip nearest to the mean size, and how many of it a full pack holds."""
+        mean = sum(_tokens(grid) for grid in self.grids) / len(self.grids)
+        index = min(range(len(self.clips)), key=lambda i: abs(_tokens(self.grids[i]) - mean))
         clip, grid = self.clips[index], self.grids[index]
-        batch = LatentBatch(clip.latent.reshape(-1), (clip.latent.numel(),), (grid,), (clip.caption,))
+        batch = LatentBatch(clip.latent.reshape(-1).repeat(copies), (clip.latent.numel(),) * copies, (grid,) * copies,
+                            (clip.caption,) * copies)
         return batch, self.budget / _tokens(grid)
 
     def state_dict(self) -> dict:
-        return dict(generator=self.generator.get_state(), order=self.order, drawn=self.drawn,
-                    packer=self.packer.state_dict())
+        return dict(generator=self.generator.get_state(), order=list(self.order), drawn=self.drawn,
+                    clips=len(self.clips), packer=self.packer.state_dict())
 
     def load_state_dict(self, state: dict) -> None:
+        if state["clips"] != len(self.clips):
+            raise ValueError(f"--resume: expected the run's own {state['clips']} latent clips, got {len(self.clips)}; keep "
+                             f"latents.safetensors and latents.json of the run folder, or begin another run")
         self.generator.set_state(state["generator"])
         self.order, self.drawn = list(state["order"]), state["drawn"]
         self.packer.load_state_dict(state["packer"])

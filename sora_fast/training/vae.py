@@ -3,7 +3,6 @@
 B batch, T frames, H height, W width.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +11,11 @@ import torch
 from torch import nn
 
 from ..data import FitPolicy, MediaItem, to_pixels
-from ..data.frames import Frames
+from ..data.frames import Frames, bar
 from ..models import VAEConfig, VideoVAE
 from . import checkpoint
 from .config import VAETraining
-from .loop import Trainer, pick_device
+from .loop import Trainer, check_start, pick_device
 
 
 class CropBatches:
@@ -26,12 +25,19 @@ class CropBatches:
         self.frames, self.config = frames, config
         self.generator = torch.Generator().manual_seed(config.seed)
         crop = config.crop
-        # Small frames are turned away and counted by the caller: an enlarged crop would teach a blurred picture.
+        # Small frames are turned away, which summary() tells: an enlarged crop would teach a blurred picture.
         self.usable = [i for i in range(len(frames)) if min(frames.size(i)) >= crop]
         self.clips = [i for i in self.usable if frames.frames(i) >= config.frames]
         if not self.usable:
             raise ValueError(f"train-vae: expected media of at least {crop} x {crop} pixels, got none; lower --crop or "
                              f"raise --short-side")
+
+    def summary(self) -> str:
+        """One line: what crops are cut from, and what is left out."""
+        c, small = self.config, len(self.frames) - len(self.usable)
+        only = "" if self.clips else f"; no clip has {c.frames} frames, so the VAE learns single frames only"
+        return (f"crops of {c.crop} x {c.crop} from {len(self.usable)} items, {len(self.clips)} of them clips of "
+                f"{c.frames} frames or more; {small} smaller items left out{only}")
 
     def _below(self, limit: int) -> int:
         return int(torch.randint(limit, (1,), generator=self.generator))
@@ -50,11 +56,11 @@ class CropBatches:
             crops.append(crop.flip(-1) if self._below(2) else crop)
         return torch.stack(crops)
 
-    def probe(self) -> tuple[torch.Tensor, float]:
-        """One crop, and how many times its pixels the largest batch holds."""
+    def probe(self, copies: int) -> tuple[torch.Tensor, float]:
+        """A batch of ``copies`` crops, and how many crops the largest batch holds."""
         c = self.config
-        per_clip = c.clips * c.frames if self.clips else 0
-        return torch.zeros(1, 3, 1, c.crop, c.crop), float(max(per_clip, c.images))
+        clips = bool(self.clips) and c.clips * c.frames >= c.images
+        return torch.zeros(copies, 3, c.frames if clips else 1, c.crop, c.crop), float(c.clips if clips else c.images)
 
     def state_dict(self) -> dict:
         return dict(generator=self.generator.get_state())
@@ -65,10 +71,11 @@ class CropBatches:
 
 def make_trainer(config: VAETraining, items: Sequence[MediaItem], *, span: tuple[float, float] = (0.0, 1.0)) -> Trainer:
     """A Trainer for a new VideoVAE on ``items``; ``span`` is the part of each clip it may see."""
+    check_start(config)
+    device = pick_device(config.device)
     torch.manual_seed(config.seed)
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = pick_device(config.device)
     vae = VideoVAE.preset(config.preset).to(device)
     f, step = vae.config.space_factor, vae.config.time_factor
     if config.crop % f or (config.frames - 1) % step:
@@ -76,6 +83,8 @@ def make_trainer(config: VAETraining, items: Sequence[MediaItem], *, span: tuple
                          f"{config.frames}; for example {f * 8} and {1 + 2 * step}")
     policy = FitPolicy(short_side=config.short_side, fps=config.fps or None, space_multiple=f, time_factor=step)
     batches = CropBatches(Frames(items, policy, span=span, memory_gb=config.memory_gb), config)
+    if vae.linear_path is not None and not config.resume:
+        vae.linear_path.start(batches.next().to(device) for _ in range(200))
 
     def loss(video, generator):
         video = video.to(device)
@@ -85,16 +94,19 @@ def make_trainer(config: VAETraining, items: Sequence[MediaItem], *, span: tuple
         total = (reconstruction.float() - video).abs().mean() + config.kl * kl.mean()
         return total, dict(samples=video.shape[0], tokens=video.shape[0] * shape[1] * shape[2] * shape[3], pad=0)
 
-    description = dict(kind="vae", vae=asdict(vae.config), training=asdict(config))
+    description = dict(kind="vae", vae=asdict(vae.config))
     return Trainer(config, nn.ModuleDict({"vae": vae}), batches, loss, description)
 
 
 @torch.no_grad()
 def measure_latents(vae: VideoVAE, frames: Frames, *, windows: int = 4, length: int = 9) -> None:
-    """Set the VAE's latent mean and std from windows of ``frames``."""
-    total, count = 0.0, 0
-    sums = [0.0, 0.0]
-    for index in range(len(frames)):
+    """Set the VAE's latent mean, and one std for all channels, from windows of ``frames``.
+
+    One std (as in latent diffusion, arXiv 2112.10752), because channels of small variance matter little to the picture: a
+    DiT that saw them all at unit variance would spend itself on them.
+    """
+    sums, count = [0.0, 0.0], 0
+    for index in bar(range(len(frames)), "latent statistics"):
         have = frames.frames(index)
         take = length if have >= length else 1
         for window in range(windows if take > 1 else 1):
@@ -103,9 +115,9 @@ def measure_latents(vae: VideoVAE, frames: Frames, *, windows: int = 4, length: 
             mean = vae.moments(video).chunk(2, dim=1)[0].double().flatten(2).transpose(0, 1).flatten(1)
             sums = [sums[0] + mean.sum(1), sums[1] + mean.square().sum(1)]
             count += mean.shape[1]
-    total = sums[0] / count
-    std = (sums[1] / count - total.square()).clamp(min=1e-8).sqrt()
-    vae.set_latent_statistics(total.float(), std.float())
+    mean = sums[0] / count
+    std = (sums[1] / count - mean.square()).mean().clamp(min=1e-8).sqrt()
+    vae.set_latent_statistics(mean.float(), std.float().expand_as(mean))
 
 
 def finish(trainer: Trainer) -> VideoVAE:
@@ -124,11 +136,17 @@ def load_vae(run: str, device="cpu") -> VideoVAE:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{run}: expected a run folder of sora-fast train-vae, got no config.json there; pass "
                                 f"the folder given as its --out")
-    described = json.loads((folder / "config.json").read_text())["vae"]
-    vae = VideoVAE(VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in described.items()}))
+    described = checkpoint.load_json(folder / "config.json")
+    if described.get("kind") != "vae":
+        raise ValueError(f"{run}: expected a run of sora-fast train-vae, got one of kind {described.get('kind')!r}; pass "
+                         f"the VAE's run folder")
+    vae = VideoVAE(VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in described["vae"].items()}))
     if (folder / "vae.safetensors").is_file():
         vae.load_state_dict(checkpoint.load_tensors(folder / "vae.safetensors"))
     else:
-        ema = checkpoint.load_tensors(checkpoint.newest(folder) / "ema.safetensors")
+        newest = checkpoint.newest(folder)
+        print(f"{run}: not trained to its end: taking {newest.name}, whose latents are not normalised; sora-fast train-vae "
+              f"--out {run} --resume finishes it", flush=True)
+        ema = checkpoint.load_tensors(newest / "ema.safetensors")
         vae.load_state_dict({k.removeprefix("vae."): v for k, v in ema.items()})
     return vae.to(device).eval()

@@ -1,0 +1,49 @@
+"""The demo, shortened to a few steps: every stage runs and the report shows pictures."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sora_fast.cli.demo import WINDOWS, average_and_interpolate, quality
+
+pytest.importorskip("av", reason="the demo extra is not installed")
+
+
+def test_demo_writes_a_whole_report(tmp_path):
+    out = tmp_path / "demo"
+    done = subprocess.run(
+        [sys.executable, "-m", "sora_fast.cli", "demo", "--out", str(out), "--vae-steps", "2", "--dit-steps", "2",
+         "--threads", "1"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "memory: about" in done.stdout and "PSNR" in done.stdout
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/webp;base64,") >= 3 * 3 + 5  # reconstructions and generated clips
+    assert page.count("data:image/png;base64,") >= 2 + 8  # losses and photos
+    assert not re.search(r"(src|href)=\"?https?:", page)  # self-contained
+    for _, _, caption in WINDOWS:
+        assert caption in page
+    figures = json.loads((out / "figures.json").read_text())
+    assert {row["clip"] for row in figures["reconstructions"]} == {
+        "bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4"}
+    for row in figures["reconstructions"]:
+        assert row["lines"] >= 96 and f"{row['psnr']:.2f} dB" in done.stdout and f"{row['baseline_psnr']:.2f}" in page
+    clips, photos = list((out / "samples").glob("*.mp4")), list((out / "samples").glob("*.png"))
+    assert len(clips) == 6 and len(photos) == 10
+
+
+def test_quality_and_baseline():
+    real = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
+    off = (real.int() + torch.where(real > 127, -10, 10)).to(torch.uint8)
+    psnr, ssim = quality(off, real)
+    assert abs(psnr - 20 * torch.log10(torch.tensor(25.5)).item()) < 1e-6 and ssim < 1
+    flat = torch.full((1, 3, 5, 16, 24), 0.25)
+    assert torch.allclose(average_and_interpolate(flat, 4, 8), flat)
+    first = torch.randn(1, 3, 5, 16, 24)
+    changed = first.clone()
+    changed[:, :, 1:] += 1
+    same = average_and_interpolate(first, 4, 8)[:, :, :1]
+    assert torch.equal(same, average_and_interpolate(changed, 4, 8)[:, :, :1])

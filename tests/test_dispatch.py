@@ -1,0 +1,158 @@
+"""Which backend runs, and what is said when none does."""
+
+import op_checks
+import pytest
+import torch
+
+from sora_fast import dispatch, ops, use_backend
+from sora_fast.dispatch import Backend, Op, Problem
+from sora_fast.ops import attention
+
+PROBLEM = Problem("cpu", torch.float32, False)
+
+
+def made_up(**refusals):
+    """An op whose backends say their own name; ``refusals`` gives the sentences of those that cannot run."""
+    example = lambda device, dtype, grad: Problem(device, dtype, grad)
+    return Op("made_up", "none", example, [
+        Backend(name, lambda name=name: name, lambda problem, why=why: list(why)) for name, why in refusals.items()])
+
+
+def test_auto_takes_the_first_of_the_visible_order():
+    assert dispatch.ORDER.index("torch") < dispatch.ORDER.index("reference")
+    assert made_up(reference=[], torch=[]).run(PROBLEM, "auto") == "torch"
+    assert made_up(reference=[], torch=["It cannot."]).run(PROBLEM, "auto") == "reference"
+    assert made_up(reference=[]).run(PROBLEM, "auto") == "reference"
+
+
+def test_a_named_backend_never_falls_back():
+    op = made_up(reference=[], torch=["It is too small.", "It is too green."])
+    assert op.run(PROBLEM, "reference") == "reference"
+    with pytest.raises(NotImplementedError, match="made_up.*'torch'.*too small.*too green"):
+        op.run(PROBLEM, "torch")
+    with use_backend("torch"), pytest.raises(NotImplementedError, match="too small"):
+        op.run(PROBLEM, "auto")
+    with pytest.raises(NotImplementedError, match="made_up.*'torch'.*does not implement.*'reference'"):
+        made_up(reference=[]).run(PROBLEM, "torch")
+    for unknown in ("fast", "", 3, None, ["torch"]):
+        op_checks.assert_refused(lambda unknown=unknown: op.run(PROBLEM, unknown), "made_up", "'reference'", "'torch'")
+
+
+def test_when_nothing_fits_every_backend_gives_its_reasons():
+    op = made_up(reference=["It has one reason.", "It has two."], torch=["It has another."], elsewhere=[])
+    with pytest.raises(NotImplementedError) as caught:
+        op.run(PROBLEM, "auto")
+    for part in ("made_up:", "[reference] It has one reason. It has two.", "[torch] It has another.", "[elsewhere]"):
+        assert part in str(caught.value)
+    assert op.run(PROBLEM, "elsewhere") == "elsewhere"
+
+
+def test_use_backend_nests_and_goes_before_the_environment(monkeypatch):
+    op = made_up(reference=[], torch=[])
+    ran = lambda requested="auto": op.run(PROBLEM, requested)
+    monkeypatch.setenv("SORA_FAST_BACKEND", "reference")
+    assert ran() == "reference" and ran("torch") == "torch"
+    with use_backend("torch"):
+        assert ran() == "torch" and ran("reference") == "reference"
+        with use_backend("reference"):
+            assert ran() == "reference"
+            with use_backend("auto"):
+                assert ran() == "torch"
+        assert ran() == "torch"
+        with pytest.raises(KeyError), use_backend("reference"):
+            raise KeyError
+        assert ran() == "torch"
+    assert ran() == "reference"
+    monkeypatch.setenv("SORA_FAST_BACKEND", "nonsense")
+    op_checks.assert_refused(ran, "made_up", "'nonsense'")
+    for unknown in ("nonsense", 3, None):
+        with pytest.raises(ValueError) as caught, use_backend(unknown):
+            pass
+        op_checks.assert_sentence(str(caught.value), "use_backend")
+
+
+def test_a_trace_keeps_the_backend_it_was_made_with():
+    x, noise = torch.randn(2, 4, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
+    seen = []
+    fn = torch.compile(lambda: ops.kl_sample(x, noise), backend=lambda graph, _: seen.append(
+        "expm1" in graph.code) or graph, fullgraph=True)
+    with use_backend("reference"):
+        fn()
+    fn()
+    assert seen == [False, True]  # only the torch backend uses expm1; the other choice made another graph
+
+
+def test_deterministic_algorithms_imply_deterministic(monkeypatch):
+    q, cu = torch.randn(4, 2, 16), torch.tensor([0, 4], dtype=torch.int32)
+    seen = []
+    spy = lambda **arguments: seen.append(arguments["deterministic"]) or arguments["q"]
+    for op in (attention.VARLEN_ATTENTION, attention.VARLEN_ATTENTION_BACKWARD):
+        monkeypatch.setitem(op.backends, "reference", Backend("reference", spy))
+    lse = torch.zeros(2, 4)
+    run = lambda: (ops.varlen_attention(q, q, q, cu, cu, backend="reference"),
+                   ops.varlen_attention_backward(q, None, q, q, q, q, lse, cu, cu, backend="reference"))
+    run()
+    torch.use_deterministic_algorithms(True)
+    try:
+        run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    ops.varlen_attention(q, q, q, cu, cu, deterministic=True, backend="reference")
+    assert seen == [False, False, True, True, True]
+
+
+def test_deterministic_algorithms_run_every_op():
+    torch.use_deterministic_algorithms(True)
+    try:
+        for op in ops.__all__:
+            for _, inputs in op_checks.all_cases(op, torch.float32):
+                fresh, leaves = op_checks.with_grad(inputs)
+                out = getattr(ops, op)(**fresh)
+                if any(o.requires_grad for o in op_checks.tensors(out)):
+                    op_checks.gradients(out, leaves)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_problems_hold_no_size():
+    """What a backend is told is the same for any number of tokens, samples, frames and pixels."""
+    seen = {}
+
+    def spy(op):
+        choose = op.choose
+        op.choose = lambda problem, requested="auto": seen.setdefault(op.name, []).append(problem) or choose(
+            problem, requested)
+        return op, choose
+
+    watched = [spy(op) for op in (attention.VARLEN_ATTENTION, ops.convolution.CAUSAL_CONV3D,
+                                  ops.modulation.NORM_MODULATE, ops.patches.PATCH_EMBED)]
+    try:
+        for n in (1, 16, 17):
+            cu = torch.tensor([0, n], dtype=torch.int32)
+            q = torch.randn(n, 2, 16)
+            ops.varlen_attention(q, q, q, cu, cu, n, n)
+            ops.causal_conv3d(torch.randn(1, 2, n, n, 3), torch.randn(2, 2, 3, 3, 3))
+            ops.norm_modulate(torch.randn(n, 8), None, None)
+            ops.patch_embed(torch.randn(n * 4), torch.randn(2, 1, 1, 2, 2), grids=[(n, 1, 1)])
+    finally:
+        for op, _ in watched:
+            del op.choose
+    assert all(len(problems) == 3 and len(set(problems)) == 1 for problems in seen.values()) and len(seen) == 4
+
+
+def test_fake_and_meta_tensors():
+    """Shapes without numbers go through both plain backends."""
+    from torch._subclasses import FakeTensorMode
+
+    def run(make):
+        q, cu = make(6, 2, 16), make(3, dtype=torch.int32)
+        for backend in ("torch", "reference"):
+            assert ops.varlen_attention(q, q, q, cu, cu, causal=True, backend=backend).shape == (6, 2, 16)
+            x, rows = make(6, 8), make(6, dtype=torch.int32)
+            assert ops.norm_modulate(x, make(2, 8), make(2, 8), rows, backend=backend).shape == (6, 8)
+            video = make(1, 4, 3, 5, 6)
+            assert ops.norm_act_conv3d(video, make(2, 4, 3, 3, 3), backend=backend).shape == (1, 2, 3, 5, 6)
+
+    run(lambda *shape, **options: torch.empty(*shape, device="meta", **options))
+    with FakeTensorMode():
+        run(lambda *shape, **options: torch.empty(*shape, **options))

@@ -1,0 +1,39 @@
+"""README.md's own lines are run."""
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+def test_ten_lines_of_use_run(capsys):
+    (code,) = blocks("python")
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert [tuple(latent.shape) for latent in names["latents"]] == [(16, 5, 12, 20), (16, 1, 16, 16)]
+    assert [tuple(v.shape) for v in names["velocity"]] == [(16, 5, 12, 20), (16, 1, 16, 16)]
+    assert names["y"].shape == (10, 64)
+    printed = capsys.readouterr().out
+    assert printed.count("torch.Size") == 5 and "norm_modulate" in printed
+
+
+def test_every_public_op_is_in_the_table():
+    from sora_fast import ops
+
+    table = README[README.index("## Ops, backends") : README.index("### Reading")]
+    rows = table.replace("`_backward`", "`varlen_attention_backward`")
+    missing = [name for name in ops.__all__ if f"`{name}`" not in rows]
+    assert not missing
+
+
+def test_commands_named_in_the_text_exist():
+    from sora_fast.cli.__main__ import parser
+
+    known = set(next(a for a in parser()._actions if a.choices).choices)
+    named = set(re.findall(r"sora-fast ([a-z][a-z-]+)", README))
+    assert named and named <= known
+    assert "sora-fast nothing" not in README and {"demo", "validate", "train"} <= named
