@@ -119,7 +119,7 @@ def use_backend(name: str):
         _forced = before
 
 
-@torch.compiler.assume_constant_result
+@env.constant_in_graphs
 def _capability(index: int | None) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     return f"cuda:sm{major}{minor}"

@@ -10,16 +10,20 @@ Values are read at the call, not at import; a graph made by torch.compile keeps 
 
 import os
 
-import torch
+
+def constant_in_graphs(fn):
+    """torch.compiler.assume_constant_result without its import of the whole compiler, a second of every start."""
+    fn._dynamo_marked_constant = True
+    return fn
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def backend() -> str | None:
     """The backend that SORA_FAST_BACKEND names, or None."""
     return os.environ.get("SORA_FAST_BACKEND") or None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def check_cuda_values() -> bool:
     """Whether SORA_FAST_CHECK=1 asks for value checks that synchronise with the GPU."""
     return os.environ.get("SORA_FAST_CHECK", "0") == "1"

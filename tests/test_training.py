@@ -13,7 +13,7 @@ import pytest
 import torch
 from training_checks import Numbers, Stop, little, rows_of, same_files, same_rows, stop_at, weights
 
-from sora_fast.training import checkpoint, memory
+from sora_fast.training import checkpoint
 from sora_fast.training.config import VAETraining
 from sora_fast.training.loop import pick_device
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training_checks import QUIET, Stop, same_files, same_rows, stop_at
+from training_checks import QUIET, Stop, little, same_files, same_rows, stop_at
 
 from sora_fast.data import FitPolicy, scan, write_image, write_video
 from sora_fast.data.frames import Frames

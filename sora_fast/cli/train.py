@@ -1,5 +1,6 @@
 """sora-fast train-vae and sora-fast train."""
 
+import sys
 from pathlib import Path
 
 from ..training.config import DiTTraining, VAETraining
@@ -12,7 +13,7 @@ def _library(command: str, folder: str):
 
     if not folder:
         raise ValueError(f"{command}: expected --data FOLDER with mp4, webm, gif, png or jpg files, got none; pass it")
-    library = scan(folder)
+    library = scan(folder, progress=sys.stderr.isatty())
     print(library.summary(), flush=True)
     return library
 

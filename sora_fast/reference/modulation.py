@@ -6,7 +6,7 @@ N tokens, D width, R modulation rows. (DiT: Peebles and Xie, arXiv 2212.09748, s
 import torch
 
 from .normalization import normalise
-from .precision import wide_dtype
+from .precision import holds_numbers, wide_dtype
 
 
 def pick(table_RD, rows):
@@ -22,6 +22,8 @@ def only_samples(x_ND, rows):
     """``x_ND`` with 0 on tokens of no sample, whose contents (NaN included) go no further, nor do gradients."""
     if rows is None:
         return x_ND
+    if rows.device.type == "cpu" and holds_numbers(rows) and not bool((rows < 0).any()):
+        return x_ND  # no tail: a look at N ints in place of a copy of N x D numbers
     return torch.where((rows >= 0)[:, None], x_ND, torch.zeros((), dtype=x_ND.dtype, device=x_ND.device))
 
 

@@ -91,15 +91,33 @@ def write(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], sta
     for name, values in tensors.items():
         save_tensors(building / f"{name}.safetensors", values)
     save_json(building / "state.json", state)
-    # Old ones are renamed before they are deleted, so that one half deleted has no checkpoint's name.
     if final.exists():
-        os.replace(final, folder / f".old-{final.name}")
+        _set_aside(final)
     os.replace(building, final)
+    _sync_folder(folder)  # the new one is on the disk before an old one goes
     for old in everything(run)[:-keep]:
-        os.replace(old, folder / f".old-{old.name}")
+        _set_aside(old)
     for left in [*folder.glob(".old-*"), *folder.glob(".building-*")]:
         shutil.rmtree(left, ignore_errors=True)
     return final
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename a checkpoint that goes, so that one half deleted has no checkpoint's name."""
+    aside = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def everything(run: Path) -> list[Path]:
