@@ -4,7 +4,6 @@
 """
 
 import math
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +18,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sora_fast.models import VAEConfig, VideoVAE
-from sora_fast.models.vae import PRESETS, Fold, Unfold
+from sora_fast.models.linear_path import Fold, Unfold
+from sora_fast.models.vae import PRESETS
 from sora_fast.nn import StreamState
 
 SMALL = {
@@ -372,10 +372,7 @@ except OSError:
 
 
 def peak(*arguments):
-    # glibc moves its own threshold for returning memory while a program runs; pinned, the peak is what is alive
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-    done = subprocess.run([sys.executable, "-c", PEAK, *map(str, arguments)], capture_output=True, text=True,
-                          env=environment, check=True)
+    done = subprocess.run([sys.executable, "-c", PEAK, *map(str, arguments)], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 

@@ -77,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
                   "the tiny VAE and the tiny DiT, generates clips and an image, and writes OUT/report.html.\n"
                   "About seven minutes on two CPU cores.")
     sub.add_argument("--out", default="out/demo", help="folder for the report and all beside it (default: %(default)s)")
-    sub.add_argument("--vae-steps", type=int, default=1500, help="training steps of the VAE (default: %(default)s)")
-    sub.add_argument("--dit-steps", type=int, default=900, help="training steps of the DiT (default: %(default)s)")
+    sub.add_argument("--vae-steps", type=int, default=500, help="training steps of the VAE (default: %(default)s)")
+    sub.add_argument("--dit-steps", type=int, default=1000, help="training steps of the DiT (default: %(default)s)")
     sub.add_argument("--minutes", type=float, default=8.0,
                      help="on a slow machine, shorten both trainings to end about then; 0: never (default: %(default)s)")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")

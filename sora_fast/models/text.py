@@ -32,11 +32,16 @@ class TextEncoder(Protocol):
 class ByteTextEncoder(nn.Module):
     """A small transformer on the bytes of the captions, trained along with the DiT: no vocabulary, no weights to fetch.
 
+    Each byte also looks up its hashed trigram (as in the Byte Latent Transformer, arXiv 2412.09871): captions differ from
+    the first step on, where bytes alone look much alike.
+
     Args:
         width: W. depth: blocks. heads: heads of each. max_bytes: longer captions are cut.
     """
 
-    def __init__(self, width: int = 128, depth: int = 2, heads: int = 4, max_bytes: int = 256):
+    TRIGRAMS = 4096
+
+    def __init__(self, width: int = 128, depth: int = 1, heads: int = 4, max_bytes: int = 256):
         super().__init__()
         self.width, self.max_bytes = width, max_bytes
         self.embedding = nn.Embedding(257, width)  # 256 bytes and the start, so that "" has a token too
@@ -45,7 +50,9 @@ class ByteTextEncoder(nn.Module):
             VarlenAttention(width, heads, qk_norm=True, rope_axes=(0, 0, head)) for _ in range(depth))
         self.mlps = nn.ModuleList(
             nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(depth))
-        nn.init.normal_(self.embedding.weight, std=0.5)
+        self.trigrams = nn.Embedding(self.TRIGRAMS, width)
+        for table in (self.embedding, self.trigrams):
+            nn.init.normal_(table.weight, std=0.5)
 
     def forward(self, captions: Sequence[str]) -> Text:
         _check("ByteTextEncoder", captions)
@@ -53,13 +60,19 @@ class ByteTextEncoder(nn.Module):
         data = [[256, *caption.encode("utf-8")[: self.max_bytes]] for caption in captions]
         pack = Pack([(1, 1, len(d)) for d in data], device=device)
         x = self.embedding(torch.tensor([b for d in data for b in d], dtype=torch.int64, device=device))
+        x = x + self.trigrams(torch.tensor([g for d in data for g in self._hashes(d)], dtype=torch.int64, device=device))
         for attention, mlp in zip(self.attentions, self.mlps, strict=True):
             x = x + attention(ops.norm_modulate(x, None, None), pack)
             x = x + mlp(ops.norm_modulate(x, None, None))
         x = ops.norm_modulate(x, None, None)
         sums = x.new_zeros((len(data), self.width)).index_add(0, pack.segment_ids, x)
-        lengths = tuple(len(d) for d in data)
-        return Text(x, sums / torch.tensor(lengths, device=device, dtype=x.dtype)[:, None], lengths)
+        return Text(x, ops.norm_modulate(sums, None, None), tuple(len(d) for d in data))
+
+    def _hashes(self, data: list[int]) -> list[int]:
+        """Place in the table of the trigram that ends at each byte (multiplicative hashing, Knuth 6.4)."""
+        padded = [256, 256, *data]
+        keys = [(a * 257 + b) * 257 + c for a, b, c in zip(padded, padded[1:], padded[2:], strict=False)]
+        return [key * 2654435761 % 2**32 * self.TRIGRAMS >> 32 for key in keys]
 
 
 class HuggingFaceTextEncoder(nn.Module):

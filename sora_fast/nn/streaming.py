@@ -62,3 +62,13 @@ def renew(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
             or old.is_inference() != torch.is_inference_mode_enabled()):
         return new
     return old.copy_(new)
+
+
+def starts(module: nn.Module, x, state: StreamState | None) -> bool:
+    """Whether x holds the first frame of the clip for ``module``."""
+    if state is None:
+        return True
+    if x.shape[2] == 0 or state.get(module) is not None:
+        return False
+    state.set(module, True)
+    return True

@@ -100,11 +100,7 @@ def make_trainer(config: VAETraining, items: Sequence[MediaItem], *, span: tuple
 
 @torch.no_grad()
 def measure_latents(vae: VideoVAE, frames: Frames, *, windows: int = 4, length: int = 9) -> None:
-    """Set the VAE's latent mean, and one std for all channels, from windows of ``frames``.
-
-    One std (as in latent diffusion, arXiv 2112.10752), because channels of small variance matter little to the picture: a
-    DiT that saw them all at unit variance would spend itself on them.
-    """
+    """Set the VAE's latent mean and std from windows of ``frames``."""
     sums, count = [0.0, 0.0], 0
     for index in bar(range(len(frames)), "latent statistics"):
         have = frames.frames(index)
@@ -116,8 +112,8 @@ def measure_latents(vae: VideoVAE, frames: Frames, *, windows: int = 4, length: 
             sums = [sums[0] + mean.sum(1), sums[1] + mean.square().sum(1)]
             count += mean.shape[1]
     mean = sums[0] / count
-    std = (sums[1] / count - mean.square()).mean().clamp(min=1e-8).sqrt()
-    vae.set_latent_statistics(mean.float(), std.float().expand_as(mean))
+    std = (sums[1] / count - mean.square()).clamp(min=1e-8).sqrt()
+    vae.set_latent_statistics(mean.float(), std.float())
 
 
 def finish(trainer: Trainer) -> VideoVAE:
