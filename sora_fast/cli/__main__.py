@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("demo", _demo, "train a VAE and a DiT on real clips and photos, generate, and write a report",
                   "The whole system on three real clips and twelve photos that come with two Python packages: trains\n"
                   "the tiny VAE and the tiny DiT, generates clips and an image, and writes OUT/report.html.\n"
-                  "About seven minutes on two CPU cores.")
+                  "About six and a half minutes on two CPU cores.")
     sub.add_argument("--out", default="out/demo", help="folder for the report and all beside it (default: %(default)s)")
     sub.add_argument("--vae-steps", type=int, default=500, help="training steps of the VAE (default: %(default)s)")
     sub.add_argument("--dit-steps", type=int, default=1000, help="training steps of the DiT (default: %(default)s)")

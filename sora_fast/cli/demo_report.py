@@ -23,7 +23,8 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; wh
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
 .card { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; background: var(--soft); }
 .card p { margin: .4rem 0 0; font-size: .9rem; } .card small { opacity: .7; }
-.pair { display: flex; gap: .4rem; align-items: flex-end; } figure { margin: 0; flex: 1 1 0; min-width: 0; }
+.pair { display: flex; gap: .4rem; align-items: flex-end; } figure { margin: 0; min-width: 0; }
+.pair figure { flex: 0 1 50%; }
 figcaption { font-size: .75rem; opacity: .7; } img { width: 100%; height: auto; border-radius: .25rem; display: block; }
 .three { display: grid; gap: .6rem; grid-template-columns: repeat(3, 1fr); margin-bottom: 1rem; }
 .plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); }

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from .. import checks
 from ..dispatch import Backend, Op, Problem, autocast, autocast_dtype, device_name, needs_grad
 from ..reference import convolution as reference
-from ..reference.precision import wide_dtype
+from ..reference.precision import holds_numbers, wide_dtype
 from . import normalization
 
 
@@ -101,7 +101,7 @@ def _conv3d(x, weight, bias, stride, padding):
     # On a CPU F.conv3d takes oneDNN only above 20,480 = B * C * T * H numbers and unfolds smaller clips into a copy per
     # tap: 85 MB and five times the time for 64 channels of 4 x 48 x 64.
     if (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and torch.backends.mkldnn.enabled
-            and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()):
+            and torch.backends.mkldnn.is_available() and holds_numbers(x)):
         return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
 
