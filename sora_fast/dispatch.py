@@ -4,6 +4,7 @@ An op has a few backends. Each answers ``unsupported(problem)`` with full senten
 ``auto`` takes the first of ``ORDER`` that can. A backend asked for by name runs or raises: nothing falls back.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Op:
         self.family = family
         self.example = example  # (device, dtype, grad) -> a typical problem, for explain()
         self.backends = {backend.name: backend for backend in backends}
+        self.told = False  # that auto landed on a slow path
 
     def choose(self, problem: Problem, requested: str = "auto") -> Backend:
         """The backend that will run ``problem``; raises with every backend's reasons where none can."""
@@ -87,6 +89,17 @@ class Op:
         listed = " ".join(f"[{name}] {' '.join(why)}" for name, why in reasons.items())
         raise NotImplementedError(f"{self.name}: no backend can run this call: {listed}")
 
+    def _tell_if_slow(self, backend: Backend, problem: Problem, requested: str) -> None:
+        """One log line the first time auto lands on the definition with a CUDA tensor: the slow path is never silent."""
+        by_itself = requested == "auto" and (_forced or env.backend() or "auto") == "auto"
+        if backend.name == "reference" and by_itself and problem.device.startswith("cuda") and not self.told:
+            self.told = True
+            reasons = " ".join(why for name in ORDER if name in self.backends and name != "reference"
+                               for why in self.backends[name].unsupported(problem))
+            logging.getLogger("sora_fast").warning(
+                "%s runs on its reference on %s, which is slow. %s sora_fast.explain(%r) shows the choices.",
+                self.name, problem.device, reasons or "It has no other backend.", self.name)
+
     def run(self, problem: Problem, requested: str, **arguments):
         """Run the op on the chosen backend; the result can be differentiated once.
 
@@ -94,6 +107,8 @@ class Op:
         makes in float32 (the reference's, and the angles of learned frequencies).
         """
         backend = self.choose(problem, requested)
+        if not torch.compiler.is_compiling():
+            self._tell_if_slow(backend, problem, requested)
         if problem.grad and not torch.compiler.is_compiling():
             arguments = {name: first_order(value, self.name) for name, value in arguments.items()}
         with no_autocast(problem.device.partition(":")[0]):

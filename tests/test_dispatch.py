@@ -156,3 +156,18 @@ def test_fake_and_meta_tensors():
     run(lambda *shape, **options: torch.empty(*shape, device="meta", **options))
     with FakeTensorMode():
         run(lambda *shape, **options: torch.empty(*shape, **options))
+
+
+def test_a_slow_path_on_a_gpu_is_told_once(caplog):
+    refuses = Backend("torch", lambda: "fast", lambda problem: ["It cannot today."])
+    op = Op("made_up", "none", lambda *facts: Problem(*facts), [refuses, Backend("reference", lambda: "slow")])
+    on_gpu, on_cpu = (Problem(device, torch.float32, False) for device in ("cuda:sm90", "cpu"))
+    with caplog.at_level("WARNING", logger="sora_fast"):
+        op.run(on_cpu, "auto")
+        with use_backend("reference"):
+            op.run(on_gpu, "auto")
+        op.run(on_gpu, "reference")
+        assert not caplog.records  # asked for, or no GPU: nothing to tell
+        assert op.run(on_gpu, "auto") == op.run(on_gpu, "auto") == "slow"
+    (record,) = caplog.records
+    assert "made_up runs on its reference on cuda:sm90" in record.message and "It cannot today." in record.message

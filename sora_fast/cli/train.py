@@ -41,7 +41,8 @@ def train(arguments) -> int:
 
     config = read_options(arguments, DiTTraining)
     check_start(config)
-    task.preset_config(config.preset), task.objective_of(config)  # before the media are read and encoded
+    task.preset_config(config.preset)  # wrong settings are told before the media are read and encoded
+    task.objective_of(config)
     latents, own_vae = Path(config.out) / "latents", Path(config.out) / "vae"
     vae = load_vae(str(own_vae) if config.resume and own_vae.is_dir() else config.vae, task.pick_device(config.device))
     if config.resume and latents.with_suffix(".json").is_file():

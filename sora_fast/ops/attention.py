@@ -53,10 +53,11 @@ def _sdpa(q_NHE, k_NHE, v_NHE, scale, mask_QK=None):
     return torch.where(sees_Q[:, None, None], out[0].transpose(0, 1), 0)
 
 
-def _varlen_applies(q, problem_window, deterministic: bool) -> bool:
-    """Whether torch.nn.attention.varlen (FlashAttention-2 inside PyTorch) takes this call."""
-    return (q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and not deterministic
-            and q.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0))
+def _varlen_applies(q, deterministic: bool) -> bool:
+    """Whether torch.nn.attention.varlen (FlashAttention-2 inside PyTorch, sm_80 and later) takes this call."""
+    device = device_name(q)
+    return (device.startswith("cuda:sm") and int(device.removeprefix("cuda:sm")) >= 80 and not deterministic
+            and q.dtype in (torch.float16, torch.bfloat16))
 
 
 def _torch_varlen(q, k, v, cu_q, cu_k, scale, window):
@@ -79,7 +80,7 @@ def _torch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scal
         return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window)
     q, k, v = (reference._without_tail(t, cu) for t, cu in
                ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k)))
-    if _varlen_applies(q, window, deterministic):
+    if _varlen_applies(q, deterministic):
         out = _torch_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, (window[0], 0) if causal else window)
         return reference._without_tail(out, cu_seqlens_q)
     mask = reference.visible(cu_seqlens_q, cu_seqlens_k, queries, keys, causal, window, q.device)
