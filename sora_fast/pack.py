@@ -28,6 +28,7 @@ class Pack:
 
     Attributes:
         grids: tuple of S triples (host). ``grids_cpu``: the same as an int64 CPU tensor (S, 3), for traced code.
+            ``grids_device``: the same as int32 on ``device``, for code that must not copy.
         cu_seqlens: int32 (S + 1,). max_seqlen: int, the longest sample.
         segment_ids: int32 (N,), the sample of each token, -1 in the tail.
         coords: int32 (N, 3), t, h, w of each token within its sample, 0 in the tail.
@@ -47,6 +48,7 @@ class Pack:
         self.grids = host_grids("Pack", grids)
         self.modulation = modulation
         self.grids_cpu = torch.tensor(self.grids, dtype=torch.int64).reshape(len(self.grids), 3)
+        self.grids_device = self.grids_cpu.to(torch.int32)
         lengths = self.grids_cpu.prod(dim=1)
         needed = int(lengths.sum())
         if tokens is not None:
@@ -117,7 +119,8 @@ class Pack:
         return self.cu_seqlens.device
 
     def _move(self, device: torch.device) -> None:
-        for name in ("cu_seqlens", "segment_ids", "coords", "rows", "row_samples", "text_cu_seqlens", "kept"):
+        for name in ("grids_device", "cu_seqlens", "segment_ids", "coords", "rows", "row_samples", "text_cu_seqlens",
+                     "kept"):
             value = getattr(self, name)
             if value is not None:
                 # towards the host a copy that does not wait may be read before it is there

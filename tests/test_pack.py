@@ -51,6 +51,7 @@ def test_against_brute_force(grids, tail, modulation, form):
     assert_is(pack, brute(grids, modulation, needed + tail))
     assert_is(Pack(grids, modulation=modulation).pad_to(needed + tail), brute(grids, modulation, needed + tail))
     assert pack.grids == tuple(grids) and pack.grids_cpu.tolist() == [list(g) for g in grids]
+    assert pack.grids_device.dtype == torch.int32 and pack.grids_device.tolist() == pack.grids_cpu.tolist()
     assert pack.num_tokens == needed + tail and pack.num_samples == len(grids)
     assert pack.num_rows == (sum(g[0] for g in grids) if modulation == "frame" else len(grids))
     assert pack.max_seqlen == max((t * h * w for t, h, w in grids), default=0)
@@ -103,6 +104,7 @@ def test_devices():
     pack = Pack(GRIDS, text_lengths=[1] * 5).pad_to(20).to("meta")
     assert {t.device.type for t in (pack.cu_seqlens, pack.segment_ids, pack.coords, pack.rows, pack.row_samples,
                                     pack.text_cu_seqlens)} == {"meta"}
+    assert pack.grids_device.device.type == "meta"
     assert pack.device.type == "meta" and pack.grids_cpu.device.type == "cpu" and pack.num_tokens == 20
     assert pack.pad_to(22).rows.shape == (22,) and "meta" in repr(pack)
     assert Pack(GRIDS, device="meta").num_samples == 5

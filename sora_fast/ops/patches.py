@@ -92,9 +92,10 @@ OPS = (PATCH_EMBED, UNPATCHIFY)
 
 # ------------------------------------------------------------------------------------------------- public ops
 def _sizes(op: str, grids):
-    """Host triples; while a graph is traced a Pack's ``grids_cpu`` or a CPU tensor, so that no size is baked in."""
-    if torch.compiler.is_compiling() and isinstance(grids, (Pack, torch.Tensor)):
-        grids = grids.grids_cpu if isinstance(grids, Pack) else grids
+    """Host triples; while a graph is traced a Pack's ``grids_device`` or a CPU tensor, so that no size is baked in."""
+    if torch.compiler.is_compiling() and isinstance(grids, Pack):
+        return grids.grids_device  # no copy to the device inside the graph
+    if torch.compiler.is_compiling() and isinstance(grids, torch.Tensor):
         checks.require(grids.device.type == "cpu", op, "grids as host data", grids.device.type,
                        "keep sizes on the host")
         checks.integers(op, "grids", grids, (torch.int64, torch.int32))
