@@ -16,8 +16,6 @@ from ..reference.precision import holds_numbers, widen
 
 @dataclass(frozen=True)
 class AttentionProblem(Problem):
-    """``raw``: the forward or backward without autograd, which gives or takes the log-sum-exp."""
-
     heads: int
     key_heads: int
     head_dim: int
@@ -25,7 +23,6 @@ class AttentionProblem(Problem):
     window: tuple[int, int]
     return_lse: bool
     deterministic: bool
-    raw: bool = False
 
 
 def _example(device: str, dtype: torch.dtype, grad: bool) -> AttentionProblem:
@@ -35,12 +32,9 @@ def _example(device: str, dtype: torch.dtype, grad: bool) -> AttentionProblem:
 
 # ---------------------------------------------------------------------------------------------- backend "torch"
 def _torch_unsupported(problem: AttentionProblem) -> list[str]:
-    reasons = []
-    if problem.raw:
-        reasons.append("PyTorch has no public attention backward that takes a log-sum-exp.")
-    elif problem.return_lse:
-        reasons.append("PyTorch's scaled_dot_product_attention does not return a differentiable log-sum-exp.")
-    return reasons
+    if problem.return_lse:
+        return ["PyTorch's scaled_dot_product_attention does not return a differentiable log-sum-exp."]
+    return []
 
 
 def _sdpa(q_NHE, k_NHE, v_NHE, scale, mask_QK=None):
@@ -78,11 +72,11 @@ def _torch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scal
         k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
     if q.device.type == "cpu" and holds_numbers(cu_seqlens_q) and holds_numbers(cu_seqlens_k):
         return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window)
-    q, k, v = (reference._without_tail(t, cu) for t, cu in
+    q, k, v = (reference.without_tail(t, cu) for t, cu in
                ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k)))
     if _varlen_applies(q, deterministic):
         out = _torch_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, (window[0], 0) if causal else window)
-        return reference._without_tail(out, cu_seqlens_q)
+        return reference.without_tail(out, cu_seqlens_q)
     mask = reference.visible(cu_seqlens_q, cu_seqlens_k, queries, keys, causal, window, q.device)
     return _sdpa(q, k, v, scale, mask)
 
@@ -159,9 +153,9 @@ def _check(op: str, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
     checks.several(op, "window", window, "left, right")
 
 
-def _problem(q, k, grad, causal, window, return_lse, deterministic, raw) -> AttentionProblem:
+def _problem(q, k, grad, causal, window, return_lse, deterministic) -> AttentionProblem:
     return AttentionProblem(device_name(q), q.dtype, grad, q.shape[1], k.shape[1], q.shape[2], causal, tuple(window),
-                            return_lse, deterministic or torch.are_deterministic_algorithms_enabled(), raw)
+                            return_lse, deterministic or torch.are_deterministic_algorithms_enabled())
 
 
 # ------------------------------------------------------------------------------------------------- public ops
@@ -187,7 +181,7 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
     _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window)
     q, k, v = autocast(q, k, v)
     checks.same_dtype(op, q=q, k=k, v=v)
-    problem = _problem(q, k, needs_grad(q, k, v), causal, window, return_lse, deterministic, False)
+    problem = _problem(q, k, needs_grad(q, k, v), causal, window, return_lse, deterministic)
     return VARLEN_ATTENTION.run(problem, backend, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
                                 softmax_scale=softmax_scale, causal=causal, window=tuple(window),
                                 return_lse=return_lse, deterministic=problem.deterministic)
@@ -200,7 +194,7 @@ def varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=N
     _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window)
     q, k, v = autocast(q, k, v)
     checks.same_dtype(op, q=q, k=k, v=v)
-    return VARLEN_ATTENTION_FORWARD.run(_problem(q, k, False, causal, window, True, False, True), backend, q=q, k=k,
+    return VARLEN_ATTENTION_FORWARD.run(_problem(q, k, False, causal, window, True, False), backend, q=q, k=k,
                                         v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
                                         softmax_scale=softmax_scale, causal=causal, window=tuple(window))
 
@@ -225,7 +219,7 @@ def varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_se
         checks.shape(op, "dlse", dlse, (q.shape[1], q.shape[0]), "it is the gradient of lse")
     checks.floating(op, dout=dout, out=out, lse=lse, dlse=dlse)
     checks.same_device(op, q=q, dout=dout, out=out, lse=lse, dlse=dlse)
-    problem = _problem(q, k, False, causal, window, True, deterministic, True)
+    problem = _problem(q, k, False, causal, window, True, deterministic)
     return VARLEN_ATTENTION_BACKWARD.run(
         problem, backend, dout=dout, dlse=dlse, q=q, k=k, v=v, out=out, lse=lse, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, softmax_scale=softmax_scale, causal=causal, window=tuple(window),
@@ -254,5 +248,5 @@ def merge_attention(outs, lses, *, backend="auto"):
         checks.same_device(op, **{"outs[0]": outs[0], f"outs[{place}]": out, f"lses[{place}]": lse})
         checks.same_dtype(op, **{"outs[0]": outs[0], f"outs[{place}]": out})
     q = outs[0]
-    problem = _problem(q, q, needs_grad(*outs, *lses), False, (-1, -1), True, False, False)
+    problem = _problem(q, q, needs_grad(*outs, *lses), False, (-1, -1), True, False)
     return MERGE_ATTENTION.run(problem, backend, outs=list(outs), lses=list(lses))

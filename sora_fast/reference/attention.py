@@ -73,7 +73,7 @@ def blocks(cu_q, cu_k, queries: int, keys: int, causal: bool, window, device):
         yield slice(a, b), slice(c, d), visible(*alone, b - a, d - c, causal, window, device)
 
 
-def _without_tail(x_NHE, cu):
+def without_tail(x_NHE, cu):
     belongs = torch.arange(x_NHE.shape[0], device=x_NHE.device) < cu[-1]
     return torch.where(belongs[:, None, None], x_NHE, torch.zeros((), dtype=x_NHE.dtype, device=x_NHE.device))
 
@@ -83,8 +83,8 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
     """``out [, lse]``; see ``sora_fast.ops.varlen_attention``. ``max_seqlen`` is not used: it is a hint."""
     wide = wide_dtype(q, k, v)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    q_NHE = _without_tail(q.to(wide), cu_seqlens_q)
-    k_NHE, v_NHE = _without_tail(k.to(wide), cu_seqlens_k), _without_tail(v.to(wide), cu_seqlens_k)
+    q_NHE = without_tail(q.to(wide), cu_seqlens_q)
+    k_NHE, v_NHE = without_tail(k.to(wide), cu_seqlens_k), without_tail(v.to(wide), cu_seqlens_k)
     outs, lses, done = [], [], 0
     for rows, cols, mask in blocks(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal, window, q.device):
         out, lse = attend(q_NHE[rows], k_NHE[cols], v_NHE[cols], mask, scale)
@@ -116,8 +116,8 @@ def varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_se
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     heads, key_heads = q.shape[1], k.shape[1]
     dq, dk, dv = (torch.zeros_like(t, dtype=wide) for t in (q, k, v))
-    q_NHE, out_NHE, dout_NHE = (_without_tail(t.to(wide), cu_seqlens_q) for t in (q, out, dout))
-    k_NHE, v_NHE = (_without_tail(t.to(wide), cu_seqlens_k) for t in (k, v))
+    q_NHE, out_NHE, dout_NHE = (without_tail(t.to(wide), cu_seqlens_q) for t in (q, out, dout))
+    k_NHE, v_NHE = (without_tail(t.to(wide), cu_seqlens_k) for t in (k, v))
     for rows, cols, mask in blocks(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal, window, q.device):
         q_HQE, o_HQE, do_HQE = (_heads_first(t[rows], heads) for t in (q_NHE, out_NHE, dout_NHE))
         k_HKE, v_HKE = (_heads_first(t[cols], heads) for t in (k_NHE, v_NHE))

@@ -59,6 +59,19 @@ def load_json(path: Path):
         raise ValueError(f"{path}: expected a JSON file, got {error}; use an older checkpoint, or write it again") from error
 
 
+def description(run: str | Path, kind: str, command: str) -> dict:
+    """config.json of a run folder that ``command`` made and that holds a model of ``kind``; else one sentence."""
+    file = Path(run) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{run}: expected a run folder of {command}, got no config.json there; pass the folder "
+                                f"given as its --out")
+    found = load_json(file)
+    if found.get("kind") != kind:
+        raise ValueError(f"{run}: expected a run of {command}, got one of kind {found.get('kind')!r}; pass the run folder "
+                         f"of a {kind}")
+    return found
+
+
 def plain(value):
     """``value`` as JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(value))

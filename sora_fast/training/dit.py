@@ -122,13 +122,7 @@ class Generator:
 def load_run(run: str, device="cpu", vae: str = "") -> Generator:
     """DiT, text encoder and VAE (averaged weights) of a run folder of ``sora-fast train``."""
     folder = Path(run)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{run}: expected a run folder of sora-fast train, got no config.json there; pass the "
-                                f"folder given as its --out")
-    described = checkpoint.load_json(folder / "config.json")
-    if described.get("kind") != "dit":
-        raise ValueError(f"{run}: expected a run of sora-fast train, got one of kind {described.get('kind')!r}; pass the "
-                         f"DiT's run folder")
+    described = checkpoint.description(run, "dit", "sora-fast train")
     training = DiTTraining(**described["training"])
     dit = DiT(DiTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in described["dit"].items()}))
     text_encoder = make_text_encoder(described["text_encoder"])

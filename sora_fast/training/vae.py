@@ -129,13 +129,7 @@ def finish(trainer: Trainer) -> VideoVAE:
 def load_vae(run: str, device="cpu") -> VideoVAE:
     """A VideoVAE from a run folder of train-vae (its finished weights, else its newest checkpoint's average)."""
     folder = Path(run)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{run}: expected a run folder of sora-fast train-vae, got no config.json there; pass "
-                                f"the folder given as its --out")
-    described = checkpoint.load_json(folder / "config.json")
-    if described.get("kind") != "vae":
-        raise ValueError(f"{run}: expected a run of sora-fast train-vae, got one of kind {described.get('kind')!r}; pass "
-                         f"the VAE's run folder")
+    described = checkpoint.description(run, "vae", "sora-fast train-vae")
     vae = VideoVAE(VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in described["vae"].items()}))
     if (folder / "vae.safetensors").is_file():
         vae.load_state_dict(checkpoint.load_tensors(folder / "vae.safetensors"))
