@@ -3,6 +3,7 @@
 ==================  =====================================================================================
 SORA_FAST_BACKEND   name of the backend every op must use; same meaning as ``sora_fast.use_backend``
 SORA_FAST_CHECK     1: check the values of CUDA index tensors too (each check waits for the GPU)
+SORA_FAST_COMMIT    the commit of a copy of the sources that has no .git, for the rows that a benchmark writes
 ==================  =====================================================================================
 
 Values are read at the call, not at import; a graph made by torch.compile keeps the value it was traced with.
@@ -27,3 +28,13 @@ def backend() -> str | None:
 def check_cuda_values() -> bool:
     """Whether SORA_FAST_CHECK=1 asks for value checks that synchronise with the GPU."""
     return os.environ.get("SORA_FAST_CHECK", "0") == "1"
+
+
+def settings() -> dict[str, str]:
+    """Every SORA_FAST_ variable that is set, for records of what a figure was measured under."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith("SORA_FAST_")}
+
+
+def commit() -> str | None:
+    """The commit that SORA_FAST_COMMIT names, or None."""
+    return os.environ.get("SORA_FAST_COMMIT") or None

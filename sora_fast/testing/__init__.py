@@ -4,7 +4,8 @@
 """
 
 from .cases import cases
-from .rule import Comparison, assert_matches, compare, compare_with_reference
+from .rule import Comparison, Truth, assert_matches, compare, compare_with_reference, truth
 from .validation import Report, validate
 
-__all__ = ["Comparison", "Report", "assert_matches", "cases", "compare", "compare_with_reference", "validate"]
+__all__ = ["Comparison", "Report", "Truth", "assert_matches", "cases", "compare", "compare_with_reference", "truth",
+           "validate"]

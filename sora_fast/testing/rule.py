@@ -13,7 +13,7 @@ order of a sum: there ``low`` errs as it does in float32, scaled by the ratio of
 grants one eps to the first and eps/2 to the second.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,7 +65,7 @@ def compare(name: str, got: torch.Tensor, low: torch.Tensor, ref64: torch.Tensor
     if got.dtype != low.dtype:
         return Comparison(name, got.dtype, tuple(got.shape), **blank,
                           problem=f"dtype {got.dtype} instead of {low.dtype}")
-    wide, low, ref64 = (t.detach().to("cpu", torch.float64) for t in (got, low, ref64))
+    wide, low, ref64 = (t.detach().to(ref64.device, torch.float64) for t in (got, low, ref64))
     absent = torch.isneginf(ref64)
     problem = ""
     if not torch.equal(torch.isneginf(wide), absent):
@@ -127,13 +127,17 @@ def _finite_part(output: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
     return torch.where(absent, 0, cotangent) if bool(absent.any()) else cotangent
 
 
-def run(fn: Callable, inputs: Mapping[str, object], cotangents: list[torch.Tensor] | None):
-    """Outputs of ``fn(**inputs)`` and, where ``cotangents`` are given, the gradients of all floating inputs."""
-    grads = cotangents is not None
-    fresh = {name: _map(value, lambda t: t.detach().requires_grad_(grads and t.is_floating_point()))
+def run(fn: Callable, inputs: Mapping[str, object], cotangents: list[torch.Tensor] | None,
+        names: Iterable[str] | None = None):
+    """Outputs of ``fn(**inputs)`` and, where ``cotangents`` are given, the gradients of all floating inputs.
+
+    ``names``: of the inputs that get a gradient; None: every floating one.
+    """
+    wanted = set(inputs if names is None else names) if cotangents is not None else set()
+    fresh = {name: _map(value, lambda t, name=name: t.detach().requires_grad_(name in wanted and t.is_floating_point()))
              for name, value in inputs.items()}
     outputs = _tensors(fn(**fresh))
-    if not grads:
+    if cotangents is None:
         return outputs, {}
     leaves = _leaves(fresh)
     if [o.shape for o in outputs] != [c.shape for c in cotangents]:  # the comparison of outputs says what is wrong
@@ -150,14 +154,14 @@ def run(fn: Callable, inputs: Mapping[str, object], cotangents: list[torch.Tenso
 _EPS_RATIO = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
 
 
-def _low(truth: Callable, inputs: Mapping[str, object], cotangents, ref: tuple[list, dict]) -> tuple[list, dict]:
+def _low(definition: Callable, inputs: Mapping[str, object], cotangents, names, ref: tuple[list, dict]):
     """Outputs and gradients of the reference on ``inputs`` themselves; in float64 the scaled error of float32."""
-    low_out, low_grads = run(truth, inputs, cotangents)
+    low_out, low_grads = run(definition, inputs, cotangents, names)
     if not any(t.dtype == torch.float64 for t in (*low_out, *low_grads.values()) if t is not None):
         return low_out, low_grads
     single = {name: _map(value, lambda t: t.float() if t.dtype == torch.float64 else t)
               for name, value in inputs.items()}
-    single_out, single_grads = run(truth, single, cotangents)
+    single_out, single_grads = run(definition, single, cotangents, names)
 
     def scaled(low, single, ref):
         if low is None or low.dtype != torch.float64:
@@ -168,43 +172,87 @@ def _low(truth: Callable, inputs: Mapping[str, object], cotangents, ref: tuple[l
             {name: scaled(low_grads[name], single_grads[name], ref[1][name]) for name in low_grads})
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What one call of an op must give: computed once, compared with as many implementations as there are.
+
+    ``ref`` and ``low`` are (outputs, gradients by input name), of the reference in float64 and in the inputs' dtype.
+    ``part`` takes (tensor name, tensor) to what is compared of it (None: all of it); ``scope`` says so in words.
+    """
+
+    op: str
+    inputs: Mapping[str, object]
+    cotangents: list[torch.Tensor] | None
+    names: tuple[str, ...] | None
+    ref: tuple[list[torch.Tensor], dict[str, torch.Tensor]]
+    low: tuple[list[torch.Tensor], dict[str, torch.Tensor]]
+    part: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+    scope: str = "every element"
+
+    def compare(self, got) -> list[Comparison]:
+        """Comparisons of every output and gradient; ``got`` is a function of the op's keyword arguments, or outputs."""
+        (ref_out, ref_grads), (low_out, low_grads) = self.ref, self.low
+        got_out, got_grads = (run(got, self.inputs, self.cotangents, self.names) if callable(got)
+                              else (_tensors(got), {}))
+        if len(got_out) != len(ref_out):
+            raise AssertionError(f"{self.op}: expected {len(ref_out)} outputs, got {len(got_out)}; return what the op "
+                                 f"returns")
+        rounds_p = self.op in ROUNDS_P
+        part = lambda name, t: t if self.part is None or t is None else self.part(name, t)
+        label = lambda place: f"output {place}" if len(ref_out) > 1 else "output"
+        results = [compare(label(place), part(label(place), g), low, ref, rounds_p=rounds_p)
+                   for place, (g, low, ref) in enumerate(zip(got_out, low_out, ref_out, strict=True))]
+        if callable(got):
+            results += [compare(f"d {name}", part(name, got_grads.get(name)), low_grads[name], ref_grads[name],
+                                rounds_p=rounds_p)
+                        for name in ref_grads]
+        return results
+
+
+def random_cotangents(outputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """One random cotangent per output, of its dtype and device, drawn on that device."""
+    if not outputs:
+        return []
+    generator = torch.Generator(outputs[0].device).manual_seed(seed)
+    wide = lambda o: torch.float64 if o.device.type == "cpu" else torch.float32
+    return [torch.randn(o.shape, generator=generator, dtype=wide(o), device=o.device).to(o.dtype) for o in outputs]
+
+
+def truth(op: str, inputs: Mapping[str, object], *, grads: bool = True, names: Iterable[str] | None = None,
+          seed: int = 0, flat_cotangent: bool = False) -> Truth:
+    """The Truth of ``op(**inputs)``.
+
+    Args:
+        op: name of an op, as in ``sora_fast.ops``.
+        inputs: the op's keyword arguments.
+        grads: whether gradients are wanted too, for one random cotangent. names: of which inputs, default all.
+        flat_cotangent: use a cotangent of stride 0, as ``.sum().backward()`` makes.
+    """
+    if op not in ops.__all__:
+        raise ValueError(f"testing: expected op to be one of {', '.join(ops.__all__)}, got {op!r}; name a public op")
+    definition = partial(getattr(ops, op), backend="reference")
+    inputs = {name: value for name, value in inputs.items() if name != "backend"}
+    names = None if names is None else tuple(names)
+    doubled = {name: _map(value, _double) for name, value in inputs.items()}
+    cotangents = None
+    if grads:
+        low_out, _ = run(definition, inputs, None)
+        if any(o.is_floating_point() for o in low_out):
+            flat = lambda o: torch.ones((), dtype=o.dtype, device=o.device).expand(o.shape)
+            cotangents = [flat(o) for o in low_out] if flat_cotangent else random_cotangents(low_out, seed)
+    ref = run(definition, doubled, cotangents, names)
+    return Truth(op, inputs, cotangents, names, ref, _low(definition, inputs, cotangents, names, ref))
+
+
 def compare_with_reference(op: str, got, inputs: Mapping[str, object], *, grads: bool = True, seed: int = 0,
                            flat_cotangent: bool = False) -> list[Comparison]:
     """Comparisons of every output and gradient of ``op``.
 
     Args:
-        op: name of an op, as in ``sora_fast.ops``.
-        got: a function taking the op's keyword arguments (then gradients are compared too, for one random cotangent),
-            or the output tensors themselves.
-        inputs: the op's keyword arguments.
-        flat_cotangent: use a cotangent of stride 0, as ``.sum().backward()`` makes.
+        got: a function taking the op's keyword arguments (then gradients are compared too), or the output tensors.
+        The others as in ``truth``.
     """
-    if op not in ops.__all__:
-        raise ValueError(f"testing: expected op to be one of {', '.join(ops.__all__)}, got {op!r}; name a public op")
-    truth = partial(getattr(ops, op), backend="reference")
-    inputs = {name: value for name, value in inputs.items() if name != "backend"}
-    doubled = {name: _map(value, _double) for name, value in inputs.items()}
-    ref_out, _ = run(truth, doubled, None)
-    cotangents = None
-    if callable(got) and grads and any(o.is_floating_point() for o in ref_out):
-        generator = torch.Generator().manual_seed(seed)
-        low_out, _ = run(truth, inputs, None)
-        make = lambda o: torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype)
-        if flat_cotangent:
-            make = lambda o: torch.ones((), dtype=o.dtype, device=o.device).expand(o.shape)
-        cotangents = [make(o) for o in low_out]
-    ref_out, ref_grads = run(truth, doubled, cotangents)
-    low_out, low_grads = _low(truth, inputs, cotangents, (ref_out, ref_grads))
-    got_out, got_grads = run(got, inputs, cotangents) if callable(got) else (_tensors(got), {})
-    if len(got_out) != len(ref_out):
-        raise AssertionError(f"{op}: expected {len(ref_out)} outputs, got {len(got_out)}; return what the op returns")
-    rounds_p = op in ROUNDS_P
-    results = [compare(f"output {place}" if len(ref_out) > 1 else "output", g, low, ref, rounds_p=rounds_p)
-               for place, (g, low, ref) in enumerate(zip(got_out, low_out, ref_out, strict=True))]
-    if callable(got):
-        results += [compare(f"d {name}", got_grads.get(name), low_grads[name], ref_grads[name], rounds_p=rounds_p)
-                    for name in ref_grads]
-    return results
+    return truth(op, inputs, grads=grads and callable(got), seed=seed, flat_cotangent=flat_cotangent).compare(got)
 
 
 def assert_matches(op: str, got, inputs: Mapping[str, object], **options) -> list[Comparison]:

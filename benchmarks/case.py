@@ -1,0 +1,101 @@
+"""What is measured: a Case is one op at one shape, a Provider is one way to compute it.
+
+A spec (``specs/<family>.py``) is a list of cases and a list of providers for each op. Cases know nothing of providers and
+providers nothing of shapes: a provider takes the op's keyword arguments and returns what the op returns.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from sora_fast.testing import Truth, truth
+
+FORWARD = "forward"
+
+
+def _anywhere(case: "Case", direction: str, device: torch.device) -> str:
+    return ""
+
+
+def _unchanged(inputs: dict) -> dict:
+    return inputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape and dtype; a family's subclass adds its sizes and answers the questions below.
+
+    ``label`` names the shape and where it comes from ("Wan 14B, 720p"); it is unique among the op's cases. ``suites``
+    says which of "quick" and "full" the case belongs to.
+    """
+
+    op: str
+    label: str
+    dtype: torch.dtype
+    suites: tuple[str, ...]
+
+    def shape(self) -> dict[str, object]:
+        """The sizes, as a row shows them: JSON's own types."""
+        raise NotImplementedError
+
+    def inputs(self, device: torch.device, seed: int) -> dict:
+        """The op's keyword arguments, random numbers drawn on ``device``; the same for the same seed."""
+        raise NotImplementedError
+
+    def directions(self) -> Mapping[str, tuple[str, ...]]:
+        """What is timed: "forward", and each backward with the inputs whose gradients it computes."""
+        raise NotImplementedError
+
+    def flops(self, direction: str) -> int:
+        """Multiplications and additions of matrix products and convolutions; other arithmetic counts as none."""
+        raise NotImplementedError
+
+    def least_bytes(self, direction: str) -> int:
+        """Bytes of every tensor that must be read and written, once each."""
+        raise NotImplementedError
+
+    def truth(self, inputs: dict, seed: int) -> Truth:
+        """What these inputs must give; a family whose reference does not fit at these sizes computes it in pieces."""
+        wanted = {name for names in self.directions().values() for name in names}
+        return truth(self.op, inputs, grads=bool(wanted), names=wanted, seed=seed)
+
+    @property
+    def id(self) -> str:
+        return f"{self.op} / {self.label} / {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation of an op.
+
+    ``run`` takes the op's keyword arguments, as ``prepare`` returned them, and returns the op's outputs, differentiable
+    if a backward is timed. ``prepare`` is done once per set of inputs and not timed: what a user does once per step or
+    once at all (memory layouts, block masks). It keeps the names of the inputs, and gradients flow through it.
+    ``unavailable`` answers with one sentence where the provider cannot run a case, "" where it can. ``details`` says, after
+    a run, what a row should record about it (which kernel ran). ``compiled``: made by torch.compile.
+    """
+
+    name: str
+    run: Callable
+    prepare: Callable[[dict], dict] = _unchanged
+    unavailable: Callable[[Case, str, torch.device], str] = _anywhere
+    details: Callable[[Case, torch.device], dict] = field(default=lambda case, device: {})
+    compiled: bool = False
+
+
+def nbytes(*tensors: torch.Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+class Draw:
+    """Random numbers on a device, reproducible: ``draw(3, 4)``, ``draw(3, dtype=torch.float32, scale=0.1)``."""
+
+    def __init__(self, device: torch.device, seed: int, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> torch.Tensor:
+        # drawn in float32 in pieces of the final dtype's size: 16-bit randn on CUDA draws other numbers, and slower
+        numbers = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+        return (numbers * scale if scale != 1.0 else numbers).to(dtype or self.dtype)

@@ -1,0 +1,52 @@
+"""Providers that every op has: our own backends, and torch.compile of the definition."""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import shutil
+from functools import partial
+
+import torch
+
+from sora_fast import ops
+from sora_fast.explanation import all_ops
+
+from .case import Case, Provider
+
+
+def backends(op: str) -> list[Provider]:
+    """One provider per backend of ours, under the backend's name; what one refuses, it refuses itself, in sentences."""
+    return [Provider(name, partial(getattr(ops, op), backend=name)) for name in all_ops()[op].backends]
+
+
+def compiled(op: str, **options) -> Provider:
+    """torch.compile of the reference, the peer that fuses by itself; ``options`` go to torch.compile."""
+    run = functools.cache(lambda: torch.compile(partial(getattr(ops, op), backend="reference"), dynamic=False, **options))
+    return Provider("compile", lambda **inputs: run()(**inputs), unavailable=_no_compiler, compiled=True)
+
+
+def _no_compiler(case: Case, direction: str, device: torch.device) -> str:
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
+        return "torch.compile needs a C++ compiler for the CPU, and there is none on the PATH."
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs Triton for a GPU, and it is not installed."
+    return ""
+
+
+def installed(module: str) -> str:
+    """"" if ``module`` can be imported, else one sentence with the reason."""
+    try:
+        if importlib.util.find_spec(module) is None:
+            return f"The package {module} is not installed."
+        importlib.import_module(module)
+    except Exception as error:  # a package built for another CUDA or torch fails in many ways
+        return f"The package {module} is installed and cannot be imported: {type(error).__name__}: {error}".strip()
+    return ""
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
