@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import shutil
 from functools import partial
@@ -22,7 +21,8 @@ def backends(op: str) -> list[Provider]:
 
 def compiled(op: str, **options) -> Provider:
     """torch.compile of the reference, the peer that fuses by itself; ``options`` go to torch.compile."""
-    run = functools.cache(lambda: torch.compile(partial(getattr(ops, op), backend="reference"), dynamic=False, **options))
+    run = functools.cache(lambda: torch.compile(partial(getattr(ops, op), backend="reference"), dynamic=False,
+                                                fullgraph=True, **options))
     return Provider("compile", lambda **inputs: run()(**inputs), unavailable=_no_compiler, compiled=True)
 
 
@@ -43,10 +43,3 @@ def installed(module: str) -> str:
     except Exception as error:  # a package built for another CUDA or torch fails in many ways
         return f"The package {module} is installed and cannot be imported: {type(error).__name__}: {error}".strip()
     return ""
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

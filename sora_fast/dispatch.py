@@ -1,7 +1,8 @@
 """Which backend runs an op, and why.
 
 An op has a few backends. Each answers ``unsupported(problem)`` with full sentences; an empty list means it can run.
-``auto`` takes the first of ``ORDER`` that can. A backend asked for by name runs or raises: nothing falls back.
+``auto`` takes the first of ``ORDER`` that can and that, if it is a kernel, a validation record speaks for (records.py).
+A backend asked for by name needs no record; it runs or raises: nothing falls back.
 """
 
 import logging
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import env
+from . import configs, env, records
 
-# The one visible order of "auto": PyTorch's own best composition, then the definition.
-ORDER = ("torch", "reference")
+# The one visible order of "auto": kernels, PyTorch's own best composition, then the definition. An op has some of them.
+ORDER = ("cuda", "triton", "torch", "reference")
 
 _forced: str | None = None
 
@@ -34,11 +35,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op: ``run`` takes the op's own keyword arguments."""
+    """One way to run an op: ``run`` takes the op's own keyword arguments.
+
+    ``kernel``: the module of sora_fast.kernels that holds its kernel, such as "modulation"; "" is plain PyTorch, which
+    needs no record. ``config``: the configs.Found of a typical call, for ``explain``; None: it has none to choose.
+    """
 
     name: str
     run: Callable
     unsupported: Callable[[Problem], list[str]] = lambda problem: []
+    kernel: str = ""
+    config: Callable[[Problem], configs.Found] | None = None
 
 
 class Op:
@@ -52,13 +59,16 @@ class Op:
         self.backends = {backend.name: backend for backend in backends}
         self.told = False  # that auto landed on a slow path
 
-    def choose(self, problem: Problem, requested: str = "auto") -> Backend:
-        """The backend that will run ``problem``; raises with every backend's reasons where none can."""
+    def choose(self, problem: Problem, requested: str = "auto", *, assume_validated: bool = False) -> Backend:
+        """The backend that will run ``problem``; raises with every backend's reasons where none can.
+
+        ``assume_validated``: as if every kernel had its record, to see what ``auto`` would take then.
+        """
         wanted = requested
         if isinstance(requested, str) and requested == "auto":
             wanted = _forced or env.backend() or "auto"
             if wanted == "auto":
-                return self._first(problem)
+                return self._first(problem, assume_validated)
         if not isinstance(wanted, str) or wanted not in (*ORDER, *self.backends):
             names = ", ".join(repr(name) for name in ("auto", *self.backends))
             raise ValueError(f"{self.name}: expected backend to be one of {names}, got {wanted!r}; "
@@ -75,12 +85,18 @@ class Op:
             )
         return self.backends[wanted]
 
-    def _first(self, problem: Problem) -> Backend:
-        """The first of ``ORDER`` that can run ``problem``."""
+    def why_not(self, name: str, problem: Problem, *, assume_validated: bool = False) -> list[str]:
+        """Why ``auto`` passes over backend ``name``: what it cannot do, or the record that it lacks."""
+        backend = self.backends[name]
+        reasons = backend.unsupported(problem)
+        return reasons if reasons or assume_validated else records.why_not(self.name, backend, problem)
+
+    def _first(self, problem: Problem, assume_validated: bool) -> Backend:
+        """The first of ``ORDER`` that ``auto`` may take for ``problem``."""
         reasons = {}
         for name in ORDER:
             if name in self.backends:
-                reasons[name] = self.backends[name].unsupported(problem)
+                reasons[name] = self.why_not(name, problem, assume_validated=assume_validated)
                 if not reasons[name]:
                     return self.backends[name]
         for name in self.backends:
@@ -90,15 +106,24 @@ class Op:
         raise NotImplementedError(f"{self.name}: no backend can run this call: {listed}")
 
     def _tell_if_slow(self, backend: Backend, problem: Problem, requested: str) -> None:
-        """One log line the first time auto lands on the definition with a CUDA tensor: the slow path is never silent."""
-        by_itself = requested == "auto" and (_forced or env.backend() or "auto") == "auto"
-        if backend.name == "reference" and by_itself and problem.device.startswith("cuda") and not self.told:
-            self.told = True
-            reasons = " ".join(why for name in ORDER if name in self.backends and name != "reference"
-                               for why in self.backends[name].unsupported(problem))
-            logging.getLogger("sora_fast").warning(
-                "%s runs on its reference on %s, which is slow. %s sora_fast.explain(%r) shows the choices.",
-                self.name, problem.device, reasons or "It has no other backend.", self.name)
+        """One log line the first time auto, on a CUDA tensor, lands on the definition or passes over a kernel that can run.
+
+        The slow path is never silent.
+        """
+        if self.told or backend.kernel or not problem.device.startswith("cuda"):
+            return
+        if requested != "auto" or (_forced or env.backend() or "auto") != "auto":
+            return
+        passed_over = [self.backends[name] for name in ORDER[:ORDER.index(backend.name)] if name in self.backends]
+        idle = [other for other in passed_over if other.kernel and not other.unsupported(problem)]
+        if not idle and backend.name != "reference":
+            return
+        self.told = True
+        reasons = " ".join(why for other in passed_over for why in self.why_not(other.name, problem))
+        what = (f"its reference on {problem.device}, which is slow" if backend.name == "reference"
+                else f"its {backend.name} backend on {problem.device}, not on its kernel")
+        logging.getLogger("sora_fast").warning("%s runs on %s. %s sora_fast.explain(%r) shows the choices.",
+                                               self.name, what, reasons or "It has no other backend.", self.name)
 
     def run(self, problem: Problem, requested: str, **arguments):
         """Run the op on the chosen backend; the result can be differentiated once.

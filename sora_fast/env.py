@@ -3,13 +3,17 @@
 ==================  =====================================================================================
 SORA_FAST_BACKEND   name of the backend every op must use; same meaning as ``sora_fast.use_backend``
 SORA_FAST_CHECK     1: check the values of CUDA index tensors too (each check waits for the GPU)
+SORA_FAST_CACHE     folder of this user's validation records and tuned configs, default ~/.cache/sora_fast
+                    (XDG_CACHE_HOME/sora_fast where that is set); on every system the same
 SORA_FAST_COMMIT    the commit of a copy of the sources that has no .git, for the rows that a benchmark writes
 ==================  =====================================================================================
 
-Values are read at the call, not at import; a graph made by torch.compile keeps the value it was traced with.
+Values are read at the call, not at import; a graph made by torch.compile keeps the value it was traced with, and a process
+the records and configs of the folder it has once read.
 """
 
 import os
+from pathlib import Path
 
 
 def constant_in_graphs(fn):
@@ -30,9 +34,22 @@ def check_cuda_values() -> bool:
     return os.environ.get("SORA_FAST_CHECK", "0") == "1"
 
 
+def cache() -> Path:
+    """The folder of the user's cache; it need not exist."""
+    named = os.environ.get("SORA_FAST_CACHE")
+    if named:
+        return Path(os.path.expanduser(named))
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(shared):  # its specification has relative ones ignored
+        shared = os.path.expanduser("~/.cache")
+    return Path(shared) / "sora_fast"
+
+
 def settings() -> dict[str, str]:
-    """Every SORA_FAST_ variable that is set, for records of what a figure was measured under."""
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith("SORA_FAST_")}
+    """Every SORA_FAST_ variable that is set and may change a figure, for records of what one was measured under."""
+    places = ("SORA_FAST_CACHE", "SORA_FAST_COMMIT")
+    return {name: value for name, value in sorted(os.environ.items())
+            if name.startswith("SORA_FAST_") and name not in places}
 
 
 def commit() -> str | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, env, ops
-from .dispatch import ORDER, Op
+from . import __version__, env, ops, records
+from .dispatch import ORDER, Backend, Op, Problem
 
 # The ops that a model calls, in the order of its forward.
 MODELS = {
@@ -23,6 +23,9 @@ OPTIONAL = {"triton": "triton", "flash_attn": "flash-attn", "flash_attn_interfac
             "diffusers": "diffusers", "transformers": "transformers", "safetensors": "safetensors", "numpy": "numpy",
             "av": "av", "PIL": "pillow", "yaml": "pyyaml", "tqdm": "tqdm", "tensorboard": "tensorboard"}
 
+KINDS = {"reference": "the definition", "torch": "PyTorch's own best composition", "triton": "our Triton kernels",
+         "cuda": "our CUDA kernels"}
+
 
 def all_ops() -> dict[str, Op]:
     """Every op by name, in the order of the families."""
@@ -35,16 +38,19 @@ def all_ops() -> dict[str, Op]:
     return found
 
 
-def explain(what: str = "all", *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> str:
+def explain(what: str = "all", *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, grad: bool = True,
+            assume_validated: bool = False) -> str:
     """A table of op, backend, whether it would run, and why not.
 
     Args:
         what: ``"all"``, ``"dit"``, ``"vae"``, a family or an op.
         device: ``"cpu"``, ``"cuda"`` (this machine's) or ``"cuda:sm90"`` (any, present or not).
         dtype: of the tensors. grad: whether a backward is wanted.
+        assume_validated: as if every kernel had its validation record, to see what would be taken then.
 
     Returns:
-        Text; ``*`` marks the backend that is taken for a typical problem of each op where none is named.
+        Text; ``*`` marks the backend that is taken for a typical problem of each op where none is named, ``ok`` what would
+        run if it were named, ``-`` what cannot.
 
     Raises:
         ValueError: an unknown ``what``, a device that is none, or "cuda" where there is no GPU.
@@ -57,26 +63,53 @@ def explain(what: str = "all", *, device: str = "cpu", dtype: torch.dtype = torc
                          f"{what!r}; sora_fast.info() lists the ops")
     device = _architecture(device)
     lines = [f"{'op':28s} {'backend':11s} {'':3s} reason"]
+    line = lambda op, name, mark, reason: lines.append(f"{op.name:28s} {name:11s} {mark:3s} {reason}")
     for op in chosen:
         problem = op.example(device, dtype, grad)
         try:
-            taken = op.choose(problem).name
+            taken = op.choose(problem, assume_validated=assume_validated).name
         except (NotImplementedError, ValueError) as refusal:  # SORA_FAST_BACKEND or use_backend names what cannot run
             taken = None
-            lines.append(f"{op.name:28s} {'none':11s} {'!':3s} {refusal}")
-        for name in ORDER:
-            backend = op.backends.get(name)
-            if backend is None:
-                why, mark = [f"{op.name} has no {name} backend."], "-"
-            else:
-                why = backend.unsupported(problem)
-                mark = "-" if why else ("*" if name == taken else "ok")
-            told = f"taken, as SORA_FAST_BACKEND={env.backend()} says" if env.backend() else "taken by auto"
-            reason = " ".join(why) or (told if mark == "*" else "would run")
-            lines.append(f"{op.name:28s} {name:11s} {mark:3s} {reason}")
-    lines.append(f"auto takes the first that can, in the order {', '.join(ORDER)}"
+            line(op, "none", "!", refusal)
+        for name in _backends(table):
+            if name in op.backends:
+                line(op, name, *_verdict(op, op.backends[name], problem, name == taken, assume_validated))
+            elif name in ORDER:
+                line(op, name, "-", f"{op.name} has no {name} backend.")
+    order = [name for name in ORDER if name in _backends(table)]
+    lines.append(f"auto takes the first that can, in the order {', '.join(order)}"
                  + (f"; SORA_FAST_BACKEND={env.backend()} overrides it" if env.backend() else ""))
+    if any(op.backends[name].kernel for op in chosen for name in op.backends):
+        lines.append("auto takes a kernel only with a validation record"
+                     + ("; here each is taken to have one, as asked" if assume_validated else ""))
     return "\n".join(lines)
+
+
+def _backends(table: dict[str, Op]) -> list[str]:
+    """Every backend that some op has: those of auto in its order, then those that are taken by name only."""
+    there = {name: None for op in table.values() for name in op.backends}
+    return [name for name in ORDER if name in there] + [name for name in there if name not in ORDER]
+
+
+def _verdict(op: Op, backend: Backend, problem: Problem, taken: bool, assume_validated: bool) -> tuple[str, str]:
+    """The mark of a backend and the sentences beside it."""
+    refused = backend.unsupported(problem)
+    if refused:
+        return "-", " ".join(refused)
+    if taken:
+        reason = f"taken, as SORA_FAST_BACKEND={env.backend()} says" if env.backend() else "taken by auto"
+        unproven = [] if assume_validated else records.why_not(op.name, backend, problem)  # it was named
+    else:
+        reason = "would run"
+        unproven = op.why_not(backend.name, problem, assume_validated=assume_validated)
+        if backend.name not in ORDER:
+            unproven = ["It is not among those that auto tries."]
+        if unproven:
+            reason = "would run if named"
+    proof = records.evidence(op.name, backend, problem)
+    found = f"config {backend.config(problem)}" if backend.config else ""
+    facts = "; ".join(part for part in (reason, proof, found) if part)
+    return "*" if taken else "ok", ". ".join([facts, " ".join(unproven)] if unproven else [facts])
 
 
 def _architecture(device: str) -> str:
@@ -112,8 +145,13 @@ def info() -> str:
         lines.append("GPU: none that PyTorch can use")
     for module, package in OPTIONAL.items():
         lines.append(f"{module}: {_version(module, package)}")
-    lines.append("backends: torch (PyTorch's own best composition) and reference (the definition); this version has no "
-                 "Triton or CUDA kernels yet")
+    table = all_ops()
+    lines.append("backends: " + ", ".join(f"{name} ({KINDS[name]})" if name in KINDS else name
+                                            for name in _backends(table)))
+    kernels = sorted({backend.kernel for op in table.values() for backend in op.backends.values() if backend.kernel})
+    lines.append(f"kernels: {', '.join(kernels) or 'none in this version'}")
+    lines.append(f"validation records of this user: {records.user_file()}"
+                 + ("" if records.user_file().is_file() else ", none yet"))
     lines.append(f"SORA_FAST_BACKEND={env.backend()}" if env.backend() else "SORA_FAST_BACKEND is not set")
     lines.append("")
     lines.append(explain("all", device="cuda" if torch.cuda.is_available() else "cpu"))

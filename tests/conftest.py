@@ -1,11 +1,12 @@
-"""What every test starts from: the same random numbers, no chosen backend, no compiled graph of another test."""
+"""What every test starts from: the same random numbers, no chosen backend, a cache of the tests' own."""
 
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def clean_state(monkeypatch):
+def clean_state(monkeypatch, tmp_path_factory):
     monkeypatch.delenv("SORA_FAST_BACKEND", raising=False)
     monkeypatch.delenv("SORA_FAST_CHECK", raising=False)
+    monkeypatch.setenv("SORA_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     torch.manual_seed(0)

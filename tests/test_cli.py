@@ -321,6 +321,10 @@ from sora_fast import reference
 def right(**arguments): return reference.gate_residual(**arguments)
 def wrong(**arguments): return reference.gate_residual(**arguments) * 1.01
 def shape(**arguments): return reference.gate_residual(**arguments)[:1]
+def writes(**arguments):
+    out = reference.gate_residual(**arguments)
+    arguments["x"].data.zero_()
+    return out
 def raises(**arguments): raise KeyError("no such row")
 def refuses(**arguments): raise NotImplementedError("only on Sundays")
 number = 3
@@ -340,11 +344,15 @@ def test_validate_a_users_function(cli, functions):
     code, out, _ = check(cli, "right", "--jsonl", functions / "deep" / "report.jsonl")
     assert code == 0 and "validate: every comparison passed" in out
     rows = [json.loads(line) for line in (functions / "deep" / "report.jsonl").read_text().splitlines()]
-    assert rows and all(row["passed"] and row["op"] == "gate_residual" for row in rows)
-    assert {row["direction"] for row in rows} == {"forward", "backward"}
+    assert [(row["dtype"], row["direction"], row["backend"], row["implementation"]) for row in rows] == [
+        ("float32", "forward", None, "right"), ("float32", "backward", None, "right")]
+    assert all(row["row"] == "validate" and row["passed"] and row["op"] == "gate_residual" for row in rows)
     for function in ("wrong", "shape"):
         code, out, _ = check(cli, function)
         assert code == 1 and "FAILED: case" in out and out.endswith("validate: FAILED\n")
+    code, out, _ = check(cli, "writes", "--jsonl", functions / "failed.jsonl")
+    assert code == 1 and "It writes into what it is given: argument x." in out
+    assert not any(json.loads(line)["passed"] for line in (functions / "failed.jsonl").read_text().splitlines())
     code, out, _ = check(cli, "refuses")
     assert code == 1 and "only on Sundays" in out
     code, out, wrong = check(cli, "raises")
@@ -368,7 +376,60 @@ def test_validate_wrong_flags(cli, functions):
 
 def test_validate_ours(cli):
     code, out, _ = cli("validate", "--op", "gate_residual", "--op", "kl_sample", "--dtype", "bfloat16")
-    assert code == 0 and out.count("comparisons passed") == 4 and "FAILED" not in out
+    assert code == 0 and out.count("comparisons passed") == 4 and "FAILED" not in out and "records" not in out
+    code, out, _ = cli("validate", "--op", "varlen_attention_backward", "--dtype", "float32")
+    assert code == 0 and "varlen_attention_backward" in out
+
+
+@pytest.fixture
+def planted(monkeypatch, tmp_path):
+    """gate_residual with a kernel, on what passes for an NVIDIA GPU."""
+    import sora_fast.kernels
+    from sora_fast import records
+    from sora_fast.dispatch import Backend
+    from sora_fast.ops.modulation import GATE_RESIDUAL
+
+    (tmp_path / "planted.py").write_text("def kernel(x): return x\n")
+    monkeypatch.setattr(sora_fast.kernels, "__path__", [str(tmp_path)])
+    monkeypatch.setenv("SORA_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sora_fast.testing.validation._arch", lambda device: "sm90")
+    refuses = lambda problem: ["It takes no float64."] if problem.dtype == torch.float64 else []
+    monkeypatch.setitem(GATE_RESIDUAL.backends, "triton",
+                        Backend("triton", GATE_RESIDUAL.backends["torch"].run, refuses, kernel="planted"))
+    records.forget()
+    yield tmp_path
+    records.forget()
+
+
+def test_validate_writes_records_that_explain_reads(cli, planted):
+    pytest.importorskip("triton")  # a record without its version is one of another Triton
+    ask = ("explain", "gate_residual", "--device", "cuda:sm90")
+    code, out, _ = cli(*ask)
+    assert code == 0 and marks(out) == {"gate_residual": "torch"} and "there is no validation record" in out
+    code, out, _ = cli(*ask, "--assume-validated")
+    assert code == 0 and marks(out) == {"gate_residual": "triton"} and "as asked" in out
+    code, out, _ = cli("validate", "--op", "gate_residual", "--dtype", "bfloat16")
+    assert code == 0 and f"records of these kernels are in {planted / 'cache' / 'validate.jsonl'}" in out
+    code, out, _ = cli(*ask)
+    assert code == 0 and marks(out) == {"gate_residual": "triton"} and "taken by auto; validated on" in out
+    code, out, _ = cli("info")
+    assert code == 0 and "kernels: planted" in out and "triton (our Triton kernels)" in out
+
+
+def test_validate_of_what_refuses_everything(cli, planted):
+    """A kernel that nobody named may refuse a dtype; one that was named has not passed."""
+    code, out, _ = cli("validate", "--op", "gate_residual", "--dtype", "float64")
+    assert code == 0 and "every case was refused" in out and "It takes no float64." in out
+    code, out, _ = cli("validate", "--op", "gate_residual", "--dtype", "float64", "--backend", "triton")
+    assert code == 1 and "validate: FAILED" in out
+
+
+def test_validate_says_where_records_cannot_go(cli, planted, monkeypatch):
+    (planted / "file").write_text("no folder")
+    monkeypatch.setenv("SORA_FAST_CACHE", str(planted / "file"))
+    code, out, wrong = cli("validate", "--op", "gate_residual", "--dtype", "bfloat16", "--backend", "triton")
+    assert code == 0 and "every comparison passed" in out
+    assert wrong.startswith("validate: expected to write records to") and wrong.endswith("a folder that can be written\n")
 
 
 # ---- With torch alone

@@ -19,7 +19,7 @@ def made_up(**refusals):
 
 
 def test_auto_takes_the_first_of_the_visible_order():
-    assert dispatch.ORDER.index("torch") < dispatch.ORDER.index("reference")
+    assert dispatch.ORDER == ("cuda", "triton", "torch", "reference")
     assert made_up(reference=[], torch=[]).run(PROBLEM, "auto") == "torch"
     assert made_up(reference=[], torch=["It cannot."]).run(PROBLEM, "auto") == "reference"
     assert made_up(reference=[]).run(PROBLEM, "auto") == "reference"
@@ -45,6 +45,10 @@ def test_when_nothing_fits_every_backend_gives_its_reasons():
     for part in ("made_up:", "[reference] It has one reason. It has two.", "[torch] It has another.", "[elsewhere]"):
         assert part in str(caught.value)
     assert op.run(PROBLEM, "elsewhere") == "elsewhere"
+    op.backends["triton"] = Backend("triton", lambda: "triton", kernel="made_up")
+    with pytest.raises(NotImplementedError, match=r"\[triton\] It is a kernel for CUDA GPUs and auto takes it there only"):
+        op.run(PROBLEM, "auto")
+    assert op.run(PROBLEM, "triton") == "triton"
 
 
 def test_use_backend_nests_and_goes_before_the_environment(monkeypatch):

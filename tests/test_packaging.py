@@ -26,7 +26,7 @@ FLOORS = (
     {"models", "data", "diffusion", "integrations", "benchmarks", "tuning", "testing", "explanation"},
     {"nn", "compat"},
     {"ops"},
-    {"dispatch", "kernels", "_C", "reference", "env", "pack", "checks"},
+    {"dispatch", "kernels", "_C", "reference", "env", "pack", "checks", "files", "records", "environment", "configs"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 NEVER = {"kernels": set(FLOOR) - {"kernels"}, "reference": {"kernels", "ops"}}

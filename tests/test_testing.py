@@ -111,7 +111,145 @@ def test_validate_reports(capsys):
     report = validate("gate_residual", forgets_the_gate, dtypes=(torch.float32,))
     assert not report.passed and "FAILED" in str(report) and "forgets_the_gate" in str(report)
     assert not all(json.loads(line)["passed"] for line in report.to_jsonl().splitlines())
+    row = json.loads(report.to_jsonl().splitlines()[0])
+    assert row["backend"] is None and row["implementation"] == "forgets_the_gate" and row["kernel_hash"] is None
+    assert row["failed"] and all(each["error_max"] > each["allowed_max"] for each in row["failed"])
+    assert (row["tensor"], row["error"]) in {(each["tensor"], each["error_max"]) for each in row["failed"]}
     report = validate("varlen_attention_forward", backend="torch", dtypes=(torch.float32,))
-    assert not report.passed and report.unsupported and "not run" in str(report)
+    assert not report.passed and len(report.unsupported) == 6
+    assert "not run: case 'self, ragged, float32' and 5 more" in str(report)
+    assert "every case was refused" in str(report) and "comparisons passed" in str(report)
     with pytest.raises(ValueError, match="^validate: expected .*, got 'conv2d'; "):
         validate("conv2d")
+
+
+def test_a_row_holds_its_cases_dtype_whatever_its_tensors_have():
+    report = validate("varlen_attention", backend="reference", dtypes=(torch.bfloat16,))  # with a float32 log-sum-exp
+    rows = report.to_dicts()
+    assert report.passed and [(row["dtype"], row["direction"]) for row in rows] == [
+        ("bfloat16", "forward"), ("bfloat16", "backward")]
+    assert {c.dtype for _, c in report.rows[0].compared} == {torch.bfloat16, torch.float32}
+    for row in rows:
+        assert row["schema"] == 1 and row["row"] == "validate" and row["passed"] and row["cases"] == 6
+        assert row["backend"] == row["implementation"] == "reference" and row["kernel"] is row["arch"] is None
+        assert 0 <= row["error"] <= row["allowed"] and row["comparisons"] >= row["cases"] and row["failed"] == []
+        assert row["environment"]["torch"] == torch.__version__ and row["environment"]["kind"] == "cpu"
+
+
+def gate_residual(break_at="", how=None):
+    """The right function, but for what ``how`` does to (arguments, output) in cases of ``break_at`` columns."""
+    def fn(**arguments):
+        out = ops.gate_residual(**arguments)
+        if not break_at or arguments["x"].shape[1] == break_at:
+            return how(arguments, out)
+        return out
+    return fn
+
+
+def by_direction(report):
+    return {row.direction: row for row in report.rows}
+
+
+def test_what_raises_in_one_case_fails_there_and_the_others_run():
+    def raises(arguments, out):
+        raise KeyError("no such row")
+
+    report = validate("gate_residual", gate_residual(37, raises), dtypes=(torch.float32,))
+    whole = validate("gate_residual", dtypes=(torch.float32,))
+    assert not report.passed and len(report.tracebacks) == 1 and "no such row" in report.tracebacks[0]
+    for way, row in by_direction(report).items():
+        ((case, reason),) = row.raised
+        assert "odd width" in case and "fn raised KeyError where gate_residual does not: 'no such row'" == reason
+        assert len(row.ran) == len(by_direction(whole)[way].ran) - 1 and all(c.passed for _, c in row.compared)
+        assert not row.passed and row.as_dict()["raised"] == [dict(case=case, reason=reason)]
+    assert "FAILED: case 'rms with weight, per frame, NaN tail, odd width': fn raised KeyError" in str(report)
+
+
+def test_what_raises_in_its_backward_has_a_forward():
+    class NoBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise refusal
+
+    for refusal in (RuntimeError("no kernel image"), NotImplementedError("only forward")):
+        rows = by_direction(validate("gate_residual", gate_residual(how=lambda _, out: NoBackward.apply(out)),
+                                     dtypes=(torch.float32,)))
+        assert rows["forward"].passed and not rows["backward"].passed
+        assert rows["backward"].refused_whole == isinstance(refusal, NotImplementedError)
+
+
+def test_another_number_of_outputs_fails():
+    report = validate("gate_residual", gate_residual(how=lambda _, out: (out, out)), dtypes=(torch.float32,))
+    assert not report.passed and "expected 1 outputs, got 2" in str(report) and not report.tracebacks
+
+
+def test_a_refused_case_is_listed_and_no_pass():
+    def refuses(arguments, out):
+        raise NotImplementedError("only even widths")
+
+    report = validate("gate_residual", gate_residual(37, refuses), dtypes=(torch.float32,))
+    assert report.passed and len(report.unsupported) == 1 and "only even widths" in str(report)
+    assert "(cases refused: 1)" in str(report) and all(len(row.ran) == 6 for row in report.rows)
+    report = validate("gate_residual", gate_residual(how=refuses), dtypes=(torch.float32,))
+    assert not report.passed and all(row.refused_whole and not row.passed for row in report.rows)
+    row = report.to_dicts()[0]
+    assert (row["passed"], row["error"], row["case"], row["comparisons"]) == (False, None, None, 0)
+    assert row["refused"][0]["reason"] == "only even widths"
+
+
+def test_writing_into_the_arguments_fails():
+    def writes(arguments, out):
+        arguments["y"].data[:1] += 1
+        return out
+
+    def puts_back(arguments, out):  # with NaN in the tail, which is no change
+        arguments["y"].data.copy_(arguments["y"].data.clone())
+        return out
+
+    report = validate("gate_residual", gate_residual(37, writes), dtypes=(torch.float32,))
+    assert not report.passed and "FAILED: case 'rms with weight, per frame, NaN tail, odd width'" in str(report)
+    assert "It writes into what it is given: argument y." in str(report)
+    assert all(c.passed for _, c in by_direction(report)["forward"].compared if c.name == "output"), "put right again"
+    assert validate("gate_residual", gate_residual(how=puts_back), dtypes=(torch.float32,)).passed
+
+    class Scales(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            given = grad.clone()
+            if 0 not in grad.stride():
+                grad.mul_(2)
+            return given
+
+    scales = gate_residual(how=lambda _, out: Scales.apply(out))
+    rows = by_direction(validate("gate_residual", scales, dtypes=(torch.float32,)))
+    assert rows["forward"].passed and "the gradient it is given" in str(rows["backward"]) and not rows["backward"].passed
+
+
+def test_a_device_that_answers_no_more_ends_the_report(monkeypatch):
+    def raises(arguments, out):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr("sora_fast.testing.validation._answers", lambda device: False)
+    report = validate("gate_residual", gate_residual(37, raises), dtypes=(torch.float32, torch.bfloat16))
+    assert not report.passed and "cpu answers no more after case 'rms with weight" in report.stopped
+    assert "stopped: cpu answers no more" in str(report) and len(report.rows) == 2 and report.to_jsonl()
+
+
+def test_what_is_no_number_is_null_in_json():
+    report = validate("gate_residual", gate_residual(how=lambda _, out: out * float("nan")), dtypes=(torch.float32,))
+    row = json.loads(report.to_jsonl().splitlines()[0], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert not row["passed"] and row["error"] is None and "non-finite" in row["failed"][0]["problem"]
+
+
+def test_progress_names_each_case():
+    said = []
+    validate("kl_sample", dtypes=(torch.float32,), progress=said.append)
+    assert said == [f"kl_sample, auto, float32: {label}" for label, _ in cases("kl_sample", torch.float32)]

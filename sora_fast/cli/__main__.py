@@ -1,4 +1,4 @@
-"""sora-fast: demo, train-vae, train, generate, info, explain, validate."""
+"""sora-fast: demo, train-vae, train, generate, info, explain, validate, bench."""
 
 import argparse
 import dis
@@ -22,7 +22,7 @@ def _explain(arguments) -> int:
     from ..explanation import explain
 
     print(explain(arguments.what, device=arguments.device, dtype=getattr(torch, arguments.dtype),
-                  grad=not arguments.no_grad))
+                  grad=not arguments.no_grad, assume_validated=arguments.assume_validated))
     return 0
 
 
@@ -54,6 +54,14 @@ def _demo(arguments) -> int:
     from .demo import run
 
     return run(arguments)
+
+
+def _bench(action: str):
+    def run(arguments) -> int:
+        from . import bench
+
+        return getattr(bench, action)(arguments)
+    return run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -112,6 +120,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="cpu", help="cpu, cuda, or an architecture as in cuda:sm90 (default: %(default)s)")
     sub.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="(default: %(default)s)")
     sub.add_argument("--no-grad", action="store_true", help="forward only (default: with the backward)")
+    sub.add_argument("--assume-validated", action="store_true",
+                     help="as if every kernel had its validation record (default: only the records there are)")
 
     sub = command("validate", _validate, "check ops, or a function of yours, against the reference in float64",
                   "Ours:  sora-fast validate --op norm_modulate --backend torch\n"
@@ -122,8 +132,52 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--backend", action="append", help="backend of ours; repeat for several (default: all there are)")
     sub.add_argument("--dtype", action="append", choices=DTYPES, help="repeat for several (default: the last three)")
     sub.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    sub.add_argument("--jsonl", metavar="FILE", help="also write every comparison as a line of JSON")
+    sub.add_argument("--jsonl", metavar="FILE", help="also write a line of JSON per op, backend, dtype and direction")
+    sub = command("bench", _bench("run"), "measure every op beside every peer that is installed: gate, then time",
+                  "Measures ops (families patches, modulation, rotary, attention, convolution, normalization, latents)\n"
+                  "and whole models (model). Only what agrees with the reference in float64 gets a time. Writes\n"
+                  "OUT/bench.jsonl and OUT/report.html; the same command goes on where a run was stopped. Exits with 1 if\n"
+                  "one of our backends failed, with 3 if --minutes left cases for the next call.\n\n"
+                  "  sora-fast bench attention --suite full --device cuda\n"
+                  "  sora-fast bench compare old/bench.jsonl new/bench.jsonl --fail-slower 5%%\n"
+                  "  sora-fast bench report h100/bench.jsonl h200/bench.jsonl --out both")
+    sub.add_argument("families", nargs="*", metavar="FAMILY", help="families to measure (default: all, and model)")
+    sub.add_argument("--suite", choices=("quick", "full", "model"), default="quick",
+                     help="quick: small sizes, minutes on a CPU; full: real models' sizes, for a GPU; model: whole steps of "
+                          "real models (default: %(default)s)")
+    sub.add_argument("--quick", action="store_true", help="the same as --suite quick")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+    sub.add_argument("--l2", choices=("cold", "hot"), help="whether inputs have left the GPU's L2 when they are read "
+                                                           "(default: cold on a GPU, hot on a CPU)")
+    sub.add_argument("--providers", nargs="+", metavar="NAME", help="only these (default: all)")
+    sub.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    sub.add_argument("--list", action="store_true", help="print the cases and their providers, measure nothing")
+    sub.add_argument("--minutes", type=float, default=0.0, help="begin no case after so long; 0: never stop "
+                                                                "(default: %(default)s)")
+    sub.add_argument("--fresh", action="store_true", help="begin again in place of going on with OUT/bench.jsonl")
+    sub.add_argument("--out", default="out/bench", help="folder for rows and report (default: %(default)s)")
+
+    sub = command("bench compare", _bench("compare"), "SAME, FAST, SLOW or UNDECIDED for every row of two runs")
+    sub.add_argument("base", help="bench.jsonl of the run to compare with")
+    sub.add_argument("new", help="bench.jsonl of the other run, on the same GPU")
+    sub.add_argument("--fail-slower", default="5%", metavar="SHARE",
+                     help="exit with 1 if a row is slower by more than this (default: 5%%)")
+    sub = command("bench report", _bench("report"), "report.html, report.md and report.csv of one run, or of several side "
+                                                    "by side")
+    sub.add_argument("files", nargs="+", metavar="BENCH.JSONL", help="runs, of the same or of different GPUs")
+    sub.add_argument("--out", default="out/report", help="folder for the report (default: %(default)s)")
+    sub = command("bench collect", _bench("collect"), "keep a GPU run's result files in benchmarks/results/<gpu>/")
+    sub.add_argument("folder", help="the output folder of benchmarks/gpu_run.sh")
+    sub = command("bench readme", _bench("readme"), "write README.md's measured tables from the committed results")
+    sub.add_argument("--file", default="README.md", help="(default: %(default)s)")
+    sub.add_argument("--check", action="store_true", help="write nothing; fail if the tables differ")
     return top
+
+
+def join_words(argv: list[str]) -> list[str]:
+    """``bench compare a b`` names the command "bench compare"; argparse takes one word for a command."""
+    two = argv[:1] == ["bench"] and argv[1:2] and argv[1] in ("compare", "report", "collect", "readme")
+    return [" ".join(argv[:2]), *argv[2:]] if two else argv
 
 
 def is_sentence(error: BaseException) -> bool:
@@ -138,7 +192,7 @@ def is_sentence(error: BaseException) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command and exit: 0, 1 for a failed validation, 2 with one sentence for what is wrong, 130 for Ctrl-C."""
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_args(join_words(sys.argv[1:] if argv is None else argv))
     try:
         code = arguments.run(arguments)
         sys.stdout.flush()

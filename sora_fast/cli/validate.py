@@ -2,19 +2,15 @@
 
 import importlib
 import sys
-import traceback
 from pathlib import Path
 
 import torch
 
-from ..dispatch import ORDER
+from .. import records
 from ..explanation import all_ops
+from ..files import save_text
 from ..testing import Report, validate
-from ..training.checkpoint import save_text
 from ..training.loop import pick_device
-
-# The raw backward has no cases of its own: the attention's gradients cover its formula, and its tests the rest.
-WITHOUT_CASES = ("varlen_attention_backward",)
 
 
 def load_function(path: str):
@@ -35,56 +31,80 @@ def load_function(path: str):
 
 
 def run(arguments) -> int:
-    """Print one report per op and backend; 0 only if every comparison passed, 1 if not, ValueError for wrong flags."""
+    """Print one report per op and backend; 0 only if every comparison passed, 1 if not, ValueError for wrong flags.
+
+    What was named (--backend, --impl) and refuses every case of a dtype and direction has not passed.
+    """
     table = all_ops()
-    names = arguments.op or [name for name in table if name not in WITHOUT_CASES]
-    unknown = [name for name in names if name not in table or name in WITHOUT_CASES]
+    unknown = [name for name in arguments.op or () if name not in table]
     if unknown:
-        raise ValueError(f"--op: expected ops among {', '.join(n for n in table if n not in WITHOUT_CASES)}, got "
-                         f"{', '.join(unknown)}; check the name")
-    if arguments.impl and (len(names) != 1 or not arguments.op):
+        raise ValueError(f"--op: expected ops among {', '.join(table)}, got {', '.join(unknown)}; check the name")
+    if arguments.impl and len(arguments.op or ()) != 1:
         raise ValueError(f"--impl: expected exactly one --op to compare it with, got {len(arguments.op or [])}; name the "
                          f"op that your function computes")
     if arguments.impl and arguments.backend:
         raise ValueError("--impl: expected no --backend beside it, got one; a function of yours has no backend of ours")
+    known = ["auto", *dict.fromkeys(name for op in table.values() for name in op.backends)]
     for backend in arguments.backend or ():
-        if backend not in ("auto", *ORDER):
-            raise ValueError(f"--backend: expected one of auto, {', '.join(ORDER)}, got {backend!r}; choose one of them")
-    pick_device(arguments.device)
+        if backend not in known:
+            raise ValueError(f"--backend: expected one of {', '.join(known)}, got {backend!r}; choose one of them")
+    device = str(pick_device(arguments.device))
     dtypes = [getattr(torch, name) for name in arguments.dtype or ("float32", "bfloat16", "float16")]
     function = load_function(arguments.impl) if arguments.impl else None
-    reports, broken = [], False
-    for name in names:
-        if function is not None:
-            report = _check_function(name, function, arguments.device, dtypes)
-            reports, broken = [report] if report else [], report is None
-            continue
-        for backend in arguments.backend or table[name].backends:
-            if backend not in ("auto", *table[name].backends):
-                if arguments.op:  # says what the op has
-                    table[name].choose(table[name].example(arguments.device, dtypes[0], True), backend)
-                print(f"not run: {name} has no {backend} backend", flush=True)
-                continue
-            reports.append(validate(name, backend=backend, device=arguments.device, dtypes=dtypes))
-            print(reports[-1], flush=True)
+    work = _work(table, arguments, device, dtypes)
+    reports: list[Report] = []
+    for place, (name, backend) in enumerate(work, start=1):
+        report = validate(name, function, backend=backend, device=device, dtypes=dtypes,
+                          progress=lambda text, place=place: _progress(f"{place} of {len(work)}: {text}"))
+        _progress("")
+        reports.append(report)
+        for each in report.tracebacks[:1]:  # a bug of the user's keeps its traceback; the report counts the others
+            print(each, file=sys.stderr, end="")
+        print(report, flush=True)
+        _keep(report)
+        if arguments.jsonl:  # after each report: a run that is killed keeps what it has found
+            path = Path(arguments.jsonl)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_text(path, "".join(each.to_jsonl() for each in reports))
+        if report.stopped:
+            break
     if arguments.jsonl:
-        path = Path(arguments.jsonl)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_text(path, "".join(report.to_jsonl() for report in reports))
-        print(f"wrote {path}")
-    passed = bool(reports) and not broken and all(report.passed for report in reports)
+        print(f"wrote {arguments.jsonl}")
+    rows = [row for report in reports for row in report.rows]
+    if not arguments.backend and not arguments.impl:  # a kernel that nobody named may refuse a device or a dtype
+        rows = [row for row in rows if not row.refused_whole]
+    passed = bool(rows) and all(row.passed for row in rows) and not any(report.stopped for report in reports)
     print("validate: every comparison passed" if passed else "validate: FAILED")
     return 0 if passed else 1
 
 
-def _check_function(op: str, function, device: str, dtypes) -> Report | None:
-    """The printed report of a function of the user's, or None, with the traceback, where it raises."""
+def _work(table, arguments, device: str, dtypes) -> list[tuple[str, str]]:
+    """The pairs of op and backend that are to be checked; a sentence for each that does not exist."""
+    work = []
+    for name in arguments.op or table:
+        for backend in arguments.backend or ([*table[name].backends] if not arguments.impl else ["auto"]):
+            if backend in ("auto", *table[name].backends):
+                work.append((name, backend))
+            elif arguments.op:  # says what the op has
+                table[name].choose(table[name].example(device, dtypes[0], True), backend)
+            else:
+                print(f"not run: {name} has no {backend} backend", flush=True)
+    return work
+
+
+def _keep(report: Report) -> None:
+    """Merge the rows of kernels on a CUDA GPU into the user's records, and say so."""
     try:
-        report = validate(op, function, device=device, dtypes=dtypes)
-    except Exception as error:
-        traceback.print_exc()
-        name = getattr(function, "__name__", type(function).__name__)
-        print(f"{name} raised {type(error).__name__} where {op} does not: {error}", flush=True)
-        return None
-    print(report, flush=True)
-    return report
+        path = records.save(report.to_dicts())
+    except OSError as error:
+        print(f"validate: expected to write records to {records.user_file()}, got: {error}; set SORA_FAST_CACHE to a folder "
+              f"that can be written", file=sys.stderr)
+        return
+    if path is not None:
+        print(f"records of these kernels are in {path}; auto takes those that passed", flush=True)
+
+
+def _progress(text: str) -> None:
+    """One line on a terminal's stderr that the next one replaces."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text[:120]}", file=sys.stderr, end="", flush=True)

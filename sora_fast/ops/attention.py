@@ -3,7 +3,7 @@
 Nq query rows, Nk key rows, H heads, Hk key heads (Hk divides H), E head dim, S samples.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,11 @@ class AttentionProblem(Problem):
 def _example(device: str, dtype: torch.dtype, grad: bool) -> AttentionProblem:
     return AttentionProblem(device, dtype, grad, heads=12, key_heads=12, head_dim=128, causal=False, window=(-1, -1),
                             return_lse=False, deterministic=False)
+
+
+def _raw_example(device: str, dtype: torch.dtype, grad: bool) -> AttentionProblem:
+    """The raw pair is forward and backward itself: it has no gradient of its own."""
+    return replace(_example(device, dtype, False), return_lse=True)
 
 
 # ---------------------------------------------------------------------------------------------- backend "torch"
@@ -116,9 +121,9 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
 VARLEN_ATTENTION = Op("varlen_attention", "attention", _example, [
     Backend("torch", _torch_varlen_attention, _torch_unsupported),
     Backend("reference", reference.varlen_attention)])
-VARLEN_ATTENTION_FORWARD = Op("varlen_attention_forward", "attention", _example, [
+VARLEN_ATTENTION_FORWARD = Op("varlen_attention_forward", "attention", _raw_example, [
     Backend("reference", reference.varlen_attention_forward)])
-VARLEN_ATTENTION_BACKWARD = Op("varlen_attention_backward", "attention", _example, [
+VARLEN_ATTENTION_BACKWARD = Op("varlen_attention_backward", "attention", _raw_example, [
     Backend("reference", reference.varlen_attention_backward)])
 MERGE_ATTENTION = Op("merge_attention", "attention", _example, [
     Backend("torch", reference.merge_attention),  # element by element: the definition fuses as it stands

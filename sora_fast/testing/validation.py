@@ -1,110 +1,310 @@
-"""``validate``: a function, ours or somebody's, against the reference in float64 over all cases of an op."""
+"""``validate``: a function, ours or somebody's, against the reference in float64 over all cases of an op.
+
+``Report.to_jsonl()`` writes a line of JSON per op, implementation, dtype and direction:
+
+    schema 1; row "validate"; op; implementation; backend (null for a function of the user's); dtype (of the case, not of
+        the tensor); direction: forward or backward
+    passed: whether something was compared, all of it obeyed the error rule, and nothing in ``raised``
+    cases, comparisons: how many ran, and how many tensors were compared
+    error, allowed, tensor, case: of the tensor closest to its limit, or furthest past it; null where nothing was compared
+    failed: every failed comparison in full; raised: {case, reason} where the call raised or wrote into its arguments;
+        refused: {case, reason} where the backend says that it cannot
+    kernel, kernel_hash: module of sora_fast.kernels and its hash, or null; arch: "sm90", or null off NVIDIA GPUs
+    environment: as sora_fast.environment gives it
+
+A number that is not finite is null. Those of a kernel on a CUDA GPU are the records of sora_fast.records.
+"""
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import math
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 
-from .. import ops
+from .. import ops, records
+from ..environment import environment
+from ..explanation import all_ops
 from .cases import cases
-from .rule import Comparison, compare_with_reference
+from .rule import Comparison, Truth, run, truth
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """One tensor of one case. ``direction`` is forward or backward."""
+    """One implementation of one op in one dtype and direction.
+
+    ``compared`` pairs a case's label with a Comparison, ``raised`` and ``refused`` with a sentence; ``ran`` holds the labels
+    of the cases that gave something to compare.
+    """
 
     op: str
     implementation: str
-    case: str
+    dtype: str
     direction: str
-    comparison: Comparison
+    backend: str | None
+    kernel: str | None
+    kernel_hash: str | None
+    arch: str | None
+    environment: dict
+    compared: list[tuple[str, Comparison]] = field(default_factory=list)
+    raised: list[tuple[str, str]] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    ran: set[str] = field(default_factory=set)
+
+    def add(self, case: str, label: str, comparisons: Iterable[Comparison], wrote: str) -> None:
+        """Take the comparisons of one call, and a sentence if it ``wrote`` where it must not."""
+        self.ran.add(case)
+        self.compared += [(label, c) for c in comparisons]
+        if wrote:
+            self.raised.append((label, wrote))
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.compared) and not self.raised and all(c.passed for _, c in self.compared)
+
+    @property
+    def refused_whole(self) -> bool:
+        """Whether there is nothing to judge: no pass, and no failure either."""
+        return not self.compared and not self.raised
+
+    @property
+    def worst(self) -> tuple[str, Comparison] | None:
+        return max(self.compared, key=lambda pair: (not pair[1].passed, _ratio(pair[1])), default=None)
 
     def as_dict(self) -> dict:
-        c = self.comparison
-        return dict(op=self.op, implementation=self.implementation, case=self.case, direction=self.direction,
-                    tensor=c.name, dtype=str(c.dtype).removeprefix("torch."), shape=list(c.shape),
-                    error_max=c.error_max, allowed_max=c.allowed_max, error_rms=c.error_rms,
-                    allowed_rms=c.allowed_rms, passed=c.passed, problem=c.problem)
+        case, worst = self.worst or (None, None)
+        facts = {name: getattr(self, name) for name in ("op", "implementation", "backend", "dtype", "direction", "passed")}
+        pairs = lambda found: [dict(case=label, reason=reason) for label, reason in found]
+        return dict(
+            schema=records.SCHEMA, row="validate", **facts, cases=len(self.ran), comparisons=len(self.compared),
+            error=worst and _finite(worst.error_max), allowed=worst and _finite(worst.allowed_max),
+            tensor=worst and worst.name, case=case, failed=[_full(label, c) for label, c in self.compared if not c.passed],
+            raised=pairs(self.raised), refused=pairs(self.refused), kernel=self.kernel, kernel_hash=self.kernel_hash,
+            arch=self.arch, environment=self.environment)
+
+    def __str__(self) -> str:
+        head = f"{self.op:28s} {self.implementation:16s} {self.dtype:9s} {self.direction:9s}"
+        below = "".join(f"\n  FAILED: {each}" for each in _gathered(self.raised))
+        if self.worst is None:
+            reason = "FAILED" if self.raised else "no pass: every case was refused" if self.refused else "no pass: not run"
+            return f"{head} {'-':>10s} {'-':>10s}  {reason}{below}"
+        case, c = self.worst
+        verdict = "ok" if self.passed else "FAILED"
+        if not c.passed:
+            verdict += f": case {case!r}, {c.name}, at {list(c.worst)}, rms {c.error_rms:.2e} (allowed {c.allowed_rms:.2e})"
+            verdict += f", {c.problem}" if c.problem else ""
+        if self.refused:
+            verdict += f" (cases refused: {len(self.refused)})"
+        return f"{head} {c.error_max:10.2e} {c.allowed_max:10.2e}  {verdict}{below}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """Rows of a validation; ``print(report)`` shows the worst tensor of every case."""
+    """Rows of a validation; ``print(report)`` shows the worst tensor of each, ``report.passed`` says whether all passed.
+
+    ``tracebacks``: of what the function raised. ``stopped``: why the cases after the last one here were not run, or "".
+    """
 
     rows: tuple[Row, ...]
-    unsupported: tuple[str, ...] = ()  # cases that the named backend refuses, with its reasons
+    tracebacks: tuple[str, ...] = ()
+    stopped: str = ""
 
     @property
     def passed(self) -> bool:
-        return bool(self.rows) and all(row.comparison.passed for row in self.rows)
+        return bool(self.rows) and not self.stopped and all(row.passed for row in self.rows)
+
+    @property
+    def unsupported(self) -> tuple[str, ...]:
+        """Cases that were refused, with the reasons."""
+        return tuple(f"{label}: {reason}" for label, reason in self._refused())
+
+    def _refused(self) -> list[tuple[str, str]]:
+        return list(dict.fromkeys((f"{label}, {row.dtype}", reason) for row in self.rows for label, reason in row.refused))
 
     def __str__(self) -> str:
         lines = [f"{'op':28s} {'implementation':16s} {'dtype':9s} {'direction':9s} {'error':>10s} {'allowed':>10s}"
                  f"  verdict"]
-        groups: dict[tuple, list[Row]] = {}
-        for row in self.rows:
-            key = (row.op, row.implementation, str(row.comparison.dtype).removeprefix("torch."), row.direction)
-            groups.setdefault(key, []).append(row)
-        for (op, implementation, dtype, direction), rows in groups.items():
-            worst = max(rows, key=lambda r: (not r.comparison.passed, _ratio(r.comparison)))
-            c = worst.comparison
-            verdict = "ok" if c.passed else f"FAILED: case {worst.case!r}, {c.name}, at {list(c.worst)} {c.problem}"
-            lines.append(f"{op:28s} {implementation:16s} {dtype:9s} {direction:9s} {c.error_max:10.2e} "
-                         f"{c.allowed_max:10.2e}  {verdict}")
-        lines.extend(f"not run: {reason}" for reason in self.unsupported)
-        failed = sum(not row.comparison.passed for row in self.rows)
-        lines.append(f"{len(self.rows) - failed} of {len(self.rows)} comparisons passed")
+        lines += [str(row) for row in self.rows]
+        lines += [f"not run: {each}" for each in _gathered(self._refused())]
+        lines += [f"stopped: {self.stopped}"] * bool(self.stopped)
+        compared = [c for row in self.rows for _, c in row.compared]
+        lines.append(f"{sum(c.passed for c in compared)} of {len(compared)} comparisons passed")
         return "\n".join(lines)
 
+    def to_dicts(self) -> list[dict]:
+        return [row.as_dict() for row in self.rows]
+
     def to_jsonl(self) -> str:
-        return "".join(json.dumps(row.as_dict()) + "\n" for row in self.rows)
-
-
-def _ratio(c: Comparison) -> float:
-    return c.error_max / c.allowed_max if c.allowed_max else 0.0
+        """One line per row, as this module's docstring says."""
+        return "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.to_dicts())
 
 
 def validate(op: str, fn: Callable | None = None, *, backend: str = "auto", device: str = "cpu",
-             dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)) -> Report:
+             dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
+             progress: Callable[[str], object] = lambda text: None) -> Report:
     """Run ``fn`` over the cases of ``op``, forward and backward, and compare with the reference in float64.
+
+    A case in which ``fn`` raises or writes into its arguments has failed, one that it refuses (NotImplementedError) is
+    listed; the others run all the same.
 
     Args:
         op: name of an op, as in ``sora_fast.ops``.
         fn: takes the op's keyword arguments and returns what it returns; None: our own op on ``backend``.
         device: where it runs. The truth is computed there too.
+        progress: called before each case with what it is.
 
     Returns:
         A Report: ``report.passed``, ``print(report)``, ``report.to_jsonl()``.
 
     Raises:
-        ValueError: an op without cases. Whatever ``fn`` raises.
+        ValueError: an op without cases.
     """
+    if op not in ops.__all__:
+        raise ValueError(f"validate: expected the name of an op of sora_fast.ops, got {op!r}; see sora_fast.info()")
+    facts = dict(op=op, backend=None, kernel=None, kernel_hash=None)
     if fn is None:
-        name = backend
-        public = getattr(ops, op, None)
-        if public is None:
-            raise ValueError(f"validate: expected the name of an op of sora_fast.ops, got {op!r}; see sora_fast.info()")
+        public, name = getattr(ops, op), backend
         fn = lambda **arguments: public(**arguments, backend=backend)
+        chosen = all_ops()[op].backends.get(backend)
+        kernel = chosen.kernel if chosen else ""
+        facts |= dict(backend=backend, kernel=kernel or None, kernel_hash=records.kernel_hash(kernel) if kernel else None)
     else:
         name = getattr(fn, "__name__", type(fn).__name__)
-    rows, unsupported = [], []
+    device = torch.device(device)
+    facts |= dict(implementation=name, arch=_arch(device), environment=environment(device))
+    # the raw attention ops are forward and backward themselves, and have no gradients of their own
+    directions = ("forward",) if op.startswith("varlen_attention_") else records.DIRECTIONS
+    rows: list[Row] = []
+    tracebacks: list[str] = []
     for dtype in dtypes:
+        of_dtype = {way: Row(dtype=str(dtype).removeprefix("torch."), direction=way, **facts) for way in directions}
+        rows += of_dtype.values()
         for label, inputs in cases(op, dtype, device):
-            raw = op.startswith("varlen_attention_")
-            try:
-                rows.extend(_rows(op, name, fn, label, inputs, raw))
-            except NotImplementedError as refusal:
-                unsupported.append(f"{label}, {str(dtype).removeprefix('torch.')}: {refusal}")
-    return Report(tuple(rows), tuple(unsupported))
+            progress(f"{op}, {name}, {str(dtype).removeprefix('torch.')}: {label}")
+            error = _case(op, name, fn, label, inputs, of_dtype)
+            if error is None:
+                continue
+            tracebacks.append("".join(traceback.format_exception(error)))
+            if not _answers(device):
+                stopped = f"{device} answers no more after case {label!r}; mend that first, the rest was not run"
+                return Report(tuple(rows), tuple(tracebacks), stopped)
+    return Report(tuple(rows), tuple(tracebacks))
 
 
-def _rows(op: str, name: str, fn: Callable, label: str, inputs: dict, raw: bool) -> list[Row]:
-    rows = []
-    for flat in (False, True) if not raw else (False,):
-        for c in compare_with_reference(op, fn, inputs, grads=not raw, flat_cotangent=flat):
-            direction = "backward" if c.name.startswith("d ") else "forward"
-            if not flat or direction == "backward":
-                rows.append(Row(op, name, label + (", stride-0 gradient" if flat else ""), direction, c))
-    return rows
+def _case(op: str, name: str, fn: Callable, label: str, inputs: dict, rows: dict[str, Row]) -> Exception | None:
+    """Run one case, write what came of it into ``rows``, and return what the call raised."""
+    forward, backward = rows["forward"], rows.get("backward")
+    wanted = truth(op, inputs, grads=backward is not None)
+    # A kernel that reads its gradient's memory as if it were dense errs where .sum() made one of stride 0.
+    flat = truth(op, inputs, flat_cotangent=True) if backward else None
+    held = _Held(wanted)
+    fails = lambda error: f"{name} raised {type(error).__name__} where {op} does not: {error}"
+    try:
+        with torch.no_grad():
+            outputs, _ = run(fn, inputs, None)
+        _wait(outputs)
+    except NotImplementedError as refusal:  # what has no forward has no backward
+        held.put_right()
+        for row in rows.values():
+            row.refused.append((label, str(refusal)))
+        return None
+    except Exception as error:
+        for row in rows.values():
+            row.raised.append((label, fails(error)))
+        held.put_right()
+        return error
+    forward.add(label, label, wanted.compare(outputs), held.put_right())
+    for case, truth_of_case in ((label, wanted), (f"{label}, stride-0 gradient", flat)) if backward else ():
+        try:
+            comparisons = truth_of_case.compare(fn)
+            _wait(inputs)
+        except NotImplementedError as refusal:
+            held.put_right()
+            backward.refused.append((label, str(refusal)))
+            return None
+        except Exception as error:
+            backward.raised.append((case, fails(error)))
+            held.put_right()
+            return error
+        backward.add(label, case, [c for c in comparisons if c.name.startswith("d ")], held.put_right())
+        if truth_of_case is wanted:  # kernels that save for a backward may be others
+            forward.add(label, f"{label}, to be differentiated", [c for c in comparisons if not c.name.startswith("d ")], "")
+    return None
+
+
+def _gathered(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """One sentence per distinct reason, with its cases counted."""
+    cases_of: dict[str, list[str]] = {}
+    for label, reason in pairs:
+        cases_of.setdefault(reason, []).append(label)
+    return [f"case {labels[0]!r}{f' and {len(labels) - 1} more' if labels[1:] else ''}: {reason}"
+            for reason, labels in cases_of.items()]
+
+
+class _Held:
+    """What a call is given and must leave alone: its arguments, and the gradients of its outputs."""
+
+    def __init__(self, wanted: Truth):
+        self.tensors = [(f"argument {name}", t) for name, value in wanted.inputs.items() for t in _tensors(value)]
+        self.tensors += [("the gradient it is given", t) for t in wanted.cotangents or ()]
+        self.copies = [t.clone() for _, t in self.tensors]
+
+    def put_right(self) -> str:
+        """Write back what was changed; a sentence that names it, or "". The device must still answer, or nothing is done."""
+        if not all(_answers(t.device) for t in self.copies[:1]):
+            return ""
+        changed = {}
+        for (name, t), copy in zip(self.tensors, self.copies, strict=True):
+            if not bool(((t == copy) | ((t != t) & (copy != copy))).all()):  # NaN is what it was if it is NaN
+                changed[name] = None
+                t.copy_(copy)
+        return f"It writes into what it is given: {', '.join(changed)}." if changed else ""
+
+
+def _tensors(value) -> Iterator[torch.Tensor]:
+    for each in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(each, torch.Tensor):
+            yield each
+
+
+def _wait(values) -> None:
+    """Wait for the GPU: an error of a kernel belongs to its own call, not to the next."""
+    first = next(_tensors(list(values.values()) if isinstance(values, dict) else values), None)
+    if first is not None and first.is_cuda:
+        torch.cuda.synchronize(first.device)
+
+
+def _answers(device: torch.device) -> bool:
+    """Whether the device can still be used: after an illegal access a CUDA device cannot, in this process."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _ratio(c: Comparison) -> float:
+    """How close to its limits a comparison came."""
+    share = lambda error, allowed: 0.0 if error == 0 else error / allowed if allowed else math.inf
+    return max(share(c.error_max, c.allowed_max), share(c.error_rms, c.allowed_rms))
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _full(case: str, c: Comparison) -> dict:
+    sizes = {name: _finite(getattr(c, name)) for name in ("error_max", "allowed_max", "error_rms", "allowed_rms")}
+    return dict(case=case, tensor=c.name, dtype=str(c.dtype).removeprefix("torch."), shape=list(c.shape),
+                worst=list(c.worst), problem=c.problem, **sizes)
+
+
+def _arch(device: torch.device) -> str | None:
+    """"sm90" of an NVIDIA GPU; None of anything else, whose rows are no records."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ..files import replace, save_text
+
 
 def _safetensors():
     try:
@@ -33,7 +35,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         values[name] = tensor.clone() if place in found else tensor
         found.add(place)
     safetensors = _safetensors()
-    _replace(path, lambda temporary: safetensors.save_file(values, temporary))
+    replace(path, lambda temporary: safetensors.save_file(values, temporary))
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -75,23 +77,6 @@ def description(run: str | Path, kind: str, command: str) -> dict:
 def plain(value):
     """``value`` as JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(value))
-
-
-def save_text(path: Path, text: str) -> None:
-    """Write text atomically."""
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))
-
-
-def _replace(path: Path, write) -> None:
-    """``write(temporary)``, flushed to the disk, then renamed to ``path``; nothing is left of a write that fails."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict, keep: int) -> Path:

@@ -1,0 +1,154 @@
+"""The gate: what a provider must show before it is timed, and again after.
+
+On the very inputs of the benchmark, in their memory: every output and gradient obeys the error rule; the inputs are left
+as they were; no result of an earlier call is written again; the answer to other numbers in the same memory is another
+answer; and no element is left unwritten (fresh memory is filled with NaN).
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sora_fast.testing import Comparison, Truth
+from sora_fast.testing.rule import run
+
+from .case import Case, Provider
+
+_EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default,
+          torch.ops.aten.new_empty.default, torch.ops.aten.new_empty_strided.default}
+
+
+class _Poisoned(TorchDispatchMode):
+    """Fresh memory that Python asks for holds NaN, so that what is never written is not right by luck."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out.fill_(float("nan")) if func in _EMPTY and out.is_floating_point() else out
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``reason`` is "" for a pass; ``error`` and ``allowed`` are those of the tensor closest to its limit, or past it."""
+
+    status: str
+    reason: str
+    error: float | None
+    allowed: float | None
+
+
+def refusal(status: str, reason: str) -> Verdict:
+    return Verdict(status, reason, None, None)
+
+
+def tensors(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for item in value.values() for t in tensors(item)]
+    if isinstance(value, (list, tuple)):
+        return [t for item in value for t in tensors(item)]
+    return []
+
+
+def fill(inputs: Mapping[str, object], values: Mapping[str, object]) -> None:
+    """Write the numbers of ``values`` into the memory of ``inputs``."""
+    with torch.no_grad():
+        for target, source in zip(tensors(inputs), tensors(values), strict=True):
+            target.copy_(source)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal, NaN included."""
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def check(case: Case, provider: Provider, truth: Truth, device: torch.device,
+          directions: tuple[str, ...]) -> dict[str, Verdict]:
+    """A Verdict for each of ``directions``; exceptions of the provider become ERROR or, if it refuses, UNSUPPORTED."""
+    every = case.directions()
+    try:
+        grads = any(every[direction] for direction in directions)
+        plain, comparisons, wrong = _examine(provider, truth, case.inputs(device, seed=1), grads)
+    except NotImplementedError as error:
+        return {direction: refusal("UNSUPPORTED", str(error)) for direction in directions}
+    except Exception as error:
+        return {direction: refusal("ERROR", explain(error)) for direction in directions}
+    return {direction: _verdict(comparisons if every[direction] else plain, every[direction], wrong)
+            for direction in directions}
+
+
+def check_model(case, provider, device: torch.device) -> Verdict:
+    """The Verdict of a whole model's step, from the comparisons that the ModelCase makes at its gate's size."""
+    try:
+        comparisons = case.gate(provider, device)
+    except Exception as error:
+        return refusal("UNSUPPORTED" if isinstance(error, NotImplementedError) else "ERROR", explain(error))
+    worst = max(comparisons, key=_closeness)
+    return Verdict("PASSED" if worst.passed else "FAILED", "" if worst.passed else f"{worst}.", worst.error_max,
+                   worst.allowed_max)
+
+
+def check_again(provider: Provider, truth: Truth, used_inputs: Mapping[str, object]) -> str:
+    """After the timing, in the memory that was timed: a sentence if the call has begun to give something else, or ""."""
+    fill(used_inputs, truth.inputs)
+    call = lambda **inputs: provider.run(**provider.prepare(inputs))
+    with torch.no_grad():
+        comparisons = truth.compare(run(call, used_inputs, None)[0])
+    return next((f"It passed before the timing and fails after it: {c}." for c in comparisons if not c.passed), "")
+
+
+def explain(error: Exception) -> str:
+    """One line of an exception, with its type."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
+
+
+def _examine(provider: Provider, truth: Truth, inputs: dict, grads: bool):
+    """Call in the same memory, with other numbers first.
+
+    Returns the comparisons without and with gradients, and what else is wrong in a sentence.
+    """
+    call: Callable = lambda **given: provider.run(**provider.prepare(given))
+    with torch.no_grad():
+        first, _ = run(call, inputs, None)
+    if grads:
+        first += run(call, inputs, truth.cotangents, truth.names)[0]
+    # results that are views of the inputs change with them, as they should
+    theirs = {t.untyped_storage().data_ptr() for t in tensors(inputs)}
+    first = [t.detach() for t in first if t.untyped_storage().data_ptr() not in theirs]
+    copies = [t.clone() for t in first]
+    fill(inputs, truth.inputs)
+    before = [t.clone() for t in tensors(inputs)]
+    _poison(first)
+    with nullcontext() if provider.compiled else _Poisoned():  # torch.compile does not trace under such a mode
+        with torch.no_grad():
+            plain = truth.compare(run(call, inputs, None)[0])
+        _poison(first)
+        comparisons = truth.compare(call, inputs) if grads else plain
+    if not all(same_bits(t, copy) for t, copy in zip(tensors(inputs), before, strict=True)):
+        return plain, comparisons, "It changes its inputs."
+    if not all(same_bits(t, copy) for t, copy in zip(first, copies, strict=True)):
+        return plain, comparisons, "A later call overwrites an earlier one's result: it returns the same memory each time."
+    return plain, comparisons, ""
+
+
+def _poison(outputs: list[torch.Tensor]) -> None:
+    """Leave NaN in the memory that an allocator is likely to hand out next for results like these."""
+    held = [torch.full_like(t, float("nan")) for t in outputs if t.is_floating_point() for _ in range(2)]
+    del held
+
+
+def _closeness(c: Comparison) -> tuple[bool, float]:
+    """Orders comparisons: the failed ones last, among equals the one that used most of what it is allowed."""
+    return not c.passed, c.error_max / c.allowed_max if c.allowed_max else 0.0
+
+
+def _verdict(comparisons: list[Comparison], names: tuple[str, ...], wrong: str) -> Verdict:
+    counted = [c for c in comparisons if not c.name.startswith("d ") or c.name.removeprefix("d ").partition("[")[0] in names]
+    worst = max(counted, key=_closeness)
+    reason = wrong or ("" if worst.passed else f"{worst}.")
+    return Verdict("FAILED" if reason else "PASSED", reason, worst.error_max, worst.allowed_max)
+

@@ -1,0 +1,140 @@
+#!/usr/bin/env bash
+# Everything to run when there is a GPU, in steps of less than ten minutes. Needs no network and no root.
+#
+#   benchmarks/gpu_run.sh [--device cuda|cpu] [--quick] [--out DIR] [--peers DIR] [--minutes M] [STEP...]
+#
+# Steps: build, validate, bench (roofs, peers and ours in turns), model, parity, sanitize, report. All, where none is named.
+# --device cpu --quick goes through all of it at small sizes: the check that the script itself works.
+# --peers DIR: wheels (and .tar.xz trees) of packages to measure against; they are unpacked beside the results, not installed.
+# --minutes M: begin no further work after M minutes of this call (default 8); the same command goes on with what is left,
+#   and skips the steps that DIR/steps.log calls done.
+# DIR (default out/gpu) ends up with at most 8 files: rows (*.jsonl), steps.log, sanitize.log, report.html. Then
+#   sora-fast bench collect DIR
+# keeps the rows in benchmarks/results/<gpu>/. PYTHON names the interpreter (default python3), SORA_FAST_COMMIT the commit
+# of a copy without .git. The card's clocks and power limits are left alone.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+device=cuda quick="" out=out/gpu peers="" minutes=8 steps=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --device) device=$2; shift 2 ;;
+    --quick) quick=1; shift ;;
+    --out) out=$2; shift 2 ;;
+    --peers) peers=$2; shift 2 ;;
+    --minutes) minutes=$2; shift 2 ;;
+    -h|--help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -*) echo "gpu_run.sh: expected one of the flags that --help shows, got $1; check the spelling" >&2; exit 2 ;;
+    *) steps+=("$1"); shift ;;
+  esac
+done
+named=${#steps[@]}
+[ "$named" -gt 0 ] || steps=(build validate bench model parity sanitize report)
+
+python=${PYTHON:-python3}
+work=$out.work
+mkdir -p "$out" "$work"
+touch "$out/steps.log"
+suite=full
+[ -z "$quick" ] || suite=quick
+
+if [ -n "$peers" ] && [ ! -e "$work/peers/unpacked" ]; then
+  rm -rf "$work/peers"
+  mkdir -p "$work/peers/wheels"
+  for wheel in "$peers"/*.whl; do
+    [ ! -e "$wheel" ] || "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/peers/wheels" "$wheel"
+  done
+  for tree in "$peers"/*.tar.xz; do
+    [ -e "$tree" ] || continue
+    folder=$work/peers/$(basename "$tree" .tar.xz)
+    mkdir -p "$folder"
+    tar -C "$folder" -xf "$tree"
+  done
+  touch "$work/peers/unpacked"
+fi
+for folder in "$work"/peers/*/; do
+  [ -d "$folder" ] || continue
+  folder=$(cd "$folder" && pwd)
+  PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$folder
+  # a .pth file that --target and tar do not honour
+  [ ! -d "$folder/nvidia_cutlass_dsl/dsl_packages" ] || PYTHONPATH=$PYTHONPATH:$folder/nvidia_cutlass_dsl/dsl_packages
+  export PYTHONPATH
+done
+
+began=$SECONDS
+left() { echo $((minutes * 60 - (SECONDS - began))); }
+fast() { "$python" -m sora_fast.cli "$@"; }
+
+# Each step returns 0 when it is done, 3 when it has stopped with work left, anything else when it has failed.
+step_build() { "$python" -m pip install --quiet --no-build-isolation --no-deps -e . && fast info; }
+
+step_validate() {
+  fast validate --device "$device" --jsonl "$out/validate.jsonl"
+}
+
+measure() { # SUITE FOLDER FILE: what there is after any ending is kept
+  local status=0
+  fast bench --suite "$1" --device "$device" --out "$work/$2" --minutes "$(awk "BEGIN { print $(left) / 60 - 0.5 }")" ||
+    status=$?
+  [ ! -e "$work/$2/bench.jsonl" ] || cp "$work/$2/bench.jsonl" "$out/$3"
+  return "$status"
+}
+step_bench() { measure "$suite" bench bench.jsonl; }
+step_model() {
+  if [ -n "$quick" ]; then echo "the quick suite of the step bench has the small models"; return 0; fi
+  measure model model bench-model.jsonl
+}
+
+step_parity() { "$python" -m sora_fast.benchmarks.loss_parity --device "$device" ${quick:+--quick} --out "$out"; }
+
+step_sanitize() {
+  if ! compgen -G "kernels/*.py" >/dev/null && ! compgen -G "csrc/*.cu" >/dev/null; then
+    echo "SKIPPED: this version has no kernels of its own" | tee "$out/sanitize.log"
+  elif [ "$device" = cpu ] || ! command -v compute-sanitizer >/dev/null; then
+    echo "UNSUPPORTED: compute-sanitizer needs a GPU and the CUDA toolkit" | tee "$out/sanitize.log"
+  else
+    local status=0
+    timeout 560 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m sora_fast.cli validate --device cuda \
+      --backend triton --dtype bfloat16 >"$out/sanitize.log" 2>&1 || status=$?
+    if grep -q "Device not supported" "$out/sanitize.log"; then
+      echo "UNSUPPORTED: compute-sanitizer does not run on this machine" | tee -a "$out/sanitize.log"
+      return 0
+    fi
+    tail -n 5 "$out/sanitize.log"
+    return "$status"
+  fi
+}
+
+step_report() {
+  local rows=()
+  for file in "$out"/bench*.jsonl; do [ ! -e "$file" ] || rows+=("$file"); done
+  [ "${#rows[@]}" -gt 0 ] || { echo "there are no rows to report"; return 1; }
+  fast bench report "${rows[@]}" --out "$work/report" && cp "$work/report/report.html" "$out/report.html"
+}
+
+failed=0
+for step in "${steps[@]}"; do
+  if ! declare -F "step_$step" >/dev/null; then
+    echo "gpu_run.sh: expected steps among build validate bench model parity sanitize report, got $step" >&2
+    exit 2
+  fi
+  if [ "$named" -eq 0 ] && [ "$step" != report ] && grep -q "^$step done" "$out/steps.log"; then
+    echo "=== $step was done before"
+    continue
+  fi
+  if [ "$step" != report ] && [ "$(left)" -lt 60 ]; then
+    echo "=== $step and what follows are left for the next call of the same command"
+    exit 3
+  fi
+  echo "=== $step"
+  start=$SECONDS status=0
+  "step_$step" || status=$?
+  case $status in
+    0) verdict=done ;;
+    3) verdict=unfinished ;;
+    *) verdict="failed ($status)"; failed=1 ;;
+  esac
+  echo "$step $verdict after $((SECONDS - start)) s" | tee -a "$out/steps.log"
+  if [ "$status" -eq 3 ]; then echo "=== the same command goes on"; exit 3; fi
+done
+exit "$failed"

@@ -1,0 +1,348 @@
+"""Gate, then time: from cases and providers to rows.
+
+For each case: the truth once, the gate for every provider, then every direction's providers timed in turns, then the gate
+once more. A case's rows are written when the case is done, all at once, so that a run that is killed loses no finished row
+and goes on where it stopped.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+
+from sora_fast.environment import clock_mhz, environment
+
+from . import gate, rows, timing
+from .case import Case, Provider, nbytes
+from .gate import Verdict
+from .model_cases import ModelCase, ModelProvider
+from .roofs import Roofs
+
+MODEL = "model"  # the family of whole models' steps
+# Beyond this share a roof was not measured for such work (numbers that stay in a CPU's caches) or the work was not done.
+MOST = 1.05
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for a whole run."""
+
+    device: torch.device
+    suite: str
+    l2: str
+    out: Path
+    minutes: float = 0.0  # stop beginning cases after so long; 0: never
+    effort: timing.Effort = timing.GPU
+
+
+@dataclass
+class _Ready:
+    """A provider with inputs on the device: one call per set, for one direction."""
+
+    provider: Provider
+    calls: list[Callable[[], object]]
+    prepared: list[dict]
+    peak_bytes: int | None
+    saved_bytes: int | None
+
+
+class Runner:
+    """Measures cases into ``settings.out / "bench.jsonl"``."""
+
+    def __init__(self, settings: Settings, tell: Callable[[str], None] = print,
+                 show: Callable[[dict], None] = lambda row: None):
+        self.settings, self.tell, self.show = settings, tell, show
+        self.path = settings.out / "bench.jsonl"
+        self.roofs = Roofs(settings.device, settings.l2)
+        self.environment = environment(settings.device)
+        self.done = self._go_on()
+        self.left = 0  # cases that the time limit left for another call
+        kept = [row for row in self.done if row["row"] == "roof"]
+        self.roofs.found |= {(row["kind"], row["dtype"] or row["bytes"]): row for row in kept}
+        self.written_roofs = set(self.roofs.found)
+        # A backward is timed many times on one graph, so that torch.compile's may not give its buffers away.
+        torch._functorch.config.donated_buffer = False
+
+    def _go_on(self) -> list[dict]:
+        """The rows of an earlier run in the same folder; refuses those measured under other conditions."""
+        if not self.path.exists():
+            return []
+        done = rows.read(self.path)
+        for row in done:
+            then = row["environment"] | {"l2": row["l2"]}
+            now = self.environment | {"l2": self.settings.l2}
+            for name in (*rows.CONDITIONS, "l2"):
+                if then.get(name) != now.get(name):
+                    raise ValueError(f"bench: expected to go on with the run in {self.path} under its conditions, got "
+                                     f"{name} {now.get(name)!r} where it has {then.get(name)!r}; choose another --out, or "
+                                     f"pass --fresh to begin again")
+        return done
+
+    def run(self, work: Sequence[tuple]) -> list[dict]:
+        """Measure (family, case, providers) in order and return every row of the file.
+
+        The family "model" has ModelCases and ModelProviders, all others Cases and Providers.
+        """
+        start = time.monotonic()
+        for dtype in {case.dtype for _, case, _ in work}:
+            self.roofs.matrix(dtype)
+        finished = {rows.key(row) for row in self.done if row["row"] == "time"}
+        for place, (family, case, providers) in enumerate(work, start=1):
+            directions = ("step",) if family == MODEL else case.directions()
+            left = [p for p in providers if any(self._key(case, d, p) not in finished for d in directions)]
+            if not left:
+                continue
+            if self.settings.minutes and time.monotonic() - start > self.settings.minutes * 60:
+                self.left = len(work) - place + 1
+                self.tell(f"{self.left} of {len(work)} cases are left after {self.settings.minutes:g} minutes; "
+                          f"the same command goes on with them")
+                break
+            self.tell(f"[{place}/{len(work)}] {case.id}")
+            torch._dynamo.reset()  # every case compiles anew: past eight shapes torch.compile would stop compiling
+            self._write(self._model(case, left) if family == MODEL else self._case(family, case, left))
+        return self.done
+
+    def _key(self, case: Case, direction: str, provider: Provider) -> tuple:
+        return (self.settings.suite, case.op, case.label, direction, provider.name,
+                str(case.dtype).removeprefix("torch."))
+
+    def _write(self, new: list[dict]) -> None:
+        new = [row | {"environment": self.environment} for row in new]
+        rows.append(self.path, new)
+        self.done += new
+        for row in new:
+            if row["row"] == "time":
+                self.show(row)
+
+    # ------------------------------------------------------------------------------------------------- one case
+    def _case(self, family: str, case: Case, providers: Sequence[Provider]) -> list[dict]:
+        device = self.settings.device
+        verdicts: dict[str, dict[str, Verdict]] = {}
+        truth, scope = None, ""
+        for provider in providers:
+            away = {d: provider.unavailable(case, d, device) for d in case.directions()}
+            verdicts[provider.name] = {d: gate.refusal("UNSUPPORTED", why) for d, why in away.items() if why}
+            if len(verdicts[provider.name]) == len(away):
+                continue
+            if truth is None:
+                truth = case.truth(case.inputs(device, seed=0), seed=0)
+                scope = truth.scope
+            found = gate.check(case, provider, truth, device, tuple(d for d, why in away.items() if not why))
+            verdicts[provider.name] |= found
+            _release(device)
+        new = []
+        for direction, names in case.directions().items():
+            passed = [p for p in providers if verdicts[p.name][direction].status == "PASSED"]
+            timed, clock = self._direction(case, names, passed, truth, verdicts, direction) if passed else ({}, None)
+            for provider in providers:
+                new.append(self._row(family, case, direction, provider, verdicts[provider.name][direction], scope,
+                                     timed.get(provider.name), clock))
+            _release(device)
+        return self._fresh_roofs() + new
+
+    def _fresh_roofs(self) -> list[dict]:
+        """Roofs measured since the last case; they go before its rows."""
+        fresh = [row for key, row in self.roofs.found.items() if key not in self.written_roofs]
+        self.written_roofs |= set(self.roofs.found)
+        return fresh
+
+    def _direction(self, case, names, providers, truth, verdicts, direction):
+        """Time one direction; a provider that breaks here, or afterwards, loses its verdict and gets no time."""
+        device = self.settings.device
+        stream = timing.side_stream(device)
+        sets = timing.input_sets(nbytes(*gate.tensors(truth.inputs)), device, self.settings.l2)
+        inputs = [case.inputs(device, seed=seed + 1) for seed in range(sets)]
+        ready, timers = {}, {}
+        for provider in providers:
+            try:
+                with _on(stream):
+                    ready[provider.name] = prepare(provider, inputs, names, truth, device)
+                    timers[provider.name] = timing.timer(ready[provider.name].calls, device, stream)
+            except Exception as error:
+                verdicts[provider.name][direction] = gate.refusal("ERROR", gate.explain(error))
+        before = clock_mhz(device)
+        with _on(stream):
+            timings = timing.measure(timers, self.settings.effort)
+        clocks = [clock for clock in (before, clock_mhz(device)) if clock is not None]
+        result = {name: (timings[name], ready[name]) for name in timings}
+        for provider in providers:
+            if provider.name in timings:
+                again = gate.check_again(provider, truth, inputs[0])
+                if again:
+                    verdicts[provider.name][direction] = gate.refusal("FAILED", again)
+                    del result[provider.name]
+        return result, sum(clocks) / len(clocks) if clocks else None
+
+    # ------------------------------------------------------------------------------------------------ whole models
+    def _model(self, case: ModelCase, providers: Sequence[ModelProvider]) -> list[dict]:
+        """One step of a model: the gate at the size that ``case.scope()`` names, then the step, timed by events."""
+        device = self.settings.device
+        verdicts, timers, peaks = {}, {}, {}
+        for provider in providers:
+            why = provider.unavailable(case, device)
+            verdicts[provider.name] = gate.refusal("UNSUPPORTED", why) if why else gate.check_model(case, provider, device)
+            _release(device)
+            if verdicts[provider.name].status != "PASSED":
+                continue
+            try:
+                step = provider.build(case, device)
+                peaks[provider.name] = _peak(step, device)
+                timers[provider.name] = timing.timer([step], device, None, capture=False)
+            except Exception as error:
+                verdicts[provider.name] = gate.refusal("ERROR", gate.explain(error))
+        before = clock_mhz(device)
+        timings = timing.measure(timers, self.settings.effort)
+        clocks = [clock for clock in (before, clock_mhz(device)) if clock is not None]
+        new = []
+        for provider in providers:
+            name = provider.name
+            row = self._blank(MODEL, case, "step", name, verdicts[name], case.scope(), case.flops(), None,
+                              sum(clocks) / len(clocks) if clocks else None)
+            if name in timings:
+                row |= timings[name].statistics() | dict(timer=timings[name].name, peak_bytes=peaks[name], roof="matrix")
+                row["floor_ms"] = row["flops"] / self.roofs.matrix(case.dtype) * 1e3
+                row["share"] = row["floor_ms"] / row["median_ms"]
+                peak = self.roofs.published_matrix(case.dtype)
+                row["mfu"] = row["flops"] / row["median_ms"] * 1e3 / peak if peak else None
+            new.append(row)
+        _release(device)
+        return self._fresh_roofs() + new
+
+    # -------------------------------------------------------------------------------------------------------- rows
+    def _row(self, family, case, direction, provider, verdict: Verdict, scope, timed, clock) -> dict:
+        row = self._blank(family, case, direction, provider.name, verdict, scope, case.flops(direction),
+                          case.least_bytes(direction), clock)
+        if timed is None:
+            return row
+        measured, ready = timed
+        row |= measured.statistics()
+        roof, floor = self.roofs.floor_ms(row["flops"], row["bytes"], case.dtype)
+        share = floor / row["median_ms"]
+        return row | dict(timer=measured.timer, roof=roof, floor_ms=floor, share=share if share <= MOST else None,
+                          peak_bytes=ready.peak_bytes, saved_bytes=ready.saved_bytes,
+                          details=dict(provider.details(case, self.settings.device))
+                          | ({"above_roof": round(share, 3)} if share > MOST else {}))
+
+    def _blank(self, family, case, direction, name, verdict: Verdict, scope, flops, least_bytes, clock) -> dict:
+        """A row with all but the figures of a timing."""
+        settings = self.settings
+        return dict(
+            row="time", schema=rows.SCHEMA, suite=settings.suite, family=family, op=case.op, case=case.label,
+            direction=direction, provider=name, dtype=str(case.dtype).removeprefix("torch."), shape=case.shape(),
+            status=verdict.status, reason=verdict.reason, error=verdict.error, allowed=verdict.allowed, gate=scope,
+            min_ms=None, p20_ms=None, median_ms=None, q3_ms=None, p80_ms=None, n=0, timer=None, l2=settings.l2,
+            clock_mhz=clock, flops=flops, bytes=least_bytes, roof=None, floor_ms=None, share=None, peak_bytes=None,
+            saved_bytes=None, mfu=None, details={},
+            command=f"sora-fast bench {family} --suite {settings.suite} --device {settings.device.type} --l2 {settings.l2} "
+                    f"--case '{case.op} / {case.label}' --providers {name}",
+        )
+
+
+def prepare(provider: Provider, inputs: Sequence[dict], names: tuple[str, ...], truth, device) -> _Ready:
+    """Calls of one direction over all input sets; a backward is called alone, on a graph that is kept."""
+    prepared, calls, saved = [], [], None
+    for values in inputs:
+        with torch.no_grad():
+            given = provider.prepare(dict(values))
+        given = {name: _leaf(value, name in names) for name, value in given.items()}
+        prepared.append(given)
+        if not names:
+            calls.append(_forward(provider, given))
+            continue
+        counted = _Saved(given)
+        with counted:
+            outputs = [o for o in gate.tensors(provider.run(**given))]
+        saved = counted.bytes
+        pairs = [(o, c) for o, c in zip(outputs, truth.cotangents, strict=True) if o.requires_grad]
+        leaves = [t for name in names for t in gate.tensors(given.get(name)) if t.requires_grad]
+        calls.append(_backward(pairs, leaves))
+    peak = _peak(_whole(provider, prepared[0], names, truth.cotangents), device)
+    return _Ready(provider, calls, prepared, peak, saved)
+
+
+def _peak(call: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory that a second call holds beyond what was there before it, in bytes; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - held
+
+
+def _leaf(value, wanted: bool):
+    if isinstance(value, torch.Tensor):
+        return value.detach().requires_grad_(wanted and value.is_floating_point())
+    if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+        return [_leaf(v, wanted) for v in value]
+    return value
+
+
+def _forward(provider: Provider, given: dict) -> Callable[[], object]:
+    def call():
+        with torch.no_grad():
+            return provider.run(**given)
+    return call
+
+
+def _backward(pairs, leaves) -> Callable[[], object]:
+    outputs, cotangents = [o for o, _ in pairs], [c for _, c in pairs]
+    return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True, allow_unused=True)
+
+
+def _whole(provider: Provider, given: dict, names, cotangents) -> Callable[[], object]:
+    """Forward alone, or forward and backward: the call whose peak memory a row tells."""
+    if not names:
+        return _forward(provider, given)
+
+    def call():
+        outputs = gate.tensors(provider.run(**given))
+        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+        leaves = [t for name in names for t in gate.tensors(given.get(name)) if t.requires_grad]
+        return torch.autograd.grad([o for o, _ in pairs], leaves, [c for _, c in pairs], allow_unused=True)
+    return call
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what a forward keeps for its backward beyond its inputs, each memory once."""
+
+    def __init__(self, inputs: dict):
+        self.seen = {t.untyped_storage().data_ptr() for t in gate.tensors(inputs)}
+        self.bytes = 0
+        super().__init__(self._count, lambda t: t)
+
+    def _count(self, t: torch.Tensor) -> torch.Tensor:
+        place = t.untyped_storage().data_ptr()
+        if place not in self.seen:
+            self.seen.add(place)
+            self.bytes += t.untyped_storage().nbytes()
+        return t
+
+
+def _on(stream):
+    return torch.cuda.stream(stream)  # of None: nothing
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def select(work: Iterable[tuple[str, Case, Sequence[Provider]]], case_text: str, provider_names: Sequence[str]):
+    """Cases whose id contains ``case_text`` and providers among ``provider_names`` (all where none are named)."""
+    chosen = []
+    for family, case, providers in work:
+        kept = [p for p in providers if not provider_names or p.name in provider_names]
+        if kept and case_text.lower() in case.id.lower():
+            chosen.append((family, case, kept))
+    return chosen

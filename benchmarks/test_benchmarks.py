@@ -1,0 +1,48 @@
+"""The quick suite under pytest-benchmark: ``pytest benchmarks/``.
+
+The same cases, providers and gate as ``sora-fast bench --suite quick``; pytest-benchmark keeps the time, compares with
+--benchmark-compare and writes its own JSON.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from sora_fast.benchmarks import gate, timing
+from sora_fast.benchmarks.runner import prepare
+from sora_fast.benchmarks.specs import spec
+from sora_fast.ops import FAMILIES
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WORK = [(family, case, provider, direction) for family in FAMILIES for case in spec(family).CASES if "quick" in case.suites
+        for provider in spec(family).providers(case.op) for direction in case.directions()]
+
+
+@functools.lru_cache(maxsize=1)  # the cases come one after the other
+def truth(case):
+    return case.truth(case.inputs(DEVICE, seed=0), seed=0)
+
+
+@pytest.mark.parametrize("family, case, provider, direction", WORK,
+                         ids=[f"{case.id} / {direction} / {provider.name}" for _, case, provider, direction in WORK])
+def test_speed(benchmark, family, case, provider, direction):
+    why = provider.unavailable(case, direction, DEVICE)
+    if why:
+        pytest.skip(why)
+    torch._dynamo.reset()
+    verdict = gate.check(case, provider, truth(case), DEVICE, (direction,))[direction]
+    if verdict.status == "UNSUPPORTED":
+        pytest.skip(verdict.reason)
+    assert verdict.status == "PASSED", verdict.reason
+    stream = timing.side_stream(DEVICE)
+    with torch.cuda.stream(stream):  # of None: nothing
+        ready = prepare(provider, [case.inputs(DEVICE, seed=1)], case.directions()[direction], truth(case), DEVICE)
+
+        def call():
+            ready.calls[0]()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize(DEVICE)
+
+        benchmark.group = f"{case.id} / {direction}"
+        benchmark(call)

@@ -1,0 +1,179 @@
+"""sora-fast bench, bench compare, bench report, bench collect, bench readme."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from ..dispatch import ORDER
+from ..environment import device_label
+from ..ops import FAMILIES
+from ..training.loop import pick_device
+
+MODEL = "model"
+
+
+def run(arguments) -> int:
+    """Measure, print every row as it comes, and write OUT/bench.jsonl and the report.
+
+    Returns 1 if one of our backends failed, 3 if --minutes left cases for the next call, else 0.
+    """
+    from ..benchmarks import report, timing
+    from ..benchmarks.runner import Runner, Settings, select
+
+    device = pick_device(arguments.device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"bench: expected a CPU or a CUDA device to time, got {device}; pass --device cpu or cuda")
+    suite = "quick" if arguments.quick else arguments.suite
+    l2 = arguments.l2 or ("cold" if device.type == "cuda" else "hot")
+    if device.type == "cpu" and l2 == "cold":
+        raise ValueError("bench: expected --l2 hot on a CPU, whose caches are not emptied between calls, got cold; leave "
+                         "--l2 out")
+    work = select(_work(arguments.families, suite), arguments.case, arguments.providers or ())
+    if not work:
+        raise ValueError(f"bench: expected --case and --providers to leave something of suite {suite}, got "
+                         f"{arguments.case!r} and {arguments.providers or 'all'}; see sora-fast bench --list")
+    if arguments.list:
+        for _, case, providers in work:
+            print(f"{case.id}: {', '.join(provider.name for provider in providers)}")
+        return 0
+    out = Path(arguments.out)
+    if arguments.fresh:
+        (out / "bench.jsonl").unlink(missing_ok=True)
+    settings = Settings(device, suite, l2, out, arguments.minutes, timing.GPU if device.type == "cuda" else timing.CPU)
+    _say_conditions(settings)
+    runner = Runner(settings, tell=lambda text: print(text, flush=True), show=lambda row: print(line(row), flush=True))
+    done = runner.run(work)
+    report.write([(out.name, done)], out)
+    print(f"wrote {out / 'bench.jsonl'} ({len(done)} rows) and {out / 'report.html'}")
+    ours = [row for row in done if row["row"] == "time" and row["provider"] in (*ORDER, "auto")
+            and row["status"] in ("FAILED", "ERROR")]
+    for row in ours:
+        what = " / ".join(row[name] for name in ("op", "case", "direction", "provider"))
+        print(f"bench: {what} {row['status']}: {row['reason']}")
+    return 1 if ours else 3 if runner.left else 0
+
+
+def _work(families, suite: str) -> list[tuple]:
+    """(family, case, providers) of a suite, in the order of the families, whole models last."""
+    from ..benchmarks import model_cases
+    from ..benchmarks.specs import spec
+
+    unknown = [name for name in families if name not in (*FAMILIES, MODEL)]
+    if unknown:
+        raise ValueError(f"bench: expected families among {', '.join((*FAMILIES, MODEL))}, got {', '.join(unknown)}; check "
+                         f"the name")
+    wanted = families or ((MODEL,) if suite == MODEL else (*FAMILIES, MODEL))
+    work = []
+    for family in wanted:
+        if family == MODEL:
+            work += [(MODEL, case, case.providers()) for case in model_cases.CASES if suite in case.suites]
+            continue
+        found = spec(family)
+        providers = {op: found.providers(op) for op in {case.op for case in found.CASES}}
+        work += [(family, case, providers[case.op]) for case in found.CASES if suite in case.suites]
+    return work
+
+
+def _say_conditions(settings) -> None:
+    where = device_label(settings.device)
+    threads = f", {torch.get_num_threads()} threads" if settings.device.type == "cpu" else f", L2 {settings.l2}"
+    print(f"{where}{threads}, torch {torch.__version__}, suite {settings.suite}")
+
+
+def line(row: dict) -> str:
+    """One row for a terminal."""
+    name = f"    {row['direction']:9s} {row['provider']:24s}"
+    if row["status"] != "PASSED":
+        return f"{name} {row['status']:11s} {row['reason']}"
+    share = f"{row['share']:6.1%} of the floor" if row["share"] is not None else ""
+    return f"{name} {row['median_ms']:11.4f} ms  {share}"
+
+
+def compare(arguments) -> int:
+    """Print a verdict for every row that two runs share; 1 if one is slower by more than --fail-slower."""
+    from ..benchmarks import compare as comparing
+    from ..benchmarks import rows
+
+    result = comparing.compare(rows.read(arguments.base), rows.read(arguments.new), fraction(arguments.fail_slower))
+    print(result)
+    return result.exit_code
+
+
+def fraction(text: str) -> float:
+    """0.05 of "5%" or "0.05"."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 10:
+        raise ValueError(f"--fail-slower: expected a share such as 5% or 0.05, got {text!r}; write it so")
+    return value
+
+
+def report(arguments) -> int:
+    """Write report.html, report.md and report.csv of one or more runs."""
+    from ..benchmarks import report as reporting
+    from ..benchmarks import rows
+
+    runs = [(_run_name(path), rows.read(path)) for path in arguments.files]
+    for path, (_, found) in zip(arguments.files, runs, strict=True):
+        if not found:
+            raise ValueError(f"bench report: expected rows in {path}, got none; pass the bench.jsonl of a finished run")
+    reporting.write(runs, Path(arguments.out))
+    print(f"wrote {Path(arguments.out) / 'report.html'}, report.md and report.csv")
+    return 0
+
+
+def _run_name(path: str) -> str:
+    """A run goes by its folder where its file has the usual name."""
+    found = Path(path)
+    return found.resolve().parent.name if found.stem == "bench" else found.stem
+
+
+def collect(arguments) -> int:
+    """Copy the result files of a GPU run into benchmarks/results/<gpu>/ of this checkout."""
+    from ..benchmarks import __path__ as room
+    from ..files import save_text
+
+    folder = Path(arguments.folder)
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"bench collect: expected *.jsonl files in {folder}, got none; pass the folder that gpu_run.sh "
+                         f"wrote")
+    import json
+
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    devices = set()
+    for path, text in texts.items():
+        for number, row in enumerate(text.splitlines(), start=1):
+            try:
+                environment = json.loads(row)["environment"]
+                devices.add((environment["device"], environment.get("kind", "cuda")))
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"bench collect: expected rows with an environment, got another line {number} in {path}; "
+                                 f"finish or remove that file") from None
+    if len(devices) != 1 or next(iter(devices))[1] == "cpu":
+        raise ValueError(f"bench collect: expected the rows of one GPU, got {', '.join(sorted(d for d, _ in devices))}; "
+                         f"results of CPUs are not kept")
+    target = Path(room[0]) / "results" / slug(next(iter(devices))[0])
+    target.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        save_text(target / path.name, text)
+    print(f"wrote {len(files)} files to {os.path.relpath(target)}; sora-fast bench readme brings README.md up to date")
+    return 0
+
+
+def slug(device: str) -> str:
+    """"nvidia-h200" of "NVIDIA H200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def readme(arguments) -> int:
+    """Write README.md's measured tables from the committed results, or say that they differ."""
+    from ..benchmarks import tables
+
+    tables.update_readme(Path(arguments.file), check=arguments.check)
+    print(f"{arguments.file} {'matches' if arguments.check else 'holds'} the committed results")
+    return 0
