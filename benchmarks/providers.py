@@ -23,10 +23,10 @@ def compiled(op: str, **options) -> Provider:
     """torch.compile of the reference, the peer that fuses by itself; ``options`` go to torch.compile."""
     run = functools.cache(lambda: torch.compile(partial(getattr(ops, op), backend="reference"), dynamic=False,
                                                 fullgraph=True, **options))
-    return Provider("compile", lambda **inputs: run()(**inputs), unavailable=_no_compiler, compiled=True)
+    return Provider("compile", lambda **inputs: run()(**inputs), unavailable=no_compiler, compiled=True)
 
 
-def _no_compiler(case: Case, direction: str, device: torch.device) -> str:
+def no_compiler(case: Case, direction: str, device: torch.device) -> str:
     if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
         return "torch.compile needs a C++ compiler for the CPU, and there is none on the PATH."
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
@@ -37,9 +37,11 @@ def _no_compiler(case: Case, direction: str, device: torch.device) -> str:
 def installed(module: str) -> str:
     """"" if ``module`` can be imported, else one sentence with the reason."""
     try:
-        if importlib.util.find_spec(module) is None:
-            return f"The package {module} is not installed."
         importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and (module == error.name or module.startswith(f"{error.name}.")):
+            return f"The package {error.name} is not installed."
+        return f"The package {module} is installed and cannot be imported: {error}."
     except Exception as error:  # a package built for another CUDA or torch fails in many ways
         return f"The package {module} is installed and cannot be imported: {type(error).__name__}: {error}".strip()
     return ""

@@ -19,13 +19,10 @@ from sora_fast.environment import clock_mhz, environment
 
 from . import gate, rows, timing
 from .case import Case, Provider, nbytes
+from .figures import MODEL, MOST
 from .gate import Verdict
 from .model_cases import ModelCase, ModelProvider
 from .roofs import Roofs
-
-MODEL = "model"  # the family of whole models' steps
-# Beyond this share a roof was not measured for such work (numbers that stay in a CPU's caches) or the work was not done.
-MOST = 1.05
 
 
 @dataclass(frozen=True)
@@ -40,15 +37,19 @@ class Settings:
     effort: timing.Effort = timing.GPU
 
 
-@dataclass
-class _Ready:
-    """A provider with inputs on the device: one call per set, for one direction."""
+@dataclass(frozen=True)
+class Facts:
+    """What a row tells of a provider's memory."""
 
-    provider: Provider
-    calls: list[Callable[[], object]]
-    prepared: list[dict]
     peak_bytes: int | None
     saved_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Ready(Facts):
+    """A provider with inputs on the device: one call per set, for one direction."""
+
+    calls: list[Callable[[], object]]
 
 
 class Runner:
@@ -59,14 +60,17 @@ class Runner:
         self.settings, self.tell, self.show = settings, tell, show
         self.path = settings.out / "bench.jsonl"
         self.roofs = Roofs(settings.device, settings.l2)
+        # A backward is timed many times on one graph, so that torch.compile's may not give its buffers away.
+        torch._functorch.config.donated_buffer = False
+        # What cuDNN runs must not depend on which provider asked first; float32 is float32, in figures and in the gate.
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self.environment = environment(settings.device)
         self.done = self._go_on()
         self.left = 0  # cases that the time limit left for another call
         kept = [row for row in self.done if row["row"] == "roof"]
         self.roofs.found |= {(row["kind"], row["dtype"] or row["bytes"]): row for row in kept}
         self.written_roofs = set(self.roofs.found)
-        # A backward is timed many times on one graph, so that torch.compile's may not give its buffers away.
-        torch._functorch.config.donated_buffer = False
 
     def _go_on(self) -> list[dict]:
         """The rows of an earlier run in the same folder; refuses those measured under other conditions."""
@@ -89,7 +93,7 @@ class Runner:
         The family "model" has ModelCases and ModelProviders, all others Cases and Providers.
         """
         start = time.monotonic()
-        for dtype in {case.dtype for _, case, _ in work}:
+        for dtype in sorted({case.dtype for _, case, _ in work}, key=str):
             self.roofs.matrix(dtype)
         finished = {rows.key(row) for row in self.done if row["row"] == "time"}
         for place, (family, case, providers) in enumerate(work, start=1):
@@ -130,7 +134,12 @@ class Runner:
             if len(verdicts[provider.name]) == len(away):
                 continue
             if truth is None:
-                truth = case.truth(case.inputs(device, seed=0), seed=0)
+                try:
+                    truth = case.truth(case.inputs(device, seed=0), seed=0)
+                except torch.cuda.OutOfMemoryError as error:
+                    why = f"The reference in float64 does not fit this device, so nothing was timed: {gate.explain(error)}"
+                    verdicts = {p.name: {d: gate.refusal("ERROR", why) for d in case.directions()} for p in providers}
+                    break
                 scope = truth.scope
             found = gate.check(case, provider, truth, device, tuple(d for d, why in away.items() if not why))
             verdicts[provider.name] |= found
@@ -154,60 +163,76 @@ class Runner:
     def _direction(self, case, names, providers, truth, verdicts, direction):
         """Time one direction; a provider that breaks here, or afterwards, loses its verdict and gets no time."""
         device = self.settings.device
-        stream = timing.side_stream(device)
         sets = timing.input_sets(nbytes(*gate.tensors(truth.inputs)), device, self.settings.l2)
         inputs = [case.inputs(device, seed=seed + 1) for seed in range(sets)]
-        ready, timers = {}, {}
+        stream = timing.side_stream(device)
+
+        def make(provider):
+            with torch.cuda.stream(stream):  # of None: nothing
+                ready = prepare(provider, inputs, names, truth, device)
+                return Facts(ready.peak_bytes, ready.saved_bytes), timing.timer(ready.calls, device, stream)
+
+        result, broken, clock = self._in_turns(providers, make)
         for provider in providers:
-            try:
-                with _on(stream):
-                    ready[provider.name] = prepare(provider, inputs, names, truth, device)
-                    timers[provider.name] = timing.timer(ready[provider.name].calls, device, stream)
-            except Exception as error:
-                verdicts[provider.name][direction] = gate.refusal("ERROR", gate.explain(error))
-        before = clock_mhz(device)
-        with _on(stream):
-            timings = timing.measure(timers, self.settings.effort)
-        clocks = [clock for clock in (before, clock_mhz(device)) if clock is not None]
-        result = {name: (timings[name], ready[name]) for name in timings}
-        for provider in providers:
-            if provider.name in timings:
-                again = gate.check_again(provider, truth, inputs[0])
-                if again:
-                    verdicts[provider.name][direction] = gate.refusal("FAILED", again)
-                    del result[provider.name]
-        return result, sum(clocks) / len(clocks) if clocks else None
+            again = gate.check_again(provider, truth, inputs[0]) if provider.name in result else ""
+            if again:
+                broken[provider.name] = gate.refusal("FAILED", again)
+                del result[provider.name]
+        for name, verdict in broken.items():
+            verdicts[name][direction] = verdict
+        return result, clock
+
+    def _in_turns(self, providers: Sequence, make: Callable):
+        """Time what ``make(provider)`` gives, (facts, timer): all in turns, or where memory is short, in groups that fit.
+
+        Returns (timing, facts) by name, the Verdict of each that could not be made, and the mean clock.
+        """
+        result, broken, clocks, waiting = {}, {}, [], list(providers)
+        while waiting:
+            ready: dict[str, tuple] = {}
+            while waiting:
+                provider = waiting.pop(0)
+                try:
+                    ready[provider.name] = make(provider)
+                except Exception as error:
+                    if ready and isinstance(error, torch.cuda.OutOfMemoryError):
+                        waiting.insert(0, provider)
+                        break
+                    broken[provider.name] = gate.refusal("ERROR", gate.explain(error))
+            clocks.append(clock_mhz(self.settings.device))
+            timings = timing.measure({name: timer for name, (_, timer) in ready.items()}, self.settings.effort)
+            clocks.append(clock_mhz(self.settings.device))
+            result |= {name: (timings[name], facts) for name, (facts, _) in ready.items()}
+            del ready
+            _release(self.settings.device)
+        known = [clock for clock in clocks if clock is not None]
+        return result, broken, sum(known) / len(known) if known else None
 
     # ------------------------------------------------------------------------------------------------ whole models
     def _model(self, case: ModelCase, providers: Sequence[ModelProvider]) -> list[dict]:
         """One step of a model: the gate at the size that ``case.scope()`` names, then the step, timed by events."""
-        device = self.settings.device
-        verdicts, timers, peaks = {}, {}, {}
+        device, verdicts = self.settings.device, {}
         for provider in providers:
             why = provider.unavailable(case, device)
             verdicts[provider.name] = gate.refusal("UNSUPPORTED", why) if why else gate.check_model(case, provider, device)
             _release(device)
-            if verdicts[provider.name].status != "PASSED":
-                continue
-            try:
-                step = provider.build(case, device)
-                peaks[provider.name] = _peak(step, device)
-                timers[provider.name] = timing.timer([step], device, None, capture=False)
-            except Exception as error:
-                verdicts[provider.name] = gate.refusal("ERROR", gate.explain(error))
-        before = clock_mhz(device)
-        timings = timing.measure(timers, self.settings.effort)
-        clocks = [clock for clock in (before, clock_mhz(device)) if clock is not None]
+
+        def make(provider):
+            step = provider.build(case, device)
+            return Facts(_peak(step, device), None), timing.timer([step], device, None, capture=False)
+
+        timed, broken, clock = self._in_turns([p for p in providers if verdicts[p.name].status == "PASSED"], make)
+        verdicts |= broken
         new = []
         for provider in providers:
             name = provider.name
-            row = self._blank(MODEL, case, "step", name, verdicts[name], case.scope(), case.flops(), None,
-                              sum(clocks) / len(clocks) if clocks else None)
-            if name in timings:
-                row |= timings[name].statistics() | dict(timer=timings[name].name, peak_bytes=peaks[name], roof="matrix")
+            row = self._blank(MODEL, case, "step", name, verdicts[name], case.scope(), case.flops(), None, clock)
+            if name in timed:
+                measured, facts = timed[name]
+                row |= measured.statistics() | dict(timer=measured.timer, peak_bytes=facts.peak_bytes, roof="matrix")
                 row["floor_ms"] = row["flops"] / self.roofs.matrix(case.dtype) * 1e3
-                row["share"] = row["floor_ms"] / row["median_ms"]
-                peak = self.roofs.published_matrix(case.dtype)
+                share, peak = row["floor_ms"] / row["median_ms"], self.roofs.published_matrix(case.dtype)
+                row["share"] = share if share <= MOST else None
                 row["mfu"] = row["flops"] / row["median_ms"] * 1e3 / peak if peak else None
             new.append(row)
         _release(device)
@@ -219,12 +244,12 @@ class Runner:
                           case.least_bytes(direction), clock)
         if timed is None:
             return row
-        measured, ready = timed
+        measured, facts = timed
         row |= measured.statistics()
         roof, floor = self.roofs.floor_ms(row["flops"], row["bytes"], case.dtype)
         share = floor / row["median_ms"]
         return row | dict(timer=measured.timer, roof=roof, floor_ms=floor, share=share if share <= MOST else None,
-                          peak_bytes=ready.peak_bytes, saved_bytes=ready.saved_bytes,
+                          peak_bytes=facts.peak_bytes, saved_bytes=facts.saved_bytes,
                           details=dict(provider.details(case, self.settings.device))
                           | ({"above_roof": round(share, 3)} if share > MOST else {}))
 
@@ -243,14 +268,14 @@ class Runner:
         )
 
 
-def prepare(provider: Provider, inputs: Sequence[dict], names: tuple[str, ...], truth, device) -> _Ready:
+def prepare(provider: Provider, inputs: Sequence[dict], names: tuple[str, ...], truth, device) -> Ready:
     """Calls of one direction over all input sets; a backward is called alone, on a graph that is kept."""
-    prepared, calls, saved = [], [], None
+    calls, first, saved = [], None, None
     for values in inputs:
         with torch.no_grad():
             given = provider.prepare(dict(values))
         given = {name: _leaf(value, name in names) for name, value in given.items()}
-        prepared.append(given)
+        first = first or given
         if not names:
             calls.append(_forward(provider, given))
             continue
@@ -258,11 +283,11 @@ def prepare(provider: Provider, inputs: Sequence[dict], names: tuple[str, ...], 
         with counted:
             outputs = [o for o in gate.tensors(provider.run(**given))]
         saved = counted.bytes
-        pairs = [(o, c) for o, c in zip(outputs, truth.cotangents, strict=True) if o.requires_grad]
+        pairs = [(o, _laid_out(c, o)) for o, c in zip(outputs, truth.cotangents, strict=True) if o.requires_grad]
         leaves = [t for name in names for t in gate.tensors(given.get(name)) if t.requires_grad]
         calls.append(_backward(pairs, leaves))
-    peak = _peak(_whole(provider, prepared[0], names, truth.cotangents), device)
-    return _Ready(provider, calls, prepared, peak, saved)
+    peak = _peak(_whole(provider, first, names, truth.cotangents), device)
+    return Ready(peak, saved, calls)
 
 
 def _peak(call: Callable[[], object], device: torch.device) -> int | None:
@@ -303,12 +328,21 @@ def _whole(provider: Provider, given: dict, names, cotangents) -> Callable[[], o
     if not names:
         return _forward(provider, given)
 
+    with torch.no_grad():
+        outputs = gate.tensors(provider.run(**given))
+        cotangents = [_laid_out(c, o) for o, c in zip(outputs, cotangents, strict=True)]
+
     def call():
         outputs = gate.tensors(provider.run(**given))
         pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
         leaves = [t for name in names for t in gate.tensors(given.get(name)) if t.requires_grad]
         return torch.autograd.grad([o for o, _ in pairs], leaves, [c for _, c in pairs], allow_unused=True)
     return call
+
+
+def _laid_out(cotangent: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """``cotangent`` in the output's memory format, as the next layer's backward would hand it on."""
+    return torch.empty_like(output, requires_grad=False).copy_(cotangent)
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -327,13 +361,9 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
         return t
 
 
-def _on(stream):
-    return torch.cuda.stream(stream)  # of None: nothing
-
-
 def _release(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 

@@ -11,12 +11,12 @@ import torch
 
 from sora_fast.benchmarks import gate, timing
 from sora_fast.benchmarks.runner import prepare
-from sora_fast.benchmarks.specs import spec
+from sora_fast.benchmarks.suites import work
 from sora_fast.ops import FAMILIES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-WORK = [(family, case, provider, direction) for family in FAMILIES for case in spec(family).CASES if "quick" in case.suites
-        for provider in spec(family).providers(case.op) for direction in case.directions()]
+WORK = [(case, provider, direction) for _, case, providers in work(FAMILIES, "quick", spare_compiling=DEVICE.type == "cpu")
+        for provider in providers for direction in case.directions()]
 
 
 @functools.lru_cache(maxsize=1)  # the cases come one after the other
@@ -24,9 +24,9 @@ def truth(case):
     return case.truth(case.inputs(DEVICE, seed=0), seed=0)
 
 
-@pytest.mark.parametrize("family, case, provider, direction", WORK,
-                         ids=[f"{case.id} / {direction} / {provider.name}" for _, case, provider, direction in WORK])
-def test_speed(benchmark, family, case, provider, direction):
+@pytest.mark.parametrize("case, provider, direction", WORK,
+                         ids=[f"{case.id} / {direction} / {provider.name}" for case, provider, direction in WORK])
+def test_speed(benchmark, case, provider, direction):
     why = provider.unavailable(case, direction, DEVICE)
     if why:
         pytest.skip(why)

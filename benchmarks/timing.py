@@ -25,7 +25,7 @@ class Effort:
 
 
 # A clock on a GPU needs some 100 ms of this very work to settle; a CPU is timed in a check of the suite, not of itself.
-GPU, CPU = Effort(100.0, 200.0), Effort(5.0, 40.0)
+GPU, CPU = Effort(100.0, 200.0), Effort(4.0, 25.0)
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,21 @@ def checkpointed(ops_):
 
 
 # ------------------------------------------------------------------------------------------------------ compile
+def traces_whole(ops_):
+    """One graph in the dtypes that models run in too: a backend may take another path there than in float64."""
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+    @pytest.mark.parametrize("backend", ("reference", "torch"))
+    @pytest.mark.parametrize("op", ops_)
+    def test(op, backend, dtype):
+        torch._dynamo.reset()
+        inputs = next(inputs for _, inputs in all_cases(op, dtype))
+        if not runs_on(op, backend, inputs):
+            return
+        traced = torch.compile(functools.partial(getattr(ops, op), backend=backend), fullgraph=True, backend="eager")
+        assert_matches(op, traced(**inputs), inputs)
+    return test
+
+
 def graphs(fn, inputs_of, sizes, dynamic):
     """Compile ``fn``, run it at ``sizes``, compare with eager forward and backward; graph count after each size."""
     torch._dynamo.reset()

@@ -15,6 +15,7 @@ OPS = ("varlen_attention", "varlen_attention_forward", "varlen_attention_backwar
 DIFFERENTIABLE = ("varlen_attention", "merge_attention")
 
 test_error_rule = op_checks.error_rule(OPS)
+test_traces_whole = op_checks.traces_whole(OPS)
 test_second_backward_is_refused = op_checks.second_backward(DIFFERENTIABLE)
 test_one_gradient_at_a_time = op_checks.one_gradient_at_a_time(DIFFERENTIABLE)
 test_checkpoint = op_checks.checkpointed(("varlen_attention",))

@@ -206,7 +206,7 @@ def test_rows_have_what_their_description_says(tmp_path):
         assert row["share"] is None or row["share"] == row["floor_ms"] / row["median_ms"] <= 1.05
         assert row["environment"]["torch"] == torch.__version__ and row["environment"]["kind"] == "cpu"
         assert row["shape"] == CASE.shape() and "--providers torch" in row["command"]
-    assert {row["kind"] for row in done if row["row"] == "roof"} == {"copy"}
+    assert {row["kind"] for row in done if row["row"] == "roof"} == {"copy", "matrix"}
 
 
 def test_only_a_passed_provider_gets_a_time(tmp_path):
@@ -240,6 +240,26 @@ def test_what_begins_to_cheat_once_timed_loses_its_time(tmp_path):
     done = runner(tmp_path).run([("modulation", case, [Provider("late", run)])])
     row = next(row for row in done if row["row"] == "time" and row["direction"] == "forward")
     assert row["status"] == "FAILED" and row["median_ms"] is None and "after" in row["reason"]
+
+
+def test_what_memory_has_no_room_for_is_timed_in_another_group(tmp_path):
+    class Fake:
+        name = "wall"
+
+        def sample(self):
+            return 1.0
+
+    tried = []
+
+    def make(provider):
+        tried.append(provider.name)
+        if provider.name == "huge" or provider.name == "big" and tried.count("big") == 1:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return None, Fake()
+
+    result, broken, clock = runner(tmp_path)._in_turns([Provider(name, RIGHT) for name in ("a", "big", "b", "huge")], make)
+    assert tried == ["a", "big", "big", "b", "huge", "huge"] and set(result) == {"a", "big", "b"} and clock is None
+    assert broken == {"huge": gate.refusal("ERROR", "OutOfMemoryError: no room")}
 
 
 def test_what_a_backward_keeps_is_counted(tmp_path):

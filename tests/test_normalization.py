@@ -14,6 +14,7 @@ from sora_fast.testing import assert_matches
 OPS = ("norm_act",)
 
 test_error_rule = op_checks.error_rule(OPS)
+test_traces_whole = op_checks.traces_whole(OPS)
 test_second_backward_is_refused = op_checks.second_backward(OPS)
 test_one_gradient_at_a_time = op_checks.one_gradient_at_a_time(OPS)
 test_checkpoint = op_checks.checkpointed(OPS)

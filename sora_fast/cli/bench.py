@@ -8,10 +8,7 @@ import torch
 
 from ..dispatch import ORDER
 from ..environment import device_label
-from ..ops import FAMILIES
 from ..training.loop import pick_device
-
-MODEL = "model"
 
 
 def run(arguments) -> int:
@@ -19,7 +16,7 @@ def run(arguments) -> int:
 
     Returns 1 if one of our backends failed, 3 if --minutes left cases for the next call, else 0.
     """
-    from ..benchmarks import report, timing
+    from ..benchmarks import report, suites, timing
     from ..benchmarks.runner import Runner, Settings, select
 
     device = pick_device(arguments.device)
@@ -30,7 +27,9 @@ def run(arguments) -> int:
     if device.type == "cpu" and l2 == "cold":
         raise ValueError("bench: expected --l2 hot on a CPU, whose caches are not emptied between calls, got cold; leave "
                          "--l2 out")
-    work = select(_work(arguments.families, suite), arguments.case, arguments.providers or ())
+    named = arguments.providers or ()
+    every = suites.work(arguments.families, suite, spare_compiling=device.type == "cpu" and not named)
+    work = select(every, arguments.case, named)
     if not work:
         raise ValueError(f"bench: expected --case and --providers to leave something of suite {suite}, got "
                          f"{arguments.case!r} and {arguments.providers or 'all'}; see sora-fast bench --list")
@@ -53,27 +52,6 @@ def run(arguments) -> int:
         what = " / ".join(row[name] for name in ("op", "case", "direction", "provider"))
         print(f"bench: {what} {row['status']}: {row['reason']}")
     return 1 if ours else 3 if runner.left else 0
-
-
-def _work(families, suite: str) -> list[tuple]:
-    """(family, case, providers) of a suite, in the order of the families, whole models last."""
-    from ..benchmarks import model_cases
-    from ..benchmarks.specs import spec
-
-    unknown = [name for name in families if name not in (*FAMILIES, MODEL)]
-    if unknown:
-        raise ValueError(f"bench: expected families among {', '.join((*FAMILIES, MODEL))}, got {', '.join(unknown)}; check "
-                         f"the name")
-    wanted = families or ((MODEL,) if suite == MODEL else (*FAMILIES, MODEL))
-    work = []
-    for family in wanted:
-        if family == MODEL:
-            work += [(MODEL, case, case.providers()) for case in model_cases.CASES if suite in case.suites]
-            continue
-        found = spec(family)
-        providers = {op: found.providers(op) for op in {case.op for case in found.CASES}}
-        work += [(family, case, providers[case.op]) for case in found.CASES if suite in case.suites]
-    return work
 
 
 def _say_conditions(settings) -> None:
@@ -113,23 +91,19 @@ def fraction(text: str) -> float:
 
 
 def report(arguments) -> int:
-    """Write report.html, report.md and report.csv of one or more runs."""
+    """Write report.html, report.md and report.csv of one or more runs; the files of one folder are one run."""
     from ..benchmarks import report as reporting
     from ..benchmarks import rows
 
-    runs = [(_run_name(path), rows.read(path)) for path in arguments.files]
-    for path, (_, found) in zip(arguments.files, runs, strict=True):
+    runs: dict[str, list] = {}
+    for path in arguments.files:
+        found = rows.read(path)
         if not found:
             raise ValueError(f"bench report: expected rows in {path}, got none; pass the bench.jsonl of a finished run")
-    reporting.write(runs, Path(arguments.out))
+        runs.setdefault(Path(path).resolve().parent.name, []).extend(found)
+    reporting.write(list(runs.items()), Path(arguments.out))
     print(f"wrote {Path(arguments.out) / 'report.html'}, report.md and report.csv")
     return 0
-
-
-def _run_name(path: str) -> str:
-    """A run goes by its folder where its file has the usual name."""
-    found = Path(path)
-    return found.resolve().parent.name if found.stem == "bench" else found.stem
 
 
 def collect(arguments) -> int:

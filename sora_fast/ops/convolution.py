@@ -49,6 +49,7 @@ class _Spec:
     eps: float = 1e-6
     act: str | None = None
     dtype: torch.dtype | None = None
+    return_cache: bool = False
 
     def activate(self, x, norm_weight, norm_bias):
         """What is convolved, before its rounding to ``dtype``: gradients of the halo are summed at this width."""
@@ -100,8 +101,8 @@ def _convolve(spec: _Spec, h, weight, bias, cache, residual):
 def _conv3d(x, weight, bias, stride, padding):
     # On a CPU F.conv3d takes oneDNN only above 20,480 = B * C * T * H numbers and unfolds smaller clips into a copy per
     # tap: 85 MB and five times the time for 64 channels of 4 x 48 x 64.
-    if (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and torch.backends.mkldnn.enabled
-            and torch.backends.mkldnn.is_available() and holds_numbers(x)):
+    if (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and holds_numbers(x)
+            and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()):
         return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
 
@@ -115,7 +116,8 @@ class _SavesInput(torch.autograd.Function):
     @staticmethod
     def forward(spec, x, weight, bias, cache, residual, norm_weight, norm_bias):
         h = spec.activate(x, norm_weight, norm_bias).to(spec.dtype)
-        return _convolve(spec, h, weight, bias, cache, residual), reference.next_cache(h, cache, weight.shape[2] - 1)
+        cache_out = reference.next_cache(h, cache, weight.shape[2] - 1) if spec.return_cache else None
+        return _convolve(spec, h, weight, bias, cache, residual), cache_out
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -146,8 +148,10 @@ class _SavesInput(torch.autograd.Function):
                 # Repeated frames and pixels add several gradients up: where a wide convolution costs little more, on
                 # a CPU, they are not rounded before that sum.
                 dtype = h.dtype if spec.repeats and dy.device.type == "cpu" else spec.dtype
+                # dy in the memory format of what was convolved: a copy otherwise, and on CUDA all of NCDHW's
+                layout = torch.contiguous_format if padded.is_contiguous() else torch.channels_last_3d
                 dpadded, dtaps, dbias = torch.ops.aten.convolution_backward(
-                    dy.contiguous().to(dtype), padded.detach().to(spec.dtype).to(dtype), taps.to(dtype),
+                    dy.contiguous(memory_format=layout).to(dtype), padded.detach().to(spec.dtype).to(dtype), taps.to(dtype),
                     [taps.shape[0]] if ctx.has_bias else None, spec.stride, spec.conv_padding, (1, 1, 1), False,
                     (0, 0, 0), 1, (bool(data), needs[2], ctx.has_bias and needs[3]))
                 if needs[2]:
@@ -168,7 +172,8 @@ class _SavesInput(torch.autograd.Function):
 def _torch_norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, norm=None, groups=32, eps=1e-6,
                            act=None, stride, padding, time_pad, space_pad, cache, phase, lookahead, residual,
                            return_cache):
-    spec = _Spec(stride, tuple(padding), time_pad, space_pad, phase, lookahead, norm, groups, eps, act, weight.dtype)
+    spec = _Spec(stride, tuple(padding), time_pad, space_pad, phase, lookahead, norm, groups, eps, act, weight.dtype,
+                 return_cache)
     tensors = (x, weight, bias, cache, residual, norm_weight, norm_bias)
     nothing_comes_out = phase >= x.shape[2] or x.shape[0] == 0
     if needs_grad(*tensors) and not nothing_comes_out and not torch.compiler.is_compiling():

@@ -1,0 +1,46 @@
+"""Which cases and providers a suite has."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sora_fast.ops import FAMILIES
+
+from . import model_cases
+from .figures import MODEL
+from .specs import spec
+
+# torch.compile takes about ten seconds a case on a CPU, where the quick suite is done in three minutes.
+COMPILED_ON_A_CPU = ("norm_modulate", "norm_act")
+
+
+def work(families: Sequence[str], suite: str, *, spare_compiling: bool = False) -> list[tuple]:
+    """(family, case, providers) of ``suite`` in the order of the families, whole models last.
+
+    ``families``: of which; none means all. ``spare_compiling``: compile few cases of the quick suite.
+    """
+    known = (*FAMILIES, MODEL)
+    unknown = [name for name in families if name not in known]
+    if unknown:
+        raise ValueError(f"bench: expected families among {', '.join(known)}, got {', '.join(unknown)}; check the name")
+    found = []
+    for family in families or known:
+        if family == MODEL:
+            found += [(MODEL, case, case.providers()) for case in model_cases.CASES if suite in case.suites]
+            continue
+        cases = [case for case in spec(family).CASES if suite in case.suites]
+        providers = {op: spec(family).providers(op) for op in {case.op for case in cases}}
+        found += [(family, case, providers[case.op]) for case in cases]
+    return _few_compiled(found) if spare_compiling and suite == "quick" else found
+
+
+def _few_compiled(found: list[tuple]) -> list[tuple]:
+    """The same work with torch.compile at the first case of a few ops only; elsewhere it says why it is not run."""
+    compiled, limited = set(), []
+    why = (f"On a CPU the quick suite compiles one case each of {' and '.join(COMPILED_ON_A_CPU)}: a compilation takes ten "
+           f"seconds; --providers compile runs all.")
+    for family, case, providers in found:
+        if family != MODEL and (case.op not in COMPILED_ON_A_CPU or case.op in compiled):
+            providers = [replace(p, unavailable=lambda *asked: why) if p.compiled else p for p in providers]
+        compiled.add(case.op)
+        limited.append((family, case, providers))
+    return limited
