@@ -72,17 +72,19 @@ step_validate() {
   fast validate --device "$device" --jsonl "$out/validate.jsonl"
 }
 
-measure() { # SUITE FOLDER FILE: what there is after any ending is kept
+measure() { # SUITE FOLDER FILE [FAMILY...]: what there is after any ending is kept
   local status=0
-  fast bench --suite "$1" --device "$device" --out "$work/$2" --minutes "$(awk "BEGIN { print $(left) / 60 - 0.5 }")" ||
+  fast bench "${@:4}" --suite "$1" --device "$device" --out "$work/$2" --minutes "$(awk "BEGIN { print $(left) / 60 - 0.5 }")" ||
     status=$?
   [ ! -e "$work/$2/bench.jsonl" ] || cp "$work/$2/bench.jsonl" "$out/$3"
   return "$status"
 }
-step_bench() { measure "$suite" bench bench.jsonl; }
+# what decides where kernels pay comes first
+step_bench() {
+  measure "$suite" bench bench.jsonl convolution attention normalization modulation rotary patches latents
+}
 step_model() {
-  if [ -n "$quick" ]; then echo "the quick suite of the step bench has the small models"; return 0; fi
-  measure model model bench-model.jsonl
+  if [ -n "$quick" ]; then measure quick model bench-model.jsonl model; else measure model model bench-model.jsonl; fi
 }
 
 step_parity() { "$python" -m sora_fast.benchmarks.loss_parity --device "$device" ${quick:+--quick} --out "$out"; }

@@ -25,6 +25,15 @@ from .model_cases import ModelCase, ModelProvider
 from .roofs import Roofs
 
 
+def set_conditions() -> None:
+    """What a process that measures sets for all providers alike."""
+    # A backward is timed many times on one graph, so that torch.compile's may not give its buffers away.
+    torch._functorch.config.donated_buffer = False
+    # What cuDNN runs must not depend on which provider asked first; float32 is float32, in figures and in the gate.
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @dataclass(frozen=True)
 class Settings:
     """What holds for a whole run."""
@@ -60,11 +69,7 @@ class Runner:
         self.settings, self.tell, self.show = settings, tell, show
         self.path = settings.out / "bench.jsonl"
         self.roofs = Roofs(settings.device, settings.l2)
-        # A backward is timed many times on one graph, so that torch.compile's may not give its buffers away.
-        torch._functorch.config.donated_buffer = False
-        # What cuDNN runs must not depend on which provider asked first; float32 is float32, in figures and in the gate.
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        set_conditions()
         self.environment = environment(settings.device)
         self.done = self._go_on()
         self.left = 0  # cases that the time limit left for another call

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sora_fast.benchmarks import gate, timing
-from sora_fast.benchmarks.runner import prepare
+from sora_fast.benchmarks.runner import prepare, set_conditions
 from sora_fast.benchmarks.suites import work
 from sora_fast.ops import FAMILIES
 
@@ -30,6 +30,7 @@ def test_speed(benchmark, case, provider, direction):
     why = provider.unavailable(case, direction, DEVICE)
     if why:
         pytest.skip(why)
+    set_conditions()
     torch._dynamo.reset()
     verdict = gate.check(case, provider, truth(case), DEVICE, (direction,))[direction]
     if verdict.status == "UNSUPPORTED":

@@ -37,3 +37,9 @@ def test_commands_named_in_the_text_exist():
     named = set(re.findall(r"sora-fast ([a-z][a-z-]+)", README))
     assert named and named <= known
     assert "sora-fast nothing" not in README and {"demo", "validate", "train"} <= named
+
+
+def test_measured_tables_are_those_of_the_committed_results():
+    from sora_fast.benchmarks.tables import update_readme
+
+    update_readme(Path(__file__).parents[1] / "README.md", check=True)

@@ -139,22 +139,26 @@ def parser() -> argparse.ArgumentParser:
                   "OUT/bench.jsonl and OUT/report.html; the same command goes on where a run was stopped. Exits with 1 if\n"
                   "one of our backends failed, with 3 if --minutes left cases for the next call.\n\n"
                   "  sora-fast bench attention --suite full --device cuda\n"
+                  "  sora-fast bench --op norm_modulate --impl my_package.kernels:norm_modulate_fast\n"
                   "  sora-fast bench compare old/bench.jsonl new/bench.jsonl --fail-slower 5%%\n"
                   "  sora-fast bench report h100/bench.jsonl h200/bench.jsonl --out both")
     sub.add_argument("families", nargs="*", metavar="FAMILY", help="families to measure (default: all, and model)")
     sub.add_argument("--suite", choices=("quick", "full", "model"), default="quick",
                      help="quick: small sizes, minutes on a CPU; full: real models' sizes, for a GPU; model: whole steps of "
                           "real models (default: %(default)s)")
-    sub.add_argument("--quick", action="store_true", help="the same as --suite quick")
+    sub.add_argument("--quick", action="store_true", help="the same as --suite quick (default: as --suite says)")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     sub.add_argument("--l2", choices=("cold", "hot"), help="whether inputs have left the GPU's L2 when they are read "
                                                            "(default: cold on a GPU, hot on a CPU)")
     sub.add_argument("--providers", nargs="+", metavar="NAME", help="only these (default: all)")
-    sub.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
-    sub.add_argument("--list", action="store_true", help="print the cases and their providers, measure nothing")
+    sub.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT (default: all)")
+    sub.add_argument("--op", metavar="OP", help="only cases of this op (default: all)")
+    sub.add_argument("--impl", metavar="PKG.MOD:FN", help="your function for --op, measured beside all others: it takes the "
+                                                          "op's keyword arguments (default: none)")
+    sub.add_argument("--list", action="store_true", help="print the cases and their providers (default: measure)")
     sub.add_argument("--minutes", type=float, default=0.0, help="begin no case after so long; 0: never stop "
                                                                 "(default: %(default)s)")
-    sub.add_argument("--fresh", action="store_true", help="begin again in place of going on with OUT/bench.jsonl")
+    sub.add_argument("--fresh", action="store_true", help="begin again (default: go on with OUT/bench.jsonl)")
     sub.add_argument("--out", default="out/bench", help="folder for rows and report (default: %(default)s)")
 
     sub = command("bench compare", _bench("compare"), "SAME, FAST, SLOW or UNDECIDED for every row of two runs")
@@ -170,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", help="the output folder of benchmarks/gpu_run.sh")
     sub = command("bench readme", _bench("readme"), "write README.md's measured tables from the committed results")
     sub.add_argument("--file", default="README.md", help="(default: %(default)s)")
-    sub.add_argument("--check", action="store_true", help="write nothing; fail if the tables differ")
+    sub.add_argument("--check", action="store_true", help="fail if the tables differ (default: write them)")
     return top
 
 

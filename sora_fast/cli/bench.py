@@ -9,12 +9,13 @@ import torch
 from ..dispatch import ORDER
 from ..environment import device_label
 from ..training.loop import pick_device
+from .validate import load_function
 
 
 def run(arguments) -> int:
     """Measure, print every row as it comes, and write OUT/bench.jsonl and the report.
 
-    Returns 1 if one of our backends failed, 3 if --minutes left cases for the next call, else 0.
+    Returns 1 if one of our backends or the user's function failed, 3 if --minutes left cases for the next call, else 0.
     """
     from ..benchmarks import report, suites, timing
     from ..benchmarks.runner import Runner, Settings, select
@@ -29,10 +30,16 @@ def run(arguments) -> int:
                          "--l2 out")
     named = arguments.providers or ()
     every = suites.work(arguments.families, suite, spare_compiling=device.type == "cpu" and not named)
+    if arguments.op:
+        every = [(family, case, providers) for family, case, providers in every if case.op == arguments.op]
+    if arguments.impl:
+        every, mine = _with_function(every, arguments.op, arguments.impl)
+        named = [*named, mine] if named else named
     work = select(every, arguments.case, named)
     if not work:
-        raise ValueError(f"bench: expected --case and --providers to leave something of suite {suite}, got "
-                         f"{arguments.case!r} and {arguments.providers or 'all'}; see sora-fast bench --list")
+        raise ValueError(f"bench: expected --op, --case and --providers to leave something of suite {suite}, got "
+                         f"{arguments.op or 'all'}, {arguments.case!r} and {arguments.providers or 'all'}; see sora-fast "
+                         f"bench --list")
     if arguments.list:
         for _, case, providers in work:
             print(f"{case.id}: {', '.join(provider.name for provider in providers)}")
@@ -46,12 +53,29 @@ def run(arguments) -> int:
     done = runner.run(work)
     report.write([(out.name, done)], out)
     print(f"wrote {out / 'bench.jsonl'} ({len(done)} rows) and {out / 'report.html'}")
-    ours = [row for row in done if row["row"] == "time" and row["provider"] in (*ORDER, "auto")
+    answerable = (*ORDER, "auto", *([mine] if arguments.impl else ()))
+    ours = [row for row in done if row["row"] == "time" and row["provider"] in answerable
             and row["status"] in ("FAILED", "ERROR")]
     for row in ours:
         what = " / ".join(row[name] for name in ("op", "case", "direction", "provider"))
         print(f"bench: {what} {row['status']}: {row['reason']}")
     return 1 if ours else 3 if runner.left else 0
+
+
+def _with_function(work: list[tuple], op: str | None, path: str) -> tuple[list[tuple], str]:
+    """The cases of ``op`` with the function ``path`` as one more provider, and that provider's name."""
+    from ..benchmarks.case import Provider
+
+    if not op:
+        raise ValueError("bench: expected --op beside --impl, got none; name the op that your function computes")
+    function = load_function(path)
+    name = getattr(function, "__name__", path.rpartition(":")[2])
+    taken = {provider.name for _, _, providers in work for provider in providers}
+    if name in taken:
+        raise ValueError(f"bench: expected --impl to have a name of its own among {', '.join(sorted(taken))}, got {name!r}; "
+                         f"rename the function")
+    mine = Provider(name, function)
+    return [(family, case, [*providers, mine]) for family, case, providers in work], name
 
 
 def _say_conditions(settings) -> None:
