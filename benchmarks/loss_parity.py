@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
-from sora_fast import Pack, use_backend
 from sora_fast.diffusion import FlowMatching
-from sora_fast.dispatch import device_name
+from sora_fast.dispatch import device_name, use_backend
 from sora_fast.environment import environment
 from sora_fast.explanation import all_ops
 from sora_fast.models import DiT, DiTConfig
 from sora_fast.models.dit import PRESETS
+from sora_fast.pack import Pack
 from sora_fast.training.loop import pick_device
 from sora_fast.training.progress import Progress
 

@@ -10,3 +10,9 @@ def clean_state(monkeypatch, tmp_path_factory):
     monkeypatch.delenv("SORA_FAST_CHECK", raising=False)
     monkeypatch.setenv("SORA_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     torch.manual_seed(0)
+    flags = [(torch.backends.cudnn, "benchmark"), (torch.backends.cudnn, "allow_tf32"),
+             (torch.backends.cuda.matmul, "allow_tf32")]
+    before = [getattr(module, name) for module, name in flags]
+    yield
+    for (module, name), value in zip(flags, before, strict=True):  # what a benchmark sets, it sets for one test
+        setattr(module, name, value)

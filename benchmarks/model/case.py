@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sora_fast import use_backend
+from sora_fast.dispatch import use_backend
 from sora_fast.testing import Comparison, compare
 
 from ..case import Draw

@@ -12,11 +12,11 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
-from sora_fast import Pack
 from sora_fast.diffusion import FlowMatching
 from sora_fast.models import DiT, DiTConfig
 from sora_fast.models.dit import PRESETS, Block
 from sora_fast.nn import VarlenAttention
+from sora_fast.pack import Pack
 
 from ..case import Draw
 from .case import INPUTS, ModelCase, ModelProvider, Tensors, anywhere, compile_unavailable, model, training_step

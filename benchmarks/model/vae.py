@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sora_fast import ops, use_backend
+from sora_fast import ops
+from sora_fast.dispatch import use_backend
 from sora_fast.models import VAEConfig, VideoVAE
 from sora_fast.models.vae import PRESETS
 from sora_fast.reference.precision import wide_dtype

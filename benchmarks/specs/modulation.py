@@ -12,7 +12,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
-from sora_fast import Pack
+from sora_fast.pack import Pack
 
 from ..case import FORWARD, Case, Draw, Provider
 from ..providers import backends, compiled, installed

@@ -5,7 +5,7 @@ from math import prod
 
 import torch
 
-from sora_fast import Pack
+from sora_fast.pack import Pack
 from sora_fast.reference.rotary import angles
 
 from ..case import FORWARD, Case, Draw, Provider
