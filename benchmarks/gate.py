@@ -71,12 +71,14 @@ def check(case: Case, provider: Provider, truth: Truth, device: torch.device,
     every = case.directions()
     try:
         grads = any(every[direction] for direction in directions)
-        plain, comparisons, wrong = _examine(provider, truth, case.inputs(device, seed=1), grads)
+        plain, comparisons = _examine(provider, truth, case.inputs(device, seed=1), grads)
     except NotImplementedError as error:
         return {direction: refusal("UNSUPPORTED", str(error)) for direction in directions}
+    except _Wrong as wrong:
+        return {direction: refusal("FAILED", str(wrong)) for direction in directions}
     except Exception as error:
         return {direction: refusal("ERROR", explain(error)) for direction in directions}
-    return {direction: _verdict(comparisons if every[direction] else plain, every[direction], wrong)
+    return {direction: _verdict(comparisons if every[direction] else plain, every[direction])
             for direction in directions}
 
 
@@ -107,13 +109,12 @@ def explain(error: Exception) -> str:
 
 
 def _examine(provider: Provider, truth: Truth, inputs: dict, grads: bool):
-    """Call in the same memory, with other numbers first.
-
-    Returns the comparisons without and with gradients, and what else is wrong in a sentence.
-    """
+    """Call in the same memory, with other numbers first; the comparisons without and with gradients."""
     call: Callable = lambda **given: provider.run(**provider.prepare(given))
+    kept = [t.clone() for t in tensors(inputs)]
     with torch.no_grad():
         first, _ = run(call, inputs, None)
+    _unchanged(inputs, kept)  # now, before autograd finds out and says so in other words
     if grads:
         first += run(call, inputs, truth.cotangents, truth.names)[0]
     # results that are views of the inputs change with them, as they should
@@ -121,18 +122,26 @@ def _examine(provider: Provider, truth: Truth, inputs: dict, grads: bool):
     first = [t.detach() for t in first if t.untyped_storage().data_ptr() not in theirs]
     copies = [t.clone() for t in first]
     fill(inputs, truth.inputs)
-    before = [t.clone() for t in tensors(inputs)]
+    kept = [t.clone() for t in tensors(inputs)]
     _poison(first)
     with nullcontext() if provider.compiled else _Poisoned():  # torch.compile does not trace under such a mode
         with torch.no_grad():
             plain = truth.compare(run(call, inputs, None)[0])
         _poison(first)
         comparisons = truth.compare(call, inputs) if grads else plain
-    if not all(same_bits(t, copy) for t, copy in zip(tensors(inputs), before, strict=True)):
-        return plain, comparisons, "It changes its inputs."
+    _unchanged(inputs, kept)
     if not all(same_bits(t, copy) for t, copy in zip(first, copies, strict=True)):
-        return plain, comparisons, "A later call overwrites an earlier one's result: it returns the same memory each time."
-    return plain, comparisons, ""
+        raise _Wrong("A later call overwrites the result of an earlier one: it returns the same memory each time.")
+    return plain, comparisons
+
+
+class _Wrong(Exception):
+    """What is wrong with a provider beyond its numbers, in a sentence."""
+
+
+def _unchanged(inputs: dict, kept: list[torch.Tensor]) -> None:
+    if not all(same_bits(t, copy) for t, copy in zip(tensors(inputs), kept, strict=True)):
+        raise _Wrong("It changes its inputs.")
 
 
 def _poison(outputs: list[torch.Tensor]) -> None:
@@ -146,9 +155,9 @@ def _closeness(c: Comparison) -> tuple[bool, float]:
     return not c.passed, c.error_max / c.allowed_max if c.allowed_max else 0.0
 
 
-def _verdict(comparisons: list[Comparison], names: tuple[str, ...], wrong: str) -> Verdict:
+def _verdict(comparisons: list[Comparison], names: tuple[str, ...]) -> Verdict:
     counted = [c for c in comparisons if not c.name.startswith("d ") or c.name.removeprefix("d ").partition("[")[0] in names]
     worst = max(counted, key=_closeness)
-    reason = wrong or ("" if worst.passed else f"{worst}.")
+    reason = "" if worst.passed else f"{worst}."
     return Verdict("FAILED" if reason else "PASSED", reason, worst.error_max, worst.allowed_max)
 

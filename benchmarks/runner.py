@@ -100,6 +100,8 @@ class Runner:
         start = time.monotonic()
         for dtype in sorted({case.dtype for _, case, _ in work}, key=str):
             self.roofs.matrix(dtype)
+        if self.settings.device.type == "cuda":  # on a CPU each working set has its own, measured when its case comes
+            self.roofs.copy(0)
         finished = {rows.key(row) for row in self.done if row["row"] == "time"}
         for place, (family, case, providers) in enumerate(work, start=1):
             directions = ("step",) if family == MODEL else case.directions()
@@ -171,6 +173,8 @@ class Runner:
         sets = timing.input_sets(nbytes(*gate.tensors(truth.inputs)), device, self.settings.l2)
         inputs = [case.inputs(device, seed=seed + 1) for seed in range(sets)]
         stream = timing.side_stream(device)
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(device))  # for the inputs
 
         def make(provider):
             with torch.cuda.stream(stream):  # of None: nothing

@@ -37,8 +37,11 @@ def test_speed(benchmark, case, provider, direction):
         pytest.skip(verdict.reason)
     assert verdict.status == "PASSED", verdict.reason
     stream = timing.side_stream(DEVICE)
+    inputs = case.inputs(DEVICE, seed=1)
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(DEVICE))
     with torch.cuda.stream(stream):  # of None: nothing
-        ready = prepare(provider, [case.inputs(DEVICE, seed=1)], case.directions()[direction], truth(case), DEVICE)
+        ready = prepare(provider, [inputs], case.directions()[direction], truth(case), DEVICE)
 
         def call():
             ready.calls[0]()

@@ -70,13 +70,13 @@ class Events:
 
     name = "events"
 
-    def __init__(self, calls: Sequence[Callable[[], object]], device: torch.device):
-        self.calls, self.device, self.turn = calls, device, 0
+    def __init__(self, calls: Sequence[Callable[[], object]], device: torch.device, stream=None):
+        self.calls, self.device, self.stream, self.turn = calls, device, stream, 0
 
     def sample(self) -> float:
         call = self.calls[self.turn % len(self.calls)]
         self.turn += 1
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):  # of None: the current one
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda._sleep(1_000_000)  # cycles: about 0.6 ms, more than the launches of one op take
             start.record()
@@ -121,7 +121,7 @@ def timer(calls: Sequence[Callable[[], object]], device: torch.device, stream, *
             return Graph(calls, device, stream)
         except Exception:  # whatever cannot be captured: synchronising peers, allocations outside torch
             torch.cuda.synchronize(device)
-    return Events(calls, device)
+    return Events(calls, device, stream)
 
 
 def measure(timers: Mapping[str, object], effort: Effort) -> dict[str, Timing]:

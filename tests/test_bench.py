@@ -97,6 +97,12 @@ def changes_inputs(x, y, gate, rows):
     return out
 
 
+def changes_inputs_openly(x, y, gate, rows):
+    out = RIGHT(x, y, gate, rows)
+    gate.mul_(0)
+    return out
+
+
 def cached():
     kept = []
 
@@ -167,6 +173,7 @@ def last_row_of_gradient_forgotten(x, y, gate, rows):
     (one_element_off, {"forward", "backward"}, "at [17, 5]"),
     (gradient_off, {"backward"}, ": FAILED."),
     (changes_inputs, {"forward", "backward"}, "changes its inputs"),
+    (changes_inputs_openly, {"forward", "backward"}, "changes its inputs"),
     (cached(), {"forward", "backward"}, "FAILED"),
     (cached_by_address(), {"forward", "backward"}, "FAILED"),
     (one_buffer(), {"forward", "backward"}, "same memory"),
