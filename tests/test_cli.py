@@ -377,7 +377,7 @@ def test_validate_wrong_flags(cli, functions):
 
 def test_validate_ours(cli):
     code, out, _ = cli("validate", "--op", "gate_residual", "--op", "kl_sample", "--dtype", "bfloat16")
-    assert code == 0 and out.count("comparisons passed") == 4 and "FAILED" not in out and "records" not in out
+    assert code == 0 and out.count("ok\n") == 8 and "FAILED" not in out and "records" not in out
     code, out, _ = cli("validate", "--op", "varlen_attention_backward", "--dtype", "float32")
     assert code == 0 and "varlen_attention_backward" in out
 
@@ -414,7 +414,7 @@ def test_validate_writes_records_that_explain_reads(cli, planted):
     code, out, _ = cli(*ask)
     assert code == 0 and marks(out) == {"gate_residual": "triton"} and "taken by auto; validated on" in out
     code, out, _ = cli("info")
-    assert code == 0 and "kernels: planted" in out and "triton (our Triton kernels)" in out
+    assert code == 0 and "planted" in out and "triton (our Triton kernels)" in out
 
 
 def test_validate_of_what_refuses_everything(cli, planted):

@@ -1,0 +1,65 @@
+"""What the Triton backends of all families share: where they can run, and how an op is made of a launch."""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+from .. import configs, env
+from ..dispatch import Problem
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_library = torch.library.Library("sora_fast", "FRAGMENT")
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def unsupported(problem: Problem, wide: torch.dtype) -> list[str]:
+    """Sentences: why no Triton kernel can run ``problem``. ``wide``: the dtype that the call must be computed in."""
+    return list(_reasons(problem.device, problem.dtype, wide))
+
+
+@env.constant_in_graphs
+def _reasons(device: str, dtype: torch.dtype, wide: torch.dtype) -> tuple[str, ...]:
+    reasons = []
+    if not _installed():
+        reasons.append("Triton is not installed; install it with pip install triton.")
+    kind, _, architecture = device.partition(":")
+    if kind == "cuda":
+        if env.interpreted():
+            reasons.append("With TRITON_INTERPRET=1 kernels take CPU tensors and no others; unset it to run on the GPU.")
+        if architecture and int(architecture.removeprefix("sm")) < 80:
+            reasons.append(f"Its kernels are proven for sm80 and newer, and this GPU is {architecture}.")
+    elif kind != "cpu":
+        reasons.append(f"Its kernels run on CUDA GPUs, and these tensors are on {kind}.")
+    elif not env.interpreted():
+        reasons.append("Its kernels run on CUDA GPUs; on a CPU only in Triton's interpreter, with TRITON_INTERPRET=1.")
+    if wide == torch.float64:
+        reasons.append("Its kernels compute in float32, and float64 tensors ask for more.")
+    elif dtype not in DTYPES:
+        reasons.append(f"Its kernels take float32, bfloat16 and float16, and not {str(dtype).removeprefix('torch.')}.")
+    return tuple(reasons)
+
+
+def gpu_name(device: torch.device) -> str:
+    """The gpu that configs are looked up for; "cpu" in the interpreter."""
+    return "cpu" if device.type == "cpu" else configs.gpu_name(device)
+
+
+def define(schema: str, run: Callable, fake: Callable) -> None:
+    """Make ``torch.ops.sora_fast.<name>``, opaque to torch.compile, of ``run``.
+
+    Args:
+        schema: as in ``"scale(Tensor x, float factor) -> Tensor"``; outputs share no memory with inputs.
+        run: launches the kernels. fake: gives outputs of the same shapes and dtypes without numbers.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"sora_fast::{name}", fake, lib=_library)

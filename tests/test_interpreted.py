@@ -1,0 +1,31 @@
+"""Runs tests/interpreted in a process that has Triton's interpreter: TRITON_INTERPRET counts when Triton is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(path.name for path in (ROOT / "tests" / "interpreted").glob("test_*.py"))
+
+
+def interpreted(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments], cwd=ROOT,
+                          env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_in_the_interpreter(module):
+    pytest.importorskip("triton")
+    done = interpreted(f"tests/interpreted/{module}")
+    assert done.returncode == 0, f"{module} in the interpreter:\n{done.stdout}\n{done.stderr}"
+
+
+def test_a_failure_there_is_a_failure_here(tmp_path):
+    wrong = tmp_path / "test_wrong.py"
+    wrong.write_text("import os\n\ndef test_it():\n    assert os.environ['TRITON_INTERPRET'] != '1'\n")
+    done = interpreted(str(wrong))
+    assert done.returncode == 1 and "1 failed" in done.stdout
