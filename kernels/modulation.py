@@ -59,15 +59,17 @@ def forward_heuristic(launch: Launch, gpu: str) -> ForwardConfig:
 
 
 def backward_heuristic(launch: Launch, gpu: str) -> BackwardConfig:
-    """16 numbers a thread, and as many programs as are resident: with three sums they take 128 registers a thread, and up
-    to 174 where x and y differ in dtype; without a norm 64 to 80. From 4097 columns on 8 warps with up to 255, for 16 warps
-    may have 128 and spill.
+    """16 numbers a thread, and as many programs as are resident, or the last ones would wait for a turn of their own.
+
+    They take at most 128 registers a thread with two sums, 130 to 184 with a gate's besides or an affine norm, 64 to 80
+    without a norm.
+    From 4097 columns on 8 warps may have 255, where 16 warps may have 128 and spill.
     """
     warps = min(max(triton.next_power_of_2(max(launch.width, 1)) // 512, 1), 8)
     resident = 1 if launch.width > 4096 else 16 // warps
     if launch.norm is None:
-        resident *= 2
-    elif launch.y_dtype not in (None, launch.x_dtype):
+        resident = resident * 3 // 2
+    elif launch.y_dtype is not None or launch.affine:
         resident = 1 if warps == 8 else resident * 3 // 4
     return BackwardConfig(warps=warps, tokens=8, programs=resident)
 
@@ -228,10 +230,9 @@ def backward_kernel(x, y, gate, scale, rows, weight, bias, stats, dx_new, dh, dx
                 dh_D *= 1 + _numbers(scale + row * scale_stride + columns, used)
             if weight is not None:
                 dh_D *= _numbers(weight + columns, inside)
-            dx_D = dh_D - x_D * (tl.sum(dh_D * x_D, 0) / D)
-            if NORM == "layer":
-                dx_D -= tl.sum(dh_D, 0) / D
-            dx_D *= rstd
+            along = tl.sum(dh_D * x_D, 0) / D
+            mean = tl.sum(dh_D, 0) / D if NORM == "layer" else 0.0
+            dx_D = (dh_D - x_D * along - mean) * rstd
         if dx_new is not None:
             dx_D += _numbers(dx_new + at, used)
         if dxy_sums is not None:
@@ -373,12 +374,14 @@ def backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, *,
     bias_sums, weight_sums = total(want_bias), total(want_weight)
     join = want_gate or want_shift or want_scale
     slot_rows = torch.empty(2 * programs, dtype=torch.int32, device=device) if join else None
+    # a thread's share of 65,536; where nothing is said, ptxas spills to stay within 128
+    registers = min(65536 // (32 * config.warps * config.programs), 255)
     if tokens and width:
         with _on(like):
             backward_kernel[(programs,)](
                 x, y, gate, scale, rows, weight, bias, stats, dx_new, dh, dx, dy, d_gate, d_shift, d_scale, dh_sums,
                 dhx_sums, dxy_sums, slot_rows, bias_sums, weight_sums, tokens, run, gate_stride, scale_stride, D=width,
-                NORM=norm, ONE_ROW=one_row, BLOCK_D=triton.next_power_of_2(width), num_warps=config.warps)
+                NORM=norm, ONE_ROW=one_row, BLOCK_D=triton.next_power_of_2(width), num_warps=config.warps, maxnreg=registers)
             if join:
                 span, block = 8, min(128, triton.next_power_of_2(width))
                 join_kernel[(triton.cdiv(2 * programs, span), triton.cdiv(width, block))](
@@ -416,7 +419,7 @@ def aot_cases():
     yield "1536, float32 tables", partial(_both, 1536, bf16, None, f32, "layer", False), wants
     yield "3072, affine", partial(_both, 3072, bf16, None, bf16, "layer", True), wants
     yield "3072, gate", partial(_both, 3072, bf16, bf16, bf16, None, False), wants
-    # sm_120 has 12 spills in its 255 registers, not measured yet: in the table, not in the verdict
-    wide = partial(_both, 5120, f32, bf16, f32, "layer", False)
-    yield "5120, float32 stream", wide, wants | dict(ccs=(80, 86, 89, 90, 100))
-    yield "5120, float32 stream", wide, wants | dict(ccs=(120,), backward_kernel=dict(gated=False))
+    # 254 or 255 registers, and by architecture and Triton version up to 19 spills, whose cost is not measured yet: in the
+    # table, not in the verdict
+    yield "5120, float32 stream", partial(_both, 5120, f32, bf16, f32, "layer", False), wants | dict(
+        backward_kernel=dict(gated=False))

@@ -103,7 +103,7 @@ def test_drawn(lengths, width, first, op, norm, affine, x, y, table, run):
         row += 1 + gap
     inputs = inputs_of(op, ints(*numbers), len(numbers), row + 1, width, norm=norm, affine=affine, x=x, y=y, table=table)
     with (configs.override("modulation", "forward", kernels.ForwardConfig(warps=1, tokens=4)),
-          configs.override("modulation", "backward", kernels.BackwardConfig(warps=1, tokens=run, programs=100))):
+          configs.override("modulation", "backward", kernels.BackwardConfig(warps=1, tokens=run, programs=16))):
         op_checks.assert_close_to_reference(op, on_kernel(op), inputs)
 
 
