@@ -4,6 +4,7 @@ A spec (``specs/<family>.py``) is a list of cases and a list of providers for ea
 providers nothing of shapes: a provider takes the op's keyword arguments and returns what the op returns.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -23,11 +24,11 @@ def _unchanged(inputs: dict) -> dict:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One op at one shape and dtype; a family's subclass adds its sizes and answers the questions below.
+class Subject(ABC):
+    """What a row is about, at one size and dtype: an op (Case) or a model's step (ModelCase).
 
-    ``label`` names the shape and where it comes from ("Wan 14B, 720p"); it is unique among the op's cases. ``suites``
-    says which of "quick" and "full" the case belongs to.
+    ``label`` names the size and where it comes from ("Wan 14B, 720p"); it is unique among the op's. ``suites`` says which
+    of "quick", "full" and "model" it belongs to.
     """
 
     op: str
@@ -35,34 +36,39 @@ class Case:
     dtype: torch.dtype
     suites: tuple[str, ...]
 
+    @abstractmethod
     def shape(self) -> dict[str, object]:
         """The sizes, as a row shows them: JSON's own types."""
-        raise NotImplementedError
 
+    @abstractmethod
+    def directions(self) -> Mapping[str, tuple[str, ...]]:
+        """What is timed, each with the inputs whose gradients it computes: of a Case "forward" and each backward."""
+
+    @property
+    def id(self) -> str:
+        return f"{self.op} / {self.label} / {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True)
+class Case(Subject):
+    """One op; a family's subclass adds its sizes and answers the questions."""
+
+    @abstractmethod
     def inputs(self, device: torch.device, seed: int) -> dict:
         """The op's keyword arguments, random numbers drawn on ``device``; the same for the same seed."""
-        raise NotImplementedError
 
-    def directions(self) -> Mapping[str, tuple[str, ...]]:
-        """What is timed: "forward", and each backward with the inputs whose gradients it computes."""
-        raise NotImplementedError
-
+    @abstractmethod
     def flops(self, direction: str) -> int:
         """Multiplications and additions of matrix products and convolutions; other arithmetic counts as none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def least_bytes(self, direction: str) -> int:
         """Bytes of every tensor that must be read and written, once each."""
-        raise NotImplementedError
 
     def truth(self, inputs: dict, seed: int) -> Truth:
         """What these inputs must give; a family whose reference does not fit at these sizes computes it in pieces."""
         wanted = {name for names in self.directions().values() for name in names}
         return truth(self.op, inputs, grads=bool(wanted), names=wanted, seed=seed)
-
-    @property
-    def id(self) -> str:
-        return f"{self.op} / {self.label} / {str(self.dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,6 @@ class Draw:
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> torch.Tensor:
-        # drawn in float32 in pieces of the final dtype's size: 16-bit randn on CUDA draws other numbers, and slower
+        # in float32 first, so that every dtype gets the same numbers, rounded
         numbers = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float32)
         return (numbers * scale if scale != 1.0 else numbers).to(dtype or self.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_fast.testing import Comparison, Truth
-from sora_fast.testing.rule import run
+from sora_fast.testing.rule import run, same_bits, tensors
 
 from .case import Case, Provider
 
@@ -43,26 +43,11 @@ def refusal(status: str, reason: str) -> Verdict:
     return Verdict(status, reason, None, None)
 
 
-def tensors(value) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [t for item in value.values() for t in tensors(item)]
-    if isinstance(value, (list, tuple)):
-        return [t for item in value for t in tensors(item)]
-    return []
-
-
 def fill(inputs: Mapping[str, object], values: Mapping[str, object]) -> None:
     """Write the numbers of ``values`` into the memory of ``inputs``."""
     with torch.no_grad():
         for target, source in zip(tensors(inputs), tensors(values), strict=True):
             target.copy_(source)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal, NaN included."""
-    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def check(case: Case, provider: Provider, truth: Truth, device: torch.device,
@@ -78,27 +63,30 @@ def check(case: Case, provider: Provider, truth: Truth, device: torch.device,
         return {direction: refusal("FAILED", str(wrong)) for direction in directions}
     except Exception as error:
         return {direction: refusal("ERROR", explain(error)) for direction in directions}
-    return {direction: _verdict(comparisons if every[direction] else plain, every[direction])
+    return {direction: _verdict(_of(comparisons, every[direction]) if every[direction] else plain)
             for direction in directions}
 
 
 def check_model(case, provider, device: torch.device) -> Verdict:
     """The Verdict of a whole model's step, from the comparisons that the ModelCase makes at its gate's size."""
     try:
-        comparisons = case.gate(provider, device)
+        return _verdict(case.gate(provider, device))
     except Exception as error:
         return refusal("UNSUPPORTED" if isinstance(error, NotImplementedError) else "ERROR", explain(error))
-    worst = max(comparisons, key=_closeness)
-    return Verdict("PASSED" if worst.passed else "FAILED", "" if worst.passed else f"{worst}.", worst.error_max,
-                   worst.allowed_max)
 
 
-def check_again(provider: Provider, truth: Truth, used_inputs: Mapping[str, object]) -> str:
-    """After the timing, in the memory that was timed: a sentence if the call has begun to give something else, or ""."""
+def check_again(provider: Provider, truth: Truth, used_inputs: Mapping[str, object], names: tuple[str, ...]) -> str:
+    """After the timing, in the memory that was timed: a sentence if the call has begun to give something else, or "".
+
+    ``names``: of the inputs whose gradients were timed.
+    """
     fill(used_inputs, truth.inputs)
     call = lambda **inputs: provider.run(**provider.prepare(inputs))
-    with torch.no_grad():
-        comparisons = truth.compare(run(call, used_inputs, None)[0])
+    if names:
+        comparisons = _of(truth.compare(call, used_inputs), names)
+    else:
+        with torch.no_grad():
+            comparisons = truth.compare(run(call, used_inputs, None)[0])
     return next((f"It passed before the timing and fails after it: {c}." for c in comparisons if not c.passed), "")
 
 
@@ -150,14 +138,13 @@ def _poison(outputs: list[torch.Tensor]) -> None:
     del held
 
 
-def _closeness(c: Comparison) -> tuple[bool, float]:
-    """Orders comparisons: the failed ones last, among equals the one that used most of what it is allowed."""
-    return not c.passed, c.error_max / c.allowed_max if c.allowed_max else 0.0
+def _of(comparisons: list[Comparison], names: tuple[str, ...]) -> list[Comparison]:
+    """Those of the outputs, and of the gradients of inputs in ``names``."""
+    gradient_of = lambda c: c.name.removeprefix("d ").partition("[")[0]  # a list's are "outs[0]", "outs[1]"
+    return [c for c in comparisons if not c.name.startswith("d ") or gradient_of(c) in names]
 
 
-def _verdict(comparisons: list[Comparison], names: tuple[str, ...]) -> Verdict:
-    counted = [c for c in comparisons if not c.name.startswith("d ") or c.name.removeprefix("d ").partition("[")[0] in names]
-    worst = max(counted, key=_closeness)
-    reason = "" if worst.passed else f"{worst}."
-    return Verdict("FAILED" if reason else "PASSED", reason, worst.error_max, worst.allowed_max)
-
+def _verdict(comparisons: list[Comparison]) -> Verdict:
+    worst = max(comparisons, key=lambda c: c.severity)
+    return Verdict("PASSED" if worst.passed else "FAILED", "" if worst.passed else f"{worst}.", worst.error_max,
+                   worst.allowed_max)

@@ -7,7 +7,7 @@ and goes on where it stopped.
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,10 @@ import torch._dynamo
 import torch._functorch.config
 
 from sora_fast.environment import clock_mhz, environment
+from sora_fast.testing.rule import tensors
 
 from . import gate, rows, timing
-from .case import Case, Provider, nbytes
+from .case import Case, Provider, Subject, nbytes
 from .figures import MODEL, MOST
 from .gate import Verdict
 from .model_cases import ModelCase, ModelProvider
@@ -47,18 +48,11 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Facts:
+class Memory:
     """What a row tells of a provider's memory."""
 
     peak_bytes: int | None
     saved_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Ready(Facts):
-    """A provider with inputs on the device: one call per set, for one direction."""
-
-    calls: list[Callable[[], object]]
 
 
 class Runner:
@@ -104,8 +98,7 @@ class Runner:
             self.roofs.copy(0)
         finished = {rows.key(row) for row in self.done if row["row"] == "time"}
         for place, (family, case, providers) in enumerate(work, start=1):
-            directions = ("step",) if family == MODEL else case.directions()
-            left = [p for p in providers if any(self._key(case, d, p) not in finished for d in directions)]
+            left = [p for p in providers if any(self._key(case, d, p) not in finished for d in case.directions())]
             if not left:
                 continue
             if self.settings.minutes and time.monotonic() - start > self.settings.minutes * 60:
@@ -115,12 +108,19 @@ class Runner:
                 break
             self.tell(f"[{place}/{len(work)}] {case.id}")
             torch._dynamo.reset()  # every case compiles anew: past eight shapes torch.compile would stop compiling
-            self._write(self._model(case, left) if family == MODEL else self._case(family, case, left))
+            try:
+                new = self._model(case, left) if family == MODEL else self._case(family, case, left)
+            except Exception as error:  # of the reference or the inputs, such as memory they do not fit: the others go on
+                verdict = gate.refusal("ERROR", f"Nothing of this case was timed: {gate.explain(error)}")
+                new = [self._blank(family, case, direction, provider.name, verdict, "", None)
+                       for direction in case.directions() for provider in left]
+            self._write(new)
+            _release(self.settings.device)
         return self.done
 
-    def _key(self, case: Case, direction: str, provider: Provider) -> tuple:
-        return (self.settings.suite, case.op, case.label, direction, provider.name,
-                str(case.dtype).removeprefix("torch."))
+    def _key(self, case: Subject, direction: str, provider) -> tuple:
+        return rows.key(dict(suite=self.settings.suite, op=case.op, case=case.label, direction=direction,
+                             provider=provider.name, dtype=str(case.dtype).removeprefix("torch.")))
 
     def _write(self, new: list[dict]) -> None:
         new = [row | {"environment": self.environment} for row in new]
@@ -141,12 +141,7 @@ class Runner:
             if len(verdicts[provider.name]) == len(away):
                 continue
             if truth is None:
-                try:
-                    truth = case.truth(case.inputs(device, seed=0), seed=0)
-                except torch.cuda.OutOfMemoryError as error:
-                    why = f"The reference in float64 does not fit this device, so nothing was timed: {gate.explain(error)}"
-                    verdicts = {p.name: {d: gate.refusal("ERROR", why) for d in case.directions()} for p in providers}
-                    break
+                truth = case.truth(case.inputs(device, seed=0), seed=0)
                 scope = truth.scope
             found = gate.check(case, provider, truth, device, tuple(d for d, why in away.items() if not why))
             verdicts[provider.name] |= found
@@ -170,7 +165,7 @@ class Runner:
     def _direction(self, case, names, providers, truth, verdicts, direction):
         """Time one direction; a provider that breaks here, or afterwards, loses its verdict and gets no time."""
         device = self.settings.device
-        sets = timing.input_sets(nbytes(*gate.tensors(truth.inputs)), device, self.settings.l2)
+        sets = timing.input_sets(nbytes(*tensors(truth.inputs)), device, self.settings.l2)
         inputs = [case.inputs(device, seed=seed + 1) for seed in range(sets)]
         stream = timing.side_stream(device)
         if stream is not None:
@@ -178,12 +173,12 @@ class Runner:
 
         def make(provider):
             with torch.cuda.stream(stream):  # of None: nothing
-                ready = prepare(provider, inputs, names, truth, device)
-                return Facts(ready.peak_bytes, ready.saved_bytes), timing.timer(ready.calls, device, stream)
+                calls, memory = prepare(provider, inputs, names, truth, device)
+                return memory, timing.timer(calls, device, stream)
 
         result, broken, clock = self._in_turns(providers, make)
         for provider in providers:
-            again = gate.check_again(provider, truth, inputs[0]) if provider.name in result else ""
+            again = gate.check_again(provider, truth, inputs[0], names) if provider.name in result else ""
             if again:
                 broken[provider.name] = gate.refusal("FAILED", again)
                 del result[provider.name]
@@ -192,9 +187,9 @@ class Runner:
         return result, clock
 
     def _in_turns(self, providers: Sequence, make: Callable):
-        """Time what ``make(provider)`` gives, (facts, timer): all in turns, or where memory is short, in groups that fit.
+        """Time what ``make(provider)`` gives, (memory, timer): all in turns, or where memory is short, in groups that fit.
 
-        Returns (timing, facts) by name, the Verdict of each that could not be made, and the mean clock.
+        Returns (timing, memory) by name, the Verdict of each that could not be made, and the mean clock.
         """
         result, broken, clocks, waiting = {}, {}, [], list(providers)
         while waiting:
@@ -211,7 +206,7 @@ class Runner:
             clocks.append(clock_mhz(self.settings.device))
             timings = timing.measure({name: timer for name, (_, timer) in ready.items()}, self.settings.effort)
             clocks.append(clock_mhz(self.settings.device))
-            result |= {name: (timings[name], facts) for name, (facts, _) in ready.items()}
+            result |= {name: (timings[name], memory) for name, (memory, _) in ready.items()}
             del ready
             _release(self.settings.device)
         known = [clock for clock in clocks if clock is not None]
@@ -228,17 +223,17 @@ class Runner:
 
         def make(provider):
             step = provider.build(case, device)
-            return Facts(_peak(step, device), None), timing.timer([step], device, None, capture=False)
+            return Memory(_peak(step, device), None), timing.timer([step], device, None, capture=False)
 
         timed, broken, clock = self._in_turns([p for p in providers if verdicts[p.name].status == "PASSED"], make)
         verdicts |= broken
         new = []
         for provider in providers:
             name = provider.name
-            row = self._blank(MODEL, case, "step", name, verdicts[name], case.scope(), case.flops(), None, clock)
+            row = self._blank(MODEL, case, "step", name, verdicts[name], case.scope(), clock) | dict(flops=case.flops())
             if name in timed:
-                measured, facts = timed[name]
-                row |= measured.statistics() | dict(timer=measured.timer, peak_bytes=facts.peak_bytes, roof="matrix")
+                measured, memory = timed[name]
+                row |= measured.statistics() | dict(timer=measured.timer, peak_bytes=memory.peak_bytes, roof="matrix")
                 row["floor_ms"] = row["flops"] / self.roofs.matrix(case.dtype) * 1e3
                 share, peak = row["floor_ms"] / row["median_ms"], self.roofs.published_matrix(case.dtype)
                 row["share"] = share if share <= MOST else None
@@ -249,36 +244,36 @@ class Runner:
 
     # -------------------------------------------------------------------------------------------------------- rows
     def _row(self, family, case, direction, provider, verdict: Verdict, scope, timed, clock) -> dict:
-        row = self._blank(family, case, direction, provider.name, verdict, scope, case.flops(direction),
-                          case.least_bytes(direction), clock)
+        row = self._blank(family, case, direction, provider.name, verdict, scope, clock) | dict(
+            flops=case.flops(direction), bytes=case.least_bytes(direction))
         if timed is None:
             return row
-        measured, facts = timed
+        measured, memory = timed
         row |= measured.statistics()
         roof, floor = self.roofs.floor_ms(row["flops"], row["bytes"], case.dtype)
         share = floor / row["median_ms"]
         return row | dict(timer=measured.timer, roof=roof, floor_ms=floor, share=share if share <= MOST else None,
-                          peak_bytes=facts.peak_bytes, saved_bytes=facts.saved_bytes,
+                          peak_bytes=memory.peak_bytes, saved_bytes=memory.saved_bytes,
                           details=dict(provider.details(case, self.settings.device))
                           | ({"above_roof": round(share, 3)} if share > MOST else {}))
 
-    def _blank(self, family, case, direction, name, verdict: Verdict, scope, flops, least_bytes, clock) -> dict:
-        """A row with all but the figures of a timing."""
+    def _blank(self, family, case, direction, name, verdict: Verdict, scope, clock) -> dict:
+        """A row without figures."""
         settings = self.settings
         return dict(
             row="time", schema=rows.SCHEMA, suite=settings.suite, family=family, op=case.op, case=case.label,
             direction=direction, provider=name, dtype=str(case.dtype).removeprefix("torch."), shape=case.shape(),
             status=verdict.status, reason=verdict.reason, error=verdict.error, allowed=verdict.allowed, gate=scope,
             min_ms=None, p20_ms=None, median_ms=None, q3_ms=None, p80_ms=None, n=0, timer=None, l2=settings.l2,
-            clock_mhz=clock, flops=flops, bytes=least_bytes, roof=None, floor_ms=None, share=None, peak_bytes=None,
+            clock_mhz=clock, flops=None, bytes=None, roof=None, floor_ms=None, share=None, peak_bytes=None,
             saved_bytes=None, mfu=None, details={},
             command=f"sora-fast bench {family} --suite {settings.suite} --device {settings.device.type} --l2 {settings.l2} "
                     f"--case '{case.op} / {case.label}' --providers {name}",
         )
 
 
-def prepare(provider: Provider, inputs: Sequence[dict], names: tuple[str, ...], truth, device) -> Ready:
-    """Calls of one direction over all input sets; a backward is called alone, on a graph that is kept."""
+def prepare(provider: Provider, inputs: Sequence[dict], names: tuple[str, ...], truth, device):
+    """(calls, Memory) of one direction: a call per set of inputs; a backward is called alone, on a graph that is kept."""
     calls, first, saved = [], None, None
     for values in inputs:
         with torch.no_grad():
@@ -290,13 +285,12 @@ def prepare(provider: Provider, inputs: Sequence[dict], names: tuple[str, ...], 
             continue
         counted = _Saved(given)
         with counted:
-            outputs = [o for o in gate.tensors(provider.run(**given))]
+            outputs = tensors(provider.run(**given))
         saved = counted.bytes
         pairs = [(o, _laid_out(c, o)) for o, c in zip(outputs, truth.cotangents, strict=True) if o.requires_grad]
-        leaves = [t for name in names for t in gate.tensors(given.get(name)) if t.requires_grad]
+        leaves = [t for name in names for t in tensors(given.get(name)) if t.requires_grad]
         calls.append(_backward(pairs, leaves))
-    peak = _peak(_whole(provider, first, names, truth.cotangents), device)
-    return Ready(peak, saved, calls)
+    return calls, Memory(_peak(_whole(provider, first, names, truth.cotangents), device), saved)
 
 
 def _peak(call: Callable[[], object], device: torch.device) -> int | None:
@@ -338,13 +332,13 @@ def _whole(provider: Provider, given: dict, names, cotangents) -> Callable[[], o
         return _forward(provider, given)
 
     with torch.no_grad():
-        outputs = gate.tensors(provider.run(**given))
+        outputs = tensors(provider.run(**given))
         cotangents = [_laid_out(c, o) for o, c in zip(outputs, cotangents, strict=True)]
 
     def call():
-        outputs = gate.tensors(provider.run(**given))
+        outputs = tensors(provider.run(**given))
         pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-        leaves = [t for name in names for t in gate.tensors(given.get(name)) if t.requires_grad]
+        leaves = [t for name in names for t in tensors(given.get(name)) if t.requires_grad]
         return torch.autograd.grad([o for o, _ in pairs], leaves, [c for _, c in pairs], allow_unused=True)
     return call
 
@@ -358,7 +352,7 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
     """Counts what a forward keeps for its backward beyond its inputs, each memory once."""
 
     def __init__(self, inputs: dict):
-        self.seen = {t.untyped_storage().data_ptr() for t in gate.tensors(inputs)}
+        self.seen = {t.untyped_storage().data_ptr() for t in tensors(inputs)}
         self.bytes = 0
         super().__init__(self._count, lambda t: t)
 
@@ -375,13 +369,3 @@ def _release(device: torch.device) -> None:
         gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-
-
-def select(work: Iterable[tuple[str, Case, Sequence[Provider]]], case_text: str, provider_names: Sequence[str]):
-    """Cases whose id contains ``case_text`` and providers among ``provider_names`` (all where none are named)."""
-    chosen = []
-    for family, case, providers in work:
-        kept = [p for p in providers if not provider_names or p.name in provider_names]
-        if kept and case_text.lower() in case.id.lower():
-            chosen.append((family, case, kept))
-    return chosen

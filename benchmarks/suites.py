@@ -44,3 +44,13 @@ def _few_compiled(found: list[tuple]) -> list[tuple]:
         compiled.add(case.op)
         limited.append((family, case, providers))
     return limited
+
+
+def select(work: Sequence[tuple], case_text: str, provider_names: Sequence[str]):
+    """Cases whose id contains ``case_text`` and providers among ``provider_names`` (all where none are named)."""
+    chosen = []
+    for family, case, providers in work:
+        kept = [p for p in providers if not provider_names or p.name in provider_names]
+        if kept and case_text.lower() in case.id.lower():
+            chosen.append((family, case, kept))
+    return chosen

@@ -41,10 +41,10 @@ def test_speed(benchmark, case, provider, direction):
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(DEVICE))
     with torch.cuda.stream(stream):  # of None: nothing
-        ready = prepare(provider, [inputs], case.directions()[direction], truth(case), DEVICE)
+        (measured,), _ = prepare(provider, [inputs], case.directions()[direction], truth(case), DEVICE)
 
         def call():
-            ready.calls[0]()
+            measured()
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize(DEVICE)
 

@@ -127,8 +127,6 @@ def forget() -> None:
     _found.clear()
 
 
-
-
 def _key(kernel: str, problem) -> str:
     return f"{kernel}: " + ", ".join(f"{field.name}={getattr(problem, field.name)}" for field in fields(problem))
 

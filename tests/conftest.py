@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from sora_fast.cli.__main__ import main
+
 
 @pytest.fixture(autouse=True)
 def clean_state(monkeypatch, tmp_path_factory):
@@ -16,3 +18,13 @@ def clean_state(monkeypatch, tmp_path_factory):
     yield
     for (module, name), value in zip(flags, before, strict=True):  # what a benchmark sets, it sets for one test
         setattr(module, name, value)
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run the command line here: (exit code, stdout, stderr)."""
+    def run(*argv):
+        with pytest.raises(SystemExit) as done:
+            main([str(a) for a in argv])
+        return done.value.code, *capsys.readouterr()
+    return run

@@ -18,7 +18,8 @@ from sora_fast import ops
 from sora_fast.benchmarks import gate, rows, timing
 from sora_fast.benchmarks.case import Case, Draw, Provider, nbytes
 from sora_fast.benchmarks.roofs import PUBLISHED, Roofs, published
-from sora_fast.benchmarks.runner import Runner, Settings, select
+from sora_fast.benchmarks.runner import Runner, Settings
+from sora_fast.benchmarks.suites import select
 
 CPU = torch.device("cpu")
 QUICKLY = timing.Effort(0.0, 2.0)

@@ -19,6 +19,7 @@ from sora_fast.benchmarks.peers_attention import peers
 from sora_fast.benchmarks.specs import attention as spec
 from sora_fast.benchmarks.specs.attention import AttentionCase, providers, truth_in_pieces
 from sora_fast.testing import truth
+from sora_fast.testing.rule import tensors
 
 CPU = torch.device("cpu")
 VARLEN = [case for case in spec.QUICK if case.op == "varlen_attention"]
@@ -100,25 +101,25 @@ def test_flops_against_torchs_counter(label):
 
 def stored(*values) -> int:
     """Bytes of the distinct memory behind tensors."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gate.tensors(values)}.values())
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(values)}.values())
 
 
 @cases(*spec.QUICK, replace(EQUAL, label="with lse", return_lse=True), replace(CROSS, label="lse", return_lse=True))
 def test_bytes_against_the_tensors_that_there_are(case):
     inputs = case.inputs(CPU, 0)
-    inputs = {name: value for name, value in inputs.items() if gate.tensors(value)} | (
+    inputs = {name: value for name, value in inputs.items() if tensors(value)} | (
         {} if case.op == "merge_attention" else dict(causal=case.causal, window=case.window))
     outs = getattr(ops, case.op)(**inputs, backend="reference",
                                  **({"return_lse": case.return_lse} if case.op == "varlen_attention" else {}))
-    assert case.least_bytes("forward") == stored(inputs, [t.contiguous().clone() for t in gate.tensors(outs)])
+    assert case.least_bytes("forward") == stored(inputs, [t.contiguous().clone() for t in tensors(outs)])
     assert case.flops("forward") == (10 if "backward" in case.op else 4) * case.pairs() * case.heads * case.head_dim \
         or case.op == "merge_attention"
     if "backward" not in case.directions():
         return
     names = case.directions()["backward"]
-    leaves = [t.requires_grad_() for name in names for t in gate.tensors(inputs[name])]
+    leaves = [t.requires_grad_() for name in names for t in tensors(inputs[name])]
     options = dict(return_lse=case.return_lse) if case.op == "varlen_attention" else {}
-    outs = gate.tensors(getattr(ops, case.op)(**inputs, **options, backend="reference"))
+    outs = tensors(getattr(ops, case.op)(**inputs, **options, backend="reference"))
     cotangents = [torch.ones_like(o).contiguous() for o in outs]
     grads = [g.contiguous().clone() for g in torch.autograd.grad(outs, leaves, cotangents)]
     kept = []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import cli, refused  # noqa: F401  (cli is a fixture)
+from cli_checks import refused
 
 from sora_fast.benchmarks import rows, suites
 from sora_fast.cli.bench import slug
@@ -46,7 +46,7 @@ def slower(factor, provider):
     return change
 
 
-def test_a_run_writes_rows_and_a_report_and_goes_on(cli, run):  # noqa: F811
+def test_a_run_writes_rows_and_a_report_and_goes_on(cli, run):
     found = [row for row in rows.read(run / "bench.jsonl") if row["row"] == "time"]
     assert {(row["provider"], row["direction"]) for row in found} == {
         (p, d) for p in ("torch", "reference") for d in ("forward", "backward")}
@@ -56,7 +56,7 @@ def test_a_run_writes_rows_and_a_report_and_goes_on(cli, run):  # noqa: F811
     assert code == 0 and (run / "bench.jsonl").read_bytes() == before and "[1/1]" not in out
 
 
-def test_compare_with_itself_and_with_a_slower_one(cli, run, tmp_path):  # noqa: F811
+def test_compare_with_itself_and_with_a_slower_one(cli, run, tmp_path):
     base = run / "bench.jsonl"
     code, out, _ = cli("bench", "compare", base, base)
     assert code == 0 and "SAME 4, UNDECIDED 0, FAST 0, SLOW 0" in out
@@ -70,7 +70,7 @@ def test_compare_with_itself_and_with_a_slower_one(cli, run, tmp_path):  # noqa:
 
 
 @pytest.mark.parametrize("name, value", [("l2", "cold"), ("dtype", "float16"), ("device", "NVIDIA H200")])
-def test_compare_refuses_other_conditions_by_name(cli, run, tmp_path, name, value):  # noqa: F811
+def test_compare_refuses_other_conditions_by_name(cli, run, tmp_path, name, value):
     def change(row):
         if name == "device":
             row["environment"]["device"] = value
@@ -81,7 +81,7 @@ def test_compare_refuses_other_conditions_by_name(cli, run, tmp_path, name, valu
     refused(cli("bench", "compare", run / "bench.jsonl", other), value)
 
 
-def test_report_of_two_gpus(cli, run, tmp_path):  # noqa: F811
+def test_report_of_two_gpus(cli, run, tmp_path):
     def on(gpu):
         return lambda row: row["environment"].update(device=gpu, kind="cuda")
 
@@ -94,11 +94,11 @@ def test_report_of_two_gpus(cli, run, tmp_path):  # noqa: F811
     refused(cli("bench", "report", tmp_path / "empty.jsonl", "--out", tmp_path / "no"), "empty.jsonl")
 
 
-def test_collect_keeps_one_gpus_rows_and_no_cpus(cli, run, tmp_path, monkeypatch):  # noqa: F811
+def test_collect_keeps_one_gpus_rows_and_no_cpus(cli, run, tmp_path, monkeypatch):
     import sora_fast.benchmarks
 
     room = tmp_path / "benchmarks"
-    monkeypatch.setattr(sora_fast.benchmarks, "__path__", [str(room)])
+    monkeypatch.setattr(sora_fast.benchmarks, "__path__", [str(room), *sora_fast.benchmarks.__path__])
     refused(cli("bench", "collect", run), "one GPU")
     refused(cli("bench", "collect", tmp_path), "*.jsonl")
     gpu = lambda row: row["environment"].update(device="NVIDIA H200", kind="cuda")
@@ -111,7 +111,7 @@ def test_collect_keeps_one_gpus_rows_and_no_cpus(cli, run, tmp_path, monkeypatch
     assert slug("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090"
 
 
-def test_misuse_is_one_sentence(cli, tmp_path):  # noqa: F811
+def test_misuse_is_one_sentence(cli, tmp_path):
     refused(cli("bench", "atention", "--device", "cpu"), "atention", "families among")
     refused(cli("bench", "--case", "no such case", "--out", tmp_path), "no such case")
     refused(cli("bench", "--device", "cpu", "--l2", "cold", "--out", tmp_path), "cold")
@@ -120,7 +120,7 @@ def test_misuse_is_one_sentence(cli, tmp_path):  # noqa: F811
     refused(cli("bench", "compare", tmp_path / "nothing.jsonl", tmp_path / "nothing.jsonl"), "nothing.jsonl")
 
 
-def test_a_failure_of_ours_fails_the_run(cli, tmp_path, monkeypatch):  # noqa: F811
+def test_a_failure_of_ours_fails_the_run(cli, tmp_path, monkeypatch):
     from sora_fast.ops import latents
 
     right = latents.KL_SAMPLE.backends["torch"].run
@@ -135,7 +135,7 @@ def test_a_failure_of_ours_fails_the_run(cli, tmp_path, monkeypatch):  # noqa: F
     assert all(row["status"] == "FAILED" and row["median_ms"] is None for row in failed) and len(failed) == 2
 
 
-def test_a_function_of_the_users_is_measured_beside_ours(cli, tmp_path, monkeypatch):  # noqa: F811
+def test_a_function_of_the_users_is_measured_beside_ours(cli, tmp_path, monkeypatch):
     (tmp_path / "users_kernels.py").write_text("""
 from sora_fast import ops
 

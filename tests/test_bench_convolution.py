@@ -17,7 +17,7 @@ from sora_fast.benchmarks import gate
 from sora_fast.benchmarks.case import nbytes
 from sora_fast.benchmarks.specs import convolution, normalization, spec
 from sora_fast.testing import truth
-from sora_fast.testing.rule import random_cotangents, run
+from sora_fast.testing.rule import random_cotangents, run, tensors
 
 CPU = torch.device("cpu")
 EVERY = [*normalization.CASES, *convolution.CASES]
@@ -37,7 +37,7 @@ def called(case, names, device=CPU):
     """Leaves, outputs, and cotangents for those that need one, of one call on the backend "torch"."""
     inputs = {name: value.requires_grad_(name in names) if isinstance(value, torch.Tensor) else value
               for name, value in case.inputs(device, 0).items()}
-    outputs = gate.tensors(getattr(ops, case.op)(**inputs, backend="torch"))
+    outputs = tensors(getattr(ops, case.op)(**inputs, backend="torch"))
     return inputs, outputs, [torch.empty_like(o) if o.requires_grad else None for o in outputs]
 
 
@@ -61,7 +61,7 @@ def test_cases_are_named_once_and_rows_can_hold_them():
 
 def test_a_seed_gives_the_same_numbers():
     for case in QUICK:
-        first, again, other = (gate.tensors(case.inputs(CPU, seed)) for seed in (0, 0, 1))
+        first, again, other = (tensors(case.inputs(CPU, seed)) for seed in (0, 0, 1))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_checks import refused
 
 import sora_fast
 from sora_fast.cli.__main__ import is_sentence, main, parser
@@ -21,24 +22,6 @@ from sora_fast.training.config import DiTTraining, VAETraining
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("demo", "train-vae", "train", "generate", "info", "explain", "validate", "bench", "bench compare",
             "bench report", "bench collect", "bench readme")
-
-
-@pytest.fixture
-def cli(capsys):
-    """Run the command line here: (exit code, stdout, stderr)."""
-    def run(*argv):
-        with pytest.raises(SystemExit) as done:
-            main([str(a) for a in argv])
-        return done.value.code, *capsys.readouterr()
-    return run
-
-
-def refused(result, *parts):
-    """One sentence on stderr and exit code 2."""
-    code, _, wrong = result
-    assert code == 2 and wrong.startswith("sora-fast: ") and wrong.count("\n") == 1 and "Traceback" not in wrong, wrong
-    for part in parts:
-        assert part in wrong, wrong
 
 
 # ---- Help

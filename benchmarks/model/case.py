@@ -6,6 +6,7 @@ timed at a small size of the same configuration, where the model in float64 can 
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch import nn
 from sora_fast.dispatch import use_backend
 from sora_fast.testing import Comparison, compare
 
-from ..case import Draw
+from ..case import Draw, Subject
 from ..providers import no_compiler
 
 Tensors = dict[str, torch.Tensor]
@@ -25,35 +26,31 @@ FEW = 64
 
 
 @dataclass(frozen=True)
-class ModelCase:
-    """One step of a model at one size; ``label`` is unique among the op's cases.
+class ModelCase(Subject):
+    """One step of a model.
 
-    ``suites``: "model" for real sizes, "quick" for those that a CPU core computes in less than a second.
+    ``suites``: "model" for real sizes, "quick" for those that a CPU core computes in less than a second. Its shape names
+    the "tokens" or "frames" of one step.
     """
 
-    op: str
-    label: str
-    dtype: torch.dtype
-    suites: tuple[str, ...]
+    def directions(self):
+        return {"step": ()}
 
-    def shape(self) -> dict[str, object]:
-        """The sizes, as a row shows them, with the "tokens" or "frames" of one step."""
-        raise NotImplementedError
-
+    @abstractmethod
     def flops(self) -> int:
         """FLOPs of the matrix products and convolutions of one step; what a backward recomputes does not count."""
-        raise NotImplementedError
 
+    @abstractmethod
     def providers(self) -> "list[ModelProvider]":
-        raise NotImplementedError
+        """Ours and the peers."""
 
+    @abstractmethod
     def small(self) -> "ModelCase":
         """The same configuration and dtype at the gate's size."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plain_step(self, device: torch.device, dtype: torch.dtype | None) -> Callable[[], Tensors]:
         """The step on the reference: as it is (None), or with its weights and inputs in ``dtype``."""
-        raise NotImplementedError
 
     def gate(self, provider: "ModelProvider", device: torch.device) -> list[Comparison]:
         """Every output and gradient of a small step against the same step of the reference in float64."""
@@ -61,13 +58,9 @@ class ModelCase:
         truth, low = (small.plain_step(device, dtype)() for dtype in (torch.float64, None))
         return compare_all(provider.build(small, device)(), low, truth)
 
+    @abstractmethod
     def scope(self) -> str:
         """What the gate compared, in words."""
-        raise NotImplementedError
-
-    @property
-    def id(self) -> str:
-        return f"{self.op} / {self.label} / {str(self.dtype).removeprefix('torch.')}"
 
 
 def _anywhere(case: ModelCase, device: torch.device) -> str:

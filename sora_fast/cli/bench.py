@@ -1,5 +1,6 @@
 """sora-fast bench, bench compare, bench report, bench collect, bench readme."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -18,7 +19,7 @@ def run(arguments) -> int:
     Returns 1 if one of our backends or the user's function failed, 3 if --minutes left cases for the next call, else 0.
     """
     from ..benchmarks import report, suites, timing
-    from ..benchmarks.runner import Runner, Settings, select
+    from ..benchmarks.runner import Runner, Settings
 
     device = pick_device(arguments.device)
     if device.type not in ("cpu", "cuda"):
@@ -35,7 +36,7 @@ def run(arguments) -> int:
     if arguments.impl:
         every, mine = _with_function(every, arguments.op, arguments.impl)
         named = [*named, mine] if named else named
-    work = select(every, arguments.case, named)
+    work = suites.select(every, arguments.case, named)
     if not work:
         raise ValueError(f"bench: expected --op, --case and --providers to leave something of suite {suite}, got "
                          f"{arguments.op or 'all'}, {arguments.case!r} and {arguments.providers or 'all'}; see sora-fast "
@@ -132,33 +133,24 @@ def report(arguments) -> int:
 
 def collect(arguments) -> int:
     """Copy the result files of a GPU run into benchmarks/results/<gpu>/ of this checkout."""
-    from ..benchmarks import __path__ as room
+    from .. import benchmarks
+    from ..benchmarks import rows
     from ..files import save_text
 
     folder = Path(arguments.folder)
-    files = sorted(folder.glob("*.jsonl"))
+    files = {path.name: rows.read(path) for path in sorted(folder.glob("*.jsonl"))}
     if not files:
         raise ValueError(f"bench collect: expected *.jsonl files in {folder}, got none; pass the folder that gpu_run.sh "
                          f"wrote")
-    import json
-
-    texts = {path: path.read_text(encoding="utf-8") for path in files}
-    devices = set()
-    for path, text in texts.items():
-        for number, row in enumerate(text.splitlines(), start=1):
-            try:
-                environment = json.loads(row)["environment"]
-                devices.add((environment["device"], environment.get("kind", "cuda")))
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"bench collect: expected rows with an environment, got another line {number} in {path}; "
-                                 f"finish or remove that file") from None
-    if len(devices) != 1 or next(iter(devices))[1] == "cpu":
-        raise ValueError(f"bench collect: expected the rows of one GPU, got {', '.join(sorted(d for d, _ in devices))}; "
-                         f"results of CPUs are not kept")
-    target = Path(room[0]) / "results" / slug(next(iter(devices))[0])
+    measured_on = {(row["environment"]["kind"], row["environment"]["device"]) for found in files.values() for row in found}
+    if len(measured_on) != 1 or "cpu" in next(iter(measured_on)):
+        names = ", ".join(sorted(device for _, device in measured_on)) or "no rows"
+        raise ValueError(f"bench collect: expected the rows of one GPU, got {names}; results of CPUs are not kept")
+    ((_, device),) = measured_on
+    target = Path(benchmarks.__path__[0]) / "results" / slug(device)
     target.mkdir(parents=True, exist_ok=True)
-    for path, text in texts.items():
-        save_text(target / path.name, text)
+    for name, found in files.items():
+        save_text(target / name, "".join(json.dumps(row) + "\n" for row in found))
     print(f"wrote {len(files)} files to {os.path.relpath(target)}; sora-fast bench readme brings README.md up to date")
     return 0
 

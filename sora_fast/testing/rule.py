@@ -46,6 +46,12 @@ class Comparison:
     def passed(self) -> bool:
         return not self.problem and self.error_max <= self.allowed_max and self.error_rms <= self.allowed_rms
 
+    @property
+    def severity(self) -> tuple[bool, float]:
+        """Orders comparisons: failures last, and among equals the one that used most of what it is allowed."""
+        used = lambda error, allowed: 0.0 if error == 0 else error / allowed if allowed else math.inf
+        return not self.passed, max(used(self.error_max, self.allowed_max), used(self.error_rms, self.allowed_rms))
+
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "FAILED"
         text = (f"{self.name} {str(self.dtype).removeprefix('torch.')} {list(self.shape)}: "
@@ -135,12 +141,20 @@ def _leaves(inputs: Mapping[str, object]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _tensors(outputs) -> list[torch.Tensor]:
-    if outputs is None:
+def tensors(value) -> list[torch.Tensor]:
+    """Every tensor in arguments or outputs: a tensor, or mappings and sequences of what may hold some."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
         return []
-    if isinstance(outputs, torch.Tensor):
-        return [outputs]
-    return [tensor for output in outputs for tensor in _tensors(output)]
+    return [tensor for each in value for tensor in tensors(each)]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to the last bit, NaN included."""
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _double(t: torch.Tensor) -> torch.Tensor:
@@ -162,7 +176,7 @@ def run(fn: Callable, inputs: Mapping[str, object], cotangents: list[torch.Tenso
     wanted = set(inputs if names is None else names) if cotangents is not None else set()
     fresh = {name: _map(value, lambda t, name=name: t.detach().requires_grad_(name in wanted and t.is_floating_point()))
              for name, value in inputs.items()}
-    outputs = _tensors(fn(**fresh))
+    outputs = tensors(fn(**fresh))
     if cotangents is None:
         return outputs, {}
     leaves = _leaves(fresh)
@@ -223,7 +237,7 @@ class Truth:
         """
         (ref_out, ref_grads), (low_out, low_grads) = self.ref, self.low
         got_out, got_grads = (run(got, inputs or self.inputs, self.cotangents, self.names) if callable(got)
-                              else (_tensors(got), {}))
+                              else (tensors(got), {}))
         if len(got_out) != len(ref_out):
             return [Comparison("outputs", torch.float32, (), math.inf, 0.0, math.inf, 0.0, (),
                                f"expected {len(ref_out)} outputs, got {len(got_out)}; return what the op returns")]

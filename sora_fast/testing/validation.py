@@ -18,7 +18,7 @@ A number that is not finite is null. Those of a kernel on a CUDA GPU are the rec
 import json
 import math
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +27,7 @@ from .. import ops, records
 from ..environment import environment
 from ..explanation import all_ops
 from .cases import cases
-from .rule import Comparison, Truth, run, truth
+from .rule import Comparison, Truth, run, same_bits, tensors, truth
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Row:
 
     @property
     def worst(self) -> tuple[str, Comparison] | None:
-        return max(self.compared, key=lambda pair: (not pair[1].passed, _ratio(pair[1])), default=None)
+        return max(self.compared, key=lambda pair: pair[1].severity, default=None)
 
     def as_dict(self) -> dict:
         case, worst = self.worst or (None, None)
@@ -246,7 +246,7 @@ class _Held:
     """What a call is given and must leave alone: its arguments, and the gradients of its outputs."""
 
     def __init__(self, wanted: Truth):
-        self.tensors = [(f"argument {name}", t) for name, value in wanted.inputs.items() for t in _tensors(value)]
+        self.tensors = [(f"argument {name}", t) for name, value in wanted.inputs.items() for t in tensors(value)]
         self.tensors += [("the gradient it is given", t) for t in wanted.cotangents or ()]
         self.copies = [t.clone() for _, t in self.tensors]
 
@@ -256,21 +256,15 @@ class _Held:
             return ""
         changed = {}
         for (name, t), copy in zip(self.tensors, self.copies, strict=True):
-            if not bool(((t == copy) | ((t != t) & (copy != copy))).all()):  # NaN is what it was if it is NaN
+            if not same_bits(t, copy):
                 changed[name] = None
                 t.copy_(copy)
         return f"It writes into what it is given: {', '.join(changed)}." if changed else ""
 
 
-def _tensors(value) -> Iterator[torch.Tensor]:
-    for each in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(each, torch.Tensor):
-            yield each
-
-
 def _wait(values) -> None:
     """Wait for the GPU: an error of a kernel belongs to its own call, not to the next."""
-    first = next(_tensors(list(values.values()) if isinstance(values, dict) else values), None)
+    first = next(iter(tensors(values)), None)
     if first is not None and first.is_cuda:
         torch.cuda.synchronize(first.device)
 
@@ -284,12 +278,6 @@ def _answers(device: torch.device) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _ratio(c: Comparison) -> float:
-    """How close to its limits a comparison came."""
-    share = lambda error, allowed: 0.0 if error == 0 else error / allowed if allowed else math.inf
-    return max(share(c.error_max, c.allowed_max), share(c.error_rms, c.allowed_rms))
 
 
 def _finite(number: float) -> float | None:
