@@ -12,6 +12,7 @@ written at once; the sums of the run's first and last row go to two slots of a w
 the order of the tokens. No atomics: two runs give the same bits.
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -72,6 +73,24 @@ def backward_heuristic(launch: Launch, gpu: str) -> BackwardConfig:
     elif launch.y_dtype is not None or launch.affine:
         resident = 1 if warps == 8 else resident * 3 // 4
     return BackwardConfig(warps=warps, tokens=8, programs=resident)
+
+
+def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[ForwardConfig | BackwardConfig]:
+    """What the tuner tries beside the heuristic of ``kernel``, "forward" or "backward"; the first are the likeliest."""
+    block = triton.next_power_of_2(max(launch.width, 1))
+    if kernel == "forward":
+        for numbers in (16, 8, 32):  # a thread's share; 64 would not fit in its registers
+            for tokens in (1, 2, 4, 8, 16):
+                warps = max(block * tokens // (32 * numbers), 1)
+                if warps <= 16:
+                    yield ForwardConfig(warps=warps, tokens=tokens)
+        return
+    for numbers in (16, 8, 32):
+        warps = min(max(block // (32 * numbers), 1), 16)
+        for resident in (16, 12, 24, 8, 32):  # warps of a multiprocessor, each thread with 65,536 / 32 / resident registers
+            for tokens in (8, 2, 32) if launch.tokens <= 16384 else (8,):  # a long pack's programs walk over more anyway
+                if resident % warps == 0:
+                    yield BackwardConfig(warps=warps, tokens=tokens, programs=resident // warps)
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -318,18 +337,18 @@ def _one_row(rows, *tables) -> bool:
     return rows is None and all(table is None or table.shape[0] == 1 for table in tables)
 
 
-def forward(x, y, gate, shift, scale, rows, weight, bias, *, norm, eps, save, config):
+def forward(x, y, gate, shift, scale, rows, weight, bias, *, norm, eps, save, dtype, config):
     """``(x_new, h, stats)``; None for x_new without gate, h without norm, stats where ``save`` is False or no norm.
 
     x, y (N, D); gate, shift, scale (R, D) or None, any stride between rows; rows (N,) int32 or int64 or None; weight,
     bias (D,) or None; norm "layer", "rms" or None. x and y are copied where they are not contiguous. x_new has x's dtype,
-    h y's, or x's where there is no y; stats (1 or 2, N) float32: rstd, and mean of layer norm.
+    h ``dtype``; stats (1 or 2, N) float32: rstd, and mean of layer norm.
     """
     tokens, width = x.shape
     x, y, rows, weight, bias = _contiguous(x, y, rows, weight, bias)
     (gate, gate_stride), (shift, shift_stride), (scale, scale_stride) = map(_dense, (gate, shift, scale))
     x_new = None if gate is None else torch.empty_like(x)
-    h = None if norm is None else torch.empty_like(x if y is None else y)
+    h = None if norm is None else torch.empty_like(x, dtype=dtype)
     stats = None
     if norm is not None and save:
         stats = torch.empty((2 if norm == "layer" else 1, tokens), dtype=torch.float32, device=x.device)
@@ -352,7 +371,7 @@ def backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, *,
     weight and for bias.
     """
     want_x, want_y, want_gate, want_shift, want_scale, want_weight, want_bias = wanted
-    like = dx_new if dx_new is not None else dh
+    like = x if dx_new is None else dx_new
     tokens, width = like.shape
     device = like.device
     dx_new, dh, x, y, rows, weight, bias = _contiguous(dx_new, dh, x, y, rows, weight, bias)
@@ -403,7 +422,7 @@ def _both(width, x_dtype, y_dtype, table_dtype, norm, affine):
     rows = make(64, dtype=torch.int32)
     launch = Launch(width, 64, x_dtype, y_dtype, norm, affine)
     x_new, h, stats = forward(x, y, gate, shift, scale, rows, weight, bias, norm=norm, eps=1e-6, save=True,
-                              config=forward_heuristic(launch, "sm90"))
+                              dtype=y_dtype or x_dtype, config=forward_heuristic(launch, "sm90"))
     backward(x_new, h, x if norm else None, y, gate, shift, scale, rows, weight, bias, stats, norm=norm,
              wanted=[t is not None for t in (x, y, gate, shift, scale, weight, bias)],
              config=backward_heuristic(launch, "sm90"))

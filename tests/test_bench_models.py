@@ -13,7 +13,7 @@ from sora_fast.benchmarks.model import case as frame
 from sora_fast.benchmarks.model import dit, vae, wan
 from sora_fast.benchmarks.model_cases import CASES, ModelCase, ModelProvider
 from sora_fast.models.vae import PRESETS
-from sora_fast.ops.modulation import NORM_MODULATE
+from sora_fast.ops.modulation import GATE_RESIDUAL_NORM_MODULATE
 
 CPU = torch.device("cpu")
 QUICK = {case.op: case for case in CASES if "quick" in case.suites}
@@ -254,9 +254,12 @@ def test_parity_passes_and_writes_its_row(tmp_path, capsys):
 
 
 def test_parity_fails_with_a_norm_that_is_off_by_a_tenth(tmp_path, monkeypatch, capsys):
-    good = NORM_MODULATE.backends["torch"]
-    wrong = replace(good, run=lambda **inputs: 1.1 * good.run(**inputs))
-    monkeypatch.setitem(NORM_MODULATE.backends, "torch", wrong)
+    good = GATE_RESIDUAL_NORM_MODULATE.backends["torch"]
+
+    def off(**inputs):
+        x_new, h = good.run(**inputs)
+        return x_new, 1.1 * h
+    monkeypatch.setitem(GATE_RESIDUAL_NORM_MODULATE.backends, "torch", replace(good, run=off))
     assert loss_parity.main(["--device", "cpu", "--quick", "--steps", "40", "--out", str(tmp_path)]) == 1
     row = json.loads((tmp_path / "parity.jsonl").read_text())
     assert row["status"] == "FAILED" and row["error"] > row["allowed"]

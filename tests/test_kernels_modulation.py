@@ -95,7 +95,7 @@ def _call(tokens, count, rows=True):
     x, tables = make(tokens, 16), make(count, 6 * 16).chunk(6, dim=-1)[:3]
     at = torch.empty(tokens, dtype=torch.int32, device="meta") if rows else None
     launch = kernels.Launch(16, 1024, x.dtype, x.dtype, "layer", False)
-    x_new, h, stats = kernels.forward(x, x, *tables, at, None, None, norm="layer", eps=1e-6, save=True,
+    x_new, h, stats = kernels.forward(x, x, *tables, at, None, None, norm="layer", eps=1e-6, save=True, dtype=x.dtype,
                                       config=kernels.forward_heuristic(launch, "sm90"))
     kernels.backward(x_new, h, x_new, x, *tables, at, None, None, stats, norm="layer", wanted=[True] * 5 + [False] * 2,
                      config=kernels.backward_heuristic(launch, "sm90"))

@@ -172,6 +172,11 @@ def test_dtypes():
     assert ops.gate_residual(y, x, table).dtype == torch.bfloat16
     assert ops.norm_modulate(y, None, table.float()).dtype == torch.bfloat16
     assert ops.norm_modulate(y.double(), None, table).dtype == torch.float64
+    for backend in ("reference", "torch"):
+        h = ops.norm_modulate(x, None, table, dtype=torch.bfloat16, backend=backend)
+        assert torch.equal(h, ops.norm_modulate(x, None, table, backend=backend).bfloat16())
+    with pytest.raises(ValueError, match="norm_modulate: expected dtype.*int32"):
+        ops.norm_modulate(x, None, table, dtype=torch.int32)
 
 
 def test_plain_layer_norm():

@@ -17,6 +17,7 @@ from sora_fast.nn import (
     GroupNorm,
     Modulation,
     PatchEmbed3d,
+    Residual,
     RMSNorm,
     StreamState,
     VarlenAttention,
@@ -277,7 +278,7 @@ def test_modulation_and_final_layer_start_at_zero():
     parts = Modulation(16, 6)(draw(3, 16, dtype=torch.float32))
     assert len(parts) == 6 and all((part == 0).all() and part.shape == (3, 16) for part in parts)
     layer, rows = FinalLayer(16, 5), torch.tensor([0, 0, 1, 2], dtype=torch.int32)
-    assert (layer(draw(4, 16, dtype=torch.float32), draw(3, 16, dtype=torch.float32), rows) == 0).all()
+    assert (layer(Residual(draw(4, 16, dtype=torch.float32)), draw(3, 16, dtype=torch.float32), rows) == 0).all()
     names = sorted(layer.state_dict())
     assert names == ["adaLN_modulation.1.bias", "adaLN_modulation.1.weight", "linear.bias", "linear.weight"]
 
@@ -289,7 +290,9 @@ def test_final_layer_is_the_paper_s():
     x, c, rows = draw(4, 16), draw(2, 16, seed=1), torch.tensor([0, 1, 1, 1])
     shift, scale = (nn.functional.silu(c) @ layer.adaLN_modulation[1].weight.T + layer.adaLN_modulation[1].bias).chunk(2, 1)
     wanted = nn.functional.layer_norm(x, (16,), eps=1e-6) * (1 + scale[rows]) + shift[rows]
-    assert_close(layer(x, c, rows.int()), layer.linear(wanted))
+    assert_close(layer(Residual(x), c, rows.int()), layer.linear(wanted))
+    y, gate = draw(4, 16, seed=2), draw(2, 16, seed=3)
+    assert_close(layer(Residual(x - gate[rows] * y, y, gate), c, rows.int()), layer.linear(wanted))
 
 
 @pytest.mark.parametrize("cross", [False, True])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from sora_fast.diffusion import FlowMatching
 from sora_fast.models import DiT, DiTConfig
 from sora_fast.models.dit import PRESETS, Block
-from sora_fast.nn import VarlenAttention
+from sora_fast.nn import Residual, VarlenAttention
 from sora_fast.pack import Pack
 
 from ..case import Draw
@@ -100,7 +100,7 @@ def _block(case: BlockCase, device, *, backend: str, compiled: bool = False, wid
     leaves = dict(block.named_parameters()) | {name: given[name] for name in "xc"}
 
     def forward():
-        y = run(given["x"], given["c"], pack)
+        y = run(Residual(given["x"]), given["c"], pack).joined(pack.rows)
         return {"output": y}, y, given["dy"]
     return training_step(forward, leaves, backend)
 
@@ -147,7 +147,7 @@ def _padded_block(case: BlockCase, device, *, compiled: bool = False) -> Callabl
     leaves = dict(block.named_parameters()) | {"x": x.requires_grad_(), "c": given["c"]}
 
     def forward():
-        y = run(x, given["c"], padded)
+        y = run(Residual(x), given["c"], padded).joined(padded.rows)
         return {"output": y}, y, dy
     step = training_step(forward, leaves, "torch")
     return lambda: {name: t[padded.places] if name in ("output", "d x") else t for name, t in step().items()}

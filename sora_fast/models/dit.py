@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
-from ..nn import FinalLayer, Modulation, PatchEmbed3d, VarlenAttention
+from ..nn import FinalLayer, Modulation, PatchEmbed3d, Residual, VarlenAttention
 from ..ops.patches import clips as views
 from ..pack import Pack
 from .text import Text
@@ -96,17 +96,18 @@ class Block(nn.Module):
         self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
         self.adaLN_modulation = Modulation(config.width, 9 if config.text_width else 6)
 
-    def forward(self, x, c, pack, text=None):
-        """x (N, D), c (R, D), text (L, Dt) -> (N, D)."""
+    def forward(self, stream: Residual, c, pack, text=None) -> Residual:
+        """A stream of N tokens, c (R, D), text (L, Dt); the branch of the MLP is left for the next norm to add."""
         shift, scale, gate, *rest = self.adaLN_modulation(c)
-        h = self.attn(ops.norm_modulate(x, shift, scale, pack.rows), pack)
+        x, h = stream.norm_modulate(shift, scale, pack.rows)
+        stream = Residual(x, self.attn(h, pack), gate)
         if self.cross is not None:
-            shift, scale, next_gate, *rest = rest
-            x, h = ops.gate_residual_norm_modulate(x, h, gate, shift, scale, pack.rows)
-            h, gate = self.cross(h, pack, text), next_gate
-        shift, scale, next_gate = rest
-        x, h = ops.gate_residual_norm_modulate(x, h, gate, shift, scale, pack.rows)
-        return ops.gate_residual(x, self.mlp(h), next_gate, pack.rows)
+            shift, scale, gate, *rest = rest
+            x, h = stream.norm_modulate(shift, scale, pack.rows)
+            stream = Residual(x, self.cross(h, pack, text), gate)
+        shift, scale, gate = rest
+        x, h = stream.norm_modulate(shift, scale, pack.rows)
+        return Residual(x, self.mlp(h), gate)
 
 
 class DiT(nn.Module):
@@ -157,10 +158,11 @@ class DiT(nn.Module):
         x = self.x_embedder(flat, pack)
         x = x + sincos(pack.coords, self.config.positions, self.config.width, self.x_embedder.proj.weight.dtype)
         c = self._conditions(timesteps, pack, labels, text)
+        stream, tokens = Residual(x), None if text is None else text.tokens
         for block in self.blocks:
-            arguments = (x, c, pack, None if text is None else text.tokens)
-            x = checkpoint(block, *arguments, use_reentrant=False) if self.gradient_checkpointing else block(*arguments)
-        tokens = self.final_layer(x, c, pack.rows)
+            arguments = (stream, c, pack, tokens)
+            stream = checkpoint(block, *arguments, use_reentrant=False) if self.gradient_checkpointing else block(*arguments)
+        tokens = self.final_layer(stream, c, pack.rows)
         return reform(ops.unpatchify(tokens, pack, self.config.patch, self.config.out_channels, flat=True))
 
     def _conditions(self, timesteps, pack, labels, text):

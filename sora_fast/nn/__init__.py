@@ -2,7 +2,7 @@
 
 from .attention import VarlenAttention
 from .convolution import CausalConv3d, norm_act_conv
-from .modulation import FinalLayer, Modulation
+from .modulation import FinalLayer, Modulation, Residual
 from .normalization import GroupNorm, RMSNorm
 from .patches import PatchEmbed3d
 from .streaming import StreamState
@@ -14,6 +14,7 @@ __all__ = [
     "Modulation",
     "PatchEmbed3d",
     "RMSNorm",
+    "Residual",
     "StreamState",
     "VarlenAttention",
     "norm_act_conv",

@@ -1,8 +1,32 @@
 """adaLN-Zero parts. (DiT: arXiv 2212.09748, section 3.2.) R modulation rows, D width, N tokens."""
 
+from typing import NamedTuple
+
+import torch
 from torch import nn
 
 from .. import ops
+
+
+class Residual(NamedTuple):
+    """A residual stream ``x`` (N, D) and its last branch, ``gate`` (R, D) times ``y`` (N, D), which is still to be added.
+
+    The sum, the next norm and its modulation are one pass over memory, also where the next norm is the next block's.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+
+    def norm_modulate(self, shift, scale, rows):
+        """The stream with its branch added, and its modulated norm for the next layer; shift, scale (R, D), rows (N,)."""
+        if self.y is None:  # under autocast the stream is float32, and the layers work in the modulation's 16 bits
+            return self.x, ops.norm_modulate(self.x, shift, scale, rows, dtype=shift.dtype)
+        return ops.gate_residual_norm_modulate(self.x, self.y, self.gate, shift, scale, rows)
+
+    def joined(self, rows):
+        """The stream with its branch added (N, D)."""
+        return self.x if self.y is None else ops.gate_residual(self.x, self.y, self.gate, rows)
 
 
 class Modulation(nn.Sequential):
@@ -29,7 +53,7 @@ class FinalLayer(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x, c, rows):
-        """x (N, D), c (R, D), rows (N,) -> (N, numbers)."""
-        shift, scale = self.adaLN_modulation(c)
-        return self.linear(ops.norm_modulate(x, shift, scale, rows))
+    def forward(self, stream: Residual, c, rows):
+        """A stream of N tokens, c (R, D), rows (N,) -> (N, numbers)."""
+        _, h = stream.norm_modulate(*self.adaLN_modulation(c), rows)
+        return self.linear(h)

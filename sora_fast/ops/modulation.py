@@ -58,9 +58,9 @@ def _modulated(x_ND, shift, scale, rows, norm, weight, bias, eps):
     return only_samples(h_ND, rows)
 
 
-def _torch_norm_modulate(x, shift, scale, rows, *, norm, weight, bias, eps):
+def _torch_norm_modulate(x, shift, scale, rows, *, norm, weight, bias, eps, dtype):
     wide = wide_dtype(x, shift, scale, weight, bias)
-    return _modulated(only_samples(x.to(wide), rows), shift, scale, rows, norm, weight, bias, eps).to(x.dtype)
+    return _modulated(only_samples(x.to(wide), rows), shift, scale, rows, norm, weight, bias, eps).to(dtype or x.dtype)
 
 
 def _torch_gate_residual(x, y, gate, rows):
@@ -98,18 +98,19 @@ def _typical_config(problem: ModulationProblem, gated: bool) -> configs.Found:
                    y_dtype=problem.dtype if gated else None, norm=problem.norm, affine=problem.affine)
 
 
-def _forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save):
+def _forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save, dtype):
     from ..kernels import modulation as kernels
 
     config = _config_of_call("forward", x, y, norm, weight is not None or bias is not None)
-    made = kernels.forward(x, y, gate, shift, scale, rows, weight, bias, norm=norm, eps=eps, save=save, config=config)
+    made = kernels.forward(x, y, gate, shift, scale, rows, weight, bias, norm=norm, eps=eps, save=save, dtype=dtype,
+                           config=config)
     return [t for t in made if t is not None]
 
 
-def _fake_forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save):
+def _fake_forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save, dtype):
     made = [] if gate is None else [x.new_empty(x.shape)]
     if norm is not None:
-        made.append((x if y is None else y).new_empty(x.shape))
+        made.append(x.new_empty(x.shape, dtype=dtype))
         if save:
             made.append(x.new_empty((2 if norm == "layer" else 1, x.shape[0]), dtype=torch.float32))
     return made
@@ -118,7 +119,7 @@ def _fake_forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save)
 def _backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, norm, wanted):
     from ..kernels import modulation as kernels
 
-    config = _config_of_call("backward", dh if dx_new is None else dx_new, y, norm,
+    config = _config_of_call("backward", x if dx_new is None else dx_new, y, norm,
                              weight is not None or bias is not None)
     found = kernels.backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, norm=norm, wanted=wanted,
                              config=config)
@@ -126,13 +127,13 @@ def _backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, n
 
 
 def _fake_backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, norm, wanted):
-    inputs = (dh if dx_new is None else dx_new, y, gate, shift, scale, weight, bias)
+    inputs = (x if dx_new is None else dx_new, y, gate, shift, scale, weight, bias)
     return [t.new_empty(t.shape) for t, want in zip(inputs, wanted, strict=True) if want]
 
 
 # What is there of x_new, h and stats; the gradients that are wanted of x, y, gate, shift, scale, weight and bias.
 triton_backend.define("modulation_forward(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? rows, "
-                      "Tensor? weight, Tensor? bias, str? norm, float eps, bool save) -> Tensor[]",
+                      "Tensor? weight, Tensor? bias, str? norm, float eps, bool save, ScalarType dtype) -> Tensor[]",
                       _forward, _fake_forward)
 triton_backend.define("modulation_backward(Tensor? dx_new, Tensor? dh, Tensor? x, Tensor? y, Tensor? gate, Tensor? shift, "
                       "Tensor? scale, Tensor? rows, Tensor? weight, Tensor? bias, Tensor? stats, str? norm, bool[] wanted) "
@@ -143,8 +144,8 @@ class _Modulation(torch.autograd.Function):
     """Saves what the norm was taken of, its statistics (8 bytes a token) and the inputs; not x where there is a gate."""
 
     @staticmethod
-    def forward(ctx, x, y, gate, shift, scale, weight, bias, rows, norm, eps, save):
-        made = torch.ops.sora_fast.modulation_forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save)
+    def forward(ctx, x, y, gate, shift, scale, weight, bias, rows, norm, eps, save, dtype):
+        made = torch.ops.sora_fast.modulation_forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save, dtype)
         if save:
             normed = (x if gate is None else made[0]) if norm else None
             ctx.save_for_backward(normed, y, gate, shift, scale, rows, weight, bias, made[-1] if norm else None)
@@ -166,12 +167,14 @@ class _Modulation(torch.autograd.Function):
         gradients = [next(found) if want else None for want in wanted]
         if same:
             gradients[0] = dx_new
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
-def _triton(x, y=None, gate=None, shift=None, scale=None, rows=None, *, norm=None, weight=None, bias=None, eps=0.0):
+def _triton(x, y=None, gate=None, shift=None, scale=None, rows=None, *, norm=None, weight=None, bias=None, eps=0.0,
+            dtype=None):
     save = needs_grad(x, y, gate, shift, scale, weight, bias)
-    made = _Modulation.apply(x, y, gate, shift, scale, weight, bias, rows, norm, eps, save)
+    made = _Modulation.apply(x, y, gate, shift, scale, weight, bias, rows, norm, eps, save,
+                             dtype or (x if y is None else y).dtype)
     return made if len(made) > 1 else made[0]
 
 
@@ -224,7 +227,8 @@ def _check(op: str, x, tables: dict, rows, norm=None, weight=None, bias=None, ep
 
 
 # ------------------------------------------------------------------------------------------------- public ops
-def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias=None, eps=1e-6, backend="auto"):
+def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias=None, eps=1e-6, dtype=None,
+                  backend="auto"):
     """``norm(x) * (1 + scale[rows]) + shift[rows]``.
 
     Args:
@@ -234,17 +238,20 @@ def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias
             None: R is 1 or N.
         norm: ``"layer"``: ``(x - mean) * rsqrt(var + eps)``; ``"rms"``: ``x * rsqrt(mean(x^2) + eps)``.
         weight, bias: (D,) of the norm, or None.
+        dtype: of the result, x's where None; 16 bits for the next layer of a stream x kept in float32.
 
     Returns:
-        (N, D) in x's dtype; 0 on tokens of no sample, whose contents are never read. Computed in at least float32.
+        (N, D) in ``dtype``; 0 on tokens of no sample, whose contents are never read. Computed in at least float32.
 
     Source: adaLN of DiT, arXiv 2212.09748.
     """
     _check("norm_modulate", x, {"shift": shift, "scale": scale}, rows, norm, weight, bias, eps)
+    checks.require(dtype is None or getattr(dtype, "is_floating_point", False), "norm_modulate",
+                   "dtype to be a floating torch.dtype", dtype, "pass torch.bfloat16, or leave it out for x's own")
     problem = ModulationProblem(device_name(x), x.dtype, needs_grad(x, shift, scale, weight, bias), x.shape[1], norm,
                                 weight is not None or bias is not None, wide_dtype(x, shift, scale, weight, bias))
     return NORM_MODULATE.run(problem, backend, x=x, shift=shift, scale=scale, rows=rows, norm=norm, weight=weight,
-                             bias=bias, eps=eps)
+                             bias=bias, eps=eps, dtype=dtype)
 
 
 def gate_residual(x, y, gate, rows=None, *, backend="auto"):

@@ -36,11 +36,11 @@ def _modulated(x_ND, shift, scale, rows, norm, weight, bias, eps):
     return only_samples(h_ND, rows)
 
 
-def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias=None, eps=1e-6):
+def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias=None, eps=1e-6, dtype=None):
     """``norm(x) * (1 + scale[rows]) + shift[rows]``; see ``sora_fast.ops.norm_modulate``."""
     wide = wide_dtype(x, shift, scale, weight, bias)
     shift, scale, weight, bias = (None if t is None else t.to(wide) for t in (shift, scale, weight, bias))
-    return _modulated(only_samples(x.to(wide), rows), shift, scale, rows, norm, weight, bias, eps).to(x.dtype)
+    return _modulated(only_samples(x.to(wide), rows), shift, scale, rows, norm, weight, bias, eps).to(dtype or x.dtype)
 
 
 def gate_residual(x, y, gate, rows=None):

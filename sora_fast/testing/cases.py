@@ -63,6 +63,7 @@ def _modulation(op, draw) -> Iterator[tuple[str, dict]]:
     if op == "norm_modulate":
         yield "no shift, no scale", dict(x=draw(64, 24), shift=None, scale=None, rows=None)
         yield "strided x", dict(x=draw(64, 48)[:, ::2], shift=draw(5, 24), scale=None, rows=pack.rows)
+        yield "float32 residual stream", dict(x=x32, shift=draw(5, 24), scale=draw(5, 24), rows=pack.rows, dtype=draw.dtype)
     else:
         rest = dict(shift=draw(5, 24), scale=None) if op == "gate_residual_norm_modulate" else {}
         yield "float32 residual stream", dict(x=x32, y=draw(64, 24), gate=draw(5, 24), rows=pack.rows, **rest)

@@ -198,8 +198,8 @@ class _Guarded:
     def zeros(self, shape, **options):
         return self.empty(shape, fill=0, **options)
 
-    def empty_like(self, tensor):
-        return self.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    def empty_like(self, tensor, dtype=None):
+        return self.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
 
 
 @pytest.mark.parametrize("width", (7, 33))
@@ -295,8 +295,8 @@ def test_opcheck(op):
     norm = get("norm")
     arguments = [get(name) for name in ("x", "y", "gate", "shift", "scale", "rows", "weight", "bias")]
     for save in (True, False):
-        torch.library.opcheck(torch.ops.sora_fast.modulation_forward.default, (*arguments, norm, 1e-6, save))
-    made = torch.ops.sora_fast.modulation_forward(*arguments, norm, 1e-6, True)
+        torch.library.opcheck(torch.ops.sora_fast.modulation_forward.default, (*arguments, norm, 1e-6, save, torch.float16))
+    made = torch.ops.sora_fast.modulation_forward(*arguments, norm, 1e-6, True, torch.float16)
     stats = made[-1] if norm else None
     dx_new, dh = (None if op == "norm_modulate" else torch.ones(4, 8)), (torch.ones(4, 8) if norm else None)
     there = [value is not None for value in (get("x"), *arguments[1:5], *arguments[6:])]
