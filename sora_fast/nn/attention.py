@@ -38,12 +38,12 @@ class VarlenAttention(nn.Module):
 
     def forward(self, x, pack: Pack, context=None):
         """x (N, D), for cross-attention context (L, Dc) with the pack's text lengths -> (N, D)."""
-        split = lambda t, parts: t.unflatten(-1, (parts, self.heads, -1)).unbind(-3)
+        heads = lambda t, *parts: t.unflatten(-1, (*parts, self.heads, -1))
         if context is None:
-            q, k, v = split(self.qkv(x), 3)
+            q, k, v = heads(self.qkv(x), 3).unbind(1)
             cu_k, max_k = pack.cu_seqlens, pack.max_seqlen
         else:
-            (q,), (k, v) = split(self.q(x), 1), split(self.kv(context), 2)
+            q, (k, v) = heads(self.q(x)), heads(self.kv(context), 2).unbind(1)
             cu_k, max_k = pack.text_cu_seqlens, pack.text_max_seqlen
         q, k = self._norm_rope(q, k, pack, context is None)
         out = ops.varlen_attention(q, k, v, pack.cu_seqlens, cu_k, pack.max_seqlen, max_k)
