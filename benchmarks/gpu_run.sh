@@ -3,15 +3,17 @@
 #
 #   benchmarks/gpu_run.sh [--device cuda|cpu] [--quick] [--out DIR] [--peers DIR] [--minutes M] [STEP...]
 #
-# Steps: build, validate, bench (roofs, peers and ours in turns), model, parity, sanitize, report. All, where none is named.
+# Steps: build, validate, bench (roofs, peers and ours in turns), tune, model, parity, sanitize, report. All, where none is
+# named.
 # --device cpu --quick goes through all of it at small sizes: the check that the script itself works.
 # --peers DIR: wheels (and .tar.xz trees) of packages to measure against; they are unpacked beside the results, not installed.
 # --minutes M: begin no further work after M minutes of this call (default 8); the same command goes on with what is left,
 #   and skips the steps that DIR/steps.log calls done.
 # DIR (default out/gpu) ends up with at most 8 files: rows (*.jsonl), steps.log, sanitize.log, report.html. Then
 #   sora-fast bench collect DIR
-# keeps the rows in benchmarks/results/<gpu>/. PYTHON names the interpreter (default python3), SORA_FAST_COMMIT the commit
-# of a copy without .git. The card's clocks and power limits are left alone.
+# keeps the rows in benchmarks/results/<gpu>/, and sora-fast tune --from DIR/tune.jsonl --ship the configs that won.
+# PYTHON names the interpreter (default python3), SORA_FAST_COMMIT the commit of a copy without .git. The card's clocks and
+# power limits are left alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,13 +25,13 @@ while [ $# -gt 0 ]; do
     --out) out=$2; shift 2 ;;
     --peers) peers=$2; shift 2 ;;
     --minutes) minutes=$2; shift 2 ;;
-    -h|--help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 0 ;;
     -*) echo "gpu_run.sh: expected one of the flags that --help shows, got $1; check the spelling" >&2; exit 2 ;;
     *) steps+=("$1"); shift ;;
   esac
 done
 named=${#steps[@]}
-[ "$named" -gt 0 ] || steps=(build validate bench model parity sanitize report)
+[ "$named" -gt 0 ] || steps=(build validate bench tune model parity sanitize report)
 
 python=${PYTHON:-python3}
 work=$out.work
@@ -63,6 +65,7 @@ done
 
 began=$SECONDS
 left() { echo $((minutes * 60 - (SECONDS - began))); }
+spare() { awk "BEGIN { print $(left) / 60 - 0.5 }"; } # minutes, with half a one to end in
 fast() { "$python" -m sora_fast.cli "$@"; }
 
 # Each step returns 0 when it is done, 3 when it has stopped with work left, anything else when it has failed.
@@ -74,7 +77,7 @@ step_validate() {
 
 measure() { # SUITE FOLDER FILE [FAMILY...]: what there is after any ending is kept
   local status=0
-  fast bench "${@:4}" --suite "$1" --device "$device" --out "$work/$2" --minutes "$(awk "BEGIN { print $(left) / 60 - 0.5 }")" ||
+  fast bench "${@:4}" --suite "$1" --device "$device" --out "$work/$2" --minutes "$(spare)" ||
     status=$?
   [ ! -e "$work/$2/bench.jsonl" ] || cp "$work/$2/bench.jsonl" "$out/$3"
   return "$status"
@@ -82,6 +85,22 @@ measure() { # SUITE FOLDER FILE [FAMILY...]: what there is after any ending is k
 # what decides where kernels pay comes first
 step_bench() {
   measure "$suite" bench bench.jsonl convolution attention normalization modulation rotary patches latents
+}
+# into the user's cache, so that the steps that follow run what was found; on a CPU, where the tuner itself is tried with
+# kernels interpreted, into a cache of this run's own
+step_tune() {
+  local status=0
+  if [ "$device" = cpu ]; then
+    TRITON_INTERPRET=1 SORA_FAST_CACHE=$work/tune/cache \
+      tune quick modulation --case "norm_modulate / Mochi" --candidates 2 || status=$?
+  else
+    tune "$suite" || status=$?
+  fi
+  [ ! -e "$work/tune/tune.jsonl" ] || cp "$work/tune/tune.jsonl" "$out/tune.jsonl"
+  return "$status"
+}
+tune() { # SUITE [FAMILY...] [FLAG...]
+  fast tune "${@:2}" --suite "$1" --device "$device" --out "$work/tune/tune.jsonl" --minutes "$(spare)"
 }
 step_model() {
   if [ -n "$quick" ]; then measure quick model bench-model.jsonl model; else measure model model bench-model.jsonl; fi
@@ -117,7 +136,7 @@ step_report() {
 failed=0
 for step in "${steps[@]}"; do
   if ! declare -F "step_$step" >/dev/null; then
-    echo "gpu_run.sh: expected steps among build validate bench model parity sanitize report, got $step" >&2
+    echo "gpu_run.sh: expected steps among build validate bench tune model parity sanitize report, got $step" >&2
     exit 2
   fi
   if [ "$named" -eq 0 ] && [ "$step" != report ] && grep -q "^$step done" "$out/steps.log"; then

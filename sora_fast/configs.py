@@ -31,8 +31,25 @@ SHIPPED = Path(__file__).parent / "tuning" / "configs"
 # What an entry must say beside its config: how it was measured, against what, where, and how to do so again.
 EVIDENCE = ("us", "heuristic_us", "n", "gpu", "command")
 
-_overrides: list[tuple[str, str, object]] = []
-_found: dict[tuple, "Found"] = {}
+_overrides: list[tuple[str, str, object, object]] = []
+_recordings: list[dict["Asked", object]] = []
+_found: dict["Asked", "Found"] = {}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a launch asks for: the Config of ``kernel`` of sora_fast.kernels.<family> for ``problem`` on ``gpu``."""
+
+    family: str
+    kernel: str
+    problem: object
+    gpu: str
+
+    @property
+    def key(self) -> str:
+        """What names its entry in the file of its gpu and family."""
+        return f"{self.kernel}: " + ", ".join(f"{field.name}={getattr(self.problem, field.name)}"
+                                              for field in fields(self.problem))
 
 
 @dataclass(frozen=True)
@@ -44,8 +61,12 @@ class Found:
     ignored: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        chosen = ", ".join(f"{name}={value}" for name, value in asdict(self.config).items())
-        return " ".join([f"{chosen} from {self.source}", *self.ignored])
+        return " ".join([f"{text(self.config)} from {self.source}", *self.ignored])
+
+
+def text(config) -> str:
+    """"warps=4, tokens=8" of a Config."""
+    return ", ".join(f"{name}={value}" for name, value in asdict(config).items())
 
 
 def bucket(n: int) -> int:
@@ -73,49 +94,89 @@ def lookup(family: str, kernel: str, problem, gpu: str, heuristic: Callable[...,
         problem: frozen dataclass. gpu: as ``gpu_name`` names it; "cpu" for the interpreter.
         heuristic: (problem, gpu) -> Config.
     """
-    for of_family, of_kernel, config in reversed(_overrides):
-        if (of_family, of_kernel) == (family, kernel):
+    asked = Asked(family, kernel, problem, gpu)
+    default = heuristic(problem, gpu) if _recordings else None
+    for recording in _recordings:
+        recording[asked] = default
+    for of_family, of_kernel, of_problem, config in reversed(_overrides):
+        if (of_family, of_kernel) == (family, kernel) and of_problem in (None, problem):
             return Found(config, "override")
-    asked = (family, kernel, problem, gpu)
+    if _recordings:
+        return Found(default, "the heuristic")
     found = _found.get(asked)
     if found is None:
-        found = _found[asked] = _look(family, kernel, problem, gpu, heuristic(problem, gpu))
+        found = _found[asked] = _look(asked, heuristic(problem, gpu))
     return found
 
 
 @contextmanager
-def override(family: str, kernel: str, config) -> Iterator[None]:
-    """Launches of this kernel inside, in all threads, use ``config``; the innermost counts."""
-    _overrides.append((family, kernel, config))
+def override(family: str, kernel: str, config, problem=None) -> Iterator[None]:
+    """Launches of this kernel inside, in all threads, use ``config``; the innermost counts.
+
+    ``problem``: for this one alone; None: for all.
+    """
+    _overrides.append((family, kernel, problem, config))
     try:
         yield
     finally:
         _overrides.pop()
 
 
-def save(family: str, kernel: str, problem, gpu: str, config, evidence: Mapping[str, object]) -> Path:
-    """Merge one tuned Config into the user's cache; returns the file.
+@contextmanager
+def recording() -> Iterator[dict[Asked, object]]:
+    """Collects what launches inside, in all threads, ask for, each with its heuristic's Config.
+
+    That Config is also the answer: inside, what was tuned before is left out, and only an override goes before it.
+    """
+    collected: dict[Asked, object] = {}
+    _recordings.append(collected)
+    try:
+        yield collected
+    finally:
+        _recordings[:] = [each for each in _recordings if each is not collected]
+
+
+def entry(family: str, config, evidence: Mapping[str, object]) -> dict:
+    """What a file says of one tuned Config.
 
     Args:
         evidence: ``us`` (of this config), ``heuristic_us``, ``n`` (measurements), ``gpu`` (its full name) and ``command``,
             which makes the entry again.
 
     Raises:
-        ValueError: evidence that lacks one of them. OSError: a cache that cannot be written.
+        ValueError: evidence that lacks one of them.
     """
     missing = [name for name in EVIDENCE if evidence.get(name) is None]
     if missing:
         raise ValueError(f"configs: expected evidence with {', '.join(EVIDENCE)}, got none for {', '.join(missing)}; "
                          f"measure a config before you save it")
-    entry = dict(config=asdict(config), triton=records.triton_minor(), kernel_hash=records.kernel_hash(family),
-                 **{name: evidence[name] for name in EVIDENCE},
-                 time=datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    path = env.cache() / "configs" / gpu / f"{family}.json"
+    return dict(config=asdict(config), triton=records.triton_minor(), kernel_hash=records.kernel_hash(family),
+                **{name: evidence[name] for name in EVIDENCE},
+                time=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+
+def save(family: str, kernel: str, problem, gpu: str, config, evidence: Mapping[str, object]) -> Path:
+    """Merge one tuned Config with its ``evidence`` (see ``entry``) into the user's cache; returns the file."""
+    return keep(family, gpu, {Asked(family, kernel, problem, gpu).key: entry(family, config, evidence)})
+
+
+def keep(family: str, gpu: str, entries: Mapping[str, dict], root: Path | None = None) -> Path:
+    """Merge entries by key into ``root``/<gpu>/<family>.json, by default the user's cache; returns the file.
+
+    Of two with one key the newer stays.
+
+    Raises:
+        OSError: a folder that cannot be written.
+    """
+    path = (root or env.cache() / "configs") / gpu / f"{family}.json"
 
     def merged(text: str) -> str:
-        entries, _ = _entries(text)
-        entries[_key(kernel, problem)] = entry
-        return json.dumps(dict(schema=SCHEMA, entries=entries), indent=1, sort_keys=True) + "\n"
+        there, _ = _entries(text)
+        for key, new in entries.items():
+            old = there.get(key)
+            if not isinstance(old, dict) or str(old.get("time", "")) <= new["time"]:
+                there[key] = new
+        return json.dumps(dict(schema=SCHEMA, entries=there), indent=1, sort_keys=True) + "\n"
 
     files.edit(path, merged)
     forget()
@@ -127,24 +188,20 @@ def forget() -> None:
     _found.clear()
 
 
-def _key(kernel: str, problem) -> str:
-    return f"{kernel}: " + ", ".join(f"{field.name}={getattr(problem, field.name)}" for field in fields(problem))
-
-
-def _look(family: str, kernel: str, problem, gpu: str, default) -> Found:
+def _look(asked: Asked, default) -> Found:
     ignored = []
     for what, root in (("the user's cache", env.cache() / "configs"), ("the shipped configs", SHIPPED)):
-        path = root / gpu / f"{family}.json"
+        path = root / asked.gpu / f"{asked.family}.json"
         try:
             entries, wrong = _entries(files.read_text(path))
         except OSError as error:
             entries, wrong = {}, str(error)
         if wrong:
             ignored.append(f"{path} is not used: {wrong}.")
-        entry = entries.get(_key(kernel, problem))
-        if entry is None:
+        tuned = entries.get(asked.key)
+        if tuned is None:
             continue
-        config, stale = _usable(entry, family, type(default))
+        config, stale = _usable(tuned, asked.family, type(default))
         if config is not None:
             return Found(config, f"{what} ({path})", tuple(ignored))
         ignored.append(f"An entry of {what} is not used: {stale}.")

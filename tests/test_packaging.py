@@ -22,8 +22,8 @@ MAPPED = ("kernels", "benchmarks")  # top-level folders that are imported as sor
 # long as no circle arises.
 FLOORS = (
     {"cli"},
-    {"training", "benchmarks"},
-    {"models", "data", "diffusion", "integrations", "tuning", "testing", "explanation"},
+    {"training", "benchmarks", "tuning"},
+    {"models", "data", "diffusion", "integrations", "testing", "explanation"},
     {"nn", "compat"},
     {"ops"},
     {"dispatch", "kernels", "_C", "reference", "env", "pack", "checks", "files", "records", "environment", "configs"},

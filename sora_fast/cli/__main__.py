@@ -1,4 +1,4 @@
-"""sora-fast: demo, train-vae, train, generate, info, explain, validate, bench."""
+"""sora-fast: demo, train-vae, train, generate, info, explain, validate, bench, tune."""
 
 import argparse
 import dis
@@ -62,6 +62,12 @@ def _bench(action: str):
 
         return getattr(bench, action)(arguments)
     return run
+
+
+def _tune(arguments) -> int:
+    from .tune import run
+
+    return run(arguments)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -160,6 +166,33 @@ def parser() -> argparse.ArgumentParser:
                                                                 "(default: %(default)s)")
     sub.add_argument("--fresh", action="store_true", help="begin again (default: go on with OUT/bench.jsonl)")
     sub.add_argument("--out", default="out/bench", help="folder for rows and report (default: %(default)s)")
+
+    sub = command("tune", _tune, "find the fastest launches of the Triton kernels on this GPU, and keep them",
+                  "Goes through the benchmark's cases on a GPU. What a kernel may be launched with passes the benchmark's\n"
+                  "gate or is out; the rest is timed beside the heuristic, on the same inputs, in turns. What is faster by\n"
+                  "more than the noise is kept with its figures in SORA_FAST_CACHE (default ~/.cache/sora_fast): launches\n"
+                  "on this GPU find it, for exactly this problem, kernel source and Triton. The same command goes on where\n"
+                  "a run was stopped. Exits with 1 if a case could not be tuned, with 3 if --minutes left cases for the\n"
+                  "next call. With TRITON_INTERPRET=1 and --device cpu the tuner itself can be tried without a GPU.\n\n"
+                  "  sora-fast tune --minutes 20\n"
+                  "  sora-fast tune modulation --case 'Wan 14B'\n"
+                  "  sora-fast tune --from benchmarks/results/nvidia-h200/tune.jsonl --ship")
+    sub.add_argument("families", nargs="*", metavar="FAMILY", help="families to tune (default: all)")
+    sub.add_argument("--suite", choices=("quick", "full"), default="full",
+                     help="whose cases: full has real models' sizes, quick small ones (default: %(default)s)")
+    sub.add_argument("--quick", action="store_true", help="the same as --suite quick (default: as --suite says)")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+    sub.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT (default: all)")
+    sub.add_argument("--candidates", type=int, default=0, metavar="N",
+                     help="try no more than the first N of a kernel's; 0: all (default: %(default)s)")
+    sub.add_argument("--minutes", type=float, default=0.0, help="begin nothing after so long; 0: never stop "
+                                                                "(default: %(default)s)")
+    sub.add_argument("--fresh", action="store_true", help="measure again what is in --out (default: go on)")
+    sub.add_argument("--out", default="out/tune.jsonl", metavar="FILE", help="a row for each lookup (default: %(default)s)")
+    sub.add_argument("--ship", action="store_true", help="keep winners in this checkout's sora_fast/tuning/configs "
+                                                         "(default: in your cache)")
+    sub.add_argument("--from", dest="source", metavar="FILE", help="measure nothing: keep the winners in FILE, the --out of "
+                                                                   "another run (default: measure)")
 
     sub = command("bench compare", _bench("compare"), "SAME, FAST, SLOW or UNDECIDED for every row of two runs")
     sub.add_argument("base", help="bench.jsonl of the run to compare with")
