@@ -3,27 +3,39 @@
 N tokens, C channels, D width; a sample has t x h x w tokens of pt x ph x pw pixels.
 """
 
+import functools
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
 
-from .. import checks
+from .. import checks, configs
 from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad, no_autocast
 from ..pack import Pack, host_grids
 from ..reference import patches as reference
+from . import triton_backend
 
 
 @dataclass(frozen=True)
 class PatchesProblem(Problem):
-    """``numel``: numbers of a patch, C * pt * ph * pw; ``sizes_hidden``: grids is a CPU tensor in a traced graph."""
+    """``width``: D, or C of unpatchify; ``rows`` of a patch, of ``run`` numbers along w each: C * pt * ph, or pt * ph.
 
-    numel: int
+    ``sizes_hidden``: grids is a tensor in a traced graph.
+    """
+
+    width: int
+    rows: int
+    run: int
     sizes_hidden: bool
 
 
-def _example(device: str, dtype: torch.dtype, grad: bool) -> PatchesProblem:
-    return PatchesProblem(device, dtype, grad, numel=64, sizes_hidden=False)
+def _embed_example(device: str, dtype: torch.dtype, grad: bool) -> PatchesProblem:
+    return PatchesProblem(device, dtype, grad, width=1536, rows=32, run=2, sizes_hidden=False)
+
+
+def _permute_example(device: str, dtype: torch.dtype, grad: bool) -> PatchesProblem:
+    return PatchesProblem(device, dtype, grad, width=16, rows=2, run=2, sizes_hidden=False)
 
 
 # ---------------------------------------------------------------------------------------------- backend "torch"
@@ -49,7 +61,7 @@ def _places(grids_S3, tokens: int, patch, channels: int, device):
     return place + (start_N + corner_N)[:, None, None, None, None], belongs_N
 
 
-def _torch_patch_embed(latents, weight, bias, *, grids):
+def _torch_patch_embed(latents, weight, bias, *, grids, pack):
     width, channels, *patch = weight.shape
     if isinstance(grids, torch.Tensor):
         tokens = latents.shape[0] // (weight.numel() // width)
@@ -64,7 +76,7 @@ def _torch_patch_embed(latents, weight, bias, *, grids):
     return out if belongs is None else torch.where(belongs[:, None], out, 0)
 
 
-def _torch_unpatchify(tokens, grids, patch, channels):
+def _torch_unpatchify(tokens, grids, pack, patch, channels):
     if not isinstance(grids, torch.Tensor):
         return reference.unpatchify(tokens, grids, patch, channels)
     place, belongs = _places(grids, tokens.shape[0], patch, channels, tokens.device)
@@ -83,10 +95,223 @@ def _reference_unsupported(problem: PatchesProblem) -> list[str]:
     return []
 
 
-PATCH_EMBED = Op("patch_embed", "patches", _example, [
-    Backend("torch", _torch_patch_embed), Backend("reference", reference.patch_embed, _reference_unsupported)])
-UNPATCHIFY = Op("unpatchify", "patches", _example, [
-    Backend("torch", _torch_unpatchify), Backend("reference", reference.unpatchify, _reference_unsupported)])
+def _reference_patch_embed(latents, weight, bias, *, grids, pack):
+    return reference.patch_embed(latents, weight, bias, grids=grids)
+
+
+def _reference_unpatchify(tokens, grids, pack, patch, channels):
+    return reference.unpatchify(tokens, grids, patch, channels)
+
+
+# --------------------------------------------------------------------------------------------- backend "triton"
+LONGEST_RUN = 64
+
+
+@dataclass(frozen=True)
+class _Uploaded:
+    """``grids`` (S, 3) and ``cu_seqlens`` (S + 1,), int32 on a device; ``event``: when they were there (CUDA)."""
+
+    grids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    stream: object
+    event: object
+
+
+# What CUDA graphs read for as long as they live, so for good: 16 bytes a sample.
+_captured: dict[int, _Uploaded] = {}
+
+
+@functools.lru_cache(maxsize=64)
+def _upload(grids: tuple, device: torch.device) -> _Uploaded:
+    """Copied once, from pinned memory, so that nobody waits."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("patches: expected grids that were used once before a CUDA graph is captured, got new ones; "
+                           "make the call once before the capture, or pass a Pack")
+    lengths = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3).prod(1)
+    ends = [0, *lengths.cumsum(0).tolist()]
+    if ends[-1] > 2**31 - 1:
+        raise checks.error("patches", "at most 2,147,483,647 tokens in the samples of a call on backend 'triton'",
+                           f"{ends[-1]:,}", "make several calls")
+    table = torch.tensor([*(n for grid in grids for n in grid), *ends], dtype=torch.int32)
+    if device.type != "cuda":
+        stream = event = None
+    else:
+        table = table.pin_memory().to(device, non_blocking=True)
+        stream = torch.cuda.current_stream(device)
+        event = stream.record_event()
+    return _Uploaded(table[: 3 * len(grids)].view(-1, 3), table[3 * len(grids) :], stream, event)
+
+
+def _uploaded(grids: tuple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Host triples on ``device``, from a cache; never waits for the device."""
+    if device.type != "cuda":
+        found = _upload(grids, device)
+        return found.grids, found.cu_seqlens
+    with torch.cuda.device(device):
+        found = _upload(grids, device)
+        stream = torch.cuda.current_stream()
+        if torch.cuda.is_current_stream_capturing():
+            _captured[id(found)] = found  # the upload has ended: a capture begins with a synchronisation
+        elif stream != found.stream:
+            stream.wait_event(found.event)
+            found.grids.record_stream(stream)  # both are views of one memory
+    return found.grids, found.cu_seqlens
+
+
+def _copies(like, sizes):
+    # of a traced graph, which may reuse the memory of what an op returns
+    grids = tuple(zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True))
+    return [table.clone() for table in _uploaded(grids, like.device)]
+
+
+def _fake_copies(like, sizes):
+    samples = len(sizes) // 3
+    return [like.new_empty(shape, dtype=torch.int32) for shape in ((samples, 3), (samples + 1,))]
+
+
+def _on_device(grids, pack, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """``grids`` (S, 3) and ``cu_seqlens`` (S + 1,), int32 on ``device``: the pack's own, computed there, or uploaded."""
+    if pack is not None and pack.kept is None and pack.device == device:
+        return pack.grids_device, pack.cu_seqlens
+    if isinstance(grids, torch.Tensor):
+        grids = grids.to(device=device, dtype=torch.int32, non_blocking=device.type == "cuda")
+        return grids, F.pad(grids.prod(1).cumsum(0), (1, 0)).to(torch.int32)
+    if torch.compiler.is_compiling():
+        # the numbers go to the device when the graph runs: sizes of a batch may be symbols here
+        like = torch.empty(0, device=device)
+        return tuple(torch.ops.sora_fast.patches_grids(like, [n for grid in grids for n in grid]))
+    return _uploaded(grids, device)
+
+
+def _config(kernel: str, gpu: str, **launch) -> configs.Found:
+    from ..kernels import patches as kernels  # imports Triton, which need not be there
+
+    return configs.lookup("patches", kernel, kernels.Launch(**launch), gpu, getattr(kernels, f"{kernel}_heuristic"))
+
+
+def _config_of_call(kernel: str, x, tokens: int, width: int, rows: int, run: int):
+    return _config(kernel, triton_backend.gpu_name(x.device), tokens=configs.bucket(tokens), width=width, rows=rows, run=run,
+                   dtype=x.dtype).config
+
+
+def _config_of_product(kernel: str, x, tokens: int, weight):
+    return _config_of_call(kernel, x, tokens, weight.shape[0], prod(weight.shape[1:4]), weight.shape[4])
+
+
+def _typical_config(kernel: str, problem: PatchesProblem) -> configs.Found:
+    gpu = configs.gpu_name(problem.device) if problem.device.startswith("cuda") else "cpu"
+    return _config(kernel, gpu, tokens=32768, width=problem.width, rows=problem.rows, run=problem.run, dtype=problem.dtype)
+
+
+def _embed(latents, weight, bias, grids, cu_seqlens):
+    from ..kernels import patches as kernels
+
+    config = _config_of_product("embed", latents, latents.shape[0] // prod(weight.shape[1:]), weight)
+    return kernels.embed(latents, weight, bias, grids, cu_seqlens, config=config)
+
+
+def _fake_embed(latents, weight, bias, grids, cu_seqlens):
+    return latents.new_empty((latents.shape[0] // prod(weight.shape[1:]), weight.shape[0]))
+
+
+def _embed_backward(d_out, latents, weight, grids, cu_seqlens, wanted):
+    from ..kernels import patches as kernels
+
+    want_latents, want_weight, want_bias = wanted
+    found = []
+    if want_latents:
+        config = _config_of_product("latents", d_out, d_out.shape[0], weight)
+        found.append(kernels.embed_latents_gradient(d_out, weight, grids, cu_seqlens, config=config))
+    if want_weight or want_bias:
+        config = _config_of_product("weight", d_out, d_out.shape[0], weight)
+        found += kernels.embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, want_weight=want_weight,
+                                               want_bias=want_bias, config=config)
+    return [t for t in found if t is not None]
+
+
+def _fake_embed_backward(d_out, latents, weight, grids, cu_seqlens, wanted):
+    shapes = (latents.shape, weight.shape, weight.shape[:1])
+    return [latents.new_empty(shape) for shape, want in zip(shapes, wanted, strict=True) if want]
+
+
+def _permute(source, grids, cu_seqlens, patch, channels, back):
+    from ..kernels import patches as kernels
+
+    tokens = source.numel() // (channels * prod(patch))
+    config = _config_of_call("permute", source, tokens, channels, patch[0] * patch[1], patch[2])
+    return kernels.permute(source, grids, cu_seqlens, patch, channels, back=back, config=config)
+
+
+def _fake_permute(source, grids, cu_seqlens, patch, channels, back):
+    numbers = channels * prod(patch)
+    return source.new_empty((source.shape[0] // numbers, numbers) if back else (source.shape[0] * numbers,))
+
+
+# sizes: t, h, w of every sample, one after the other; the gradients that are wanted of latents, weight and bias.
+triton_backend.define("patches_grids(Tensor like, SymInt[] sizes) -> Tensor[]", _copies, _fake_copies)
+triton_backend.define("patch_embed_forward(Tensor latents, Tensor weight, Tensor? bias, Tensor grids, Tensor cu_seqlens) "
+                      "-> Tensor", _embed, _fake_embed)
+triton_backend.define("patch_embed_backward(Tensor d_out, Tensor latents, Tensor weight, Tensor grids, Tensor cu_seqlens, "
+                      "bool[] wanted) -> Tensor[]", _embed_backward, _fake_embed_backward)
+triton_backend.define("patches_permute(Tensor source, Tensor grids, Tensor cu_seqlens, int[] patch, int channels, "
+                      "bool back) -> Tensor", _permute, _fake_permute)
+
+
+class _PatchEmbed(torch.autograd.Function):
+    """Saves the flat latents, the weight and where the samples are: no matrix of patches."""
+
+    @staticmethod
+    def forward(ctx, latents, weight, bias, grids, cu_seqlens):
+        ctx.save_for_backward(latents, weight, grids, cu_seqlens)
+        return torch.ops.sora_fast.patch_embed_forward(latents, weight, bias, grids, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        wanted = list(ctx.needs_input_grad[:3])
+        with torch.no_grad():
+            found = iter(torch.ops.sora_fast.patch_embed_backward(d_out, *ctx.saved_tensors, wanted))
+        return (*(next(found) if want else None for want in wanted), None, None)
+
+
+class _Unpatchify(torch.autograd.Function):
+    """A permutation: its gradient is the way back."""
+
+    @staticmethod
+    def forward(ctx, tokens, grids, cu_seqlens, patch, channels):
+        ctx.save_for_backward(grids, cu_seqlens)
+        ctx.patch, ctx.channels = patch, channels
+        return torch.ops.sora_fast.patches_permute(tokens, grids, cu_seqlens, patch, channels, False)
+
+    @staticmethod
+    def backward(ctx, d_flat):
+        with torch.no_grad():
+            d_tokens = torch.ops.sora_fast.patches_permute(d_flat, *ctx.saved_tensors, ctx.patch, ctx.channels, True)
+        return d_tokens, None, None, None, None
+
+
+def _triton_patch_embed(latents, weight, bias, *, grids, pack):
+    return _PatchEmbed.apply(latents, weight, bias, *_on_device(grids, pack, latents.device))
+
+
+def _triton_unpatchify(tokens, grids, pack, patch, channels):
+    return _Unpatchify.apply(tokens, *_on_device(grids, pack, tokens.device), list(patch), channels)
+
+
+def _triton_unsupported(problem: PatchesProblem) -> list[str]:
+    reasons = triton_backend.unsupported(problem, problem.dtype)
+    if problem.run > LONGEST_RUN:
+        reasons.append(f"Its kernels take patches of at most {LONGEST_RUN} numbers along w, and these have {problem.run:,}.")
+    return reasons
+
+
+PATCH_EMBED = Op("patch_embed", "patches", _embed_example, [
+    Backend("triton", _triton_patch_embed, _triton_unsupported, kernel="patches",
+            config=functools.partial(_typical_config, "embed")),
+    Backend("torch", _torch_patch_embed), Backend("reference", _reference_patch_embed, _reference_unsupported)])
+UNPATCHIFY = Op("unpatchify", "patches", _permute_example, [
+    Backend("triton", _triton_unpatchify, _triton_unsupported, kernel="patches",
+            config=functools.partial(_typical_config, "permute")),
+    Backend("torch", _torch_unpatchify), Backend("reference", _reference_unpatchify, _reference_unsupported)])
 OPS = (PATCH_EMBED, UNPATCHIFY)
 
 
@@ -153,6 +378,7 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
     op = "patch_embed"
     checks.shape(op, "weight", weight, ("D", "C", "pt", "ph", "pw"), "use the weight of a Conv3d")
     width, channels, *patch = weight.shape
+    pack = grids if isinstance(grids, Pack) else None
     numel = weight.numel() // max(width, 1)
     if width > 0 and numel == 0:
         raise checks.error(op, "a weight of at least one number per token", checks.show_shape(weight.shape),
@@ -179,9 +405,9 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
         checks.shape(op, "bias", bias, (width,), "one number per column of the tokens")
     latents, weight, bias = autocast(latents, weight, bias)
     checks.same_dtype(op, latents=latents, weight=weight, bias=bias)
-    problem = PatchesProblem(device_name(latents), latents.dtype, needs_grad(latents, weight, bias),
-                             numel, isinstance(grids, torch.Tensor))
-    return PATCH_EMBED.run(problem, backend, latents=latents, weight=weight, bias=bias, grids=grids)
+    problem = PatchesProblem(device_name(latents), latents.dtype, needs_grad(latents, weight, bias), width,
+                             channels * patch[0] * patch[1], patch[2], isinstance(grids, torch.Tensor))
+    return PATCH_EMBED.run(problem, backend, latents=latents, weight=weight, bias=bias, grids=grids, pack=pack)
 
 
 def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
@@ -211,9 +437,10 @@ def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
     else:
         checks.require(flat, op, "flat=True with a grids tensor in a traced graph", "flat=False",
                        "cut the buffer into clips outside the graph")
-    problem = PatchesProblem(device_name(tokens), tokens.dtype, needs_grad(tokens), tokens.shape[1],
+    problem = PatchesProblem(device_name(tokens), tokens.dtype, needs_grad(tokens), channels, pt * ph, pw,
                              isinstance(sizes, torch.Tensor))
-    buffer = UNPATCHIFY.run(problem, backend, tokens=tokens, grids=sizes, patch=tuple(patch), channels=channels)
+    buffer = UNPATCHIFY.run(problem, backend, tokens=tokens, grids=sizes, pack=grids if isinstance(grids, Pack) else None,
+                            patch=tuple(patch), channels=channels)
     return buffer if flat else clips(buffer, sizes, patch, channels)
 
 

@@ -1,0 +1,514 @@
+"""Patch embedding as one gathered matrix product over samples of any sizes, its gradients, and the way back to clips.
+
+N tokens, S samples, C channels, D width; a patch is pt x ph x pw pixels. A sample (C, t * pt, h * ph, w * pw) stands in the
+flat buffer with its t x h x w tokens in this order, after the samples before it; ``cu_seqlens`` (S + 1,) counts the tokens
+before each. The K = C * pt * ph * pw numbers of a patch are rows (C, pt, ph) of pw numbers each, one after the other in the
+buffer; a token finds its sample by binary search, and where its patch lies is four numbers (``_places``).
+
+What is coalesced. The numbers of one row of a patch are pw * 2 to pw * 4 bytes in a row, and the next token's follow them at
+once. So the buffer is read and written in tiles (row of the patch, token, place in the row), whose last two axes run through
+memory: the lanes of a warp run along the tokens, each with the pw numbers of its own. Tokens and weights are (N, D) and
+(D, K): 16 bytes a lane.
+
+The embedding of a token is D / K times larger than its patch (24 times with K = 64, D = 1536), so a program gathers a tile
+of patches once and walks over the columns of the weight, which it finds in L2.
+
+Tokens past the last sample (the tail) are patches of 1 x 1 x 1 that nothing is read of: 0 in every output. No atomics: two
+runs give the same bits. Products of 16-bit numbers are summed in float32; those of float32 are tf32x3, three products of
+TF32 whose error is float32's own, unless torch.backends.cuda.matmul allows plain TF32.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+@dataclass(frozen=True)
+class Launch:
+    """What the best Config depends on: ``rows`` of a patch, ``run`` numbers in each; ``width`` D, or C of unpatchify.
+
+    ``tokens`` is a bucket.
+    """
+
+    tokens: int
+    width: int
+    rows: int
+    run: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """Tile of tokens (``block_n``), columns of the width (``block_d``) and numbers of a patch (``block_k``)."""
+
+    block_n: int
+    block_d: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class PermuteConfig:
+    """Tokens, rows (pt, ph) of a patch and channels of a tile: powers of two."""
+
+    block_n: int
+    block_r: int
+    block_c: int
+    warps: int
+
+
+LONGEST_RUN = 64  # numbers of a patch along w; all of them are in a tile
+SMALL = ("sm86", "sm89", "sm120")  # 99 KB of shared memory
+
+
+def _padded(launch: Launch) -> int:
+    """Numbers of a patch as tiles count them; a product of matrices takes 16 at least."""
+    return max(triton.next_power_of_2(launch.rows) * triton.next_power_of_2(launch.run), 16)
+
+
+def embed_heuristic(launch: Launch, gpu: str) -> ProductConfig:
+    """128 x 128 and the whole patch up to 128 numbers, which is then gathered once for all columns; else what fits."""
+    padded = _padded(launch)
+    if gpu == "cpu":
+        return ProductConfig(32, 16, min(padded, LONGEST_RUN), warps=4, stages=1)
+    small = gpu.startswith(SMALL)
+    if launch.dtype == torch.float32:
+        return ProductConfig(64, 32, max(triton.next_power_of_2(launch.run), 32), warps=8, stages=2)
+    if launch.width % 8 != 0:
+        return ProductConfig(64, 64, min(padded, 64), warps=4, stages=2)
+    if padded <= (64 if small else 128):
+        return ProductConfig(128, 128, padded, warps=8, stages=2)
+    if launch.run < 8:  # the addresses of 64 numbers in shorter runs, or of more tokens, spill
+        return ProductConfig(64, 64 if small else 128, 32, warps=8, stages=3)
+    return ProductConfig(64 if small else 128, 128, 64, warps=8, stages=2 if small else 3)
+
+
+def latents_heuristic(launch: Launch, gpu: str) -> ProductConfig:
+    """The gradient of the latents: a sum over the width, in a pipeline.
+
+    One wgmma of 64 x 64 x 32 for each group of 4 warps: with larger ones ptxas waits for each instruction (C7514).
+    """
+    padded = _padded(launch)
+    if gpu == "cpu":
+        return ProductConfig(32, 16, min(padded, LONGEST_RUN), warps=4, stages=1)
+    if launch.dtype == torch.float32:
+        return ProductConfig(64, 32, min(padded, 64), warps=4, stages=2)
+    return ProductConfig(128, 32, min(padded, 64), warps=8, stages=4)
+
+
+def weight_heuristic(launch: Launch, gpu: str) -> ProductConfig:
+    """The gradient of the weight: a sum over tokens. No pipeline: the gather of a tile waits, other programs do not."""
+    padded = _padded(launch)
+    if gpu == "cpu":
+        return ProductConfig(16, 16, min(padded, LONGEST_RUN), warps=4, stages=1)
+    if launch.dtype == torch.float32:
+        return ProductConfig(32, 64, min(padded, 64), warps=4, stages=1)
+    if gpu.startswith(SMALL):
+        return ProductConfig(64, 64, min(padded, 64), warps=4, stages=1)
+    return ProductConfig(64, 128, min(padded, 128), warps=8 if padded > 64 else 4, stages=1)
+
+
+def permute_heuristic(launch: Launch, gpu: str) -> PermuteConfig:
+    """Tiles of 4096 numbers, 32 a thread, and 32 tokens or more where a patch is no larger than 128 numbers."""
+    run = triton.next_power_of_2(launch.run)
+    channels = min(triton.next_power_of_2(launch.width), 128, max(512 // run, 1))
+    rows = min(triton.next_power_of_2(launch.rows), max(128 // (run * channels), 1))
+    tokens = min(max(4096 // (run * channels * rows), 8), 16 if gpu == "cpu" else 256)
+    return PermuteConfig(tokens, rows, channels, warps=4)
+
+
+# ------------------------------------------------------------------------------------------------------------- places
+@triton.jit
+def _places(token, grids, cu_seqlens, samples, steps, C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr,
+            PW: tl.constexpr):
+    """Of each token: whether a sample has it, where its patch begins, and the strides of ph, pt and C there.
+
+    ``steps``: halvings that leave one of ``samples`` + 1 places. Tokens of samples are counted in 32 bits, numbers in 64.
+    """
+    belongs = token < tl.load(cu_seqlens + samples)
+    inside = tl.where(belongs, token, 0).to(tl.int32)
+    low = tl.zeros_like(inside)  # the last sample that begins at or before the token: empty ones before it are passed over
+    high = low + samples.to(tl.int32)
+    for _ in range(steps):
+        middle = (low + high) // 2
+        right = tl.load(cu_seqlens + middle) <= inside
+        low = tl.where(right, middle, low)
+        high = tl.where(right, high, middle)
+    t = tl.load(grids + 3 * low, mask=belongs, other=1)
+    h = tl.load(grids + 3 * low + 1, mask=belongs, other=1)
+    w = tl.load(grids + 3 * low + 2, mask=belongs, other=1)
+    first = tl.load(cu_seqlens + low)
+    inner = tl.where(belongs, inside - first, 0)
+    row = w.to(tl.int64) * PW
+    plane = row * (h * PH)
+    corner = (inner // (h * w)) * (PT * plane) + (inner // w % h) * (PH * row) + (inner % w).to(tl.int64) * PW
+    corner += tl.where(belongs, first.to(tl.int64), token) * (C * PT * PH * PW)
+    return belongs, corner, row, plane, plane * (t * PT)
+
+
+@triton.jit
+def _rows_at(first_row, corner, row, plane, volume, PT: tl.constexpr, PH: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Where rows ``first_row`` .. of the patches begin, (BLOCK_R, tokens)."""
+    r = (first_row + tl.arange(0, BLOCK_R))[:, None]
+    return corner[None, :] + r // (PT * PH) * volume[None, :] + r // PH % PT * plane[None, :] + r % PH * row[None, :]
+
+
+@triton.jit
+def _row_mask(first_row, belongs, ROWS: tl.constexpr, PW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Which numbers of a tile (row, token, place in the row) are there; ``belongs`` of the tokens."""
+    mask = (first_row + tl.arange(0, BLOCK_R) < ROWS)[:, None, None] & belongs[None, :, None]
+    if BLOCK_W == PW:
+        return tl.broadcast_to(mask, [BLOCK_R, belongs.shape[0], BLOCK_W])
+    else:
+        return mask & (tl.arange(0, BLOCK_W) < PW)[None, None, :]
+
+
+@triton.jit
+def _numbers_of(first_row, ROWS: tl.constexpr, PW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Place in a row of the weight of each number that ``_patches`` gathers, and which are there."""
+    number = tl.arange(0, BLOCK_R * BLOCK_W)
+    if BLOCK_W == PW:
+        return first_row * PW + number, first_row * PW + number < ROWS * PW
+    else:
+        row, place = first_row + number // BLOCK_W, number % BLOCK_W
+        return row * PW + place, (row < ROWS) & (place < PW)
+
+
+@triton.jit
+def _patches(latents, first_row, belongs, corner, row, plane, volume, ROWS: tl.constexpr, PT: tl.constexpr,
+             PH: tl.constexpr, PW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Rows ``first_row`` .. of the patches, (tokens, BLOCK_R * BLOCK_W); 0 where nothing is."""
+    at = _rows_at(first_row, corner, row, plane, volume, PT, PH, BLOCK_R)[:, :, None] + tl.arange(0, BLOCK_W)[None, None, :]
+    mask = _row_mask(first_row, belongs, ROWS, PW, BLOCK_R, BLOCK_W)
+    x_RNW = tl.load(latents + at, mask=mask, other=0.0)
+    x_NK = tl.reshape(tl.permute(x_RNW, (1, 0, 2)), [belongs.shape[0], BLOCK_R * BLOCK_W])
+    # 0 once more: Triton 3.9 does not compile a product whose operand in shared memory is a reshaped tile as it is
+    return tl.where(belongs[:, None], x_NK, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+@triton.jit
+def _embed_columns(acc, bias, out, token, tokens, belongs, columns, D: tl.constexpr):
+    if bias is not None:
+        acc += tl.load(bias + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    # where, although its patch is 0: the weight may be infinite
+    acc = tl.where(belongs[:, None], acc, 0.0)
+    mask = (token < tokens)[:, None] & (columns < D)[None, :]
+    tl.store(out + token[:, None] * D + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "samples", "steps", "blocks"],
+            do_not_specialize_on_alignment=["grids", "cu_seqlens"])
+def embed_kernel(latents, weight, bias, grids, cu_seqlens, out, tokens: tl.int64, samples: tl.int64, steps: tl.int64,
+                 blocks: tl.int64, D: tl.constexpr, C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+                 PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+                 BLOCK_W: tl.constexpr):
+    """``out`` (N, D) = patches times weight^T plus bias: a tile of tokens and ``blocks`` blocks of columns a program."""
+    ROWS: tl.constexpr = C * PT * PH
+    K: tl.constexpr = ROWS * PW
+    COLUMNS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    parts = tl.cdiv(COLUMNS, blocks)
+    program = tl.program_id(0).to(tl.int64)
+    first_block = (program % parts * blocks).to(tl.int32)
+    end = tl.minimum(first_block + blocks.to(tl.int32), COLUMNS)
+    token = program // parts * BLOCK_N + tl.arange(0, BLOCK_N)
+    belongs, corner, row, plane, volume = _places(token, grids, cu_seqlens, samples, steps, C, PT, PH, PW)
+
+    if ROWS <= BLOCK_R:
+        a_NK = _patches(latents, 0, belongs, corner, row, plane, volume, ROWS, PT, PH, PW, BLOCK_R, BLOCK_W)
+        number, there = _numbers_of(0, ROWS, PW, BLOCK_R, BLOCK_W)
+        for block in range(first_block, end):
+            columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
+            b_KD = tl.load(weight + columns[None, :] * K + number[:, None],
+                           mask=there[:, None] & (columns < D)[None, :], other=0.0)
+            acc = tl.dot(a_NK, b_KD, input_precision=PRECISION)
+            _embed_columns(acc, bias, out, token, tokens, belongs, columns, D)
+    else:
+        for block in range(first_block, end):
+            columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
+            acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            for first_row in range(0, ROWS, BLOCK_R):
+                a_NK = _patches(latents, first_row, belongs, corner, row, plane, volume, ROWS, PT, PH, PW, BLOCK_R, BLOCK_W)
+                number, there = _numbers_of(first_row, ROWS, PW, BLOCK_R, BLOCK_W)
+                b_KD = tl.load(weight + columns[None, :] * K + number[:, None],
+                               mask=there[:, None] & (columns < D)[None, :], other=0.0)
+                acc = tl.dot(a_NK, b_KD, acc, input_precision=PRECISION)
+            _embed_columns(acc, bias, out, token, tokens, belongs, columns, D)
+
+
+@triton.jit(do_not_specialize=["tokens", "samples", "steps"], do_not_specialize_on_alignment=["grids", "cu_seqlens"])
+def latents_kernel(d_out, weight, grids, cu_seqlens, d_latents, tokens: tl.int64, samples: tl.int64, steps: tl.int64,
+                   D: tl.constexpr, C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+                   PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+                   BLOCK_W: tl.constexpr):
+    """``d_latents`` = d_out times weight, each patch stored where it lies: every number of the buffer is of one patch."""
+    ROWS: tl.constexpr = C * PT * PH
+    K: tl.constexpr = ROWS * PW
+    PARTS: tl.constexpr = (ROWS + BLOCK_R - 1) // BLOCK_R
+    program = tl.program_id(0).to(tl.int64)
+    first_row = (program % PARTS).to(tl.int32) * BLOCK_R
+    token = program // PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
+    belongs, corner, row, plane, volume = _places(token, grids, cu_seqlens, samples, steps, C, PT, PH, PW)
+
+    number, there = _numbers_of(first_row, ROWS, PW, BLOCK_R, BLOCK_W)
+    acc = tl.zeros([BLOCK_N, BLOCK_R * BLOCK_W], tl.float32)
+    for first in range(0, D, BLOCK_D):
+        columns = first + tl.arange(0, BLOCK_D)
+        a_ND = tl.load(d_out + token[:, None] * D + columns[None, :], mask=belongs[:, None] & (columns < D)[None, :],
+                       other=0.0)
+        b_DK = tl.load(weight + columns[:, None] * K + number[None, :], mask=(columns < D)[:, None] & there[None, :],
+                       other=0.0)
+        acc = tl.dot(a_ND, b_DK, acc, input_precision=PRECISION)
+    d_RNW = tl.permute(tl.reshape(acc.to(d_latents.dtype.element_ty), [BLOCK_N, BLOCK_R, BLOCK_W]), (1, 0, 2))
+    d_RNW = tl.where(belongs[None, :, None], d_RNW, 0.0)
+    at = _rows_at(first_row, corner, row, plane, volume, PT, PH, BLOCK_R)[:, :, None] + tl.arange(0, BLOCK_W)[None, None, :]
+    tl.store(d_latents + at, d_RNW, mask=_row_mask(first_row, token < tokens, ROWS, PW, BLOCK_R, BLOCK_W))
+
+
+@triton.jit(do_not_specialize=["samples", "steps", "length"], do_not_specialize_on_alignment=["grids", "cu_seqlens"])
+def weight_kernel(d_out, latents, grids, cu_seqlens, weight_sums, bias_sums, samples: tl.int64, steps: tl.int64,
+                  length: tl.int64, D: tl.constexpr, C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+                  PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+                  BLOCK_W: tl.constexpr):
+    """Sums over ``length`` tokens of d_out^T times patches and of d_out, one tile (D, K) of one share a program."""
+    ROWS: tl.constexpr = C * PT * PH
+    K: tl.constexpr = ROWS * PW
+    PARTS: tl.constexpr = (ROWS + BLOCK_R - 1) // BLOCK_R if weight_sums is not None else 1
+    COLUMNS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    program = tl.program_id(0).to(tl.int64)
+    first_row = (program % PARTS).to(tl.int32) * BLOCK_R
+    columns = (program // PARTS % COLUMNS).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+    share = program // PARTS // COLUMNS
+
+    acc = tl.zeros([BLOCK_D, BLOCK_R * BLOCK_W], tl.float32)
+    bias_acc = tl.zeros([BLOCK_D], tl.float32)
+    end = tl.minimum((share + 1) * length, tl.load(cu_seqlens + samples).to(tl.int64))
+    for first in range(share * length, end, BLOCK_N):
+        token = first + tl.arange(0, BLOCK_N)
+        a_ND = tl.load(d_out + token[:, None] * D + columns[None, :], mask=(token < end)[:, None] & (columns < D)[None, :],
+                       other=0.0)
+        if bias_sums is not None:
+            bias_acc += tl.sum(a_ND.to(tl.float32), 0)
+        if weight_sums is not None:
+            belongs, corner, row, plane, volume = _places(token, grids, cu_seqlens, samples, steps, C, PT, PH, PW)
+            b_NK = _patches(latents, first_row, belongs & (token < end), corner, row, plane, volume, ROWS, PT, PH, PW,
+                            BLOCK_R, BLOCK_W)
+            acc = tl.dot(tl.trans(a_ND), b_NK, acc, input_precision=PRECISION)
+
+    if bias_sums is not None:
+        tl.store(bias_sums + share * D + columns, bias_acc, mask=columns < tl.where(first_row == 0, D, 0))
+    if weight_sums is not None:
+        number, there = _numbers_of(first_row, ROWS, PW, BLOCK_R, BLOCK_W)
+        at = (share * D + columns)[:, None] * K + number[None, :]
+        tl.store(weight_sums + at, acc, mask=(columns < D)[:, None] & there[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens", "samples", "steps"], do_not_specialize_on_alignment=["grids", "cu_seqlens"])
+def permute_kernel(source, grids, cu_seqlens, out, tokens: tl.int64, samples: tl.int64, steps: tl.int64, BACK: tl.constexpr,
+                   C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Tokens (N, pt * ph * pw * C) to the flat buffer, or BACK: numbers are moved, not computed with.
+
+    On the tokens' side a lane has 16 bytes along C, on the buffer's pw numbers, and lanes run along the tokens; between the
+    two the tile goes through shared memory.
+    """
+    ROWS: tl.constexpr = PT * PH
+    ROW_PARTS: tl.constexpr = (ROWS + BLOCK_R - 1) // BLOCK_R
+    PARTS: tl.constexpr = ROW_PARTS * ((C + BLOCK_C - 1) // BLOCK_C)
+    program = tl.program_id(0).to(tl.int64)
+    part = (program % PARTS).to(tl.int32)
+    token = program // PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
+    belongs, corner, row, plane, volume = _places(token, grids, cu_seqlens, samples, steps, C, PT, PH, PW)
+
+    r = part % ROW_PARTS * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = part // ROW_PARTS * BLOCK_C + tl.arange(0, BLOCK_C)
+    place = tl.arange(0, BLOCK_W)
+    at_RN = corner[None, :] + (r // PH)[:, None] * plane[None, :] + (r % PH)[:, None] * row[None, :]
+    at_RCN = at_RN[:, None, :] + c[None, :, None] * volume[None, None, :]
+    at_RCNW = at_RCN[:, :, :, None] + place[None, None, None, :]
+    at_RWC = (r[:, None, None] * PW + place[None, :, None]) * C + c[None, None, :]
+    at_NRWC = token[:, None, None, None] * (ROWS * PW * C) + at_RWC[None, :, :, :]
+    there_RCW = ((r < ROWS)[:, None] & (c < C)[None, :])[:, :, None] & (place < PW)[None, None, :]
+    there_RWC = ((r < ROWS)[:, None] & (place < PW)[None, :])[:, :, None] & (c < C)[None, None, :]
+    if BACK:
+        x_RCNW = tl.load(source + at_RCNW, mask=there_RCW[:, :, None, :] & belongs[None, None, :, None], other=0.0)
+        tl.store(out + at_NRWC, tl.permute(x_RCNW, (2, 0, 3, 1)),
+                 mask=there_RWC[None, :, :, :] & (token < tokens)[:, None, None, None])
+    else:
+        x_NRWC = tl.load(source + at_NRWC, mask=there_RWC[None, :, :, :] & belongs[:, None, None, None], other=0.0)
+        tl.store(out + at_RCNW, tl.permute(x_NRWC, (1, 3, 0, 2)),
+                 mask=there_RCW[:, :, None, :] & (token < tokens)[None, None, :, None])
+
+
+# ----------------------------------------------------------------------------------------------------------- launches
+def _on(tensor):
+    """Kernels run on their tensors' device, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _multiprocessors(device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _precision(dtype: torch.dtype) -> str:
+    # fp32_precision is what allow_tf32 sets; reading allow_tf32 itself fails where the newer setting was used
+    allowed = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "tf32x3"
+
+
+def _steps(grids) -> int:
+    """Halvings that find one of S samples."""
+    return max(grids.shape[0] - 1, 0).bit_length()
+
+
+def _constants(weight, config: ProductConfig) -> dict:
+    """What the kernels of a product know when they are compiled."""
+    width, channels, pt, ph, pw = weight.shape
+    run = triton.next_power_of_2(pw)
+    if config.block_k % run:
+        raise ValueError(f"patches: expected block_k to be a multiple of {run}, got {config.block_k}; choose another Config")
+    return dict(D=width, C=channels, PT=pt, PH=ph, PW=pw, PRECISION=_precision(weight.dtype), BLOCK_N=config.block_n,
+                BLOCK_D=config.block_d, BLOCK_R=config.block_k // run, BLOCK_W=run, num_warps=config.warps,
+                num_stages=config.stages, maxnreg=255)  # where nothing is said, ptxas spills to stay within 80, 128 or 168
+
+
+def embed(latents, weight, bias, grids, cu_seqlens, *, config: ProductConfig):
+    """Tokens (N, D) in latents' dtype.
+
+    latents (N * K,), weight (D, C, pt, ph, pw), bias (D,) or None, of one dtype; copied where they are not contiguous.
+    grids (S, 3) and cu_seqlens (S + 1,) int32 on their device; N may exceed cu_seqlens[-1].
+    """
+    width, *patch = weight.shape
+    tokens = latents.shape[0] // prod(patch)
+    latents, weight = latents.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = torch.empty((tokens, width), dtype=latents.dtype, device=latents.device)
+    if tokens and width:
+        constants = _constants(weight, config)
+        tiles, columns = triton.cdiv(tokens, config.block_n), triton.cdiv(width, config.block_d)
+        # all columns of a tile of tokens, but for few tokens, which would leave multiprocessors idle, and large patches,
+        # which each block of columns reads again
+        blocks = triton.cdiv(columns, triton.cdiv(4 * _multiprocessors(latents.device), tiles))
+        if prod(patch[:-1]) > constants["BLOCK_R"]:
+            blocks = 1
+        with _on(latents):
+            embed_kernel[(tiles * triton.cdiv(columns, blocks),)](
+                latents, weight, bias, grids, cu_seqlens, out, tokens, grids.shape[0], _steps(grids), blocks, **constants)
+    return out
+
+
+def embed_latents_gradient(d_out, weight, grids, cu_seqlens, *, config: ProductConfig):
+    """Gradient (N * K,) of the latents; d_out (N, D), the rest as in ``embed``. Contents of d_out's tail are not read."""
+    tokens, width = d_out.shape
+    rows = prod(weight.shape[1:4])
+    d_out, weight = d_out.contiguous(), weight.contiguous()
+    d_latents = torch.empty(tokens * rows * weight.shape[4], dtype=d_out.dtype, device=d_out.device)
+    if tokens:
+        constants = _constants(weight, config)
+        with _on(d_out):
+            latents_kernel[(triton.cdiv(tokens, config.block_n) * triton.cdiv(rows, constants["BLOCK_R"]),)](
+                d_out, weight, grids, cu_seqlens, d_latents, tokens, grids.shape[0], _steps(grids), **constants)
+    return d_latents
+
+
+def embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, *, want_weight, want_bias, config: ProductConfig):
+    """Gradients of weight and bias in their dtype, None where not wanted; of ``weight`` only shape and dtype are used.
+
+    Workspace, float32: P shares of the tokens, each (D, K) for the weight and (D,) for the bias; P is such that there are
+    no more than 4 programs for each multiprocessor, or one.
+    """
+    tokens, width = d_out.shape
+    rows, numbers = prod(weight.shape[1:4]), prod(weight.shape[1:])
+    d_out, latents = d_out.contiguous(), latents.contiguous()
+    constants = _constants(weight, config)
+    tiles = triton.cdiv(width, config.block_d) * (triton.cdiv(rows, constants["BLOCK_R"]) if want_weight else 1)
+    shares = max(4 * _multiprocessors(d_out.device) // max(tiles, 1), 1)
+    length = max(triton.cdiv(triton.cdiv(tokens, shares), config.block_n), 1) * config.block_n
+    shares = triton.cdiv(tokens, length)
+    sums = lambda *shape: torch.empty((shares, *shape), dtype=torch.float32, device=d_out.device)
+    weight_sums = sums(width, numbers) if want_weight else None
+    bias_sums = sums(width) if want_bias else None
+    if tokens and width:
+        with _on(d_out):
+            weight_kernel[(tiles * shares,)](
+                d_out, latents, grids, cu_seqlens, weight_sums, bias_sums, grids.shape[0], _steps(grids), length,
+                **constants)
+    d_weight = weight_sums.sum(dim=0).to(weight.dtype).view(weight.shape) if want_weight else None
+    d_bias = bias_sums.sum(dim=0).to(weight.dtype) if want_bias else None
+    return d_weight, d_bias
+
+
+def permute(source, grids, cu_seqlens, patch, channels, *, back, config: PermuteConfig):
+    """Tokens (N, pt * ph * pw * C) to the flat buffer (N * pt * ph * pw * C,), tail 0; ``back``: the buffer to tokens."""
+    numbers = channels * prod(patch)
+    tokens = source.numel() // numbers
+    source = source.contiguous()
+    out = torch.empty((tokens, numbers) if back else tokens * numbers, dtype=source.dtype, device=source.device)
+    if tokens:
+        pt, ph, pw = patch
+        parts = triton.cdiv(pt * ph, config.block_r) * triton.cdiv(channels, config.block_c)
+        with _on(source):
+            permute_kernel[(triton.cdiv(tokens, config.block_n) * parts,)](
+                source, grids, cu_seqlens, out, tokens, grids.shape[0], _steps(grids), BACK=back, C=channels, PT=pt, PH=ph,
+                PW=pw, BLOCK_N=config.block_n, BLOCK_R=config.block_r, BLOCK_C=config.block_c,
+                BLOCK_W=triton.next_power_of_2(pw), num_warps=config.warps, maxnreg=128)  # as above: 56 would spill
+    return out
+
+
+# --------------------------------------------------------------------------------------------- ahead-of-time proof
+def _tables():
+    return (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((3, 3), (4,)))
+
+
+def _embedding(channels, patch, width, dtype, gpu):
+    """Forward and backward of 4096 tokens on tensors without memory."""
+    make = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
+    weight, bias = make(width, channels, *patch), make(width)
+    grids, cu_seqlens = _tables()
+    launch = Launch(4096, width, prod((channels, *patch[:2])), patch[2], dtype)
+    latents = make(4096 * channels * prod(patch))
+    out = embed(latents, weight, bias, grids, cu_seqlens, config=embed_heuristic(launch, gpu))
+    embed_latents_gradient(out, weight, grids, cu_seqlens, config=latents_heuristic(launch, gpu))
+    embed_weight_gradient(out, latents, weight, grids, cu_seqlens, want_weight=True, want_bias=True,
+                          config=weight_heuristic(launch, gpu))
+
+
+def _permutations(channels, patch, dtype):
+    """There and back of 4096 tokens on tensors without memory."""
+    grids, cu_seqlens = _tables()
+    tokens = torch.empty((4096, channels * prod(patch)), dtype=dtype, device="meta")
+    config = permute_heuristic(Launch(4096, channels, prod(patch[:2]), patch[2], dtype), "sm90")
+    flat = permute(tokens, grids, cu_seqlens, patch, channels, back=False, config=config)
+    permute(flat, grids, cu_seqlens, patch, channels, back=True, config=config)
+
+
+def aot_cases():
+    """What tests/aot.py compiles: latents at the widths of models, pixels, float32 and odd sizes, as each GPU has them."""
+    f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+    for gpu, ccs in (("sm90", (80, 90, 100)), ("sm86", (86, 89, 120))):
+        # the buffer's side of d_latents has pw numbers a lane
+        wants = dict(wants_matrix=True, wants_wide=True, ccs=ccs, latents_kernel=dict(wants_wide=False))
+        for name, *case in (
+            ("latents, 1152", 16, (1, 2, 2), 1152, bf16),
+            ("latents, 1536", 16, (1, 2, 2), 1536, bf16),
+            ("latents, 5120", 16, (1, 2, 2), 5120, bf16),
+            ("48 channels, 3072", 48, (1, 2, 2), 3072, bf16),
+            ("128 channels, 2048, float16", 128, (1, 1, 1), 2048, f16),
+            ("pixels, 1152", 3, (2, 16, 16), 1152, bf16),
+        ):
+            yield f"{name}, {gpu}", partial(_embedding, *case, gpu), wants
+        for name, *case in (("latents, 1536, float32", 16, (1, 2, 2), 1536, f32),
+                            ("pixels, 1152, float32", 3, (2, 16, 16), 1152, f32)):
+            yield f"{name}, {gpu}", partial(_embedding, *case, gpu), dict(ccs=ccs)
+        yield f"odd, 385, {gpu}", partial(_embedding, 3, (1, 3, 3), 385, bf16, gpu), dict(wants_matrix=True, ccs=ccs)
+    yield "16 channels", partial(_permutations, 16, (1, 2, 2), bf16), {}
+    yield "48 channels", partial(_permutations, 48, (1, 2, 2), bf16), {}
+    yield "8 channels, float32", partial(_permutations, 8, (1, 2, 2), f32), {}
+    yield "pixels", partial(_permutations, 3, (2, 16, 16), bf16), {}
