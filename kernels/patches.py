@@ -18,8 +18,9 @@ runs give the same bits. Products of 16-bit numbers are summed in float32; those
 TF32 whose error is float32's own, unless torch.backends.cuda.matmul allows plain TF32.
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
@@ -122,6 +123,23 @@ def permute_heuristic(launch: Launch, gpu: str) -> PermuteConfig:
     rows = min(triton.next_power_of_2(launch.rows), max(128 // (run * channels), 1))
     tokens = min(max(4096 // (run * channels * rows), 8), 16 if gpu == "cpu" else 256)
     return PermuteConfig(tokens, rows, channels, warps=4)
+
+
+def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[ProductConfig | PermuteConfig]:
+    """What the tuner tries beside the heuristic of ``kernel``: tiles and pipelines around it."""
+    if kernel == "permute":
+        start = permute_heuristic(launch, gpu)
+        for tokens in (start.block_n, start.block_n // 2, start.block_n * 2):
+            for warps in (4, 8, 2):
+                yield replace(start, block_n=max(tokens, 8), warps=warps)
+        return
+    start = dict(embed=embed_heuristic, latents=latents_heuristic, weight=weight_heuristic)[kernel](launch, gpu)
+    for tokens in (start.block_n, start.block_n * 2, start.block_n // 2):
+        for columns in (start.block_d, start.block_d * 2, start.block_d // 2):
+            for warps in (start.warps, 12 - start.warps):  # 4 or 8
+                for stages in (start.stages, start.stages + 1, start.stages - 1):
+                    if min(tokens, columns) >= 16 and stages >= 1:
+                        yield ProductConfig(tokens, columns, start.block_k, warps, stages)
 
 
 # ------------------------------------------------------------------------------------------------------------- places

@@ -17,6 +17,7 @@ to its own row of a workspace, whose rows are then added up. No atomics: two run
 
 import functools
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -82,6 +83,22 @@ def backward_heuristic(launch: Launch, gpu: str) -> BackwardConfig:
     # of 65,536 registers: up to 128 a thread, 55 where there is nothing to sum
     resident = 32 if launch.norm is None and launch.freqs != "learned" else 16
     return BackwardConfig(warps=warps, tokens=min(numbers // block, 16), programs=resident // warps)
+
+
+def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[ForwardConfig | BackwardConfig]:
+    """What the tuner tries beside the heuristic of ``kernel``, "forward" or "backward"; the first are the likeliest."""
+    block = tile(max(launch.heads, launch.key_heads), launch.head_dim)
+    for numbers in ((32, 16, 64) if kernel == "forward" else (16, 8, 32)):  # a thread's share
+        for tokens in (1, 2, 4, 8, 16):
+            warps = max(block * tokens // (32 * numbers), 1)
+            if warps > 16:
+                continue
+            if kernel == "forward":
+                yield ForwardConfig(warps=warps, tokens=tokens)
+                continue
+            for resident in (16, 32, 24, 8):  # warps of a multiprocessor
+                if resident % warps == 0:
+                    yield BackwardConfig(warps=warps, tokens=tokens, programs=resident // warps)
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels

@@ -76,6 +76,18 @@ SHAPES = [(channels, patch, width) for channels in (1, 3, 4, 12, 16, 48, 128) fo
           for patch in ((1, 1, 1), (1, 2, 2), (2, 2, 2), (1, 3, 5), (1, 16, 16), (2, 16, 16), (1, 32, 32), (1, 1, 64))]
 
 
+def test_candidates():
+    """What the tuner tries beside the heuristics: tiles that tl.dot takes, in powers of two."""
+    for kernel in ("embed", "latents", "weight", "permute"):
+        launch = kernels.Launch(32768, 16 if kernel == "permute" else 1536, 4 if kernel == "permute" else 32, 2, torch.bfloat16)
+        found = list(kernels.candidates(kernel, launch, "sm90"))
+        assert getattr(kernels, f"{kernel}_heuristic")(launch, "sm90") in found and len(set(found)) > 4
+        for config in found:
+            assert config.warps in (2, 4, 8) and config.block_n >= 8 and config.block_n & (config.block_n - 1) == 0
+            if kernel != "permute":
+                assert min(config.block_n, config.block_d) >= 16 and config.stages >= 1
+
+
 def test_heuristics_fit():
     """Powers of two that tl.dot takes, whole rows of a patch, and what a stage needs within the shared memory of the GPU."""
     for channels, patch, width in SHAPES:

@@ -86,6 +86,16 @@ def test_heuristics_fit_every_head():
             assert 1 <= backward.programs * backward.warps <= 32
 
 
+def test_candidates():
+    """What the tuner tries are distinct, powers of two, and among them the heuristic's kind of numbers."""
+    launch = kernels.Launch(12, 12, 128, 32768, torch.bfloat16, "rms_all", True, "fixed", "interleaved")
+    for kernel, heuristic in (("forward", kernels.forward_heuristic), ("backward", kernels.backward_heuristic)):
+        found = list(kernels.candidates(kernel, launch, "sm90"))
+        assert heuristic(launch, "sm90") in found and len(set(found)) == len(found) > 4
+        for config in found:
+            assert all(n >= 1 and n & (n - 1) == 0 for n in (config.warps, config.tokens)) and config.warps <= 16
+
+
 def test_fixed_frequencies_are_rounded_once_and_kept():
     made = kernels.frequencies((4, 0, 6), (1e4, 3.0, 256.0), torch.device("cpu"))
     assert made.shape == (3, 5) and made.dtype == torch.float32

@@ -173,7 +173,7 @@ class _Modulation(torch.autograd.Function):
 def _triton(x, y=None, gate=None, shift=None, scale=None, rows=None, *, norm=None, weight=None, bias=None, eps=0.0,
             dtype=None):
     save = needs_grad(x, y, gate, shift, scale, weight, bias)
-    made = _Modulation.apply(x, y, gate, shift, scale, weight, bias, rows, norm, eps, save,
+    made = triton_backend.apply(_Modulation, x, y, gate, shift, scale, weight, bias, rows, norm, eps, save,
                              dtype or (x if y is None else y).dtype)
     return made if len(made) > 1 else made[0]
 

@@ -3,8 +3,8 @@
 N tokens, C channels, D width; a sample has t x h x w tokens of pt x ph x pw pixels.
 """
 
-import functools
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from .. import checks, configs
 from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad, no_autocast
-from ..pack import Pack, host_grids
+from ..pack import Pack, host_grids, uploaded_grids
 from ..reference import patches as reference
 from . import triton_backend
 
@@ -107,61 +107,10 @@ def _reference_unpatchify(tokens, grids, pack, patch, channels):
 LONGEST_RUN = 64
 
 
-@dataclass(frozen=True)
-class _Uploaded:
-    """``grids`` (S, 3) and ``cu_seqlens`` (S + 1,), int32 on a device; ``event``: when they were there (CUDA)."""
-
-    grids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    stream: object
-    event: object
-
-
-# What CUDA graphs read for as long as they live, so for good: 16 bytes a sample.
-_captured: dict[int, _Uploaded] = {}
-
-
-@functools.lru_cache(maxsize=64)
-def _upload(grids: tuple, device: torch.device) -> _Uploaded:
-    """Copied once, from pinned memory, so that nobody waits."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("patches: expected grids that were used once before a CUDA graph is captured, got new ones; "
-                           "make the call once before the capture, or pass a Pack")
-    lengths = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3).prod(1)
-    ends = [0, *lengths.cumsum(0).tolist()]
-    if ends[-1] > 2**31 - 1:
-        raise checks.error("patches", "at most 2,147,483,647 tokens in the samples of a call on backend 'triton'",
-                           f"{ends[-1]:,}", "make several calls")
-    table = torch.tensor([*(n for grid in grids for n in grid), *ends], dtype=torch.int32)
-    if device.type != "cuda":
-        stream = event = None
-    else:
-        table = table.pin_memory().to(device, non_blocking=True)
-        stream = torch.cuda.current_stream(device)
-        event = stream.record_event()
-    return _Uploaded(table[: 3 * len(grids)].view(-1, 3), table[3 * len(grids) :], stream, event)
-
-
-def _uploaded(grids: tuple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Host triples on ``device``, from a cache; never waits for the device."""
-    if device.type != "cuda":
-        found = _upload(grids, device)
-        return found.grids, found.cu_seqlens
-    with torch.cuda.device(device):
-        found = _upload(grids, device)
-        stream = torch.cuda.current_stream()
-        if torch.cuda.is_current_stream_capturing():
-            _captured[id(found)] = found  # the upload has ended: a capture begins with a synchronisation
-        elif stream != found.stream:
-            stream.wait_event(found.event)
-            found.grids.record_stream(stream)  # both are views of one memory
-    return found.grids, found.cu_seqlens
-
-
 def _copies(like, sizes):
     # of a traced graph, which may reuse the memory of what an op returns
     grids = tuple(zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True))
-    return [table.clone() for table in _uploaded(grids, like.device)]
+    return [table.clone() for table in uploaded_grids(grids, like.device)]
 
 
 def _fake_copies(like, sizes):
@@ -180,7 +129,7 @@ def _on_device(grids, pack, device) -> tuple[torch.Tensor, torch.Tensor]:
         # the numbers go to the device when the graph runs: sizes of a batch may be symbols here
         like = torch.empty(0, device=device)
         return tuple(torch.ops.sora_fast.patches_grids(like, [n for grid in grids for n in grid]))
-    return _uploaded(grids, device)
+    return uploaded_grids(grids, device)
 
 
 def _config(kernel: str, gpu: str, **launch) -> configs.Found:
@@ -290,11 +239,11 @@ class _Unpatchify(torch.autograd.Function):
 
 
 def _triton_patch_embed(latents, weight, bias, *, grids, pack):
-    return _PatchEmbed.apply(latents, weight, bias, *_on_device(grids, pack, latents.device))
+    return triton_backend.apply(_PatchEmbed, latents, weight, bias, *_on_device(grids, pack, latents.device))
 
 
 def _triton_unpatchify(tokens, grids, pack, patch, channels):
-    return _Unpatchify.apply(tokens, *_on_device(grids, pack, tokens.device), list(patch), channels)
+    return triton_backend.apply(_Unpatchify, tokens, *_on_device(grids, pack, tokens.device), list(patch), channels)
 
 
 def _triton_unsupported(problem: PatchesProblem) -> list[str]:
@@ -306,11 +255,11 @@ def _triton_unsupported(problem: PatchesProblem) -> list[str]:
 
 PATCH_EMBED = Op("patch_embed", "patches", _embed_example, [
     Backend("triton", _triton_patch_embed, _triton_unsupported, kernel="patches",
-            config=functools.partial(_typical_config, "embed")),
+            config=partial(_typical_config, "embed")),
     Backend("torch", _torch_patch_embed), Backend("reference", _reference_patch_embed, _reference_unsupported)])
 UNPATCHIFY = Op("unpatchify", "patches", _permute_example, [
     Backend("triton", _triton_unpatchify, _triton_unsupported, kernel="patches",
-            config=functools.partial(_typical_config, "permute")),
+            config=partial(_typical_config, "permute")),
     Backend("torch", _torch_unpatchify), Backend("reference", _reference_unpatchify, _reference_unsupported)])
 OPS = (PATCH_EMBED, UNPATCHIFY)
 

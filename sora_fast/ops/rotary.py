@@ -183,7 +183,8 @@ def _triton(q, k, coords, *, q_weight, k_weight, q_bias, k_bias, norm, axes, the
         coords = freqs = None
     bases = theta if isinstance(theta, (tuple, list)) else (theta,) * 3
     axes, bases = ([], []) if coords is None or freqs is not None else (list(axes), [float(base) for base in bases])
-    made = _Rotary.apply(q, k, q_weight, k_weight, q_bias, k_bias, freqs, coords, rows, norm, axes, bases, pairing, eps)
+    made = triton_backend.apply(_Rotary, q, k, q_weight, k_weight, q_bias, k_bias, freqs, coords, rows, norm, axes, bases,
+                                pairing, eps)
     return made[0], made[1] if k is not None else None
 
 

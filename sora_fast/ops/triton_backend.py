@@ -63,3 +63,14 @@ def define(schema: str, run: Callable, fake: Callable) -> None:
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
     torch.library.register_fake(f"sora_fast::{name}", fake, lib=_library)
+
+
+def apply(function: type[torch.autograd.Function], *arguments):
+    """``function.apply(*arguments)``, also where one tensor is given twice: torch.compile traces it as a view then."""
+    if torch.compiler.is_compiling():
+        given = []
+        for value in arguments:
+            twice = isinstance(value, torch.Tensor) and any(value is other for other in given)
+            given.append(value.view_as(value) if twice else value)
+        arguments = given
+    return function.apply(*arguments)

@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import gradients, same_bits, with_grad
 
-from sora_fast import Pack, configs, ops
+from sora_fast import Pack, configs, ops, pack
 from sora_fast.kernels import patches as kernels
-from sora_fast.ops import patches
 from sora_fast.reference import patches as reference
 from sora_fast.testing import assert_matches, cases
 
@@ -361,25 +360,25 @@ def test_autocast_is_that_of_linear():
 def test_host_grids_are_uploaded_once():
     inputs = inputs_of("patch_embed", ((1, 3, 2), (7, 1, 1)))
     on_kernel("patch_embed")(**inputs)
-    before = patches._upload.cache_info()
+    before = pack._upload.cache_info()
     on_kernel("patch_embed")(**inputs)
-    after = patches._upload.cache_info()
+    after = pack._upload.cache_info()
     assert after.hits == before.hits + 1 and after.misses == before.misses
     on_kernel("patch_embed")(**{**inputs, "grids": Pack(inputs["grids"])})
-    assert patches._upload.cache_info() == after
+    assert pack._upload.cache_info() == after
 
 
 def test_too_many_tokens():
     with pytest.raises(ValueError) as caught:
-        patches._upload(((2**16, 2**15, 1),), torch.device("cpu"))
-    op_checks.assert_sentence(str(caught.value), "patches")
+        pack._upload(((2**16, 2**15, 1),), torch.device("cpu"))
+    op_checks.assert_sentence(str(caught.value), "grids")
 
 
 # --------------------------------------------------------------------------------------------------------- compile
 def test_opcheck():
     inputs = inputs_of("patch_embed", GRIDS, 1, small=True)
     inputs["latents"].nan_to_num_(0.0)  # opcheck compares NaN with NaN as different
-    grids, cu_seqlens = patches._uploaded(GRIDS, torch.device("cpu"))
+    grids, cu_seqlens = pack._uploaded(GRIDS, torch.device("cpu"))
     ops_ = torch.ops.sora_fast
     check = lambda op, *arguments: torch.library.opcheck(op.default, arguments)
     check(ops_.patches_grids, inputs["latents"], [1, 2, 3, 0, 1, 1])
