@@ -9,82 +9,52 @@ user does it once per step (index tensors, masks): then it is in ``prepare``.
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .case import Case, Provider
-from .providers import installed
+from sora_fast.ops import attention_peers as libraries
+from sora_fast.ops.attention import AttentionProblem
+from sora_fast.ops.attention_peers import HALF, Limits, sides
 
-HALF = (torch.float16, torch.bfloat16)
+from .case import Case, Provider
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a peer takes, apart from full attention over ragged samples of 16 bits; calling it gives the first refusal.
+class Refusal:
+    """Why a peer cannot run a case: its limits, and what the lengths add, which are known here.
 
-    ``modules`` are imported in this order: a package, then the module in it. ``sm``: lowest and highest architecture.
-    ``lse``: "no", "forward" (returned, not differentiable) or "both". ``plus_inf``: what it returns for the log-sum-exp of
-    a row without keys is +inf. ``empty``: takes samples without queries or keys.
+    ``plus_inf``: what it returns for the log-sum-exp of a row without keys is +inf. ``empty``: takes samples without queries
+    or keys.
     """
 
-    name: str
-    modules: tuple[str, ...] = ()
-    package: str = ""
-    sm: tuple[int, int] = (80, 129)
-    dtypes: tuple[torch.dtype, ...] = HALF
-    backward: bool = True
-    lse: str = "forward"
+    limits: Limits | Callable[[], Limits]
     plus_inf: bool = False
-    window: bool = True
-    groups: bool = True
     empty: bool = True
-    more: Callable[[Case, str], str] = lambda case, direction: ""
+    more: Callable[[Case], str] = lambda case: ""
 
     def __call__(self, case: Case, direction: str, device: torch.device) -> str:
-        if device.type != "cuda":
-            return f"{self.name} needs a CUDA device."
-        major, minor = torch.cuda.get_device_capability(device)
-        if not self.sm[0] <= major * 10 + minor <= self.sm[1]:
-            return f"{self.name} is built for sm_{self.sm[0]} to sm_{self.sm[1]}; this device is sm_{major}{minor}."
-        if case.dtype not in self.dtypes:
-            return f"{self.name} takes {_listed(self.dtypes)} only."
-        if direction == "backward" and not self.backward:
-            return f"{self.name} has no backward."
-        if case.return_lse and self.lse == "no":
-            return f"{self.name} does not return the log-sum-exp."
-        if case.return_lse and direction == "backward" and self.lse != "both":
-            return f"{self.name} does not differentiate its log-sum-exp."
+        """The first reason, or ""."""
+        limits = self.limits if isinstance(self.limits, Limits) else self.limits()
+        reasons = limits.reasons(_problem(case, direction, device))
+        if reasons:
+            return reasons[0]
         if case.return_lse and self.plus_inf and case.blind:
-            return f"{self.name} gives +inf, not -inf, for the log-sum-exp of rows without keys."
-        if not self.window and max(case.window) >= 0:
-            return f"{self.name} takes no window here."
-        if not self.groups and case.key_heads != case.heads:
-            return f"{self.name} has no backward for grouped key heads, and their forward alone is not compared."
+            return f"{limits.name} gives +inf, not -inf, for the log-sum-exp of rows without keys."
         if not self.empty and (case.blind or 0 in case.queries or 0 in case.keys):
-            return f"{self.name} is not defined on samples, or rows, that have no keys or queries."
-        return self.more(case, direction) or _missing(self.modules, self.package)
+            return f"{limits.name} is not defined on samples, or rows, that have no keys or queries."
+        return self.more(case)
 
 
-def _listed(dtypes) -> str:
-    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _missing(modules: tuple[str, ...], package: str) -> str:
-    """Parents first: flash-attn and flash-attn-4 share one, and where it is missing its child cannot even be looked for."""
-    for place, module in enumerate(modules):
-        reason = installed(module)
-        if reason.endswith("is not installed.") and place:
-            return f"The installed {modules[0]} has no module {module}; this peer is the package {package}."
-        if reason:
-            return reason
-    return ""
-
-
-def _sides(causal: bool, window) -> tuple[int, int]:
-    return window[0], 0 if causal else window[1]
+def _problem(case: Case, direction: str, device: torch.device) -> AttentionProblem:
+    name = device.type
+    if name == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"cuda:sm{major}{minor}"
+    return AttentionProblem(name, case.dtype, direction == "backward", case.heads, case.key_heads, case.head_dim,
+                            case.causal, case.window, case.return_lse, deterministic=False)
 
 
 def _lengths(cu_seqlens: torch.Tensor) -> list[int]:
@@ -111,7 +81,7 @@ def layout(cu_seqlens_q, cu_seqlens_k, causal: bool, window) -> Layout:
     lengths_q, lengths_k = _lengths(cu_seqlens_q), _lengths(cu_seqlens_k)
     longest_q, longest_k = max(lengths_q), max(lengths_k)
     dense = len(set(lengths_q)) == len(set(lengths_k)) == 1
-    left, right = _sides(causal, window)
+    left, right = sides(causal, window)
     # SDPA aligns its own causal mask top-left: the same thing where queries and keys are equally many
     is_causal = dense and left < 0 and right == 0 and longest_q == longest_k
     banded = (left >= 0 or right >= 0) and not is_causal
@@ -187,7 +157,7 @@ def _sdpa_unavailable(case: Case, direction: str, device: torch.device) -> str:
     return ""
 
 
-def _no_mask(case: Case, direction: str) -> str:
+def _no_mask(case: Case) -> str:
     """Forced kernels are compared on their own ground: FlashAttention takes no mask at all."""
     if len(set(case.queries)) > 1 or len(set(case.keys)) > 1 or max(case.window) >= 0 \
             or case.causal and case.queries != case.keys:
@@ -197,7 +167,7 @@ def _no_mask(case: Case, direction: str) -> str:
 
 def _forced(name: str, kernel: SDPBackend, words: str) -> Provider:
     return Provider(name, functools.partial(_sdpa, kernel=kernel), _with_layout,
-                    Limits(words, lse="no", empty=False, more=_no_mask))
+                    Refusal(Limits(words, lse="no"), empty=False, more=_no_mask))
 
 
 # ------------------------------------------------------------------------------------ torch.nn.attention.varlen
@@ -205,7 +175,7 @@ def _varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     from torch.nn.attention import varlen
 
     # causal is the window (-1, 0) there, and only as a tuple
-    options = dict(window_size=_sides(causal, window))
+    options = dict(window_size=sides(causal, window))
     if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
         options["enable_gqa"] = True  # torch 2.11 has no such flag: there its kernel counts the heads itself
     if return_lse:
@@ -226,7 +196,7 @@ def _with_block_mask(inputs: dict) -> dict:
     from torch.nn.attention.flex_attention import create_block_mask
 
     q, k, cu_q, cu_k = (inputs[name] for name in ("q", "k", "cu_seqlens_q", "cu_seqlens_k"))
-    left, right = _sides(inputs["causal"], inputs["window"])
+    left, right = sides(inputs["causal"], inputs["window"])
     if cu_q.shape[0] == 2 and left < 0 and right < 0:  # one sample that sees all of itself
         return inputs | dict(block_mask=None)
     sample_q, sample_k = (torch.repeat_interleave(torch.arange(len(cu) - 1, device=cu.device), cu.diff())
@@ -252,80 +222,34 @@ def _flex(q, k, v, *, block_mask, return_lse, **_):
     return (out, found[1][0]) if return_lse else out
 
 
-# ----------------------------------------------------------------------------------------- FlashAttention 2, 3, 4
-def _flash_attn(**inputs):
-    from flash_attn.flash_attn_interface import flash_attn_varlen_func
-
-    return _flash(flash_attn_varlen_func, **inputs)
-
-
-def _flash_attn_3(**inputs):
-    if _whole_fa3():
-        from flash_attn_interface import flash_attn_varlen_func
-    else:
-        from fa3_fwd_interface import flash_attn_varlen_func
-
-    return _flash(flash_attn_varlen_func, **inputs)
-
-
-def _flash(flash_attn_varlen_func, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal, window,
-           return_lse):
-    # builds of version 3 differ: the older ones have no return_attn_probs, and some return the log-sum-exp unasked
-    options = dict(return_attn_probs=True) if return_lse else {}
-    found = flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal,
-                                   window_size=tuple(window), **options)
-    if return_lse:
-        return found[:2]
-    return found[0] if isinstance(found, tuple) else found
-
-
-def _whole_fa3() -> bool:
-    return not installed("flash_attn_interface")
-
-
-_FA3 = Limits("FlashAttention-3", ("flash_attn_interface",), "flash-attn-3", sm=(90, 90))
-# the wheel of its forward: built without fp16, windows and the backward
-_FA3_FORWARD = Limits("fa3_fwd, the forward of FlashAttention-3,", ("fa3_fwd_interface",), "fa3-fwd", sm=(90, 90),
-                      dtypes=(torch.bfloat16,), backward=False, window=False)
-
-
-def _fa3_unavailable(case: Case, direction: str, device: torch.device) -> str:
-    if not _whole_fa3() and not installed("fa3_fwd_interface"):
-        return _FA3_FORWARD(case, direction, device)
-    return _FA3(case, direction, device)
-
-
-def _fa3_details(case: Case, device: torch.device) -> dict:
-    return dict(module="flash_attn_interface" if _whole_fa3() else "fa3_fwd_interface")
-
-
-def _flash_attn_4(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal, window, return_lse):
-    from flash_attn.cute.interface import flash_attn_varlen_func
-
-    # an open side is None there; both results come back whatever is asked for
-    out, lse = flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, causal=causal, window_size=tuple(None if side < 0 else side for side in window),
-        return_lse=return_lse)
+# ----------------------------------------------------------------------------------- the libraries, by their own calls
+def _packed(call, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, return_lse, **options):
+    out, lse = call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_lse=return_lse, **options)
     return (out, lse) if return_lse else out
 
 
-# ------------------------------------------------------------------------------------------------------- cuDNN
-def _cudnn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, lengths, causal, return_lse, **_):
+def _flash_attn_3_details(case: Case, device: torch.device) -> dict:
+    forward = libraries.only_the_forward_of_flash_attn_3()
+    return dict(module="fa3_fwd_interface" if forward else "flash_attn_interface")
+
+
+def _cudnn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, lengths, causal, window, return_lse):
     """Samples of one length go in as a dense batch (views), others as ragged tensors."""
     import cudnn
 
     lengths_q, lengths_k = lengths
     # a bottom-right diagonal only where it differs from the plain one: fewer engines take it
-    options = dict(is_causal=causal, causal_bottom_right=causal and lengths_q != lengths_k, return_lse=True)
+    is_causal = sides(causal, window)[1] == 0
+    bottom_right = is_causal and lengths_q != lengths_k
     if len(set(lengths_q)) == len(set(lengths_k)) == 1:
         batch = (_batch(x, len(n), n[0], None) for x, n in ((q, lengths_q), (k, lengths_k), (v, lengths_k)))
-        out, lse = cudnn.sdpa_torch(*batch, **options)  # out (S, H, L, E) in q's layout, lse (S, H, L, 1)
-        out = out.transpose(1, 2).reshape(q.shape)
-        return (out, lse[..., 0].transpose(0, 1).reshape(q.shape[1], -1)) if return_lse else out
-    out, lse = cudnn.sdpa_torch(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k,
-                                max_seqlen_q=max_seqlen_q, max_seqlen_kv=max_seqlen_k, **options)
-    return (out, lse[..., 0].t()) if return_lse else out  # lse (Nq, H, 1)
+        # out (S, H, L, E) in q's layout, lse (S, H, L, 1)
+        out, lse = cudnn.sdpa_torch(*batch, is_causal=is_causal, causal_bottom_right=bottom_right, return_lse=True)
+        out, lse = out.transpose(1, 2).reshape(q.shape), lse[..., 0].transpose(0, 1).reshape(q.shape[1], -1)
+    else:
+        out, lse = libraries.cudnn_pack(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=is_causal,
+                                        causal_bottom_right=bottom_right)
+    return (out, lse) if return_lse else out
 
 
 def _with_lengths(inputs: dict) -> dict:
@@ -339,52 +263,33 @@ def _cudnn_details(case: Case, device: torch.device) -> dict:
     return dict(backend_version=cudnn.backend_version(), batch="a view" if dense else "ragged")
 
 
-# ---------------------------------------------------------------------------------------------------- xformers
 def _with_bias(inputs: dict) -> dict:
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-    bias = BlockDiagonalMask.from_seqlens(_lengths(inputs["cu_seqlens_q"]), _lengths(inputs["cu_seqlens_k"]),
-                                          device=inputs["q"].device)
-    left = inputs["window"][0]
-    if inputs["causal"]:  # their window counts the key on the diagonal too
-        bias = bias.make_causal_from_bottomright() if left < 0 else bias.make_local_attention_from_bottomright(left + 1)
-    return inputs | dict(bias=bias)
+    lengths = (_lengths(inputs[name]) for name in ("cu_seqlens_q", "cu_seqlens_k"))
+    return inputs | dict(bias=libraries.xformers_bias(*lengths, inputs["causal"], inputs["window"], inputs["q"].device))
 
 
 def _xformers(q, k, v, *, bias, **_):
-    from xformers.ops import memory_efficient_attention
-
-    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
-
-
-def _xformers_more(case: Case, direction: str) -> str:
-    if max(case.window) >= 0 and not case.causal:
-        return "xformers has no window that is not causal."
-    return ""
+    return libraries.xformers(q, k, v, bias)
 
 
 def peers() -> list[Provider]:
     """Every peer of varlen_attention, whether it is installed or not; each says itself why it cannot run."""
-    cute = ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface")
+    packed = lambda call: functools.partial(_packed, call)
     return [
         Provider("sdpa", _sdpa, _with_layout, _sdpa_unavailable, _sdpa_details),
         _forced("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION, "The cuDNN kernel of scaled_dot_product_attention"),
         _forced("sdpa_flash", SDPBackend.FLASH_ATTENTION, "The FlashAttention kernel of scaled_dot_product_attention"),
-        Provider("varlen_attn", _varlen_attn, unavailable=Limits("torch.nn.attention.varlen", plus_inf=True)),
+        Provider("varlen_attn", _varlen_attn, unavailable=Refusal(Limits("torch.nn.attention.varlen"), plus_inf=True)),
         # on a CPU it has no backward and no log-sum-exp
-        Provider("flex", _flex, _with_block_mask, Limits("FlexAttention with its backward", ("triton",), "triton",
-                                                         dtypes=(*HALF, torch.float32), lse="both"), compiled=True),
-        Provider("flash_attn", _flash_attn, unavailable=Limits(
-            "FlashAttention-2", ("flash_attn", "flash_attn.flash_attn_interface"), "flash-attn", plus_inf=True)),
-        Provider("flash_attn_3", _flash_attn_3, unavailable=_fa3_unavailable, details=_fa3_details),
-        Provider("flash_attn_4", _flash_attn_4, unavailable=Limits(
-            "FlashAttention-4", cute, "flash-attn-4", sm=(90, 129), lse="both")),
-        # before 9.25 cuDNN writes NaN for samples without keys (NVIDIA/cudnn-frontend issue 943)
-        Provider("cudnn_frontend", _cudnn, _with_lengths, Limits(
-            "cuDNN, as its Python frontend offers it,",
-            ("cudnn", "cudnn.sdpa", "cudnn.sdpa.fwd", "cudnn.sdpa.fwd.torch_op"), "nvidia-cudnn-frontend",
-            window=False, empty=False), _cudnn_details),
-        Provider("xformers", _xformers, _with_bias, Limits(
-            "xformers", ("xformers", "xformers.ops"), "xformers", lse="no", groups=False, empty=False,
-            more=_xformers_more)),
+        Provider("flex", _flex, _with_block_mask, Refusal(Limits(
+            "FlexAttention with its backward", ("triton",), "triton", dtypes=(*HALF, torch.float32), lse="both")),
+            compiled=True),
+        Provider("flash_attn", packed(libraries.flash_attn), unavailable=Refusal(libraries.FLASH_ATTN, plus_inf=True)),
+        Provider("flash_attn_3", packed(libraries.flash_attn_3), unavailable=Refusal(libraries.flash_attn_3_limits),
+                 details=_flash_attn_3_details),
+        Provider("flash_attn_4", packed(libraries.flash_attn_4), unavailable=Refusal(libraries.FLASH_ATTN_4)),
+        # where lengths are known, a causal mask and cuDNN before 9.25 can be used where they are right
+        Provider("cudnn_frontend", _cudnn, _with_lengths,
+                 Refusal(replace(libraries.CUDNN, masks="causal", more=Limits.more), empty=False), _cudnn_details),
+        Provider("xformers", _xformers, _with_bias, Refusal(libraries.XFORMERS, empty=False)),
     ]

@@ -1,22 +1,17 @@
-"""xformers' ``memory_efficient_attention`` and ``BlockDiagonalMask``, in its layout.
+"""xformers' ``memory_efficient_attention``, ``BlockDiagonalMask`` and its causal and local forms, in its layout.
 
-B batch, M query rows, N key rows, H heads, K head dim, S blocks (samples).
+B batch, M query rows, N key rows, H heads, K head dim, S blocks (samples). Names, arguments and masks are those of
+xformers 0.0.35. One thing differs: rows that see no key, which xformers refuses or leaves undefined, are 0 here.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from .. import checks, ops
-
-# How the masks of xformers that can be expressed here place their diagonal, by the name of their class.
-_CAUSAL = {
-    "BlockDiagonalMask": None,
-    "BlockDiagonalCausalMask": "top-left",
-    "BlockDiagonalCausalFromBottomRightMask": "bottom-right",
-}
 
 
 @dataclass(frozen=True)
@@ -35,6 +30,9 @@ class SeqLenInfo:
             starts.append(starts[-1] + int(length))
         return cls(torch.tensor(starts, dtype=torch.int32, device=device), starts, max(seqlens, default=0))
 
+    def to(self, device) -> "SeqLenInfo":
+        return replace(self, seqstart=self.seqstart.to(device))
+
     @property
     def lengths(self) -> list[int]:
         return [b - a for a, b in zip(self.seqstart_py[:-1], self.seqstart_py[1:], strict=True)]
@@ -42,16 +40,15 @@ class SeqLenInfo:
 
 @dataclass(frozen=True)
 class BlockDiagonalMask:
-    """Queries of block i attend to the keys of block i.
+    """Queries of block i attend to the keys of block i."""
 
-    ``causal`` is None, ``"top-left"`` (query i of a block sees its keys j <= i; what xformers' ``make_causal`` means)
-    or ``"bottom-right"`` (j <= i + Sk - Sq; flash-attn's meaning). The two are one where Sq == Sk.
-    """
+    # None: every key; "top-left": query i of a block sees its keys j <= i; "bottom-right" (flash-attn's meaning of causal):
+    # its keys j <= i + Sk - Sq. The two are one where Sq == Sk.
+    diagonal: ClassVar[str | None] = None
 
     q_seqinfo: SeqLenInfo
     k_seqinfo: SeqLenInfo
-    batch_sizes: tuple[int, ...] | None = None
-    causal: str | None = None
+    _batch_sizes: tuple[int, ...] | None = None
 
     @classmethod
     def from_seqlens(cls, q_seqlen: Sequence[int], kv_seqlen: Sequence[int] | None = None, *,
@@ -79,12 +76,37 @@ class BlockDiagonalMask:
         joined = torch.cat([tensor.reshape(1, -1, *rest) for tensor in tensors], dim=1)
         return cls(queries, queries, tuple(tensor.shape[0] for tensor in tensors)), joined
 
+    @classmethod
+    def from_tensor_lists_qkv(cls, tensors_q: Sequence[torch.Tensor], tensors_k: Sequence[torch.Tensor],
+                              tensors_v: Sequence[torch.Tensor] | None = None):
+        """``(mask, queries, keys, values or None)``: ``from_tensor_list`` where keys have lengths of their own."""
+        checks.require(len(tensors_q) == len(tensors_k), "BlockDiagonalMask", "as many tensors_k as tensors_q",
+                       f"{len(tensors_k)} and {len(tensors_q)}", "pass the keys of every query tensor")
+        (mask, queries), (other, keys) = cls.from_tensor_list(tensors_q), cls.from_tensor_list(tensors_k)
+        checks.require(mask._batch_sizes == other._batch_sizes, "BlockDiagonalMask", "tensors_k of the batches of tensors_q",
+                       f"{other._batch_sizes} and {mask._batch_sizes}", "pass the keys of every query tensor")
+        values = None if tensors_v is None else cls.from_tensor_list(tensors_v)[1]
+        return replace(mask, k_seqinfo=other.q_seqinfo), queries, keys, values
+
+    def to(self, device) -> "BlockDiagonalMask":
+        return replace(self, q_seqinfo=self.q_seqinfo.to(device), k_seqinfo=self.k_seqinfo.to(device))
+
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """(1, sum of queries, ...) back to the list that ``from_tensor_list`` had, or to (1, Mi, ...) each."""
-        checks.shape("BlockDiagonalMask.split", "tensor", tensor,
-                     (1, self.q_seqinfo.seqstart_py[-1], *tensor.shape[2:]), "pass the attention's output")
-        lengths, parts, block = self.q_seqinfo.lengths, [], 0
-        sizes, counts = [], self.batch_sizes or (1,) * len(lengths)
+        return self.split_queries(tensor)
+
+    def split_queries(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return self._split(self.q_seqinfo, tensor)
+
+    def split_kv(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return self._split(self.k_seqinfo, tensor)
+
+    def _split(self, info: SeqLenInfo, tensor: torch.Tensor) -> list[torch.Tensor]:
+        checks.tensor("BlockDiagonalMask.split", "tensor", tensor)
+        checks.shape("BlockDiagonalMask.split", "tensor", tensor, (1, info.seqstart_py[-1], *tensor.shape[2:]),
+                     "pass the attention's output")
+        lengths, parts, block = info.lengths, [], 0
+        sizes, counts = [], self._batch_sizes or (1,) * len(lengths)
         for count in counts:
             sizes.append(sum(lengths[block : block + count]))
             block += count
@@ -92,48 +114,107 @@ class BlockDiagonalMask:
             parts.append(part.reshape(count, part.shape[1] // count if count else 0, *tensor.shape[2:]))
         return parts
 
-    def make_causal(self) -> "BlockDiagonalMask":
-        """Causal, each block's diagonal starting top-left, as in xformers."""
-        return BlockDiagonalMask(self.q_seqinfo, self.k_seqinfo, self.batch_sizes, "top-left")
+    def make_causal(self) -> "BlockDiagonalCausalMask":
+        """Causal, each block's diagonal starting top-left."""
+        return BlockDiagonalCausalMask(self.q_seqinfo, self.k_seqinfo, self._batch_sizes)
 
-    def make_causal_from_bottomright(self) -> "BlockDiagonalMask":
+    def make_causal_from_bottomright(self) -> "BlockDiagonalCausalFromBottomRightMask":
         """Causal, each block's diagonal ending bottom-right, as in flash-attn."""
-        return BlockDiagonalMask(self.q_seqinfo, self.k_seqinfo, self.batch_sizes, "bottom-right")
+        return BlockDiagonalCausalFromBottomRightMask(self.q_seqinfo, self.k_seqinfo, self._batch_sizes)
+
+    def make_local_attention(self, window_size: int) -> "BlockDiagonalCausalLocalAttentionMask":
+        """Of ``make_causal``, the last ``window_size`` keys that each query sees."""
+        return BlockDiagonalCausalLocalAttentionMask(self.q_seqinfo, self.k_seqinfo, self._batch_sizes, window_size)
+
+    def make_local_attention_from_bottomright(self, window_size: int):
+        """Of ``make_causal_from_bottomright``, the last ``window_size`` keys that each query sees."""
+        return BlockDiagonalCausalLocalAttentionFromBottomRightMask(self.q_seqinfo, self.k_seqinfo, self._batch_sizes,
+                                                                    window_size)
 
     def materialize(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device="cpu") -> torch.Tensor:
         """The dense bias (..., M, N): 0 where a query sees a key, -inf elsewhere."""
         queries, keys = self.q_seqinfo.seqstart_py[-1], self.k_seqinfo.seqstart_py[-1]
         checks.require(tuple(shape[-2:]) == (queries, keys), "BlockDiagonalMask.materialize",
                        f"a shape that ends in ({queries}, {keys})", tuple(shape), "pass the shape of the scores")
-        mask = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)
+        seen = torch.zeros((queries, keys), dtype=torch.bool, device=device)
         spans = zip(self.q_seqinfo.seqstart_py[:-1], self.q_seqinfo.seqstart_py[1:], self.k_seqinfo.seqstart_py[:-1],
                     self.k_seqinfo.seqstart_py[1:], strict=True)
+        window = getattr(self, "_window_size", None)
         for a, b, c, d in spans:
-            block = mask[a:b, c:d]
-            offset = d - c - (b - a) if self.causal == "bottom-right" else 0
-            block.copy_(torch.zeros_like(block) if self.causal is None else torch.triu(block, 1 + offset))
+            seen[a:b, c:d] = True
+            offset = d - c - (b - a) if self.diagonal == "bottom-right" else 0
+            if self.diagonal is not None:
+                seen[a:b, c:d].tril_(offset)
+            if window is not None:
+                seen[a:b, c:d].triu_(offset - window + 1)
+        mask = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device).masked_fill_(seen, 0)
         return mask.expand(*shape)
 
 
-def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, backend="auto"):
+@dataclass(frozen=True)
+class BlockDiagonalCausalMask(BlockDiagonalMask):
+    """Query i of a block sees its keys j <= i."""
+
+    diagonal: ClassVar[str | None] = "top-left"
+
+
+@dataclass(frozen=True)
+class BlockDiagonalCausalFromBottomRightMask(BlockDiagonalMask):
+    """Query i of a block of Sq queries and Sk keys sees its keys j <= i + Sk - Sq."""
+
+    diagonal: ClassVar[str | None] = "bottom-right"
+
+
+@dataclass(frozen=True)
+class BlockDiagonalCausalLocalAttentionMask(BlockDiagonalCausalMask):
+    """Query i of a block sees its keys i - window_size < j <= i."""
+
+    _window_size: int = 0
+
+    def __post_init__(self):
+        checks.whole(type(self).__name__, "window_size", self._window_size, 1)
+
+
+@dataclass(frozen=True)
+class BlockDiagonalCausalLocalAttentionFromBottomRightMask(BlockDiagonalCausalFromBottomRightMask):
+    """Query i of a block sees its keys i + Sk - Sq - window_size < j <= i + Sk - Sq."""
+
+    _window_size: int = 0
+
+    def __post_init__(self):
+        checks.whole(type(self).__name__, "window_size", self._window_size, 1)
+
+
+# Those of xformers are taken as ours are: by the name of their class and the fields they share.
+_MASKS = {mask.__name__: mask for mask in (
+    BlockDiagonalMask, BlockDiagonalCausalMask, BlockDiagonalCausalFromBottomRightMask,
+    BlockDiagonalCausalLocalAttentionMask, BlockDiagonalCausalLocalAttentionFromBottomRightMask)}
+
+
+def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None,
+                               backend="auto"):
     """``softmax(query key^T * scale + attn_bias) value``, as ``xformers.ops.memory_efficient_attention``.
 
     Args:
         query: (B, M, H, K) or (B, M, K). key, value: (B, N, H, K) or (B, N, K). K up to 256; a K below 16 or no
             multiple of 8 is padded with zeros and cut again. H of key may divide that of query.
-        attn_bias: None (every batch element is a sample), or a ``BlockDiagonalMask``, ours or xformers', plain or one
-            of its two causal forms, with B = 1.
+        attn_bias: None (every batch element is a sample), or a ``BlockDiagonalMask``, ours or xformers', plain, causal or
+            local, with B = 1. A local one whose diagonal starts top-left takes no block of fewer keys than queries.
         p: dropout, refused unless 0. scale: default ``K ** -0.5``.
+        op, output_dtype: xformers' choice of its own kernels and of another dtype, refused unless None.
 
     Returns:
         of query's shape and dtype; 0 on rows without keys.
 
     Raises:
-        NotImplementedError: dropout, another kind of attn_bias. ValueError, TypeError: bad input.
+        NotImplementedError: dropout, another kind of attn_bias, op, output_dtype. ValueError, TypeError: bad input.
     """
+    for name, given, neutral, remedy in (("p", p, 0.0, "train without attention dropout"),
+                                         ("op", op, None, "choose among our backends with backend="),
+                                         ("output_dtype", output_dtype, None, "cast the result")):
+        if given != neutral:
+            raise NotImplementedError(f"memory_efficient_attention: expected {name}={neutral}, got {given}; {remedy}")
     op = "memory_efficient_attention"
-    if p != 0.0:
-        raise NotImplementedError(f"{op}: expected p=0.0, got {p}; train without attention dropout")
     checks.tensor(op, "query", query)
     if query.dim() not in (3, 4):
         raise checks.error(op, "query of shape (B, M, H, K) or (B, M, K)", checks.show_shape(query.shape),
@@ -160,7 +241,7 @@ def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=N
 
 
 def _block_diagonal(op: str, rows, bias, batch: int, options: dict):
-    causal = _alignment(op, bias)
+    diagonal, window_size = _alignment(op, bias)
     checks.require(batch == 1, op, "a batch of 1 with a BlockDiagonalMask", batch, "join the samples along M")
     queries, keys = bias.q_seqinfo, bias.k_seqinfo
     for name, row, info in (("query", rows[0], queries), ("key", rows[1], keys)):
@@ -168,29 +249,29 @@ def _block_diagonal(op: str, rows, bias, batch: int, options: dict):
             raise checks.error(op, f"{name} of the {info.seqstart_py[-1]:,} rows of attn_bias", f"{row.shape[0]:,}",
                                "make the mask from these very lengths")
     lengths_q, lengths_k = (torch.tensor(info.seqstart_py).diff().tolist() for info in (queries, keys))
-    if causal == "top-left" and lengths_q != lengths_k:
-        return _top_left(rows, lengths_q, lengths_k, options)
+    if diagonal is not None:
+        options = dict(options, causal=True, window=(-1 if window_size is None else window_size - 1, -1))
+    if diagonal == "top-left" and lengths_q != lengths_k:
+        return _top_left(op, rows, lengths_q, lengths_k, options)
     cu_q, cu_k = (info.seqstart.to(rows[0].device, torch.int32) for info in (queries, keys))
-    return ops.varlen_attention(*rows, cu_q, cu_k, max(lengths_q, default=0), max(lengths_k, default=0),
-                                causal=causal is not None, **options)
+    return ops.varlen_attention(*rows, cu_q, cu_k, max(lengths_q, default=0), max(lengths_k, default=0), **options)
 
 
-def _alignment(op: str, bias) -> str | None:
-    """Where the diagonal of ``bias`` is; refuses everything that is not a block-diagonal mask."""
-    if isinstance(bias, BlockDiagonalMask):
-        return bias.causal
+def _alignment(op: str, bias) -> tuple[str | None, int | None]:
+    """Where the diagonal of ``bias`` is, and its window; refuses everything that is not a block-diagonal mask."""
     name = type(bias).__name__
-    if name not in _CAUSAL or not hasattr(getattr(bias, "q_seqinfo", None), "seqstart"):
-        raise NotImplementedError(f"{op}: expected attn_bias to be None or a BlockDiagonalMask, plain or causal, got a "
-                                  f"{name}; join the samples and pass BlockDiagonalMask.from_seqlens")
-    return _CAUSAL[name]
+    if name not in _MASKS or not hasattr(getattr(bias, "q_seqinfo", None), "seqstart"):
+        raise NotImplementedError(f"{op}: expected attn_bias to be None or a BlockDiagonalMask, plain, causal or local, got "
+                                  f"a {name}; join the samples and pass BlockDiagonalMask.from_seqlens")
+    return _MASKS[name].diagonal, getattr(bias, "_window_size", None)
 
 
-def _top_left(rows, lengths_q, lengths_k, options: dict):
+def _top_left(op: str, rows, lengths_q, lengths_k, options: dict):
     """Query i sees keys j <= i of blocks with unequal lengths.
 
     The first min(Sq, Sk) queries and keys of a block are a causal square. Keys after it are never seen; queries after
-    it see all keys. Both parts are packs of their own, on rows picked from the whole.
+    it see all keys, or, in a window, ever fewer of them, which is refused. Both parts are packs of their own, on rows picked
+    from the whole.
     """
     query, key, value = rows
     square_q, square_k, rest_q, rest_k = [], [], [], []
@@ -202,12 +283,14 @@ def _top_left(rows, lengths_q, lengths_k, options: dict):
         rest_q.append(range(first_q + size, first_q + length_q))
         rest_k.append(range(first_k, first_k + (length_k if length_q > length_k else 0)))
         first_q, first_k = first_q + length_q, first_k + length_k
+        if options["window"][0] >= 0 and length_q > length_k:
+            raise NotImplementedError(f"{op}: expected blocks of at least as many keys as queries with a local top-left "
+                                      f"mask, got {length_k} and {length_q}; use make_local_attention_from_bottomright")
     out = torch.zeros_like(query)
-    for spans_q, spans_k, causal in ((square_q, square_k, True), (rest_q, rest_k, False)):
+    for spans_q, spans_k, changes in ((square_q, square_k, {}), (rest_q, rest_k, dict(causal=False))):
         at_q, cu_q = _picked(spans_q, query.device)
         at_k, cu_k = _picked(spans_k, query.device)
-        part = ops.varlen_attention(query[at_q], key[at_k], value[at_k], cu_q, cu_k, None, None, causal=causal,
-                                    **options)
+        part = ops.varlen_attention(query[at_q], key[at_k], value[at_k], cu_q, cu_k, None, None, **options | changes)
         out = out.to(part.dtype).index_copy(0, at_q, part)
     return out
 

@@ -12,6 +12,7 @@ from .. import checks
 from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad
 from ..reference import attention as reference
 from ..reference.precision import holds_numbers, widen
+from . import attention_peers, attention_triton
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,18 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
     return torch.cat(outs).to(dtype)
 
 
+# Peers that are installed stand behind "triton": their order here is that of the table, the choice is dispatch.ORDER's.
 VARLEN_ATTENTION = Op("varlen_attention", "attention", _example, [
+    attention_triton.ATTENTION,
+    *attention_peers.ATTENTION,
     Backend("torch", _torch_varlen_attention, _torch_unsupported),
     Backend("reference", reference.varlen_attention)])
 VARLEN_ATTENTION_FORWARD = Op("varlen_attention_forward", "attention", _raw_example, [
+    attention_triton.FORWARD,
+    *attention_peers.FORWARD,
     Backend("reference", reference.varlen_attention_forward)])
 VARLEN_ATTENTION_BACKWARD = Op("varlen_attention_backward", "attention", _raw_example, [
+    attention_triton.BACKWARD,
     Backend("reference", reference.varlen_attention_backward)])
 MERGE_ATTENTION = Op("merge_attention", "attention", _example, [
     Backend("torch", reference.merge_attention),  # element by element: the definition fuses as it stands

@@ -1,0 +1,401 @@
+"""Attention within each sample of a pack, forward and backward: the forward kernel, and how all of them are launched.
+
+Nq query rows, Nk key rows, H heads, Hk key heads (Hk divides H), E head dim, S samples. FlashAttention-2's online softmax
+(arXiv 2307.08691) over tiles of a ragged pack (attention_tiles.py); the backward's kernels are in attention_backward.py.
+
+The scores of the next tile of keys are asked for before the softmax of this one, so that the matrix unit has work while the
+others compute powers of 2.
+"""
+
+import contextvars
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_backward import PAD, dkdv_kernel, dq_kernel, pad_count
+from .attention_tiles import (
+    LOG2E,
+    capacity,
+    keys_of,
+    masked,
+    power,
+    read,
+    rows,
+    schedule_kernel,
+    scores,
+    segment,
+    tile_of,
+    view,
+    write,
+)
+
+# Products of float32: three of 10 bits each, exact to the rounding of float32. "ieee" is on no matrix unit, and its unrolled
+# products over a head of 128 spill by the thousand.
+FLOAT32 = "tf32x3"
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+@dataclass(frozen=True)
+class Launch:
+    """What the best Config depends on; ``band``: causal, or a window."""
+
+    head_dim: int
+    dtype: torch.dtype
+    group: int
+    band: bool
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile of ``block_m`` queries and ``block_n`` keys, by ``warps``; ``stages`` tiles on their way from memory.
+
+    ``tma``: read by the tensor memory accelerator (sm_90 and later) where strides and addresses are multiples of 16 bytes.
+    Each program makes descriptors that end where its sample ends, so that 0 and no neighbour's number is behind it.
+    ``split``: read heads as two powers of two where one would be more (72 as 64 and 16, not as 128).
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    tma: bool = False
+    split: bool = True
+
+
+def chunks(head_dim: int, split: bool) -> tuple[int, int]:
+    """Powers of two that a head is read in: 64 and 16 for 72, 128 and 0 for 128. A product is over 16 numbers at least."""
+    if not split:
+        return triton.next_power_of_2(head_dim), 0
+    one = 1 << head_dim.bit_length() - 1
+    two = max(triton.next_power_of_2(head_dim - one), 16) if head_dim > one else 0
+    return (2 * one, 0) if two == one else (one, two)
+
+
+# Bytes of shared memory that one program may have, by compute capability.
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+
+def _capability(gpu: str) -> int:
+    """90 of "sm90-H200"; of a GPU that is not in the table the nearest below."""
+    asked = int(gpu.removeprefix("sm").partition("-")[0])
+    return max((known for known in SHARED if known <= asked), default=80)
+
+
+def _synchronous(gpu: str) -> bool:
+    """Whether products go through mma.sync, registers on both sides: all but sm_90 (wgmma) and sm_100 (tcgen05)."""
+    return _capability(gpu) not in (90, 100)
+
+
+def forward_heuristic(launch: Launch, gpu: str) -> Config:
+    """Tiles of 128 x 64 by 8 warps: at most 254 registers, no spill, and 64 kB of shared memory for a head of 128.
+
+    On sm_90 128 x 128 has 255 and spills, or ptxas puts all exp2 behind the products. On sm_100 Triton 3.9 refuses two
+    chunks in the product that is carried over ("Trying to multibuffer TMEM while there is no store to the accumulator").
+    """
+    split = gpu == "cpu" or _capability(gpu) != 100
+    if gpu == "cpu":
+        return Config(32, 32, 4, 1)
+    if launch.dtype == torch.float32:
+        return Config(32, 32 if launch.head_dim <= 64 else 16, 4, 1, split=split)
+    if launch.head_dim > 128:
+        return Config(64, 32, 4, 2) if _synchronous(gpu) else Config(128, 32, 8, 2, split=split)
+    if _synchronous(gpu) and launch.band and launch.head_dim > 64:
+        return Config(128, 32, 8, 2)
+    return Config(128, 64, 8, 2, split=split)
+
+
+def dq_heuristic(launch: Launch, gpu: str) -> Config:
+    """As in forward; where factors are in registers, 64 x 32 by 4 warps is what does not spill."""
+    if gpu == "cpu":
+        return Config(32, 32, 4, 1)
+    if launch.dtype == torch.float32:
+        return Config(32 if launch.head_dim <= 64 else 16, 32, 4, 1)
+    if _synchronous(gpu):
+        if launch.head_dim > 128:
+            return Config(32, 32, 8, 1)
+        return Config(64, 32, 4, 2)
+    return Config(128, 64, 8, 2) if launch.head_dim <= 128 else Config(128, 32, 8, 1)
+
+
+def dkdv_heuristic(launch: Launch, gpu: str) -> Config:
+    """64 queries by 128 keys: with a head of 128 all 255 registers, and TMA, as the addresses of pointers would spill.
+
+    Where factors are in registers, one chunk: with two Triton keeps both chunks of k and v in them and spills by the
+    hundred.
+    """
+    if gpu == "cpu":
+        return Config(32, 32, 4, 1)
+    if launch.dtype == torch.float32:
+        return Config(32, 16, 4, 1)
+    if _synchronous(gpu):
+        if launch.head_dim > 128:
+            return Config(32, 32, 8, 1)
+        return Config(32, 128, 8, 2, split=False) if launch.head_dim <= 64 else Config(64, 64, 8, 2, split=False)
+    tma = _capability(gpu) == 90 and launch.head_dim > 96
+    return Config(64, 128, 8, 2, tma) if launch.head_dim <= 128 else Config(64, 64, 8, 1, tma)
+
+
+HEURISTICS = {"forward": forward_heuristic, "dq": dq_heuristic, "dkdv": dkdv_heuristic}
+
+
+def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[Config]:
+    """Configs for the tuner to try, the heuristic's first; all fit into the GPU's shared memory."""
+    best = HEURISTICS[kernel](launch, gpu)
+    yield best
+    if gpu == "cpu":
+        return
+    row = sum(chunks(launch.head_dim, best.split)) * launch.dtype.itemsize
+    for block_m, block_n in ((64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128), (32, 64), (32, 128)):
+        kept, passing, tensors = dict(forward=(block_m, block_n, 1), dq=(block_m, block_n, 2),
+                                    dkdv=(block_n, block_m, 2))[kernel]
+        for stages in (1, 2, 3):
+            carried = passing if kernel == "forward" else 0  # the keys that are asked for a tile ahead
+            if (kept * tensors + passing * 2 * stages + carried) * row > SHARED[_capability(gpu)]:
+                continue
+            for warps in (4, 8):
+                for tma in (False, True) if _capability(gpu) >= 90 else (False,):
+                    config = Config(block_m, block_n, warps, stages, tma, best.split)
+                    if config != best:
+                        yield config
+
+
+# ------------------------------------------------------------------------------------------------------------- kernel
+@triton.jit(do_not_specialize=["samples", "heads", "queries", "q_token", "q_head", "k_token", "k_head", "v_token", "v_head",
+                               "left", "right"])
+def forward_kernel(q, k, v, out, lse, parts, cu_q, cu_k, table, first, samples, heads, queries: tl.int64, q_token: tl.int64,
+                   q_head: tl.int64, k_token: tl.int64, k_head: tl.int64, v_token: tl.int64, v_head: tl.int64, scale, left,
+                   right, GROUP: tl.constexpr, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, LEFT: tl.constexpr,
+                   RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out, lse and, where float32 numbers are EXACT, ``parts`` of one tile of queries and one head."""
+    EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
+    q_token, q_head = q_token * UNIT, q_head * UNIT
+    k_token, k_head, v_token, v_head = k_token * UNIT, k_head * UNIT, v_token * UNIT, v_head * UNIT
+    scale = tl.maximum(scale, 1e-30)  # times -inf, a scale of 0 would make NaN
+    if not EXACT:
+        scale *= LOG2E
+    sample, q_start, q_len, head, m0 = tile_of(tl.program_id(0), table, first, cu_q, samples, queries, heads, BLOCK_M)
+    if sample < 0:
+        return
+    k_start, k_len = segment(cu_k, sample, samples)
+    used = tl.where(k_len > 0, q_len, 0)  # rows of a sample without keys are not read
+    q_tile = read(q + (q_start * q_token + head * q_head), q_token, used, m0, E, E0, E1, BLOCK_M)
+    k_view = view(k + (k_start * k_token + head // GROUP * k_head), k_token, k_len, k_head, 1, E, E0, E1, BLOCK_N, TMA)
+    v_view = view(v + (k_start * v_token + head // GROUP * v_head), v_token, k_len, v_head, 1, E, E0, E1, BLOCK_N, TMA)
+
+    lo, hi = keys_of(m0, q_len, k_len, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc0 = tl.zeros([BLOCK_M, E0], tl.float32)
+    acc1 = tl.zeros([BLOCK_M, E1 if E1 else 16], tl.float32)
+    s = scores(q_tile, rows(k_view, lo, k_token, k_len, 0, 0, E, E0, E1, BLOCK_N, TMA), None, E1, PRECISION)
+    for n in range(lo, hi, BLOCK_N):
+        s = masked(s, m0, n, q_len, k_len, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+        k_tile = rows(k_view, n + BLOCK_N, k_token, k_len, 0, 0, E, E0, E1, BLOCK_N, TMA)
+        s_next = scores(q_tile, k_tile, None, E1, PRECISION)  # in flight during exp2
+        top_new = tl.maximum(top, tl.max(s, 1) * scale)
+        if LEFT or RIGHT:  # a row may have seen nothing yet
+            base = tl.where(top_new == -float("inf"), 0.0, top_new)
+        else:
+            base = top_new
+        p = power(s * scale - base[:, None], EXACT)
+        alpha = power(top - base, EXACT)
+        total = total * alpha + tl.sum(p, 1)
+        p_low = p.to(v.dtype.element_ty)
+        v_tile = rows(v_view, n, v_token, k_len, 0, 0, E, E0, E1, BLOCK_N, TMA)
+        acc0 = tl.dot(p_low, v_tile[0], acc0 * alpha[:, None], input_precision=PRECISION)
+        if E1:
+            acc1 = tl.dot(p_low, v_tile[1], acc1 * alpha[:, None], input_precision=PRECISION)
+        top = top_new
+        s = s_next
+
+    total = tl.where(total == 0, 1.0, total)
+    share = 1 / total[:, None]
+    write(out + (q_start * heads + head) * E, heads * E, q_len, m0, acc0 * share, acc1 * share, E, E0, E1, BLOCK_M)
+    row = m0 + tl.arange(0, BLOCK_M)
+    row_at = head.to(tl.int64) * queries + q_start + row
+    if EXACT:
+        tl.store(lse + row_at, top + tl.log(total), mask=row < q_len)
+        tl.store(parts + row_at, top, mask=row < q_len)
+        tl.store(parts + queries * heads + row_at, total, mask=row < q_len)
+    else:
+        tl.store(lse + row_at, (top + tl.log2(total)) / LOG2E, mask=row < q_len)
+
+
+# ----------------------------------------------------------------------------------------------------------- launches
+def _dense(tensor):
+    """``tensor``, any stride between its tokens and its heads; a copy where the numbers of a head are not side by side."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+def _strides(*tensors):
+    """(UNIT, token and head stride of each in UNITs): with 8, every row starts at a multiple of 16 bytes.
+
+    Triton knows a stride to be a multiple of 16 or of nothing; 72 is one of 8, and loads would shrink to single numbers.
+    """
+    found = [t.stride(axis) if t.shape[axis] > 1 else t.shape[2] for t in tensors for axis in (0, 1)]
+    unit = 1 if any(stride % 8 for stride in found) else 8
+    return unit, [stride // unit for stride in found]
+
+
+def _tma(config, unit, *tensors):
+    return config.tma and unit == 8 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def _band(causal, window, queries, keys):
+    """(left, right) and whether each is closed; further than the longest pack is as good as open."""
+    left, right = window[0], 0 if causal else window[1]
+    furthest = min(max(queries, keys), 2**30)
+    return [min(max(left, 0), furthest), min(max(right, 0), furthest)], dict(LEFT=left >= 0, RIGHT=right >= 0)
+
+
+def _schedule(cu, cu_other, total, block):
+    """(table, first) of ``schedule_kernel``: the tiles of the ``total`` rows that ``cu`` cuts into samples."""
+    samples = cu.shape[0] - 1
+    tiles = capacity(total, samples, block)
+    table, first = (torch.empty(count, dtype=torch.int32, device=cu.device) for count in (tiles, samples + 1))
+    schedule_kernel[(samples + 2,)](cu, cu_other, table, first, samples, total, tiles, BLOCK=block, SPAN=256, num_warps=4)
+    return table, first
+
+
+def _launching(device, launch):
+    """Call ``launch`` where kernels run on ``device``, with memory for descriptors that nobody else's allocator gives."""
+    def run():
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            launch()
+
+    contextvars.copy_context().run(run)
+
+
+def _common(q, k, config, tf32, unit, bounds, *tensors):
+    """Arguments by keyword that the three kernels share; ``tensors`` are read by TMA where it can.
+
+    maxnreg: where nothing is said, ptxas spills on sm_100 to stay within 128 registers.
+    """
+    one, two = chunks(q.shape[2], config.split)
+    precision = ("tf32" if tf32 else FLOAT32) if q.dtype == torch.float32 else "ieee"
+    return dict(GROUP=q.shape[1] // k.shape[1], E=q.shape[2], E0=one, E1=two, UNIT=unit, PRECISION=precision,
+                TMA=_tma(config, unit, *tensors), BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.warps,
+                num_stages=config.stages, maxnreg=255, **bounds)
+
+
+def forward(q, k, v, cu_q, cu_k, *, scale, causal, window, tf32, config):
+    """``(out, lse, parts)``: out (Nq, H, E) in q's dtype, lse (H, Nq) float32, natural logarithm.
+
+    parts (2, H, Nq) float32, the largest score and the sum of exp(score - largest), for a float32 q, else None: from their
+    sum lse, which is rounded at 1e-7 of its size, the backward's probabilities would have three times the error.
+
+    q (Nq, H, E), k, v (Nk, Hk, E), any stride between tokens and heads; copied where the numbers of a head are not side by
+    side, or ``scale`` is negative. cu_q, cu_k (S + 1,) int32. tf32: may float32 products drop 13 bits of their factors.
+
+    Workspace: int32, ``capacity(Nq, S, block_m) + S + 1`` numbers; with TMA 128 bytes for each of up to 4 descriptors of a
+    program.
+    """
+    queries, heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, queries), dtype=torch.float32, device=q.device)
+    parts = torch.empty((2, heads, queries), dtype=torch.float32, device=q.device) if q.dtype == torch.float32 else None
+    if queries == 0 or k.shape[0] == 0:
+        return out.zero_(), lse.fill_(-torch.inf), parts
+    if scale < 0:
+        q, scale = -q, -scale
+    q, k, v, cu_q, cu_k = _dense(q), _dense(k), _dense(v), cu_q.contiguous(), cu_k.contiguous()
+    unit, strides = _strides(q, k, v)
+    band, bounds = _band(causal, window, queries, k.shape[0])
+
+    def launch():
+        table, first = _schedule(cu_q, cu_k, queries, config.block_m)
+        forward_kernel[(table.shape[0] * heads,)](
+            q, k, v, out, lse, parts, cu_q, cu_k, table, first, cu_q.shape[0] - 1, heads, queries, *strides, scale, *band,
+            **_common(q, k, config, tf32, unit, bounds, k, v))
+
+    _launching(q.device, launch)
+    return out, lse, parts
+
+
+def backward(dout, dlse, q, k, v, out, lse, parts, cu_q, cu_k, *, scale, causal, window, tf32, dq_config, dkdv_config):
+    """``(dq, dk, dv)`` in their tensors' dtypes, the same bits every time.
+
+    dout (Nq, H, E) of q's dtype and strided like q in ``forward``; dlse (H, Nq) or None; out and lse of this attention, or
+    of the whole that these keys are a part of, and then ``parts`` is None. The others as in ``forward``.
+
+    Workspace: float32, 2 x H x PAD x ``pad_count(Nq, S)``, of a float32 q 3 x; int32, the tiles of queries and of keys as
+    in ``forward``.
+    """
+    queries, heads, _ = q.shape
+    keys, key_heads, _ = k.shape
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    if queries == 0 or keys == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    negative = scale < 0
+    if negative:
+        q, scale = -q, -scale
+    q, k, v, dout, cu_q, cu_k = _dense(q), _dense(k), _dense(v), _dense(dout), cu_q.contiguous(), cu_k.contiguous()
+    out, lse, dlse = out.contiguous(), lse.contiguous(), None if dlse is None else dlse.contiguous()
+    unit, strides = _strides(q, k, v, dout)
+    band, bounds = _band(causal, window, queries, keys)
+    samples = cu_q.shape[0] - 1
+    pads = pad_count(queries, samples)
+    exact = q.dtype == torch.float32
+    workspace = torch.empty((3 if exact else 2, heads, pads * PAD), dtype=torch.float32, device=q.device)
+    lse_rows, delta_rows, share_rows = (*workspace, None)[:3]
+
+    def launch():
+        table, first = _schedule(cu_q, cu_k, queries, dq_config.block_m)
+        dq_kernel[(table.shape[0] * heads,)](
+            dout, dlse, q, k, v, out, lse, parts, dq, lse_rows, delta_rows, share_rows, cu_q, cu_k, table, first, samples,
+            heads, queries, pads, *strides, scale, *band, PAD=PAD, **_common(q, k, dq_config, tf32, unit, bounds, k, v))
+        table, first = _schedule(cu_k, cu_q, keys, dkdv_config.block_n)
+        dkdv_kernel[(table.shape[0] * key_heads,)](
+            dout, q, k, v, lse_rows, delta_rows, share_rows, dk, dv, cu_q, cu_k, table, first, samples, key_heads, keys,
+            pads, *strides, scale, *band, PAD=PAD, **_common(q, k, dkdv_config, tf32, unit, bounds, q, dout))
+
+    _launching(q.device, launch)
+    return (-dq if negative else dq), dk, dv
+
+
+# --------------------------------------------------------------------------------------------- ahead-of-time proof
+def _both(head_dim, dtype, gpu, group=1, **mask):
+    """Forward and backward of 300 queries and keys on tensors without memory."""
+    make = lambda heads: torch.empty(300, heads, head_dim, dtype=dtype, device="meta")
+    q, k, cu = make(4), make(4 // group), torch.empty(3, dtype=torch.int32, device="meta")
+    options = dict(scale=head_dim ** -0.5, causal=False, window=(-1, -1), tf32=False) | mask
+    launch = Launch(head_dim, dtype, group, bool(mask))
+    out, lse, parts = forward(q, k, k, cu, cu, config=forward_heuristic(launch, gpu), **options)
+    backward(out, lse, q, k, k, out, lse, parts, cu, cu, dq_config=dq_heuristic(launch, gpu),
+             dkdv_config=dkdv_heuristic(launch, gpu), **options)
+
+
+def aot_cases():
+    """What tests/aot.py compiles: head dims of models, each dtype, masks, with each architecture's own tiles."""
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    groups = {"sm80": (80, 86, 89, 120), "sm90": (90,), "sm100": (100,)}
+    everywhere = [(64, bf16, {}), (72, bf16, {}), (80, bf16, {}), (96, bf16, {}), (128, bf16, {}),
+                  (128, bf16, dict(causal=True))]
+    more = [(72, bf16, dict(window=(9, 9))), (128, f16, dict(group=4)), (64, f32, {}), (192, bf16, {}), (256, bf16, {})]
+    for head_dim, dtype, options in everywhere + more:
+        # One wait for each product whose result the next step needs, and one more for each link of a chain of chunks:
+        # scores in the forward, scores and dP in the backward.
+        links = 1 if head_dim in (64, 128, 256) else 2
+        for gpu, ccs in groups.items():
+            ccs = ccs if (head_dim, dtype, options) in everywhere else ccs[:1]
+            wants = dict(ccs=ccs, gated=head_dim <= 128, wants_wide=True, schedule_kernel=dict(ccs=()))
+            if dtype != f32:
+                wants |= dict(wants_matrix=True)
+            if dtype != f32 and gpu == "sm90":
+                wants |= {name: dict(expected_drains=count * links) for name, count in
+                          (("forward_kernel", 1), ("dq_kernel", 2), ("dkdv_kernel", 2))}
+            if (head_dim, gpu) == (128, "sm90"):
+                # up to 27 before and behind the main loop, none in it (tests/test_kernels_attention.py), where a tile that
+                # 1,000 queries see runs through 7,000 instructions
+                wants["dkdv_kernel"] |= dict(allowed_spills=32)
+            if (head_dim, dtype, gpu) == (64, bf16, "sm80"):
+                wants["schedule_kernel"] = dict(ccs=tuple(SHARED), wants_wide=False, wants_matrix=False)
+            label = [f"{head_dim} {str(dtype).removeprefix('torch.')}", *(f"{k} {v}" for k, v in options.items()), gpu]
+            yield ", ".join(label), partial(_both, head_dim, dtype, gpu, **options), wants

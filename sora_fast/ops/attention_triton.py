@@ -1,0 +1,113 @@
+"""Backend "triton" of varlen_attention and of its raw forward and backward."""
+
+import torch
+
+from .. import configs
+from ..dispatch import Backend, Problem
+from . import triton_backend
+
+
+def _config(kernel: str, gpu: str, dtype: torch.dtype, head_dim: int, group: int, band: bool) -> configs.Found:
+    from ..kernels import attention as kernels  # imports Triton, which need not be there
+
+    return configs.lookup("attention", kernel, kernels.Launch(head_dim, dtype, group, band), gpu,
+                          kernels.HEURISTICS[kernel])
+
+
+def _config_of_call(kernel, q, k, causal, left, right):
+    return _config(kernel, triton_backend.gpu_name(q.device), q.dtype, q.shape[2], q.shape[1] // k.shape[1],
+                   causal or left >= 0 or right >= 0).config
+
+
+def _typical_config(problem) -> configs.Found:
+    gpu = configs.gpu_name(problem.device) if problem.device.startswith("cuda") else "cpu"
+    return _config("forward", gpu, problem.dtype, problem.head_dim, problem.heads // problem.key_heads,
+                   problem.causal or max(problem.window) >= 0)
+
+
+def _options(q, softmax_scale, causal, left, right):
+    return dict(scale=q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, causal=causal, window=(left, right),
+                tf32=torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right):
+    from ..kernels import attention as kernels
+
+    config = _config_of_call("forward", q, k, causal, left, right)
+    made = kernels.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, config=config,
+                           **_options(q, softmax_scale, causal, left, right))
+    return [t for t in made if t is not None]
+
+
+def _fake_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right):
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return [q.new_empty(q.shape), lse, *([lse.new_empty((2, *lse.shape))] if q.dtype == torch.float32 else [])]
+
+
+def _backward(dout, dlse, q, k, v, out, lse, parts, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right):
+    from ..kernels import attention as kernels
+
+    dq, dkdv = (_config_of_call(kernel, q, k, causal, left, right) for kernel in ("dq", "dkdv"))
+    return kernels.backward(dout, dlse, q, k, v, out, lse, parts, cu_seqlens_q, cu_seqlens_k, dq_config=dq, dkdv_config=dkdv,
+                            **_options(q, softmax_scale, causal, left, right))
+
+
+def _fake_backward(dout, dlse, q, k, v, *arguments):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_PACK = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, float? softmax_scale, bool causal, int left, int right"
+triton_backend.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_PACK}) -> Tensor[]", _forward,
+                      _fake_forward)
+triton_backend.define(f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+                      f"Tensor? parts, {_PACK}) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
+
+
+class _Attention(torch.autograd.Function):
+    """Saves q, k, v, out and lse (4 bytes a head and query, 12 of float32 inputs); the scores are made again."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
+        out, lse, *parts = torch.ops.sora_fast.attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+        ctx.save_for_backward(q, k, v, out, lse, *(parts or [None]), cu_seqlens_q, cu_seqlens_k)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, parts, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+        with torch.no_grad():
+            dout = torch.zeros_like(out) if dout is None else dout
+            found = torch.ops.sora_fast.attention_backward(dout, dlse, q, k, v, out, lse, parts, cu_seqlens_q,
+                                                           cu_seqlens_k, *ctx.options)
+        wanted = [gradient if want else None for gradient, want in zip(found, ctx.needs_input_grad, strict=False)]
+        return (*wanted, *[None] * (2 + len(ctx.options)))
+
+
+def _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window, return_lse, deterministic):
+    out, lse = triton_backend.apply(_Attention, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, *window)
+    return (out, lse) if return_lse else out
+
+
+@torch.no_grad()
+def _varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window):
+    made = torch.ops.sora_fast.attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, *window)
+    return made[0], made[1]
+
+
+@torch.no_grad()
+def _varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window,
+                               deterministic):
+    dlse = None if dlse is None else dlse.float()
+    return torch.ops.sora_fast.attention_backward(dout.to(q.dtype), dlse, q, k, v, out.to(q.dtype), lse.float(),
+                                                  None, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, *window)
+
+
+def _unsupported(problem: Problem) -> list[str]:
+    return triton_backend.unsupported(problem, problem.dtype)
+
+
+ATTENTION, FORWARD, BACKWARD = (
+    Backend("triton", run, _unsupported, kernel="attention", config=_typical_config)
+    for run in (_varlen_attention, _varlen_attention_forward, _varlen_attention_backward))

@@ -1,0 +1,420 @@
+"""The kernels of varlen_attention and of its raw forward and backward, interpreted.
+
+In float32 and float16: the interpreter's bfloat16 arithmetic is wrong.
+"""
+
+import itertools
+import math
+from functools import partial
+
+import op_checks
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_checks import gradients, same_bits, tensors, with_grad
+
+from sora_fast import configs, ops, reference
+from sora_fast.kernels import attention as kernels
+from sora_fast.testing import assert_matches, cases
+
+OPS = ("varlen_attention", "varlen_attention_forward", "varlen_attention_backward")
+DTYPES = (torch.float32, torch.float16)
+NAN = float("nan")
+
+
+def on_kernel(op="varlen_attention", **options):
+    return partial(getattr(ops, op), backend="triton", **options)
+
+
+def offsets(*lengths):
+    return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0)], dtype=torch.int32)
+
+
+def pack_of(queries, keys, heads=2, key_heads=2, head_dim=16, *, tail=0, dtype=torch.float32, **options):
+    """Inputs of varlen_attention; ``tail`` rows of NaN behind the samples on both sides."""
+    draw = lambda rows, count: torch.randn(rows + tail, count, head_dim, dtype=torch.float64).to(dtype)
+    q, k, v = draw(sum(queries), heads), draw(sum(keys), key_heads), draw(sum(keys), key_heads)
+    if tail:
+        for t in (q, k, v):
+            t[-tail:] = NAN
+    return dict(q=q, k=k, v=v, cu_seqlens_q=offsets(*queries), cu_seqlens_k=offsets(*keys), **options)
+
+
+class tiles:
+    """Tiles of ``m`` queries and ``n`` keys in all three kernels, or of each one's own."""
+
+    def __init__(self, m, n, **options):
+        config = kernels.Config(m, n, 4, 1, **options)
+        self.overrides = [configs.override("attention", kernel, config) for kernel in kernels.HEURISTICS]
+
+    def __enter__(self):
+        for each in self.overrides:
+            each.__enter__()
+
+    def __exit__(self, *error):
+        for each in reversed(self.overrides):
+            each.__exit__(*error)
+
+
+# ------------------------------------------------------------------------------------------------------ error rule
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_error_rule(op, dtype):
+    for _, inputs in cases(op, dtype):
+        assert_matches(op, on_kernel(op), inputs, grads=op == "varlen_attention")
+    if op == "varlen_attention":  # a gradient of stride 0
+        assert_matches(op, on_kernel(op), inputs, flat_cotangent=True)
+
+
+HEAD_DIMS = (16, 24, 40, 64, 72, 80, 96, 128, 160, 192, 256)
+GROUPS = (1, 4, 8)
+MASKS = {"full": {}, "causal": dict(causal=True), "window": dict(window=(17, 5)), "left": dict(window=(40, -1)),
+         "causal window": dict(causal=True, window=(64, -1))}
+LENGTHS = ((1, 1), (1, 239), (3, 799), (113, 203), (128, 217), (1023, 1024))
+
+
+def _covering(*axes):
+    """Rows of which every pair of values from two axes is in one: greedy, always the same."""
+    places = list(itertools.combinations(range(len(axes)), 2))
+    pairs_of = lambda row: {(a, row[a], b, row[b]) for a, b in places}
+    missing = {pair for row in itertools.product(*axes) for pair in pairs_of(row)}
+    rows = []
+    while missing:
+        rows.append(max(itertools.product(*axes), key=lambda row: len(pairs_of(row) & missing)))
+        missing -= pairs_of(rows[-1])
+    return rows
+
+
+PAIRS = _covering(HEAD_DIMS, GROUPS, tuple(MASKS), LENGTHS)
+PRODUCT = list(itertools.product(HEAD_DIMS, GROUPS, MASKS, LENGTHS))
+
+
+def test_all_pairs_are_there():
+    axes = (HEAD_DIMS, GROUPS, tuple(MASKS), LENGTHS)
+    for a, b in itertools.combinations(range(4), 2):
+        assert {(row[a], row[b]) for row in PAIRS} == set(itertools.product(axes[a], axes[b]))
+    assert len(PAIRS) < len(PRODUCT) / 8
+
+
+def _agrees(head_dim, group, mask, lengths, dtype):
+    """The sample of these lengths between two small ones, one of them without keys, and a tail of NaN."""
+    queries, keys = lengths
+    inputs = pack_of((2, queries, 3), (0, keys, 5), group, 1, head_dim, tail=2, dtype=dtype, return_lse=True, **MASKS[mask])
+    # few tiles, because a program costs the interpreter what a large tile does, but several in each direction
+    with tiles(*{1: (16, 64), 3: (16, 256), 113: (64, 128), 128: (64, 128), 1023: (128, 512)}[queries]):
+        assert_matches("varlen_attention", on_kernel(), inputs)
+
+
+@pytest.mark.parametrize("head_dim, group, mask, lengths", PAIRS, ids=str)
+def test_pairs(head_dim, group, mask, lengths):
+    dtype = DTYPES[(HEAD_DIMS.index(head_dim) + GROUPS.index(group) + LENGTHS.index(lengths)) % 2]
+    _agrees(head_dim, group, mask, lengths, dtype)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim, group, mask, lengths", PRODUCT, ids=str)
+def test_product(head_dim, group, mask, lengths, dtype):
+    _agrees(head_dim, group, mask, lengths, dtype)
+
+
+@pytest.mark.parametrize("head_dim, dtype, options", [
+    (72, torch.float32, dict(tma=True)), (96, torch.float16, dict(split=False)), (128, torch.float16, dict(tma=True)),
+    (40, torch.float32, dict(tma=True, split=False))], ids=str)
+def test_other_configs(head_dim, dtype, options):
+    """What the heuristics choose on some GPUs: tiles by descriptors, heads in one chunk."""
+    inputs = pack_of((5, 0, 37, 3), (9, 4, 41, 0), 2, 1, head_dim, tail=2, dtype=dtype, return_lse=True, causal=True)
+    with tiles(16, 32, **options):
+        assert_matches("varlen_attention", on_kernel(), inputs)
+
+
+@settings(op_checks.drawn, max_examples=12)
+@given(samples=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=0, max_size=64),
+       tail=st.integers(0, 3), group=st.sampled_from((1, 2)), causal=st.booleans(), left=st.integers(-1, 9),
+       right=st.integers(-1, 9), block=st.sampled_from(((16, 16), (16, 32), (32, 16), (64, 32))))
+def test_drawn(samples, tail, group, causal, left, right, block):
+    """Packs of 0 to 64 samples with empty ones on either side; few heads, for there are programs enough."""
+    samples = samples if sum(q + k for q, k in samples) < 160 else [(q % 4, k % 4) for q, k in samples]
+    inputs = pack_of([q for q, _ in samples], [k for _, k in samples], group, 1, 16, tail=tail, causal=causal,
+                     window=(left, right), return_lse=True)
+    with tiles(*block):
+        op_checks.assert_close_to_reference("varlen_attention", on_kernel(), inputs)
+
+
+def test_64_samples():
+    """One of them long and in the middle, every fifth without keys, every seventh without queries."""
+    queries = [0 if n % 7 == 0 else 3 + n % 4 for n in range(64)]
+    keys = [0 if n % 5 == 0 else 2 + n % 6 for n in range(64)]
+    queries[33], keys[33] = 90, 70
+    with tiles(32, 32):
+        assert_matches("varlen_attention", on_kernel(), pack_of(queries, keys, 1, 1, 24, tail=5, return_lse=True))
+
+
+# ------------------------------------------------------------------------------------------------------ identities
+def test_halves_merge_to_the_whole():
+    inputs = pack_of((33, 20), (40, 26), head_dim=40)
+    whole = on_kernel("varlen_attention_forward")(**inputs)
+    parts = []
+    for rows, keys in (((*range(17), *range(40, 52)), (17, 12)), ((*range(17, 40), *range(52, 66)), (23, 14))):
+        half = inputs | dict(k=inputs["k"][list(rows)], v=inputs["v"][list(rows)], cu_seqlens_k=offsets(*keys))
+        parts.append(on_kernel("varlen_attention_forward")(**half))
+    merged = ops.merge_attention(*map(list, zip(*parts, strict=True)))
+    for a, b in zip(whole, merged, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    # the backward of a ring: each step has its own keys and the whole's out and lse
+    dout, dlse = torch.randn_like(whole[0]), torch.randn_like(whole[1])
+    want = reference.varlen_attention_backward(dout, dlse, inputs["q"], inputs["k"], inputs["v"], *whole,
+                                               inputs["cu_seqlens_q"], inputs["cu_seqlens_k"])
+    total = 0
+    for rows, keys in (((*range(17), *range(40, 52)), (17, 12)), ((*range(17, 40), *range(52, 66)), (23, 14))):
+        half = inputs | dict(k=inputs["k"][list(rows)], v=inputs["v"][list(rows)], cu_seqlens_k=offsets(*keys))
+        dq, dk, dv = on_kernel("varlen_attention_backward")(dout=dout, dlse=dlse, out=whole[0], lse=whole[1], **half)
+        total = total + dq
+        torch.testing.assert_close(dk, want[1][list(rows)], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(dv, want[2][list(rows)], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(total, want[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [name for name in MASKS if name != "full"])
+def test_masks_equal_the_dense_mask(mask):
+    """Small integers whose softmax is uniform: the sum over what is seen, counted by a mask written out."""
+    queries, keys = 50, 61
+    inputs = pack_of((queries,), (keys,), 1, 1, 16, **MASKS[mask])
+    inputs["q"] = torch.zeros_like(inputs["q"])
+    left, right = inputs.get("window", (-1, -1))
+    right = 0 if inputs.get("causal") else right
+    distance = torch.arange(keys)[None, :] - torch.arange(queries)[:, None] - (keys - queries)
+    seen = ((distance >= -left) | (left < 0)) & ((distance <= right) | (right < 0))
+    with tiles(16, 16):
+        out, lse = on_kernel("varlen_attention_forward")(**inputs)
+    count = seen.sum(1)
+    assert torch.equal(torch.isneginf(lse[0]), count == 0)
+    torch.testing.assert_close(lse[0][count > 0], count[count > 0].float().log())
+    torch.testing.assert_close(out[:, 0], (seen.float() @ inputs["v"][:, 0]) / count.clamp(min=1)[:, None])
+
+
+def test_order_of_keys_does_not_matter():
+    inputs = pack_of((21, 30), (45, 33), head_dim=24)
+    moved = torch.cat([torch.randperm(45), 45 + torch.randperm(33)])
+    other = inputs | dict(k=inputs["k"][moved], v=inputs["v"][moved])
+    (fresh, leaves), (turned, turned_leaves) = with_grad(inputs), with_grad(other)
+    with tiles(16, 16):
+        out, out2 = on_kernel()(**fresh), on_kernel()(**turned)
+        found, found2 = gradients(out, leaves), gradients(out2, turned_leaves)
+    torch.testing.assert_close(out, out2, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["q"], found2["q"], rtol=1e-5, atol=1e-5)
+    for name in ("k", "v"):
+        torch.testing.assert_close(found[name][moved], found2[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", (-0.7, 0.0, 3.0, 1e-8))
+def test_any_scale(scale):
+    inputs = pack_of((9, 14), (12, 20), head_dim=24, softmax_scale=scale, causal=True, return_lse=True)
+    op_checks.assert_close_to_reference("varlen_attention", on_kernel(), inputs)
+
+
+# -------------------------------------------------------------------------------------------- what is read and written
+@pytest.mark.parametrize("options", ({}, dict(tma=True)), ids=str)
+def test_isolation(options):
+    """NaN and Inf in a sample, in its neighbours' last tiles or behind them, change no bit of the others."""
+    inputs = pack_of((13, 21, 5), (30, 11, 9), 2, 1, 40, tail=3, return_lse=True)
+    poisoned = dict(inputs)
+    own_q, own_k = slice(13, 34), slice(30, 41)
+    for name, rows in (("q", own_q), ("k", own_k), ("v", own_k)):
+        poisoned[name] = inputs[name].clone()
+        poisoned[name][rows] = math.inf if name == "v" else NAN
+    results = []
+    for each in (inputs, poisoned):
+        fresh, leaves = with_grad(each)
+        with tiles(16, 16, **options):
+            outs = tensors(on_kernel()(**fresh))
+            dout = torch.ones_like(outs[0])
+            if each is poisoned:
+                dout[own_q] = NAN
+            dout[-3:] = NAN
+            found = torch.autograd.grad(outs, list(leaves.values()), [dout, torch.where(outs[1] > -math.inf, 1.0, NAN)])
+        results.append((*outs, *found))
+    for place, (want, got) in enumerate(zip(*results, strict=True)):
+        rows, own = want.shape[0] if place != 1 else want.shape[1], own_q if place in (0, 1, 2) else own_k
+        others = torch.ones(rows, dtype=torch.bool)
+        others[own] = False
+        pick = (lambda t, others=others: t[:, others]) if place == 1 else (lambda t, others=others: t[others])
+        assert same_bits(pick(want), pick(got)) and not torch.isnan(pick(got)).any()
+        assert torch.isneginf(want[:, -3:]).all() if place == 1 else not want[-3:].any()
+    assert torch.isnan(results[1][0][own_q]).all()
+
+
+class _Guarded:
+    """torch, with NaN in what is allocated empty, and guards around every allocation."""
+
+    def __init__(self):
+        self.buffers = []
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, shape, **options):
+        shape = torch.Size([shape] if isinstance(shape, int) else shape)
+        buffer = torch.full((shape.numel() + 128,), 77, **options)
+        inside = buffer[64:64 + shape.numel()]
+        inside.fill_(NAN if buffer.is_floating_point() else -9)
+        self.buffers.append(buffer)
+        return inside.view(shape)
+
+
+@pytest.mark.parametrize("blocks", ((16, 16), (64, 32)))
+def test_nothing_outside_is_read_or_written(blocks, monkeypatch):
+    """Scratch that starts as NaN, numbers of others around every input, samples of all kinds."""
+    inputs = pack_of((13, 0, 21, 5), (9, 4, 30, 0), 2, 1, 24, return_lse=True)
+    for name in ("q", "k", "v"):
+        value = inputs[name]
+        room = torch.full((value.shape[0] + 4, value.shape[1] + 2, value.shape[2] + 8), NAN)
+        inputs[name] = room[2:-2, 1:-1, :24].copy_(value)
+    guarded = _Guarded()
+    monkeypatch.setattr(kernels, "torch", guarded)
+    with tiles(*blocks):
+        assert_matches("varlen_attention", on_kernel(), inputs)
+    assert len(guarded.buffers) == 5 + 3 + 1 + 4  # out, lse, parts, tiles; dq, dk, dv, rows of lse and delta, tiles twice
+    for buffer in guarded.buffers:
+        assert (buffer[:64] == 77).all() and (buffer[-64:] == 77).all()
+
+
+def test_strided_views_are_taken_as_they_are(monkeypatch):
+    """Slices of a packed qkv, heads first, part of a concatenation (also as dout), rows that start at odd addresses."""
+    seen = []
+    run = kernels._dense
+    monkeypatch.setattr(kernels, "_dense", lambda t: seen.append(t) or run(t))
+    cu = offsets(11, 0, 22)
+    packed, wide, odd = torch.randn(33, 3, 2, 24), torch.randn(33, 2 * 24 + 40), torch.randn(33 * 2 * 24 + 1)[1:]
+    heads_first = torch.randn(2, 33, 24).transpose(0, 1)
+    part = wide[:, :48].view(33, 2, 24)
+    for q, k, v in ((packed[:, 0], packed[:, 1], packed[:, 2]), (heads_first, part, odd.view(33, 2, 24))):
+        inputs = dict(q=q, k=k, v=v, cu_seqlens_q=cu, cu_seqlens_k=cu)
+        out, lse = on_kernel("varlen_attention_forward")(**inputs)
+        want = {name: value.contiguous() for name, value in inputs.items()}
+        assert_matches("varlen_attention_forward", on_kernel("varlen_attention_forward"), inputs, grads=False)
+        got = on_kernel("varlen_attention_backward")(dout=part, dlse=None, out=out, lse=lse, **inputs)
+        expected = on_kernel("varlen_attention_backward")(dout=part.contiguous(), dlse=None, out=out, lse=lse, **want)
+        assert all(same_bits(a, b) and a.is_contiguous() for a, b in zip(got, expected, strict=True))
+    assert seen and all(run(t) is t for t in seen)
+    flat = torch.ones(()).expand(33, 2, 24)
+    assert run(flat) is not flat and run(flat).is_contiguous()
+
+
+def test_one_sample_beyond_two_to_the_31_numbers():
+    """Rows so far apart that offsets within a sample need 64 bits; what lies between is never given memory."""
+    base = torch.empty(3 * 2**30 + 64, dtype=torch.float16)
+    k = base.as_strided((4, 1, 16), (2**30, 16, 1))
+    k.copy_(torch.randn(4, 1, 16))
+    q = torch.randn(5, 1, 16, dtype=torch.float16)
+    inputs = dict(q=q, k=k, v=k, cu_seqlens_q=offsets(5), cu_seqlens_k=offsets(4))
+    out, lse = on_kernel("varlen_attention_forward")(**inputs)
+    want = reference.varlen_attention_forward(q, k.contiguous(), k.contiguous(), offsets(5), offsets(4))
+    torch.testing.assert_close(lse, want[1])
+    torch.testing.assert_close(out, want[0], rtol=1e-2, atol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------- autograd
+def test_one_gradient_at_a_time():
+    inputs = pack_of((11, 7), (9, 12), 2, 1, 16, return_lse=True)
+    fresh, leaves = with_grad(inputs)
+    want = gradients(on_kernel()(**fresh), leaves)
+    for name in leaves:
+        alone, leaf = with_grad(inputs, (name,))
+        got = gradients(on_kernel()(**alone), leaf)
+        assert list(got) == [name] and same_bits(got[name], want[name]), name
+    plain, _ = with_grad(inputs, ())
+    assert not any(o.requires_grad for o in tensors(on_kernel()(**plain)))
+    for output in (0, 1):  # only out, or only lse, is used
+        fresh, leaves = with_grad(inputs)
+        used = on_kernel()(**fresh)[output]
+        other, others = with_grad(inputs)
+        expected = ops.varlen_attention(**other, backend="reference")[output]
+        for a, b in zip(gradients(used, leaves).values(), gradients(expected, others).values(), strict=True):
+            torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-5)
+
+
+def test_second_backward_is_refused():
+    fresh, leaves = with_grad(pack_of((5,), (6,)))
+    out = on_kernel()(**fresh)
+    for grad in torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out), create_graph=True):
+        with pytest.raises(RuntimeError) as caught:
+            torch.autograd.grad(grad.sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
+        op_checks.assert_sentence(str(caught.value), "varlen_attention")
+
+
+def test_what_is_saved():
+    fresh, _ = with_grad(pack_of((11, 6), (9, 8), 2, 1, 24))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        on_kernel()(**fresh)
+    assert sorted(t.numel() for t in saved if t.dim()) == sorted([3, 3, 17 * 48, 17 * 24, 17 * 24, 17 * 48, 17 * 2, 2 * 17 * 2])
+
+
+def test_twenty_runs_have_the_same_bits():
+    inputs = pack_of((17, 3), (21, 6), 2, 1, 24, return_lse=True, deterministic=True)
+    runs = []
+    for _ in range(20):
+        fresh, leaves = with_grad(inputs)
+        outs = on_kernel()(**fresh)
+        runs.append((*outs, *gradients(outs, leaves).values()))
+    assert all(same_bits(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------- compile
+def test_opcheck():
+    inputs = pack_of((5, 3), (4, 6), 2, 1, 16)
+    arguments = tuple(inputs.values())
+    for options in ((None, False, -1, -1), (0.3, True, 4, -1)):
+        torch.library.opcheck(torch.ops.sora_fast.attention_forward.default, (*arguments, *options))
+        out, lse, parts = torch.ops.sora_fast.attention_forward(*arguments, *options)
+        for dlse, also in ((None, parts), (torch.ones_like(lse), None)):
+            torch.library.opcheck(torch.ops.sora_fast.attention_backward.default,
+                                  (torch.ones_like(out), dlse, *arguments[:3], out, lse, also, *arguments[3:], *options))
+
+
+def test_compile():
+    """One graph, and no new one after the second distinct size, nor with another number of samples."""
+    def make(size):
+        queries = {17: (9, 8), 16: (0, 16), 15: (5, 5, 5), 33: (33,)}[size]
+        return pack_of(queries, [n + 1 for n in queries], 2, 1, 16)
+
+    counts = op_checks.graphs(on_kernel(causal=True), make, (17, 16, 15, 33), None)
+    assert max(counts) <= 3 and counts[-1] == counts[-2]
+
+
+# ----------------------------------------------------------------------------------------------------------- wrong
+class _Short:
+    """A kernel whose first program, a tile of the longest sample, is left to do another's work."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            table = next(a for a, name in zip(arguments, self.kernel.arg_names, strict=False) if name == "table")
+            table[0] = -1
+            return self.kernel[grid](*arguments, **options)
+        return launch
+
+
+@pytest.mark.parametrize("wrong", ("last key tile dropped", "another sample's keys", "last tile of queries dropped",
+                                   "last tile of keys dropped"))
+def test_wrong_kernels_fail(wrong, monkeypatch):
+    inputs = pack_of((20, 20, 33), (20, 20, 33), 2, 2, 16, return_lse=True)
+    with tiles(16, 16):
+        assert_matches("varlen_attention", on_kernel(), inputs)
+        if wrong == "last key tile dropped":  # the samples end a tile early
+            cut = offsets(20, 20, 32)
+            wrongly = lambda cu_seqlens_k, **rest: on_kernel()(cu_seqlens_k=cut, **rest)
+        elif wrong == "another sample's keys":
+            order = torch.cat([torch.arange(20, 40), torch.arange(20), torch.arange(40, 73)])
+            wrongly = lambda k, v, **rest: on_kernel()(k=k[order], v=v[order], **rest)
+        else:
+            kernel = "dq_kernel" if "queries" in wrong else "dkdv_kernel"
+            monkeypatch.setattr(kernels, kernel, _Short(getattr(kernels, kernel)))
+            monkeypatch.setattr(kernels, "torch", _Guarded())  # what is not written must not hold an earlier call's numbers
+            wrongly = on_kernel()
+        with pytest.raises(AssertionError, match="varlen_attention"):
+            assert_matches("varlen_attention", wrongly, inputs)
