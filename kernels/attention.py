@@ -114,7 +114,7 @@ def dq_heuristic(launch: Launch, gpu: str) -> Config:
     if gpu == "cpu":
         return Config(32, 32, 4, 1)
     if launch.dtype == torch.float32:
-        return Config(32 if launch.head_dim <= 64 else 16, 32, 4, 1)
+        return Config(16, 32, 4, 1)
     if _synchronous(gpu):
         if launch.head_dim > 128:
             return Config(32, 32, 8, 1)

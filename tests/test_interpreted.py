@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path.name for path in (ROOT / "tests" / "interpreted").glob("test_*.py"))
 
 
-def interpreted(*arguments: str) -> subprocess.CompletedProcess:
+def interpreted(*arguments: str, seconds: int = 400) -> subprocess.CompletedProcess:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments], cwd=ROOT,
-                          env=environment, capture_output=True, text=True, timeout=280)
+                          env=environment, capture_output=True, text=True, timeout=seconds)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -22,6 +22,15 @@ def test_in_the_interpreter(module):
     pytest.importorskip("triton")
     done = interpreted(f"tests/interpreted/{module}")
     assert done.returncode == 0, f"{module} in the interpreter:\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("module", MODULES)
+def test_full_in_the_interpreter(module):
+    """What is marked full there: the whole product of attention's cases takes 50 minutes on two cores."""
+    pytest.importorskip("triton")
+    done = interpreted("-m", "full", f"tests/interpreted/{module}", seconds=4 * 3600)
+    assert done.returncode in (0, 5), f"{module} in the interpreter:\n{done.stdout}\n{done.stderr}"  # 5: it has none
 
 
 def test_a_failure_there_is_a_failure_here(tmp_path):
