@@ -19,12 +19,14 @@ MODELS = {
 }
 # Packages that add a backend or a peer to measure against. None is required.
 # Name to import: name to install.
-OPTIONAL = {"triton": "triton", "flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3", "xformers": "xformers",
-            "diffusers": "diffusers", "transformers": "transformers", "safetensors": "safetensors", "numpy": "numpy",
-            "av": "av", "PIL": "pillow", "yaml": "pyyaml", "tqdm": "tqdm", "tensorboard": "tensorboard"}
+OPTIONAL = {"triton": "triton", "flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3",
+            "cudnn": "nvidia-cudnn-frontend", "xformers": "xformers", "diffusers": "diffusers",
+            "transformers": "transformers", "safetensors": "safetensors", "numpy": "numpy", "av": "av", "PIL": "pillow",
+            "yaml": "pyyaml", "tqdm": "tqdm", "tensorboard": "tensorboard"}
 
 KINDS = {"reference": "the definition", "torch": "PyTorch's own best composition", "triton": "our Triton kernels",
-         "cuda": "our CUDA kernels"}
+         "cuda": "our CUDA kernels"} | {
+    name: "a library, by name only" for name in ("flash_attn", "flash_attn_3", "flash_attn_4", "xformers", "cudnn")}
 
 
 def all_ops() -> dict[str, Op]:

@@ -385,6 +385,15 @@ def planted(monkeypatch, tmp_path):
     records.forget()
 
 
+def test_explain_shows_the_dits_kernels(cli):
+    """With their records every op of a DiT would run on Triton, on any architecture that they are proven for."""
+    pytest.importorskip("triton")
+    for gpu in ("sm80", "sm90", "sm120"):
+        code, out, _ = cli("explain", "dit", "--device", f"cuda:{gpu}", "--assume-validated")
+        taken = marks(out)
+        assert code == 0 and len(taken) == 7 and set(taken.values()) == {"triton"}, taken
+
+
 def test_validate_writes_records_that_explain_reads(cli, planted):
     pytest.importorskip("triton")  # a record without its version is one of another Triton
     ask = ("explain", "gate_residual", "--device", "cuda:sm90")

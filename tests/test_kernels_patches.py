@@ -79,7 +79,8 @@ SHAPES = [(channels, patch, width) for channels in (1, 3, 4, 12, 16, 48, 128) fo
 def test_candidates():
     """What the tuner tries beside the heuristics: tiles that tl.dot takes, in powers of two."""
     for kernel in ("embed", "latents", "weight", "permute"):
-        launch = kernels.Launch(32768, 16 if kernel == "permute" else 1536, 4 if kernel == "permute" else 32, 2, torch.bfloat16)
+        width, rows = (16, 4) if kernel == "permute" else (1536, 32)
+        launch = kernels.Launch(32768, width, rows, 2, torch.bfloat16)
         found = list(kernels.candidates(kernel, launch, "sm90"))
         assert getattr(kernels, f"{kernel}_heuristic")(launch, "sm90") in found and len(set(found)) > 4
         for config in found:

@@ -349,7 +349,8 @@ def test_what_is_saved():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         on_kernel()(**fresh)
-    assert sorted(t.numel() for t in saved if t.dim()) == sorted([3, 3, 17 * 48, 17 * 24, 17 * 24, 17 * 48, 17 * 2, 2 * 17 * 2])
+    assert sorted(t.numel() for t in saved if t.dim()) == sorted(
+        [3, 3, 17 * 48, 17 * 24, 17 * 24, 17 * 48, 17 * 2, 2 * 17 * 2])
 
 
 def test_twenty_runs_have_the_same_bits():
