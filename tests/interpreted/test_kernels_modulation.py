@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_checks import Guarded, Short
 from op_checks import gradients, same_bits, tensors, with_grad
 
 from sora_fast import Pack, configs, ops
@@ -178,30 +179,6 @@ def test_isolation(op):
         assert same_bits(a[others], got_grads[name][others]), name
 
 
-class _Guarded:
-    """torch, with NaN in what is allocated empty, and guards around every allocation."""
-
-    def __init__(self):
-        self.buffers = []
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    def empty(self, shape, fill=None, **options):
-        shape = torch.Size([shape] if isinstance(shape, int) else shape)
-        buffer = torch.full((shape.numel() + 128,), 77, **options)
-        inside = buffer[64:64 + shape.numel()]
-        inside.fill_(fill if fill is not None else float("nan") if buffer.is_floating_point() else -9)
-        self.buffers.append(buffer)
-        return inside.view(shape)
-
-    def zeros(self, shape, **options):
-        return self.empty(shape, fill=0, **options)
-
-    def empty_like(self, tensor, dtype=None):
-        return self.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
-
-
 @pytest.mark.parametrize("width", (7, 33))
 @pytest.mark.parametrize("op", OPS)
 def test_nothing_outside_is_read_or_written(op, width, monkeypatch):
@@ -216,12 +193,11 @@ def test_nothing_outside_is_read_or_written(op, width, monkeypatch):
                 place = room[2:2 + value.shape[0], :width] if name in ("gate", "shift", "scale") else room.flatten()[
                     3:3 + value.numel()].view(value.shape)
                 inputs[name] = place.copy_(value)
-    guarded = _Guarded()
+    guarded = Guarded()
     monkeypatch.setattr(kernels, "torch", guarded)
     assert_matches(op, on_kernel(op), inputs)
     assert len(guarded.buffers) >= 6
-    for buffer in guarded.buffers:
-        assert (buffer[:64] == 77).all() and (buffer[-64:] == 77).all()
+    guarded.assert_whole()
 
 
 def test_modulation_rows_beyond_two_to_the_31_numbers():
@@ -317,23 +293,12 @@ def test_compile(op):
 
 
 # ----------------------------------------------------------------------------------------------------------- wrong
-class _Short:
-    """A kernel launched with its last program left out, or all but the first ``keep``."""
-
-    def __init__(self, kernel, keep):
-        self.kernel, self.keep = kernel, keep
-
-    def __getitem__(self, grid):
-        kept = (grid[0] - 1 if self.keep is None else self.keep, *grid[1:])
-        return self.kernel[kept] if kept[0] else lambda *arguments, **options: None
-
-
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("kernel, keep", (("forward_kernel", None), ("backward_kernel", None), ("join_kernel", 0)))
 def test_wrong_kernels_fail(op, kernel, keep, monkeypatch):
     label, inputs = next(iter(cases(op, torch.float32)))
-    monkeypatch.setattr(kernels, "torch", _Guarded())  # what was not written must not hold an earlier call's numbers
+    monkeypatch.setattr(kernels, "torch", Guarded())  # what was not written must not hold an earlier call's numbers
     assert_matches(op, on_kernel(op), inputs)
-    monkeypatch.setattr(kernels, kernel, _Short(getattr(kernels, kernel), keep))
+    monkeypatch.setattr(kernels, kernel, Short(getattr(kernels, kernel), keep))
     with pytest.raises(AssertionError, match=op):
         assert_matches(op, on_kernel(op), inputs)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_checks import Guarded, Short
 from op_checks import gradients, same_bits, with_grad
 
 from sora_fast import Pack, configs, ops, pack
@@ -231,24 +232,6 @@ def test_isolation(op):
     assert same_bits(want[6:], got[6:]) and same_bits(want_grad, got_grad)
 
 
-class _Guarded:
-    """torch, with NaN in what is allocated empty, and guards around every allocation."""
-
-    def __init__(self):
-        self.buffers = []
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    def empty(self, shape, **options):
-        shape = torch.Size([shape] if isinstance(shape, int) else shape)
-        buffer = torch.full((shape.numel() + 128,), 77, **options)
-        inside = buffer[64:64 + shape.numel()]
-        inside.fill_(float("nan"))
-        self.buffers.append(buffer)
-        return inside.view(shape)
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_nothing_outside_is_read_or_written(op, monkeypatch):
     for channels, patch in ((3, (1, 2, 2)), (5, (2, 1, 3))):
@@ -257,12 +240,11 @@ def test_nothing_outside_is_read_or_written(op, monkeypatch):
             if isinstance(value, torch.Tensor):
                 room = torch.full((value.numel() + 64,), float("nan"))
                 inputs[name] = room[32:32 + value.numel()].view(value.shape).copy_(value)
-        guarded = _Guarded()
+        guarded = Guarded()
         monkeypatch.setattr(kernels, "torch", guarded)
         assert_matches(op, on_kernel(op), inputs)
         assert len(guarded.buffers) == {"patch_embed": 4, "unpatchify": 2}[op]
-        for buffer in guarded.buffers:
-            assert (buffer[:64] == 77).all() and (buffer[-64:] == 77).all()
+        guarded.assert_whole()
 
 
 @triton.jit
@@ -423,23 +405,13 @@ def test_compiled_batches():
 
 
 # ----------------------------------------------------------------------------------------------------------- wrong
-class _Short:
-    """A kernel launched with its last program left out."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return self.kernel[grid[0] - 1,] if grid[0] > 1 else lambda *arguments, **options: None
-
-
 @pytest.mark.parametrize("op, kernel", (("patch_embed", "embed_kernel"), ("patch_embed", "latents_kernel"),
                                         ("patch_embed", "weight_kernel"), ("unpatchify", "permute_kernel")))
 def test_wrong_kernels_fail(op, kernel, monkeypatch):
     label, inputs = next(iter(cases(op, torch.float32)))
-    monkeypatch.setattr(kernels, "torch", _Guarded())  # what was not written must not hold an earlier call's numbers
+    monkeypatch.setattr(kernels, "torch", Guarded())  # what was not written must not hold an earlier call's numbers
     assert_matches(op, on_kernel(op), inputs)
-    monkeypatch.setattr(kernels, kernel, _Short(getattr(kernels, kernel)))
+    monkeypatch.setattr(kernels, kernel, Short(getattr(kernels, kernel)))
     with pytest.raises(AssertionError, match=op):
         assert_matches(op, on_kernel(op), inputs)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_checks import Guarded, Short
 from op_checks import gradients, same_bits, tensors, with_grad
 
 from sora_fast import Pack, configs, ops
@@ -252,21 +253,6 @@ def test_isolation(norm):
         assert same_bits(a[others], b[others]) and torch.isnan(b[7]).any()
 
 
-class _Guarded:
-    """torch, with NaN in what is allocated empty, and guards around every allocation."""
-
-    def __init__(self):
-        self.buffers = []
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    def empty(self, shape, **options):
-        buffer = torch.full((math.prod(shape) + 128,), 77, **options)
-        self.buffers.append(buffer)
-        return buffer[64:64 + math.prod(shape)].fill_(math.nan).view(shape)
-
-
 @pytest.mark.parametrize("pairing", ("interleaved", "half"))
 @pytest.mark.parametrize("norm, angles", (("rms_all", "full"), ("layer_head", "learned"), ("rms_head", "per head")))
 def test_nothing_outside_is_read_or_written(norm, angles, pairing, monkeypatch):
@@ -276,12 +262,11 @@ def test_nothing_outside_is_read_or_written(norm, angles, pairing, monkeypatch):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             room = torch.full([n + 4 for n in value.shape], math.nan)
             inputs[name] = room[tuple(slice(2, 2 + n) for n in value.shape)].copy_(value)
-    guarded = _Guarded()
+    guarded = Guarded()
     monkeypatch.setattr(kernels, "torch", guarded)
     assert_matches(OP, on_kernel, inputs)
     assert len(guarded.buffers) == 5  # two outputs, two gradients and the workspace
-    for buffer in guarded.buffers:
-        assert (buffer[:64] == 77).all() and (buffer[-64:] == 77).all()
+    guarded.assert_whole()
 
 
 @pytest.mark.parametrize("pairing", ("interleaved", "half"))
@@ -395,22 +380,11 @@ def test_compile(norm, angles):
 
 
 # ----------------------------------------------------------------------------------------------------------- wrong
-class _Short:
-    """A kernel launched with its last program left out."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        kept = (grid[0] - 1, *grid[1:])
-        return self.kernel[kept] if kept[0] else lambda *arguments, **options: None
-
-
 @pytest.mark.parametrize("wrong", ("forward_kernel", "backward_kernel", "pairing", "head"))
 def test_wrong_kernels_fail(wrong, monkeypatch):
     """The last tokens left out, the other pairing, the last head dropped."""
     label, inputs = next(iter(cases(OP, torch.float32)))
-    monkeypatch.setattr(kernels, "torch", _Guarded())  # what was not written must not hold an earlier call's numbers
+    monkeypatch.setattr(kernels, "torch", Guarded())  # what was not written must not hold an earlier call's numbers
     assert_matches(OP, on_kernel, inputs)
     constants = kernels._constants
     if wrong == "pairing":
@@ -418,6 +392,6 @@ def test_wrong_kernels_fail(wrong, monkeypatch):
     elif wrong == "head":
         monkeypatch.setattr(kernels, "_constants", lambda *a: constants(*a) | dict(BLOCK_H=2))
     else:
-        monkeypatch.setattr(kernels, wrong, _Short(getattr(kernels, wrong)))
+        monkeypatch.setattr(kernels, wrong, Short(getattr(kernels, wrong)))
     with pytest.raises(AssertionError, match=OP):
         assert_matches(OP, on_kernel, inputs)
