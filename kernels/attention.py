@@ -101,7 +101,7 @@ def forward_heuristic(launch: Launch, gpu: str) -> Config:
     if gpu == "cpu":
         return Config(32, 32, 4, 1)
     if launch.dtype == torch.float32:
-        return Config(32, 32 if launch.head_dim <= 64 else 16, 4, 1, split=split)
+        return Config(32, 32, 4, 1, split=split) if launch.head_dim <= 64 else Config(32, 16, 8, 1, split=split)
     if launch.head_dim > 128:
         return Config(64, 32, 4, 2) if _synchronous(gpu) else Config(128, 32, 8, 2, split=split)
     if _synchronous(gpu) and launch.band and launch.head_dim > 64:
@@ -131,7 +131,9 @@ def dkdv_heuristic(launch: Launch, gpu: str) -> Config:
     if gpu == "cpu":
         return Config(32, 32, 4, 1)
     if launch.dtype == torch.float32:
-        return Config(32, 16, 4, 1)
+        if launch.head_dim <= 64:
+            return Config(32, 16, 4, 1)
+        return Config(16, 16 if chunks(launch.head_dim, True)[1] else 32, 4, 1)
     if _synchronous(gpu):
         if launch.head_dim > 128:
             return Config(32, 32, 8, 1)
@@ -378,7 +380,8 @@ def aot_cases():
     groups = {"sm80": (80, 86, 89, 120), "sm90": (90,), "sm100": (100,)}
     everywhere = [(64, bf16, {}), (72, bf16, {}), (80, bf16, {}), (96, bf16, {}), (128, bf16, {}),
                   (128, bf16, dict(causal=True))]
-    more = [(72, bf16, dict(window=(9, 9))), (128, f16, dict(group=4)), (64, f32, {}), (192, bf16, {}), (256, bf16, {})]
+    more = [(72, bf16, dict(window=(9, 9))), (128, f16, dict(group=4)), (64, f32, {}), (96, f32, {}), (192, bf16, {}),
+            (256, bf16, {})]
     for head_dim, dtype, options in everywhere + more:
         # One wait for each product whose result the next step needs, and one more for each link of a chain of chunks:
         # scores in the forward, scores and dP in the backward.

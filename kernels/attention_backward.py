@@ -35,6 +35,18 @@ def _probabilities(s, lse, share, scale, EXACT: tl.constexpr):
         return power(s * (scale * LOG2E) - lse, EXACT)
 
 
+@triton.jit
+def _transposed(rows, columns, E1: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """(rows @ columns.T).T: columns @ rows.T, or, where EXACT, the very roundings that the other kernels' product has.
+
+    P is divided by a sum, and delta centred by a sum, of their numbers.
+    """
+    if EXACT:
+        return scores(rows, columns, None, E1, PRECISION).T
+    else:
+        return scores(columns, rows, None, E1, PRECISION)
+
+
 @triton.jit(do_not_specialize=["samples", "heads", "queries", "pads", "q_token", "q_head", "k_token", "k_head", "v_token",
                                "v_head", "do_token", "do_head", "left", "right"])
 def dq_kernel(dout, dlse, q, k, v, out, lse, parts, dq, lse_rows, delta_rows, share_rows, cu_q, cu_k, table, first,
@@ -167,11 +179,14 @@ def dkdv_kernel(dout, q, k, v, lse_rows, delta_rows, share_rows, dk, dv, cu_q, c
         do_tile = rows(do_view, m, do_token, q_len, head, do_head, E, E0, E1, BLOCK_M, TMA)
         row = place + head * pads * PAD + m + tl.arange(0, BLOCK_M)
         lse_M, delta_M = tl.load(lse_rows + row), tl.load(delta_rows + row)
-        s = scores(k_tile, q_tile, None, E1, PRECISION)
+        s = _transposed(q_tile, k_tile, E1, PRECISION, EXACT)
         s = masked(s, n0, m, k_len, q_len, right, left, RIGHT, LEFT, BLOCK_N, BLOCK_M)
         share_M = tl.load(share_rows + row) if EXACT else None
         p = _probabilities(s, lse_M[None, :], share_M[None, :] if EXACT else None, scale, EXACT)
-        dp = scores(v_tile, do_tile, tl.broadcast_to(-delta_M[None, :], [BLOCK_N, BLOCK_M]), E1, PRECISION)
+        if EXACT:
+            dp = _transposed(do_tile, v_tile, E1, PRECISION, EXACT) - delta_M[None, :]
+        else:
+            dp = scores(v_tile, do_tile, tl.broadcast_to(-delta_M[None, :], [BLOCK_N, BLOCK_M]), E1, PRECISION)
         p_low = p.to(v.dtype.element_ty)
         dv0 = tl.dot(p_low, do_tile[0], dv0, input_precision=PRECISION)
         if E1:

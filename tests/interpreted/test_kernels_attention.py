@@ -116,6 +116,14 @@ def test_pairs(head_dim, group, mask, lengths):
     _agrees(head_dim, group, mask, lengths, dtype)
 
 
+def test_every_head_dim():
+    for head_dim in range(16, 257, 8):
+        dtype = DTYPES[head_dim // 8 % 2]
+        inputs = pack_of((17, 0, 40), (29, 4, 33), 2, 1, head_dim, tail=1, dtype=dtype, return_lse=True, causal=True)
+        with tiles(32, 32):
+            assert_matches("varlen_attention", on_kernel(), inputs)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim, group, mask, lengths", PRODUCT, ids=str)
