@@ -360,7 +360,7 @@ def test_too_many_tokens():
 def test_opcheck():
     inputs = inputs_of("patch_embed", GRIDS, 1, small=True)
     inputs["latents"].nan_to_num_(0.0)  # opcheck compares NaN with NaN as different
-    grids, cu_seqlens = pack._uploaded(GRIDS, torch.device("cpu"))
+    grids, cu_seqlens = pack.uploaded_grids(GRIDS, torch.device("cpu"))
     ops_ = torch.ops.sora_fast
     check = lambda op, *arguments: torch.library.opcheck(op.default, arguments)
     check(ops_.patches_grids, inputs["latents"], [1, 2, 3, 0, 1, 1])
