@@ -17,11 +17,12 @@ Works with Triton 3.6 to 3.9. Nothing here runs a kernel or needs a driver.
 
 import contextlib
 import io
+import multiprocessing
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -279,29 +280,36 @@ def cases_of(name: str, call: Callable[[], object], wants: Mapping[str, object])
                         **{**common, **wants.get(launch.fn.__name__, {})}) for launch in found]
 
 
+def _judge(case: AotCase, cc: int) -> Result:
+    try:
+        compiled = compile_for(case.fn, case.signature, case.constexprs, case.aligned, cc, **case.options)
+    except Exception as error:  # whatever the compiler raises is a finding, and the others still count
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return Result(case, cc, None, (f"expected a kernel that compiles, got {type(error).__name__}: {lines[-1]}.",))
+    return Result(case, cc, compiled, tuple(violations(
+        compiled, cc, wants_matrix=case.wants_matrix, expected_drains=case.expected_drains, wants_wide=case.wants_wide,
+        allowed_spills=case.allowed_spills)))
+
+
+_work: list[tuple[AotCase, int]] = []  # of the processes that check_all forks
+
+
+def _judge_at(place: int) -> tuple[Compiled | None, tuple[str, ...]]:
+    result = _judge(*_work[place])
+    return result.compiled, result.violations
+
+
 def check_all(cases: Iterable[AotCase], ccs: tuple[int, ...] = CCS) -> tuple[list[Result], list[str]]:
     """Every case on every architecture it is for: the results, and the violations of the gated ones as sentences."""
-
-    def judge(case: AotCase, cc: int, kernel, printed: str) -> Result:
-        compiled = _read(kernel, printed, cc)
-        wrong = violations(compiled, cc, wants_matrix=case.wants_matrix, expected_drains=case.expected_drains,
-                           wants_wide=case.wants_wide, allowed_spills=case.allowed_spills)
-        return Result(case, cc, compiled, tuple(wrong))
-
-    pending = []
-    # cuobjdump takes as long as the compilation (0.3 s each), so it runs beside the next one.
-    with ThreadPoolExecutor(2) as pool:
-        for case in cases:
-            for cc in (cc for cc in ccs if cc in case.ccs):
-                try:
-                    built = _build(case.fn, case.signature, case.constexprs, case.aligned, cc, case.options)
-                except Exception as error:  # whatever the compiler raises is a finding, and the others still count
-                    lines = str(error).strip().splitlines() or [type(error).__name__]
-                    sentence = f"expected a kernel that compiles, got {type(error).__name__}: {lines[-1]}."
-                    pending.append(pool.submit(Result, case, cc, None, (sentence,)))
-                else:
-                    pending.append(pool.submit(judge, case, cc, *built))
-        results = [future.result() for future in pending]
+    work = [(case, cc) for case in cases for cc in ccs if cc in case.ccs]
+    if len(work) < 8:
+        results = [_judge(*each) for each in work]
+    else:
+        # Triton compiles under Python's lock, hence processes; forks, because kernels cannot be sent to another.
+        _work[:] = work
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+            found = pool.map(_judge_at, range(len(work)))
+            results = [Result(*each, *parts) for each, parts in zip(work, found, strict=True)]
     return results, [f"{result.case.name}, sm_{result.cc}: {sentence}"
                      for result in results if result.case.gated for sentence in result.violations]
 
