@@ -1,0 +1,480 @@
+"""Norm and activation of video features, forward and backward, on pixels that are rows of C numbers.
+
+B samples, C channels, T frames, H height, W width, P pixels, G groups. Everything is computed in float32.
+
+rms: a program has some pixels with all their channels in registers, so that each number is read and written once.
+
+group: the statistics of a sample need all of it before the first number can be written, so x is read twice. Programs walk
+over runs of pixels and keep mean and squared distance of every place in their tile (Welford, Technometrics 4(3), 1962), so
+nothing cancels however far the mean is from 0; a second kernel joins them. The backward is the same twice: sums over the
+sample, then the gradient.
+
+Sums over pixels (of group statistics, of the gradients of weight and bias) go to a workspace, a row a program, and are added
+up in order. No atomics: two runs give the same bits.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+@dataclass(frozen=True)
+class Launch:
+    """What the best Config depends on; ``pixels`` of all samples, a bucket; ``y_dtype``: of the output or its gradient."""
+
+    channels: int
+    pixels: int
+    norm: str
+    act: str | None
+    x_dtype: torch.dtype
+    y_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Config:
+    """``warps`` of a program, ``pixels`` it takes at once, a power of two.
+
+    ``programs`` for each multiprocessor, of kernels that walk over pixels: the backward and group statistics.
+    """
+
+    warps: int
+    pixels: int
+    programs: int
+
+
+def _config(launch: Launch, numbers: int, warps: int, resident: int, most: int = 512) -> Config:
+    """``numbers`` a thread and ``resident`` warps a multiprocessor; ``most`` pixels, for the sake of few channels."""
+    block = triton.next_power_of_2(max(launch.channels, 1))
+    warps = max(warps, triton.cdiv(block, 32 * numbers))
+    return Config(warps, min(max(32 * warps * numbers // block, 1), most), max(resident // warps, 1))
+
+
+def forward_heuristic(launch: Launch, gpu: str) -> Config:
+    """32 numbers a thread, so that weights are fetched once for many; 16 of less video, which would not fill the GPU.
+
+    16 of a group norm, whose statistics hold three of each: 16 warps a multiprocessor then have the registers for them.
+    """
+    if launch.norm == "group":
+        return _config(launch, 16, 4, 16)
+    return _config(launch, 32 if launch.pixels * launch.channels >= 2**23 else 16, 4, 32)
+
+
+def backward_heuristic(launch: Launch, gpu: str) -> Config:
+    """16 numbers a thread, which holds five of each at once, and 16 warps a multiprocessor, of 128 registers a thread.
+
+    8 warps of more than 1024 channels: a thread's weights and biases are of 8 channels then, and of 16 would spill.
+    """
+    # the interpreter adds the pixels of a tile one after the other: with more, it errs by more than a GPU's tree would
+    return _config(launch, 16, 8 if launch.channels > 1024 else 4, 16, 16 if gpu == "cpu" else 512)
+
+
+def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[Config]:
+    """What the tuner tries beside the heuristic of ``kernel``, "forward" or "backward"; the first are the likeliest."""
+    walks = kernel == "backward" or launch.norm == "group"
+    seen = set()
+    for numbers in (32, 16, 8) if kernel == "forward" else (16, 8, 32):
+        for warps in (4, 8, 2, 1):
+            for resident in ((16, 32, 24, 8) if walks else (32,)):
+                config = _config(launch, numbers, warps, resident)
+                if config not in seen and config.warps <= 16:
+                    seen.add(config)
+                    yield config
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+@triton.jit
+def _numbers(pointer, mask):
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _rstd(mean_square, eps):
+    # exact root and division: the approximate ones would err by all that the error rule allows, on every number
+    return tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
+
+
+@triton.jit
+def _sigmoid(z):
+    # exp(-z) may be infinite, and then this is 0
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit(do_not_specialize=["samples", "frames", "size", "cached", "kept"])
+def forward_kernel(x, cache, weight, bias, stats, y, cache_out, samples: tl.int64, frames: tl.int64, size: tl.int64,
+                   cached: tl.int64, kept: tl.int64, eps, C: tl.constexpr, GROUP_C: tl.constexpr, NORM: tl.constexpr,
+                   ACT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """y: BLOCK_P pixels of one of the samples' frames, of ``size`` pixels each.
+
+    cache_out, where there is one: the last ``kept`` frames of the ``cached`` ones and y's; programs past those of y copy the
+    cached ones among them. ``stats`` (2, samples, G) of a group norm: mean and rstd.
+    """
+    GROUPS: tl.constexpr = C // GROUP_C
+    tiles = tl.cdiv(size, BLOCK_P)
+    program = tl.program_id(0).to(tl.int64)
+    place = program // tiles  # of the frame among all samples'
+    pixel = program % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    column = tl.arange(0, BLOCK_C)[None, :]
+    at = pixel[:, None] * C + column
+    inside = (pixel < size)[:, None] & (column < C)
+
+    if cache is not None and place >= samples * frames:
+        place -= samples * frames
+        copied = kept - frames
+        sample, frame = place // copied, place % copied
+        old = tl.load(cache + (sample * cached + cached - copied + frame) * size * C + at, mask=inside, other=0.0)
+        tl.store(cache_out + (sample * kept + frame) * size * C + at, old.to(cache_out.dtype.element_ty), mask=inside)
+    else:
+        sample = place // frames
+        x_PC = _numbers(x + place * size * C + at, inside)
+        if NORM == "rms":
+            x_PC *= _rstd(tl.div_rn(tl.sum(x_PC * x_PC, 1), C * 1.0), eps)[:, None]
+        else:
+            group = sample * GROUPS + column // GROUP_C
+            x_PC = (x_PC - tl.load(stats + group, mask=column < C, other=0.0)) * tl.load(
+                stats + samples * GROUPS + group, mask=column < C, other=0.0)
+        if weight is not None:
+            x_PC *= _numbers(weight + column, column < C)
+        if bias is not None:
+            x_PC += _numbers(bias + column, column < C)
+        if ACT == "silu":
+            x_PC *= _sigmoid(x_PC)
+        y_PC = x_PC.to(y.dtype.element_ty)
+        tl.store(y + place * size * C + at, y_PC, mask=inside)
+        if cache_out is not None:
+            frame = place % frames - frames + kept
+            last = (pixel < tl.where(frame >= 0, size, 0))[:, None] & (column < C)
+            tl.store(cache_out + (sample * kept + frame) * size * C + at, y_PC, mask=last)
+
+
+@triton.jit(do_not_specialize=["size", "run", "runs"])
+def stats_kernel(x, means, squares, size: tl.int64, run: tl.int64, runs: tl.int64, C: tl.constexpr, BLOCK_P: tl.constexpr,
+                 BLOCK_C: tl.constexpr):
+    """Of each channel of ``run`` pixels of one sample: the mean, and the sum of the squared distances from it."""
+    program = tl.program_id(0).to(tl.int64)
+    sample, first = program // runs, program % runs * run
+    last = tl.minimum(first + run, size)
+    columns = tl.arange(0, BLOCK_C)
+    at = columns[None, :] + sample * size * C
+
+    mean_PC = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    square_PC = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    count_P = tl.zeros([BLOCK_P], tl.float32)
+    step = 0.0
+    for start in range(first, last, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)
+        inside = (pixel < last)[:, None] & (columns < C)[None, :]
+        step += 1.0
+        share = tl.div_rn(1.0, step)
+        away = tl.where(inside, _numbers(x + pixel[:, None] * C + at, inside) - mean_PC, 0.0)
+        mean_PC += away * share
+        square_PC += away * away * (1.0 - share)
+        count_P += tl.where(pixel < last, 1.0, 0.0)
+
+    count = count_P[:, None]
+    mean_C = tl.div_rn(tl.sum(mean_PC * count, 0), (last - first).to(tl.float32))
+    away = mean_PC - mean_C[None, :]
+    tl.store(means + program * C + columns, mean_C, mask=columns < C)
+    tl.store(squares + program * C + columns, tl.sum(square_PC + count * away * away, 0), mask=columns < C)
+
+
+@triton.jit
+def _run_of_group(start, runs, sample, group, C: tl.constexpr, GROUP_C: tl.constexpr, BLOCK_R: tl.constexpr,
+                  BLOCK_G: tl.constexpr):
+    """The runs, their places in the workspace (runs x channels of the group), and which of these there are."""
+    run = start + tl.arange(0, BLOCK_R)
+    channel = tl.arange(0, BLOCK_G)[None, :]
+    at = (sample * runs + run)[:, None] * C + group * GROUP_C + channel
+    return run, at, (run < runs)[:, None] & (channel < GROUP_C)
+
+
+@triton.jit
+def _total(sums_RG):
+    return tl.sum(tl.sum(sums_RG, 1), 0)
+
+
+@triton.jit(do_not_specialize=["samples", "size", "run", "runs"])
+def join_stats_kernel(means, squares, stats, samples: tl.int64, size: tl.int64, run: tl.int64, runs: tl.int64, eps,
+                      C: tl.constexpr, GROUP_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr):
+    """``stats`` (2, samples, G), mean and rstd, of one group of one sample from those of its runs (Chan et al., 1983)."""
+    GROUPS: tl.constexpr = C // GROUP_C
+    program = tl.program_id(0).to(tl.int64)
+    sample, group = program // GROUPS, program % GROUPS
+    total = size.to(tl.float32) * GROUP_C
+
+    sum_RG = tl.zeros([BLOCK_R, BLOCK_G], tl.float32)
+    for start in range(0, runs, BLOCK_R):
+        place, at, inside = _run_of_group(start, runs, sample, group, C, GROUP_C, BLOCK_R, BLOCK_G)
+        count = tl.minimum(size - place * run, run).to(tl.float32)[:, None]
+        sum_RG += _numbers(means + at, inside) * count
+    mean = tl.div_rn(_total(sum_RG), total)
+
+    sum_RG = tl.zeros([BLOCK_R, BLOCK_G], tl.float32)
+    for start in range(0, runs, BLOCK_R):
+        place, at, inside = _run_of_group(start, runs, sample, group, C, GROUP_C, BLOCK_R, BLOCK_G)
+        count = tl.minimum(size - place * run, run).to(tl.float32)[:, None]
+        away = tl.where(inside, _numbers(means + at, inside) - mean, 0.0)
+        sum_RG += _numbers(squares + at, inside) + away * away * count
+    tl.store(stats + program, mean)
+    tl.store(stats + samples * GROUPS + program, _rstd(tl.div_rn(_total(sum_RG), total), eps))
+
+
+@triton.jit(do_not_specialize=["samples", "size", "run", "runs"])
+def backward_kernel(dy, x, weight, bias, stats, means, dx, dz_sums, dzx_sums, samples: tl.int64, size: tl.int64,
+                    run: tl.int64, runs: tl.int64, eps, C: tl.constexpr, GROUP_C: tl.constexpr, NORM: tl.constexpr,
+                    ACT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """``run`` pixels of one sample: dx, and in the program's row of the sums those of dz and dz times normed x.
+
+    What is None is not wanted. dz: gradient before the activation. ``means`` (2, samples, G) of a group norm's dx: of the
+    gradient of normed x, and of that times normed x.
+    """
+    GROUPS: tl.constexpr = C // GROUP_C
+    program = tl.program_id(0).to(tl.int64)
+    sample, first = program // runs, program % runs * run
+    last = tl.minimum(first + run, size)
+    column = tl.arange(0, BLOCK_C)[None, :]
+    group = sample * GROUPS + column // GROUP_C
+    there = column < C
+    if weight is not None:
+        weight_C = _numbers(weight + column, there)
+    if bias is not None:
+        bias_C = _numbers(bias + column, there)
+    if NORM == "group":
+        mean = tl.load(stats + group, mask=there, other=0.0)
+        rstd = tl.load(stats + samples * GROUPS + group, mask=there, other=0.0)
+        if dx is not None:
+            off = tl.load(means + group, mask=there, other=0.0)
+            along = tl.load(means + samples * GROUPS + group, mask=there, other=0.0)
+
+    dz_PC = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    dzx_PC = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(first, last, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)
+        inside = (pixel < last)[:, None] & there
+        at = (sample * size + pixel)[:, None] * C + column
+        x_PC = _numbers(x + at, inside)
+        if NORM == "rms":
+            rstd = _rstd(tl.div_rn(tl.sum(x_PC * x_PC, 1), C * 1.0), eps)
+            rstd = tl.where(pixel < last, rstd, 0.0)[:, None]  # infinite where there is no pixel and no eps
+        else:
+            x_PC -= mean
+        x_PC *= rstd
+        g_PC = _numbers(dy + at, inside)
+        if ACT == "silu":
+            z_PC = x_PC
+            if weight is not None:
+                z_PC *= weight_C
+            if bias is not None:
+                z_PC += bias_C
+            sigmoid = _sigmoid(z_PC)
+            g_PC *= sigmoid * (1.0 + z_PC * (1.0 - sigmoid))
+        if dz_sums is not None:
+            dz_PC += g_PC
+        if dzx_sums is not None:
+            dzx_PC += g_PC * x_PC
+        if dx is not None:
+            if weight is not None:
+                g_PC *= weight_C
+            if NORM == "rms":
+                g_PC -= x_PC * (tl.sum(g_PC * x_PC, 1) / C)[:, None]
+            else:
+                g_PC -= off + x_PC * along
+            tl.store(dx + at, (g_PC * rstd).to(dx.dtype.element_ty), mask=inside)
+
+    columns = tl.arange(0, BLOCK_C)
+    if dz_sums is not None:
+        tl.store(dz_sums + program * C + columns, tl.sum(dz_PC, 0), mask=columns < C)
+    if dzx_sums is not None:
+        tl.store(dzx_sums + program * C + columns, tl.sum(dzx_PC, 0), mask=columns < C)
+
+
+@triton.jit(do_not_specialize=["samples", "size", "runs"])
+def join_sums_kernel(dz_sums, dzx_sums, weight, means, samples: tl.int64, size: tl.int64, runs: tl.int64, C: tl.constexpr,
+                     GROUP_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr):
+    """``means`` (2, samples, G) of one group of one sample, as backward_kernel takes them, from the sums of its runs."""
+    GROUPS: tl.constexpr = C // GROUP_C
+    program = tl.program_id(0).to(tl.int64)
+    sample, group = program // GROUPS, program % GROUPS
+    total = size.to(tl.float32) * GROUP_C
+    dz_RG = tl.zeros([BLOCK_R, BLOCK_G], tl.float32)
+    dzx_RG = tl.zeros([BLOCK_R, BLOCK_G], tl.float32)
+    for start in range(0, runs, BLOCK_R):
+        _, at, inside = _run_of_group(start, runs, sample, group, C, GROUP_C, BLOCK_R, BLOCK_G)
+        dz_RG += _numbers(dz_sums + at, inside)
+        dzx_RG += _numbers(dzx_sums + at, inside)
+    if weight is not None:
+        channel = tl.arange(0, BLOCK_G)[None, :]
+        weight_G = _numbers(weight + group * GROUP_C + channel, channel < GROUP_C)
+        dz_RG *= weight_G
+        dzx_RG *= weight_G
+    tl.store(means + program, tl.div_rn(_total(dz_RG), total))
+    tl.store(means + samples * GROUPS + program, tl.div_rn(_total(dzx_RG), total))
+
+
+# ----------------------------------------------------------------------------------------------------------- launches
+def _on(tensor):
+    """Kernels run on their tensors' device, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _pixels(tensor):
+    """``tensor`` (B, C, T, H, W) with a pixel's channels side by side and its pixels behind one another; None stays None."""
+    return None if tensor is None else tensor.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _vector(tensor):
+    return None if tensor is None else tensor.contiguous()
+
+
+def _video(batch, channels, frames, height, width, dtype, device):
+    """Memory for (B, C, T, H, W) in channels_last_3d, strides of axes of 1 too."""
+    return torch.empty((batch, frames, height, width, channels), dtype=dtype, device=device).movedim(-1, 1)
+
+
+def _walk(x, samples, size, config):
+    """``(run, runs)``: pixels of one sample that a program walks over, of at least four tiles; and runs of a sample."""
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    programs = max(multiprocessors * config.programs // samples, 1)
+    run = max(triton.cdiv(size, programs * config.pixels), 4) * config.pixels
+    return run, triton.cdiv(size, run)
+
+
+def _registers(config):
+    """A thread's share of 65,536, so that ``config.programs`` are on a multiprocessor at once; 255 at most."""
+    return min(65536 // (32 * config.warps * config.programs) // 8 * 8, 255)
+
+
+def _tile(channels, config):
+    return dict(BLOCK_P=config.pixels, BLOCK_C=triton.next_power_of_2(channels), num_warps=config.warps)
+
+
+def _join_tile(channels_of_group):
+    """4 numbers a thread (8 have spilled), and many threads: the programs are few, and each waits for its own loads."""
+    block = triton.next_power_of_2(channels_of_group)
+    return dict(BLOCK_R=max(2048 // block, 1), BLOCK_G=block, num_warps=16)
+
+
+def _group_stats(x, groups, eps, config):
+    """(2, B, G) float32: mean and rstd; not written where x is empty."""
+    batch, channels, frames, height, width = x.shape
+    stats = torch.empty((2, batch, groups), dtype=torch.float32, device=x.device)
+    if x.numel():
+        size = frames * height * width
+        run, runs = _walk(x, batch, size, config)
+        means, squares = (torch.empty((batch * runs, channels), dtype=torch.float32, device=x.device) for _ in range(2))
+        stats_kernel[(batch * runs,)](x, means, squares, size, run, runs, C=channels, **_tile(channels, config),
+                                      maxnreg=_registers(config))
+        join_stats_kernel[(batch * groups,)](means, squares, stats, batch, size, run, runs, eps, C=channels,
+                                             GROUP_C=channels // groups, **_join_tile(channels // groups))
+    return stats
+
+
+def forward(x, weight, bias, *, norm, groups, eps, act, dtype, config, cache=None, keep=0):
+    """``(y, cache_out, stats)``: ``act(norm(x) * weight + bias)``, and the last frames of it for the next chunk.
+
+    x (B, C, T, H, W), copied where it is not dense in channels_last_3d; weight, bias (C,) or None; norm "rms", or "group" of
+    ``groups``, which divide C; act "silu" or None. y: x's shape, ``dtype``, channels_last_3d.
+
+    cache_out: the last ``keep`` frames, or as many as there are, of cache (B, C, c, H, W; None: c = 0) and y, in ``dtype``
+    and channels_last_3d, written by the launch that writes y; None where ``keep`` is 0. cache is copied as x is.
+
+    stats (2, B, G) float32, mean and rstd of a group norm (not written where x is empty); None of rms.
+
+    Workspace of a group norm, float32: (2, R, C), R at most the larger of B and multiprocessors x config.programs.
+    """
+    batch, channels, frames, height, width = x.shape
+    eps = float(eps)  # an int would be specialised
+    x, cache, weight, bias = _pixels(x), _pixels(cache), _vector(weight), _vector(bias)
+    y = _video(*x.shape, dtype, x.device)
+    cached = 0 if cache is None else cache.shape[2]
+    kept = min(keep, cached + frames)
+    copied = max(kept - frames, 0)
+    cache_out = _video(batch, channels, kept, height, width, dtype, x.device) if keep else None
+    with _on(x):
+        stats = _group_stats(x, groups, eps, config) if norm == "group" else None
+        samples, size = batch, height * width
+        if not keep:  # pixels need not know their frames: all of a sample's are as one frame, of rms all there are
+            samples, frames, size = (1, 1, x.numel() // max(channels, 1)) if norm == "rms" else (batch, 1, frames * size)
+        grid = samples * (frames + copied) * triton.cdiv(size, config.pixels)
+        if grid and channels:
+            forward_kernel[(grid,)](
+                x, cache if copied else None, weight, bias, stats, y, cache_out if kept else None, samples, frames, size,
+                cached, kept, eps, C=channels, GROUP_C=channels // groups if norm == "group" else channels, NORM=norm,
+                ACT=act, **_tile(channels, config))
+    return y, cache_out, stats
+
+
+def backward(dy, x, weight, bias, stats, *, norm, groups, eps, act, wanted, config):
+    """``(dx, dweight, dbias)``, None for those that ``wanted``, three bools, leaves out.
+
+    dy: gradient of forward's y, any dtype and strides; x, weight, bias as they were given to forward; dy and x are copied
+    where they are not dense in channels_last_3d. stats: forward's, of a group norm. dx: x's dtype, channels_last_3d.
+
+    Workspace, float32: (R, C) for weight and for bias, R at most the larger of B and multiprocessors x config.programs; both
+    where a group norm's dx is wanted, and (2, B, G).
+    """
+    want_x, want_weight, want_bias = wanted
+    batch, channels, frames, height, width = x.shape
+    device, eps, grouped = x.device, float(eps), norm == "group"
+    dy, x, vectors = _pixels(dy), _pixels(x), (_vector(weight), _vector(bias))
+    samples, size = (batch, frames * height * width) if grouped else (1, batch * frames * height * width)
+    some = samples * size * channels > 0
+    run, runs = _walk(x, samples, size, config) if some else (1, 0)
+    sums = lambda want: torch.empty((samples * runs, channels), dtype=torch.float32, device=device) if want else None
+    of_group = grouped and want_x
+    dz_sums, dzx_sums = sums(want_bias or of_group), sums(want_weight or of_group)
+    dx = _video(*x.shape, x.dtype, device) if want_x else None
+    group = channels // groups if grouped else channels
+
+    def walk(means, dx, dz_sums, dzx_sums):
+        backward_kernel[(samples * runs,)](
+            dy, x, *vectors, stats, means, dx, dz_sums, dzx_sums, samples, size, run, runs, eps, C=channels, GROUP_C=group,
+            NORM=norm, ACT=act, **_tile(channels, config), maxnreg=_registers(config))
+
+    if some and any(wanted):
+        with _on(x):
+            walk(None, None if grouped else dx, dz_sums, dzx_sums)
+            if of_group:
+                means = torch.empty((2, batch, groups), dtype=torch.float32, device=device)
+                join_sums_kernel[(batch * groups,)](dz_sums, dzx_sums, vectors[0], means, batch, size, runs, C=channels,
+                                                    GROUP_C=group, **_join_tile(group))
+                walk(means, dx, None, None)
+    d_weight = dzx_sums.sum(dim=0).to(weight.dtype) if want_weight else None
+    d_bias = dz_sums.sum(dim=0).to(bias.dtype) if want_bias else None
+    return dx, d_weight, d_bias
+
+
+# --------------------------------------------------------------------------------------------- ahead-of-time proof
+def _both(channels, x_dtype, y_dtype, weight_dtype, norm, groups=32, keep=0, bias=False):
+    """Forward and backward of 2 x 3 frames on tensors without memory."""
+    make = lambda *shape, dtype: torch.empty(*shape, dtype=dtype, device="meta")
+    video = lambda frames, dtype: make(2, frames, 8, 8, channels, dtype=dtype).movedim(-1, 1)
+    x, weight = video(3, x_dtype), make(channels, dtype=weight_dtype)
+    bias = weight if bias else None
+    launch = Launch(channels, 2**24, norm, "silu", x_dtype, y_dtype)
+    facts = dict(norm=norm, groups=groups, eps=1e-24, act="silu")
+    y, _, stats = forward(x, weight, bias, dtype=y_dtype, config=forward_heuristic(launch, "sm90"),
+                          cache=video(2, y_dtype) if keep else None, keep=keep, **facts)
+    backward(y, x, weight, bias, stats, wanted=(True, True, bias is not None), config=backward_heuristic(launch, "sm90"),
+             **facts)
+
+
+def aot_cases():
+    """What tests/aot.py compiles: both norms at channels of models, with and without a cache, in the mixes of dtypes."""
+    f32, bf16 = torch.float32, torch.bfloat16
+    wants = dict(wants_wide=True)
+    # sums are a thousandth of what is read; the grouped backward stores nothing else in the first of its two launches
+    small = dict(wants_wide=False)
+    grouped = wants | dict(stats_kernel=small, join_stats_kernel=small, join_sums_kernel=small, backward_kernel=small)
+    yield "96, bfloat16, keep 4", partial(_both, 96, bf16, bf16, bf16, "rms", keep=4), wants
+    yield "192, bfloat16", partial(_both, 192, bf16, bf16, bf16, "rms"), wants
+    yield "384, bfloat16", partial(_both, 384, bf16, bf16, bf16, "rms"), wants
+    yield "160, float32 to bfloat16", partial(_both, 160, f32, bf16, f32, "rms"), wants
+    yield "2048, float32", partial(_both, 2048, f32, f32, f32, "rms", bias=True), wants
+    yield "128, group", partial(_both, 128, bf16, bf16, bf16, "group", bias=True), grouped
+    yield "384, group, keep 4", partial(_both, 384, bf16, bf16, f32, "group", keep=4, bias=True), grouped
