@@ -56,6 +56,7 @@ class AotCase:
     ccs: tuple[int, ...] = CCS
     wants_matrix: bool = False  # a product of 16-bit numbers: HMMA, HGMMA or UTCHMMA
     expected_drains: int | None = None  # sm_90: waits for all wgmma in one iteration of each main loop
+    wants_shared: bool = False  # sm_90: both factors of every product from shared memory
     wants_wide: bool = False  # at least one load and one store of 16 bytes
     allowed_spills: int = 0  # LDL and STL; say beside it which measurement excuses them
     gated: bool = True  # False: in the table, not in the verdict
@@ -112,6 +113,11 @@ class Compiled:
     def matrix(self) -> str:
         """The matrix instructions: "HGMMA", or "" for none."""
         return " ".join(base for base in sass.MATRIX if any(i.base == base for i in self.code))
+
+    @property
+    def from_registers(self) -> int:
+        """HGMMA whose first factor is in registers: another one stands between its sums and the descriptors."""
+        return sum(i.base == "HGMMA" and i.text.partition("gdesc")[0].count("R") > 1 for i in self.code)
 
     @property
     def drains(self) -> tuple[int, ...]:
@@ -230,7 +236,7 @@ def uses_tf32(compiled: Compiled) -> bool:
 
 
 def violations(compiled: Compiled, cc: int, *, wants_matrix: bool = False, expected_drains: int | None = None,
-               wants_wide: bool = False, allowed_spills: int = 0) -> list[str]:
+               wants_shared: bool = False, wants_wide: bool = False, allowed_spills: int = 0) -> list[str]:
     """What is wrong with the machine code, in full sentences."""
     if compiled.bare_trap:
         return ["expected a kernel that writes its outputs, got a bare trap; look for an assumption that cannot hold "
@@ -258,6 +264,9 @@ def violations(compiled: Compiled, cc: int, *, wants_matrix: bool = False, expec
                 why = compiled.losses[0] if compiled.losses else "ptxas gave no message"
                 found.append(f"expected {expected_drains} waits for all wgmma ({sass.DRAIN}) in the main loop, "
                              f"got {drains}: {why}.")
+    if wants_shared and cc == 90 and compiled.from_registers:
+        found.append(f"expected both factors of a product from shared memory, got {compiled.from_registers} HGMMA with one "
+                     f"in registers; give tl.dot what was loaded, transposed at the most.")
     if wants_wide:
         for what, width in (("load", compiled.widest_load), ("store", compiled.widest_store)):
             if width < 16:
@@ -287,8 +296,8 @@ def _judge(case: AotCase, cc: int) -> Result:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return Result(case, cc, None, (f"expected a kernel that compiles, got {type(error).__name__}: {lines[-1]}.",))
     return Result(case, cc, compiled, tuple(violations(
-        compiled, cc, wants_matrix=case.wants_matrix, expected_drains=case.expected_drains, wants_wide=case.wants_wide,
-        allowed_spills=case.allowed_spills)))
+        compiled, cc, wants_matrix=case.wants_matrix, expected_drains=case.expected_drains, wants_shared=case.wants_shared,
+        wants_wide=case.wants_wide, allowed_spills=case.allowed_spills)))
 
 
 _work: list[tuple[AotCase, int]] = []  # of the processes that check_all forks

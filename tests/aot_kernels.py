@@ -65,6 +65,17 @@ def chained(a_ptr, b_ptr, out_ptr, k_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
+def doubled(a_ptr, b_ptr, out_ptr, k_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """2 a times b: the first factor of the product is in registers, not where it was loaded to."""
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for at in range(0, k_size, BLOCK_K):
+        a = tl.load(a_ptr + m[:, None] * k_size + at + k[None, :])
+        acc = tl.dot(a + a, tl.load(b_ptr + (at + k[:, None]) * BLOCK_N + n[None, :]), acc)
+    tl.store(out_ptr + m[:, None] * BLOCK_N + n[None, :], acc.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
 def scalar_products(a_ptr, b_ptr, out_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """A 16-bit product written as a sum of products: no matrix instruction."""
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)

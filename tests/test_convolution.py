@@ -1,6 +1,8 @@
 """causal_conv3d and norm_act_conv3d."""
 
 import itertools
+from contextlib import nullcontext
+from dataclasses import replace
 
 import op_checks
 import pytest
@@ -10,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import same_bits, with_grad
 
-from sora_fast import ops, reference
+from sora_fast import explain, ops, reference
+from sora_fast.dispatch import Op
+from sora_fast.ops import convolution
 from sora_fast.testing import assert_matches
 
 OPS = ("causal_conv3d", "norm_act_conv3d")
@@ -58,6 +62,15 @@ def _table():
              ("7 x 3 kernel", "5 x 6")),
             (op, "phase below 0", dict(phase=-1), ("phase", "-1")),
             (op, "phase as text", dict(phase="1"), ("phase",)),
+            (op, "upsample 0", dict(upsample=0), ("upsample of 1 or more", "got 0")),
+            (op, "upsample by halves", dict(upsample=1.5), ("upsample to be an int", "1.5")),
+            (op, "upsample per axis", dict(upsample=(2, 2)), ("upsample to be an int",)),
+            (op, "cache of upsampled frames", dict(upsample=2, residual=None, cache=torch.zeros(2, 4, 2, 10, 12)),
+             ("cache", "(2, 4, frames, 5, 6)", "(2, 4, 2, 10, 12)")),
+            (op, "residual of frames before upsampling", dict(upsample=2), ("residual", "(2, 3, 3, 10, 12)")),
+            (op, "kernel larger than the upsampled frame", dict(upsample=2, padding=(0, 0, 0, 0), residual=None,
+                                                               weight=torch.zeros(3, 4, 3, 11, 3)),
+             ("11 x 3 kernel", "10 x 12")),
             (op, "lookahead with a cache", dict(lookahead=1), ("lookahead",)),
             (op, "lookahead of kT", dict(lookahead=3, cache=None), ("lookahead", "got 3")),
             (op, "lookahead with return_cache", dict(lookahead=1, cache=None, return_cache=True), ("lookahead",)),
@@ -97,6 +110,7 @@ test_compile = op_checks.compiles([
     _compiled("norm_act_conv3d", "T", "T", return_cache=True, norm="group", groups=2),
     _compiled("norm_act_conv3d", "H", "H", stride=(1, 2, 2), padding=(0, 1, 1, 1)),
     _compiled("causal_conv3d", "W", "W", time_pad="replicate", space_pad="replicate"),
+    _compiled("norm_act_conv3d", "upsampled, W", "W", upsample=2, return_cache=True),
 ])
 
 
@@ -129,6 +143,10 @@ test_gradcheck = op_checks.gradchecks([
     ("conv, reflect, lookahead",
      lambda x, w: reference.causal_conv3d(x, w, lookahead=1, time_pad="replicate", space_pad="reflect", **_PADS),
      (_double(1, 1, 2, 2, 2), _double(2, 1, 3, 2, 2))),
+    ("conv, upsampled, replicate, cache, residual",
+     lambda x, w, c, r: reference.causal_conv3d(x, w, upsample=2, stride=(1, 1, 2), space_pad="replicate", cache=c,
+                                                residual=r, return_cache=True, **_PADS),
+     (_double(1, 1, 2, 1, 2), _double(1, 1, 2, 3, 2), _double(1, 1, 1, 1, 2), _double(1, 1, 2, 2, 2))),
     ("norm_act_conv rms", lambda x, w, b, nw, nb, c: reference.norm_act_conv3d(
         x, w, b, norm_weight=nw, norm_bias=nb, cache=c, padding=(0, 0, 0, 0), return_cache=True),
      (_double(1, 2, 2, 1, 2), _double(1, 2, 2, 1, 1), _double(1), _double(2), _double(2), _double(1, 2, 1, 1, 2))),
@@ -139,9 +157,11 @@ test_gradcheck = op_checks.gradchecks([
 
 
 # ---------------------------------------------------------------------------------------------------- exactness
-def brute(x, weight, bias, *, stride, padding, time_pad, space_pad, cache, phase, lookahead, residual):
+def brute(x, weight, bias, *, stride, padding, time_pad, space_pad, cache, phase, lookahead, upsample,
+          residual):
     """Output by output in Python's integers."""
-    batch, _, frames, height, width = x.shape
+    batch, _, frames = x.shape[:3]
+    height, width = (upsample * size for size in x.shape[3:])
     kt, kh, kw = weight.shape[2:]
     left, right, top, bottom = padding
     seen = x if cache is None else torch.cat([cache, x], 2)
@@ -163,7 +183,7 @@ def brute(x, weight, bias, *, stride, padding, time_pad, space_pad, cache, phase
                 return 0
             t = min(max(t, 0), seen.shape[2] - 1)
         h, w = coordinate(h, height), coordinate(w, width)
-        return 0 if h is None or w is None else seen[b, :, t, h, w]
+        return 0 if h is None or w is None else seen[b, :, t, h // upsample, w // upsample]
 
     at_t = range(phase, frames, stride[0])
     at_h = range(-top, height + bottom - kh + 1, stride[1])
@@ -192,6 +212,11 @@ EXACT = [
     dict(kernel=(1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 0, 1)),
     dict(kernel=(3, 1, 1)), dict(kernel=(1, 1, 1), residual=True), dict(kernel=(2, 2, 4), padding=(1, 2, 0, 1)),
     dict(batch=0), dict(cache=0),
+    dict(upsample=2, cache=2, residual=True), dict(upsample=2, kernel=(1, 3, 3)), dict(upsample=3, kernel=(1, 1, 1)),
+    dict(upsample=2, cache=1, time_pad="replicate", space_pad="reflect", stride=(1, 2, 3), padding=(7, 0, 1, 2)),
+    dict(upsample=2, space_pad="replicate", phase=1, frames=5, stride=(2, 1, 1), lookahead=1),
+    dict(upsample=2, frames=1, residual=True), dict(upsample=2, frames=0, cache=2), dict(upsample=2, phase=9),
+    dict(upsample=2, batch=0),
 ]
 
 
@@ -206,7 +231,7 @@ def test_small_integers_bit_for_bit(setting, backend):
     cache = None if cache is None else draw(batch, 2, cache, 4, 5)
     stride = setting.get("stride", 1)
     full = dict(stride=(stride,) * 3 if isinstance(stride, int) else stride, time_pad="zeros", space_pad="zeros",
-                padding=(kernel[2] // 2,) * 2 + (kernel[1] // 2,) * 2, phase=0, lookahead=0)
+                padding=(kernel[2] // 2,) * 2 + (kernel[1] // 2,) * 2, phase=0, lookahead=0, upsample=1)
     full |= {name: value for name, value in setting.items() if name != "stride"}
     want = brute(x, weight, bias, cache=cache, residual=None, **full)
     residual = draw(*want.shape) if residual else None
@@ -223,6 +248,20 @@ def test_equals_conv3d_on_a_padded_clip():
     x, weight, bias = torch.randn(1, 4, 5, 6, 7), torch.randn(3, 4, 3, 3, 3), torch.randn(3)
     want = F.conv3d(F.pad(x, (1, 1, 1, 1, 2, 0)), weight, bias)
     torch.testing.assert_close(ops.causal_conv3d(x, weight, bias), want)
+
+
+def test_upsampling_is_interpolation_before_the_convolution():
+    """And the cache holds frames from before it, whose past is upsampled like the clip."""
+    x, weight, bias = torch.randn(2, 4, 3, 5, 6), torch.randn(3, 4, 3, 3, 3), torch.randn(3)
+    large = F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest-exact")
+    for op in OPS:
+        fn = getattr(ops, op)
+        want = fn(large, weight, bias)
+        got, cache = fn(x, weight, bias, upsample=2, return_cache=True)
+        torch.testing.assert_close(got, want)
+        assert same_bits(cache, fn(x, weight, bias, return_cache=True)[1])
+        _, cache = fn(x[:, :, :1], weight, bias, upsample=2, return_cache=True)
+        torch.testing.assert_close(fn(x[:, :, 1:], weight, bias, upsample=2, cache=cache), want[:, :, 1:])
 
 
 # ---------------------------------------------------------------------------------------------------- streaming
@@ -346,6 +385,9 @@ def test_saves_only_x(norm, cached):
     assert one == x.untyped_storage().nbytes() + cache_bytes
     two = _saved_bytes(lambda: ops.causal_conv3d(ops.norm_act(x, norm_weight, **settings), weight, **rest), x.shape)
     assert two > 2 * one
+    rest["residual"] = torch.randn(1, 8, 6, 64, 64)
+    assert one == _saved_bytes(lambda: ops.norm_act_conv3d(x, weight, norm_weight=norm_weight, upsample=2, **settings,
+                                                           **rest, backend="torch"), x.shape), "the small x is saved"
 
 
 @pytest.mark.parametrize("low", (torch.bfloat16, torch.float16), ids=str)
@@ -393,6 +435,64 @@ def test_channels_last_and_strided_inputs():
         torch.testing.assert_close(getattr(ops, op)(x, weight), getattr(ops, op)(x.contiguous(), weight.contiguous()))
 
 
+# ------------------------------------------------------------------------------------------------- wrong cuDNNs
+@pytest.mark.parametrize("version, tf32, dtype, wrong", [
+    (90701, True, torch.bfloat16, ""), (90800, False, torch.bfloat16, "torch"), (90800, True, torch.float16, "torch"),
+    (91002, False, torch.bfloat16, "torch"), (91002, True, torch.bfloat16, "torch reference"),
+    (91499, True, torch.float16, "torch reference"), (91500, True, torch.bfloat16, "reference"),
+    (91500, True, torch.float32, "torch reference"), (91500, False, torch.float32, ""),
+    (91001, True, torch.float32, ""), (91600, True, torch.float32, ""), (91002, True, torch.float64, ""),
+    (91900, True, torch.bfloat16, ""), (0, True, torch.bfloat16, "")])
+def test_a_cudnn_that_computes_wrongly_is_refused(monkeypatch, version, tf32, dtype, wrong):
+    """By version, as PyTorch's issues 163539 (16 bits) and 167024 (TF32) have it."""
+    monkeypatch.setattr(convolution, "_cudnn", lambda: (version, tf32))
+    for op in convolution.OPS:
+        problem = op.example("cuda:sm90", dtype, True)
+        refused = {name: op.backends[name].unsupported(problem) for name in ("torch", "reference")}
+        assert " ".join(name for name, reasons in refused.items() if reasons) == wrong
+        for reasons in filter(None, refused.values()):
+            (sentence,) = reasons
+            found = f"cuDNN {version // 10000}.{version // 100 % 100}.{version % 100} was found"
+            assert sentence.startswith(found) and sentence.endswith(".") and "pip install 'nvidia-cudnn-cu" in sentence
+        assert op.backends["torch"].unsupported(op.example("cpu", dtype, True)) == []
+        if dtype != torch.float32:
+            pointwise = replace(problem, kernel=(1, 1, 1))
+            assert op.backends["torch"].unsupported(pointwise) == [], "products of one tap are right"
+        if len(wrong.split()) == 1:
+            assert op.choose(problem, assume_validated=True).name != wrong
+        with pytest.raises(NotImplementedError, match="9.8 to 9.14|9.10.2 to 9.15") if wrong else nullcontext():
+            op.choose(problem, wrong.partition(" ")[0] or "torch")
+
+
+def test_auto_and_explain_name_the_cudnn(monkeypatch, caplog):
+    monkeypatch.setattr(convolution, "_cudnn", lambda: (91002, True))
+    plain = Op("causal_conv3d", "convolution", convolution.CAUSAL_CONV3D.example, [
+        convolution.CAUSAL_CONV3D.backends[name] for name in ("torch", "reference")])
+    problem = plain.example("cuda:sm90", torch.bfloat16, False)
+    with pytest.raises(NotImplementedError, match=r"\[torch\] cuDNN 9.10.2 was.* \[reference\] cuDNN 9.10.2 was.*'ieee'"):
+        plain.choose(problem)
+    text = explain("causal_conv3d", device="cuda:sm90", dtype=torch.bfloat16)
+    assert text.count("cuDNN 9.10.2 was found") >= 2
+    monkeypatch.setattr(convolution, "_cudnn", lambda: (91002, False))
+    taken = plain.choose(problem)  # the definition convolves in float32, which is right with TF32 off
+    assert taken.name == "reference"
+    plain._tell_if_slow(taken, problem, "auto")
+    assert "cuDNN 9.10.2 was found" in caplog.text and "slow" in caplog.text
+
+
+def test_the_cudnn_that_is_found(monkeypatch):
+    """What is read from PyTorch: the version, 0 where cuDNN is missing or switched off, and whether TF32 is on."""
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert convolution._cudnn() == (91002, False)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        assert convolution._cudnn() == (91002, True)
+    with torch.backends.cudnn.flags(enabled=False):
+        assert convolution._cudnn()[0] == 0
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
+    assert convolution._cudnn()[0] == 0
+
+
 # --------------------------------------------------------------------------------------------- drawn and wrong
 @op_checks.drawn
 @given(data=st.data(), op=st.sampled_from(OPS), dtype=st.sampled_from(op_checks.DTYPES))
@@ -403,7 +503,7 @@ def test_drawn_shapes(data, op, dtype):
     batch, channels, frames, height, width = pick(1, 2), 2 * pick(1, 3), pick(0, 5), pick(3, 6), pick(3, 6)
     inputs = dict(x=draw(batch, channels, frames, height, width), weight=draw(pick(1, 4), channels, *kernel),
                   stride=tuple(pick(1, 3) for _ in range(3)), padding=tuple(pick(0, 2) for _ in range(4)),
-                  time_pad=data.draw(st.sampled_from(("zeros", "replicate"))), phase=pick(0, 4),
+                  time_pad=data.draw(st.sampled_from(("zeros", "replicate"))), phase=pick(0, 4), upsample=pick(1, 3),
                   space_pad=data.draw(st.sampled_from(("zeros", "replicate", "reflect"))))
     if frames and data.draw(st.booleans()):
         inputs["lookahead"] = pick(0, kernel[0] - 1)

@@ -34,6 +34,7 @@ CONVOLUTIONS = {
     "replicate": dict(kernel_size=3, padding_mode="replicate", time_pad="replicate"),
     "reflect, long memory": dict(kernel_size=(5, 3, 3), padding_mode="reflect"),
     "1x1x1": dict(kernel_size=1),
+    "upsampled": dict(kernel_size=3, upsample=2),
 }
 
 

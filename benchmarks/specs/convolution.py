@@ -43,6 +43,7 @@ class ConvolutionCase(Case):
     time_pad: str = "zeros"
     space_pad: str = "zeros"
     cache: int = 0
+    upsample: int = 1  # height and width are those before it
     residual: bool = False
     return_cache: bool = False
     norm: str | None = None
@@ -56,9 +57,9 @@ class ConvolutionCase(Case):
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """The shapes of what goes in and comes out, by name."""
         (kt, kh, kw), (st, sh, sw), (left, right, top, bottom) = self.kernel, self.stride, self.pads
-        image = (self.height, self.width)
-        out = (self.batch, self.out_channels, -(-self.frames // st), (self.height + top + bottom - kh) // sh + 1,
-               (self.width + left + right - kw) // sw + 1)
+        image, u = (self.height, self.width), self.upsample
+        out = (self.batch, self.out_channels, -(-self.frames // st), (u * self.height + top + bottom - kh) // sh + 1,
+               (u * self.width + left + right - kw) // sw + 1)
         shapes = dict(x=(self.batch, self.in_channels, self.frames, *image),
                       weight=(self.out_channels, self.in_channels, *self.kernel), bias=(self.out_channels,), y=out)
         if self.cache:
@@ -76,8 +77,8 @@ class ConvolutionCase(Case):
     def shape(self):
         return dict(B=self.batch, Cin=self.in_channels, Cout=self.out_channels, T=self.frames, H=self.height, W=self.width,
                     kernel=list(self.kernel), stride=list(self.stride), padding=list(self.pads), time_pad=self.time_pad,
-                    space_pad=self.space_pad, cache=self.cache, residual=self.residual, return_cache=self.return_cache,
-                    norm=self.norm)
+                    space_pad=self.space_pad, cache=self.cache, upsample=self.upsample, residual=self.residual,
+                    return_cache=self.return_cache, norm=self.norm)
 
     def inputs(self, device, seed):
         draw = Draw(device, seed, self.dtype)
@@ -91,7 +92,7 @@ class ConvolutionCase(Case):
         if self.norm:
             found |= dict(norm_weight=1 + found["norm_weight"], **norm_settings(self.norm))
         return found | dict(stride=self.stride, padding=self.pads, time_pad=self.time_pad, space_pad=self.space_pad,
-                            return_cache=self.return_cache)
+                            upsample=self.upsample, return_cache=self.return_cache)
 
     def directions(self):
         present = self.tensors()
@@ -169,8 +170,11 @@ def _frame_by_frame(x, weight, bias, stride, padding):
 _MODES = {"zeros": "constant", "replicate": "replicate", "reflect": "reflect"}
 
 
-def _pad(seen, kernel_frames: int, added: int, padding, time_pad: str, space_pad: str, layout):
+def _pad(seen, kernel_frames: int, added: int, padding, time_pad: str, space_pad: str, upsample: int, layout):
     """``seen`` (``added`` cached frames, then the clip) as it is convolved, and the zeros that cuDNN adds by itself."""
+    if upsample > 1:  # frame by frame, as VAEs do it, which keeps channels last
+        large = F.interpolate(seen.transpose(1, 2).flatten(0, 1), scale_factor=float(upsample), mode="nearest-exact")
+        seen = large.unflatten(0, (seen.shape[0], seen.shape[2])).transpose(1, 2)
     left, right, top, bottom = padding
     itself = space_pad == "zeros" and left == right and top == bottom
     around = (0, 0, 0, 0) if itself else tuple(padding)
@@ -183,12 +187,13 @@ def _pad(seen, kernel_frames: int, added: int, padding, time_pad: str, space_pad
     return seen.contiguous(memory_format=layout), (0, top, left) if itself else (0, 0, 0)
 
 
-def _cudnn(x, weight, bias=None, *, stride, padding, time_pad, space_pad, cache=None, residual=None, return_cache=False,
-           layout, convolve=_Convolution.apply):
-    """Concatenate, pad, convolve, add: what a VAE's code does around F.conv3d, all of it in the time."""
+def _cudnn(x, weight, bias=None, *, stride, padding, time_pad, space_pad, cache=None, upsample=1, residual=None,
+           return_cache=False, layout, convolve=_Convolution.apply):
+    """Concatenate, repeat pixels, pad, convolve, add: what a VAE's code does around F.conv3d, all of it in the time."""
     kernel_frames = weight.shape[2]
     seen = x if cache is None else torch.cat([cache, x], dim=2)
-    padded, zeros = _pad(seen, kernel_frames, seen.shape[2] - x.shape[2], padding, time_pad, space_pad, layout)
+    padded, zeros = _pad(seen, kernel_frames, seen.shape[2] - x.shape[2], padding, time_pad, space_pad, upsample,
+                         layout)
     y = convolve(padded, weight, bias, stride, zeros)
     y = y if residual is None else y + residual
     return (y, seen[:, :, max(0, seen.shape[2] - kernel_frames + 1) :].clone()) if return_cache else y
@@ -205,7 +210,7 @@ def _padded_before(inputs: dict) -> dict:
     x, cache = given["x"], given.get("cache")
     seen = x if cache is None else torch.cat([cache, x], dim=2)
     x, zeros = _pad(seen, given["weight"].shape[2], seen.shape[2] - x.shape[2], given["padding"], given["time_pad"],
-                    given["space_pad"], torch.channels_last_3d)
+                    given["space_pad"], given["upsample"], torch.channels_last_3d)
     kept = {name: given[name] for name in ("weight", "bias", "stride", "residual") if name in given}
     return dict(x=x, padding=zeros, **kept)
 
@@ -303,6 +308,7 @@ CASES = [
           padding=(0, 1, 0, 1)),
     _case("(3, 1, 1), 48 to 96 channels, replicate", (48, 96), (3, 12, 16), **_QUICK32, kernel=(3, 1, 1), **_REPLICATE),
     _case("3x3x3, 96 channels, residual, 16 bits", (96, 96), (2, 24, 24), **_QUICK, cache=2, residual=True),
+    _case("(1, 3, 3), 48 to 24 channels, upsampled", (48, 24), (2, 12, 16), **_QUICK32, kernel=(1, 3, 3), upsample=2),
     _case("3x3x3, 96 to 3 channels, replicate", (96, 3), (2, 12, 16), **_QUICK32, **_REPLICATE),
 
     _case("Wan 2.1, 480p, 96 channels", (96, 96), (4, 480, 832), **_STREAM),
@@ -315,6 +321,11 @@ CASES = [
     _case("Wan 2.1, training on 17 frames of 256x256, 96 channels", (96, 96), (17, 256, 256)),
     _case("Wan 2.1, 480p, 384 to 192 channels after upsampling", (384, 192), (4, 240, 416), kernel=(1, 3, 3)),
     _case("Wan 2.1, 480p, 192 to 96 channels after upsampling", (192, 96), (4, 480, 832), kernel=(1, 3, 3)),
+    _case("Wan 2.1, 480p, 384 to 192 channels, upsampled", (384, 192), (4, 120, 208), kernel=(1, 3, 3), upsample=2),
+    _case("Wan 2.1, 480p, 192 to 96 channels, upsampled", (192, 96), (4, 240, 416), kernel=(1, 3, 3), upsample=2),
+    _case("Wan 2.1, 480p, 384 to 192 channels, upsampled from a latent's size", (384, 192), (2, 60, 104), kernel=(1, 3, 3),
+          upsample=2),
+    _case("Wan 2.1, 480p, 192 to 384 channels", (192, 384), (2, 120, 208), **_STREAM),
     _case("Wan 2.1, 480p, 384 to 768 channels in time", (384, 768), (2, 120, 208), kernel=(3, 1, 1), **_STREAM),
     _case("Wan 2.1, 480p, decoder's last, 96 to 3 channels", (96, 3), (4, 480, 832), **_STREAM),
     _case("Wan 2.1, 480p, decoder's first, 16 to 384 channels", (16, 384), (1, 60, 104), **_STREAM),

@@ -20,19 +20,22 @@ class CausalConv3d(nn.Conv3d):
         time_pad: before the first frame: "zeros", or "replicate", the first frame again.
         phase: the first frame with an output.
         lookahead: frames of the future each output sees (not causal, no streaming).
+        upsample: every pixel stands upsample x upsample times before padding and convolution (nearest neighbour).
 
     Raises:
         ValueError: dilation or groups other than 1.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=None, dilation=1, groups=1, bias=True,
-                 padding_mode="zeros", device=None, dtype=None, *, time_pad="zeros", phase=0, lookahead=0):
+                 padding_mode="zeros", device=None, dtype=None, *, time_pad="zeros", phase=0, lookahead=0,
+                 upsample=1):
         if dilation not in (1, (1, 1, 1), [1, 1, 1]) or groups != 1:
             raise ValueError(f"CausalConv3d: expected dilation 1 and groups 1, got {dilation} and {groups}; "
                              f"use nn.Conv3d for those")
         super().__init__(in_channels, out_channels, kernel_size, stride, 0, bias=bias, device=device, dtype=dtype)
         self.space_padding = _space_padding(padding, self.kernel_size)
-        self.space_pad, self.time_pad, self.phase, self.lookahead = padding_mode, time_pad, phase, lookahead
+        self.space_pad, self.time_pad, self.phase = padding_mode, time_pad, phase
+        self.lookahead, self.upsample = lookahead, upsample
 
     def forward(self, x, state: StreamState | None = None, residual=None):
         """x (B, Cin, T, H, W) -> (B, Cout, T', H', W'); ``state`` carries the stream, ``residual`` is added."""
@@ -40,7 +43,8 @@ class CausalConv3d(nn.Conv3d):
 
     def _run(self, op, x, state, residual, **norm):
         settings = dict(stride=self.stride, padding=self.space_padding, time_pad=self.time_pad,
-                        space_pad=self.space_pad, lookahead=self.lookahead, residual=residual, **norm)
+                        space_pad=self.space_pad, lookahead=self.lookahead, upsample=self.upsample,
+                        residual=residual, **norm)
         if state is None:
             return op(x, self.weight, self.bias, phase=self.phase, **settings)
         past, phase = state.get(self, (None, self.phase))
@@ -49,8 +53,9 @@ class CausalConv3d(nn.Conv3d):
         return y
 
     def extra_repr(self) -> str:
+        upsample = f", upsample={self.upsample}" if self.upsample > 1 else ""
         return (f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-                f"padding={self.space_padding}, time_pad={self.time_pad!r}, space_pad={self.space_pad!r}")
+                f"padding={self.space_padding}, time_pad={self.time_pad!r}, space_pad={self.space_pad!r}{upsample}")
 
 
 def norm_act_conv(norm, conv: CausalConv3d, x, state: StreamState | None = None, residual=None):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .. import checks
+from .. import checks, env
 from ..dispatch import Backend, Op, Problem, autocast, autocast_dtype, device_name, needs_grad
 from ..reference import convolution as reference
 from ..reference.precision import holds_numbers, wide_dtype
-from . import normalization
+from . import convolution_triton, normalization
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,47 @@ class ConvolutionProblem(Problem):
     time_pad: str
     space_pad: str
     lookahead: int
+    upsample: int
     norm: str | None
 
 
 def _example(device: str, dtype: torch.dtype, grad: bool) -> ConvolutionProblem:
-    return ConvolutionProblem(device, dtype, grad, 96, 96, (3, 3, 3), (1, 1, 1), "zeros", "zeros", 0, None)
+    return ConvolutionProblem(device, dtype, grad, 96, 96, (3, 3, 3), (1, 1, 1), "zeros", "zeros", 0, 1, None)
+
+
+# -------------------------------------------------------------------------------------------------------- cuDNN
+@env.constant_in_graphs
+def _cudnn() -> tuple[int, bool]:
+    """The version of the cuDNN that PyTorch calls, 91900 for 9.19.0 (0: none), and whether it may take TF32."""
+    version = torch.backends.cudnn.version() if torch.backends.cudnn.enabled else None
+    return version or 0, torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def _wrong_cudnn(problem: ConvolutionProblem, dtype: torch.dtype) -> list[str]:
+    """Why cuDNN's 3-D convolution in ``dtype`` is not to be trusted here.
+
+    16 bits: wrong on large inputs in 9.8 to 9.14 (pytorch#163539; PyTorch goes around it for NCDHW tensors only, and ours
+    have their channels last). TF32: a broken kernel in 9.10.2 to 9.15, its cases unknown (pytorch#167024).
+    """
+    version, tf32 = _cudnn() if problem.device.startswith("cuda") else (0, False)
+    found = f"cuDNN {version // 10000}.{version // 100 % 100}.{version % 100}"
+    package = f"nvidia-cudnn-cu{(torch.version.cuda or '13').partition('.')[0]}"
+    if dtype in (torch.bfloat16, torch.float16) and 90800 <= version < 91500 and problem.kernel != (1, 1, 1):
+        return [f"{found} was found, and 9.8 to 9.14 compute wrong 16-bit 3-D convolutions of large inputs: upgrade it (pip "
+                f"install '{package}>=9.15') or use another backend."]
+    if dtype == torch.float32 and tf32 and 91002 <= version < 91600:
+        return [f"{found} was found, and 9.10.2 to 9.15 compute wrong 3-D convolutions in TF32, which is on: set "
+                f"torch.backends.cudnn.conv.fp32_precision = 'ieee' or upgrade it (pip install '{package}>=9.16')."]
+    return []
+
+
+def _torch_unsupported(problem: ConvolutionProblem) -> list[str]:
+    return _wrong_cudnn(problem, problem.dtype)
+
+
+def _reference_unsupported(problem: ConvolutionProblem) -> list[str]:
+    """The definition convolves 16-bit tensors in float32, so a cuDNN that is wrong in 16 bits may still be right there."""
+    return _wrong_cudnn(problem, torch.promote_types(problem.dtype, torch.float32))
 
 
 # ---------------------------------------------------------------------------------------------- backend "torch"
@@ -44,6 +80,7 @@ class _Spec:
     space_pad: str
     phase: int
     lookahead: int
+    upsample: int
     norm: str | None = None
     groups: int = 32
     eps: float = 1e-6
@@ -62,7 +99,7 @@ class _Spec:
 
     @property
     def repeats(self) -> bool:
-        return self.time_pad == "replicate" or self.space_pad != "zeros"
+        return self.time_pad == "replicate" or self.space_pad != "zeros" or self.upsample > 1
 
     @property
     def conv_padding(self) -> tuple[int, int, int]:
@@ -78,6 +115,10 @@ class _Spec:
     def pad(self, h, cache, kernel_frames: int):
         padded = h if self.only_last_tap(h, cache) else reference.pad_time(
             h, cache, kernel_frames, self.lookahead, self.time_pad)[:, :, self.phase :]
+        if padded.device.type == "cuda":  # with channels last, as it is convolved: no second copy of the large tensor
+            padded = reference.upsample_space(padded.movedim(1, -1), self.upsample, 2).movedim(-1, 1)
+        else:
+            padded = reference.upsample_space(padded, self.upsample)
         if self.conv_padding == (0, 0, 0):
             padded = reference.pad_space(padded, self.padding, self.space_pad)
         if padded.device.type == "cuda":
@@ -92,7 +133,7 @@ def _convolve(spec: _Spec, h, weight, bias, cache, residual):
     if spec.phase >= h.shape[2] or h.shape[0] == 0:  # no frame comes out; the reference keeps the graph whole
         return reference.causal_conv3d(h, weight, bias, stride=spec.stride, padding=spec.padding, cache=cache,
                                        time_pad=spec.time_pad, space_pad=spec.space_pad, phase=spec.phase,
-                                       lookahead=spec.lookahead, residual=residual)
+                                       lookahead=spec.lookahead, upsample=spec.upsample, residual=residual)
     padded = spec.pad(h, cache, weight.shape[2])
     y = _conv3d(padded, spec.taps(h, cache, weight), bias, spec.stride, spec.conv_padding)
     return y if residual is None else y + residual
@@ -170,10 +211,10 @@ class _SavesInput(torch.autograd.Function):
 
 
 def _torch_norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, norm=None, groups=32, eps=1e-6,
-                           act=None, stride, padding, time_pad, space_pad, cache, phase, lookahead, residual,
-                           return_cache):
-    spec = _Spec(stride, tuple(padding), time_pad, space_pad, phase, lookahead, norm, groups, eps, act, weight.dtype,
-                 return_cache)
+                           act=None, stride, padding, time_pad, space_pad, cache, phase, lookahead, upsample,
+                           residual, return_cache):
+    spec = _Spec(stride, tuple(padding), time_pad, space_pad, phase, lookahead, upsample, norm, groups, eps, act,
+                 weight.dtype, return_cache)
     tensors = (x, weight, bias, cache, residual, norm_weight, norm_bias)
     nothing_comes_out = phase >= x.shape[2] or x.shape[0] == 0
     if needs_grad(*tensors) and not nothing_comes_out and not torch.compiler.is_compiling():
@@ -185,19 +226,22 @@ def _torch_norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=
 
 
 CAUSAL_CONV3D = Op("causal_conv3d", "convolution", _example, [
-    Backend("torch", _torch_norm_act_conv3d), Backend("reference", reference.causal_conv3d)])
+    convolution_triton.CAUSAL_CONV3D, Backend("torch", _torch_norm_act_conv3d, _torch_unsupported),
+    Backend("reference", reference.causal_conv3d, _reference_unsupported)])
 NORM_ACT_CONV3D = Op("norm_act_conv3d", "convolution", _example, [
-    Backend("torch", _torch_norm_act_conv3d), Backend("reference", reference.norm_act_conv3d)])
+    convolution_triton.NORM_ACT_CONV3D, Backend("torch", _torch_norm_act_conv3d, _torch_unsupported),
+    Backend("reference", reference.norm_act_conv3d, _reference_unsupported)])
 OPS = (CAUSAL_CONV3D, NORM_ACT_CONV3D)
 
 
 # ------------------------------------------------------------------------------------------------------- checks
-def _geometry(op: str, x, weight, bias, stride, padding, time_pad, space_pad, cache, phase, lookahead, residual,
+def _geometry(op: str, x, weight, bias, stride, padding, time_pad, space_pad, cache, phase, lookahead, upsample, residual,
               return_cache):
     """Check everything but dtypes; returns stride and padding in full."""
     checks.shape(op, "x", x, ("B", "Cin", "T", "H", "W"), "an image is a clip of one frame: x[:, :, None]")
     checks.shape(op, "weight", weight, ("Cout", "Cin", "kT", "kH", "kW"), "use the weight of a Conv3d")
-    batch, channels, frames, height, width = x.shape
+    checks.whole(op, "upsample", upsample, 1)
+    batch, channels, frames = x.shape[:3]
     checks.shape(op, "weight", weight, ("Cout", channels, "kT", "kH", "kW"),
                  "its second size is x's channels (groups are not supported)")
     kt, kh, kw = weight.shape[2:]
@@ -211,6 +255,7 @@ def _geometry(op: str, x, weight, bias, stride, padding, time_pad, space_pad, ca
     checks.choice(op, "time_pad", time_pad, ("zeros", "replicate"))
     checks.choice(op, "space_pad", space_pad, ("zeros", "replicate", "reflect"))
     left, right, top, bottom = padding
+    height, width = x.shape[3] * upsample, x.shape[4] * upsample  # what the convolution sees
     if kt * kh * kw == 0:
         raise checks.error(op, "a kernel of 1 or more along every axis", f"{kt} x {kh} x {kw}", "pass a larger weight")
     if space_pad == "reflect" and not (max(left, right) < width and max(top, bottom) < height):
@@ -226,7 +271,7 @@ def _geometry(op: str, x, weight, bias, stride, padding, time_pad, space_pad, ca
     if lookahead >= kt:
         raise checks.error(op, f"lookahead of at most the kernel's {kt} frames less one", lookahead, "look less far")
     if cache is not None:
-        checks.shape(op, "cache", cache, (batch, channels, "frames", height, width),
+        checks.shape(op, "cache", cache, (batch, channels, "frames", *x.shape[3:]),
                      "use the cache_out of the last call")
         if cache.shape[2] > kt - 1:
             raise checks.error(op, f"a cache of at most kT - 1 = {kt - 1} frames", cache.shape[2],
@@ -244,7 +289,7 @@ def _geometry(op: str, x, weight, bias, stride, padding, time_pad, space_pad, ca
 
 
 def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zeros", space_pad="zeros", cache=None,
-                  phase=0, lookahead=0, residual=None, return_cache=False, backend="auto"):
+                  phase=0, lookahead=0, upsample=1, residual=None, return_cache=False, backend="auto"):
     """3-D convolution that sees the past only, with its past handed in and out for streaming.
 
     Args:
@@ -256,6 +301,9 @@ def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zer
         cache: (B, Cin, <= kT - 1, H, W), the frames before x, as ``cache_out`` gave them.
         lookahead: frames of the future seen after the clip's end, padded by ``time_pad`` (models that are not
             causal); not with a cache.
+        upsample: int u: every pixel of a frame stands u x u times before padding and convolution (nearest neighbour;
+            frames are not repeated). Padding and stride count these pixels; ``cache`` and ``cache_out`` hold frames
+            from before.
         residual: the output's shape; added.
 
     Returns:
@@ -266,21 +314,22 @@ def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zer
     """
     op = "causal_conv3d"
     stride, padding = _geometry(op, x, weight, bias, stride, padding, time_pad, space_pad, cache, phase, lookahead,
-                                residual, return_cache)
+                                upsample, residual, return_cache)
     checks.floating(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
     checks.same_device(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
     x, weight, bias, cache, residual = autocast(x, weight, bias, cache, residual)
     checks.same_dtype(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
     problem = ConvolutionProblem(device_name(x), x.dtype, needs_grad(x, weight, bias, cache, residual), x.shape[1],
-                                 weight.shape[0], tuple(weight.shape[2:]), stride, time_pad, space_pad, lookahead, None)
+                                 weight.shape[0], tuple(weight.shape[2:]), stride, time_pad, space_pad, lookahead,
+                                 upsample, None)
     return CAUSAL_CONV3D.run(problem, backend, x=x, weight=weight, bias=bias, stride=stride, padding=padding,
                              time_pad=time_pad, space_pad=space_pad, cache=cache, phase=phase, lookahead=lookahead,
-                             residual=residual, return_cache=return_cache)
+                             upsample=upsample, residual=residual, return_cache=return_cache)
 
 
 def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, norm="rms", groups=32, eps=1e-6,
                     act="silu", stride=1, padding=None, time_pad="zeros", space_pad="zeros", cache=None, phase=0,
-                    lookahead=0, residual=None, return_cache=False, backend="auto"):
+                    lookahead=0, upsample=1, residual=None, return_cache=False, backend="auto"):
     """``causal_conv3d(norm_act(x))`` as one autograd node, which saves x from before the norm and nothing of its size.
 
     Arguments as in ``norm_act`` (its weight and bias are ``norm_weight``, ``norm_bias``, of any floating dtype) and
@@ -290,7 +339,7 @@ def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, n
     op = "norm_act_conv3d"
     normalization.check(op, x, norm_weight, norm_bias, norm, groups, eps, act, prefix="norm_")
     stride, padding = _geometry(op, x, weight, bias, stride, padding, time_pad, space_pad, cache, phase, lookahead,
-                                residual, return_cache)
+                                upsample, residual, return_cache)
     checks.floating(op, weight=weight, bias=bias, cache=cache, residual=residual)
     checks.same_device(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
     # x itself is normalised as it came; what is convolved has the dtype that F.conv3d would cast it to
@@ -299,8 +348,9 @@ def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, n
     checks.same_dtype(op, x=convolved, weight=weight, bias=bias, cache=cache, residual=residual)
     problem = ConvolutionProblem(device_name(x), weight.dtype,
                                  needs_grad(x, weight, bias, norm_weight, norm_bias, cache, residual), x.shape[1],
-                                 weight.shape[0], tuple(weight.shape[2:]), stride, time_pad, space_pad, lookahead, norm)
+                                 weight.shape[0], tuple(weight.shape[2:]), stride, time_pad, space_pad, lookahead,
+                                 upsample, norm)
     return NORM_ACT_CONV3D.run(problem, backend, x=x, weight=weight, bias=bias, norm_weight=norm_weight,
                                norm_bias=norm_bias, norm=norm, groups=groups, eps=eps, act=act, stride=stride,
                                padding=padding, time_pad=time_pad, space_pad=space_pad, cache=cache, phase=phase,
-                               lookahead=lookahead, residual=residual, return_cache=return_cache)
+                               lookahead=lookahead, upsample=upsample, residual=residual, return_cache=return_cache)

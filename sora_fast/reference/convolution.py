@@ -39,6 +39,11 @@ def pad_time(x, cache, kernel_frames: int, lookahead: int, time_pad: str):
     return torch.cat(parts, dim=2)
 
 
+def upsample_space(x, factor: int, height_axis: int = 3):
+    """Every pixel ``factor`` x ``factor`` times; width is the axis after ``height_axis``."""
+    return x if factor == 1 else x.repeat_interleave(factor, height_axis + 1).repeat_interleave(factor, height_axis)
+
+
 def pad_space(x, padding, space_pad: str):
     """``padding`` = (left, right, top, bottom) around every frame."""
     if not any(padding) or x.numel() == 0 and space_pad != "zeros":
@@ -51,12 +56,13 @@ def pad_space(x, padding, space_pad: str):
 
 
 def causal_conv3d(x, weight, bias=None, *, stride=(1, 1, 1), padding, time_pad="zeros", space_pad="zeros", cache=None,
-                  phase=0, lookahead=0, residual=None, return_cache=False):
+                  phase=0, lookahead=0, upsample=1, residual=None, return_cache=False):
     """``y [, cache_out]``; see ``sora_fast.ops.causal_conv3d``, which fills in ``stride`` and ``padding``."""
     wide = wide_dtype(x, weight, bias, cache, residual)
     kernel_frames = weight.shape[2]
     old = None if cache is None else cache.to(wide)
-    padded = pad_space(pad_time(x.to(wide), old, kernel_frames, lookahead, time_pad), padding, space_pad)
+    seen = pad_time(x.to(wide), old, kernel_frames, lookahead, time_pad)
+    padded = pad_space(upsample_space(seen, upsample), padding, space_pad)
     frames = -(-(x.shape[2] - phase) // stride[0]) if phase < x.shape[2] else 0
     height = (padded.shape[3] - weight.shape[3]) // stride[1] + 1
     width = (padded.shape[4] - weight.shape[4]) // stride[2] + 1

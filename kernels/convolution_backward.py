@@ -1,0 +1,148 @@
+"""The backward of convolution.py: the gradient of what is convolved, dgrad, and of the weight, wgrad.
+
+dgrad is the convolution turned round: a frame of the clip or the cache collects from the outputs that saw it. With a stride,
+pixels of one remainder share their taps, so a program takes pixels of one remainder and no product is with a zero. Where the
+edge of space is repeated, the gradients of padding and frame together go to a float32 workspace and are folded there.
+
+wgrad is a product over all output pixels, far longer than wide: it is cut in pieces, each summed in float32 to a slot of a
+workspace, and the slots are added in their order. No atomics: two runs give the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+from .convolution_forward import SIZES
+from .convolution_frames import frame_address, frame_seen, pixel_seen, sightings, source
+
+
+@triton.jit(do_not_specialize=[*SIZES, "keep", "first_frame"])
+def dgrad_kernel(dy, weight, added, dx, dcache, frames: tl.int64, cached: tl.int64, height: tl.int32, width: tl.int32,
+                 outputs: tl.int64, out_height: tl.int32, out_width: tl.int32, phase: tl.int64, before: tl.int64,
+                 top: tl.int32, left: tl.int32, keep: tl.int64, first_frame: tl.int64, CIN: tl.constexpr,
+                 COUT: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, ST: tl.constexpr,
+                 SH: tl.constexpr, SW: tl.constexpr, UP: tl.constexpr, REPLICATE: tl.constexpr, PRECISION: tl.constexpr,
+                 WIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """dx: BLOCK_P pixels of one remainder by SH and SW, of one frame from ``first_frame`` on, BLOCK_C channels of them.
+
+    ``added``: the gradient of the last ``keep`` frames, as the next chunk's cache. Frames below 0 go to ``dcache``, or,
+    where WIDE, all to dx, which then is (B, cached + frames, height, width, CIN) of ``height`` x ``width``
+    pixels with their padding, and ``top`` and ``left`` are 0.
+    """
+    KC: tl.constexpr = (COUT + BLOCK_K - 1) // BLOCK_K
+    rows, columns = tl.cdiv(height, SH), tl.cdiv(width, SW)  # of the first remainder, which has the most
+    tiles = tl.cdiv(rows * columns, BLOCK_P)
+    program = tl.program_id(0)
+    block = program // tl.cdiv(CIN, BLOCK_C)
+    channel = program % tl.cdiv(CIN, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pixel = block % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    block = block // tiles
+    rest = block % (SH * SW)
+    place = (block // (SH * SW)).to(tl.int64)
+    count = frames - first_frame
+    sample, frame = place // count, place % count + first_frame
+    row, column = pixel // columns * SH + rest // SW, pixel % columns * SW + rest % SW
+    inside = (pixel < rows * columns) & (row < height) & (column < width)
+    first_h, first_w = (top + rest // SW) % SH, (left + rest % SW) % SW  # the first taps that see this remainder
+    taps_h, taps_w = tl.cdiv(tl.maximum(KH - first_h, 0), SH), tl.cdiv(tl.maximum(KW - first_w, 0), SW)
+    steps = UP * UP * taps_h * taps_w * KC
+
+    acc = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    shown, times = sightings(frame, frames, cached, outputs, phase, before, KT, ST, REPLICATE)
+    for place in range(shown, shown + times):
+        # ``latest`` is the last output that sees this place, through tap ``first_t``; the next tap belongs to the one before
+        distance = place + before - phase
+        first_t, latest = (distance % ST).to(tl.int32), distance // ST
+        lo = tl.maximum(latest - outputs + 1, 0).to(tl.int32)
+        hi = tl.where(distance < 0, 0, tl.minimum(latest + 1, tl.cdiv(KT - first_t, ST))).to(tl.int32)
+        for step in range(lo * steps, hi * steps):
+            turn, tap = step // steps, step % steps // KC
+            k = step % KC * BLOCK_K + tl.arange(0, BLOCK_K)
+            twin = tap // (taps_h * taps_w)
+            kt, kh, kw = first_t + turn * ST, first_h + tap // taps_w % taps_h * SH, first_w + tap % taps_w * SW
+            seeing = dy + (sample * outputs + latest - turn) * out_height * out_width * COUT
+            from_h, from_w = top + row * UP + twin // UP - kh, left + column * UP + twin % UP - kw
+            h, w = from_h // SH, from_w // SW
+            sees = inside & (from_h >= 0) & (h < out_height) & (from_w >= 0) & (w < out_width)
+            dy_PK = tl.load(seeing + (h * out_width + w).to(tl.int64)[:, None] * COUT + k[None, :],
+                            mask=sees[:, None] & (k < COUT)[None, :], other=0.0)
+            w_KC = tl.load(weight + (k.to(tl.int64) * (KT * KH * KW) + ((kt * KH + kh) * KW + kw))[:, None] * CIN
+                           + channel[None, :], mask=(k < COUT)[:, None] & (channel < CIN)[None, :], other=0.0)
+            acc = tl.dot(w_KC.T, dy_PK.T, acc, input_precision=PRECISION)
+
+    dx_PC = acc.T
+    at = (row * width + column).to(tl.int64)[:, None] * CIN + channel[None, :]
+    mask = inside[:, None] & (channel < CIN)[None, :]
+    size = height.to(tl.int64) * width * CIN
+    if added is not None:
+        late = frame + keep - frames
+        is_late = inside[:, None] & (channel < tl.where(late >= 0, CIN, 0))[None, :]
+        dx_PC += tl.load(added + (sample * keep + late) * size + at, mask=is_late, other=0.0).to(tl.float32)
+    if WIDE:
+        dx += (sample * (cached + frames) + cached + frame) * size
+    elif dcache is None:
+        dx += (sample * frames + frame) * size
+    else:
+        dx = frame_address(dx, dcache, sample, frame, frames, cached, size)
+    tl.store(dx + at, dx_PC, mask=mask)
+
+
+@triton.jit
+def _seen_pixels(seen, row, column, inside, channel, height, width, CIN: tl.constexpr, UP: tl.constexpr,
+                 SPACE: tl.constexpr):
+    has_row, h = pixel_seen(row, height, UP, SPACE)
+    has_column, w = pixel_seen(column, width, UP, SPACE)
+    return tl.load(seen + (h * width + w).to(tl.int64)[:, None] * CIN + channel[None, :],
+                   mask=(inside & has_row & has_column)[:, None] & (channel < CIN)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "units", "run"])
+def wgrad_kernel(dy, x, cache, sums, frames: tl.int64, cached: tl.int64, height: tl.int32, width: tl.int32,
+                 outputs: tl.int64, out_height: tl.int32, out_width: tl.int32, phase: tl.int64, before: tl.int64,
+                 top: tl.int32, left: tl.int32, units: tl.int64, run: tl.int64, CIN: tl.constexpr, COUT: tl.constexpr,
+                 KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, ST: tl.constexpr, SH: tl.constexpr,
+                 SW: tl.constexpr, UP: tl.constexpr, REPLICATE: tl.constexpr, SPACE: tl.constexpr,
+                 PRECISION: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, MORE: tl.constexpr,
+                 BLOCK_P: tl.constexpr):
+    """sums (pieces, COUT, KT, KH, KW, CIN): one tap, BLOCK_O output, BLOCK_I + MORE input channels, one piece's pixels.
+
+    A unit is BLOCK_P pixels of one output frame; a piece is ``run`` of them. All taps of a piece follow one another, so that
+    they find its pixels in the L2 cache.
+    """
+    TAPS: tl.constexpr = KT * KH * KW
+    tiles_i: tl.constexpr = (CIN + BLOCK_I + MORE - 1) // (BLOCK_I + MORE)
+    tiles_o: tl.constexpr = (COUT + BLOCK_O - 1) // BLOCK_O
+    program = tl.program_id(0)
+    tap = program % TAPS
+    tile = program // TAPS % (tiles_i * tiles_o)
+    piece = (program // (TAPS * tiles_i * tiles_o)).to(tl.int64)
+    kt, kh, kw = tap // (KH * KW), tap // KW % KH, tap % KW
+    out_channel = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
+    first = tile % tiles_i * (BLOCK_I + MORE)
+    channel = first + tl.arange(0, BLOCK_I)
+    blocks = tl.cdiv(out_height * out_width, BLOCK_P)
+
+    acc = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    if MORE > 0:
+        more = tl.zeros([BLOCK_O, MORE], tl.float32)
+        channel_more = first + BLOCK_I + tl.arange(0, MORE)
+    for unit in range(piece * run, tl.minimum(piece * run + run, units)):
+        pixel = (unit % blocks).to(tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
+        place = unit // blocks
+        sample, output = place // outputs, place % outputs
+        there, frame = source(frame_seen(output, kt, phase, before, ST), frames, cached, REPLICATE)
+        seen = frame_address(x, cache, sample, frame, frames, cached, height.to(tl.int64) * width * CIN)
+        inside = pixel < tl.where(there, out_height * out_width, 0)
+        row, column = pixel // out_width * SH - top + kh, pixel % out_width * SW - left + kw
+        dy_PO = tl.load(dy + (place * out_height * out_width + pixel)[:, None] * COUT + out_channel[None, :],
+                        mask=inside[:, None] & (out_channel < COUT)[None, :], other=0.0)
+        x_PI = _seen_pixels(seen, row, column, inside, channel, height, width, CIN, UP, SPACE)
+        acc = tl.dot(dy_PO.T, x_PI, acc, input_precision=PRECISION)
+        if MORE > 0:
+            x_PI = _seen_pixels(seen, row, column, inside, channel_more, height, width, CIN, UP, SPACE)
+            more = tl.dot(dy_PO.T, x_PI, more, input_precision=PRECISION)
+
+    row_O = sums + ((piece * COUT + out_channel) * TAPS + tap)[:, None] * CIN
+    here = (out_channel < COUT)[:, None]
+    tl.store(row_O + channel[None, :], acc, mask=here & (channel < CIN)[None, :])
+    if MORE > 0:
+        tl.store(row_O + channel_more[None, :], more, mask=here & (channel_more < CIN)[None, :])

@@ -1,0 +1,193 @@
+"""The causal 3-D convolution of convolution.py where the tensor memory accelerator (TMA, sm_90 and later) can load it.
+
+B batch, T frames, H height, W width; Cin, Cout channels; KT, KH, KW kernel. Stride 1, zeros around space. One kernel is the
+forward and the gradient of what is convolved, dgrad: both sum weights times a shifted neighbourhood.
+
+A program owns a box of TH x TW pixels of one frame. For each tap TMA copies the box beside it, one instruction of one thread
+and no address for the others to work out, and what lies outside of the frame arrives as 0, which is the padding. (The idea
+of CUTLASS' implicit GEMM convolutions with TMA, here with plain instead of im2col copies: a causal kernel chooses its frame
+itself, out of the clip or the cache.)
+
+The product is turned round, channels x pixels, as then the matrix unit reads both factors from shared memory. The other way
+Triton brings pixels into registers first, since a box of five axes is no factor that it can pass on.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .convolution_frames import frame_seen, output_seeing, sightings
+
+
+# ------------------------------------------------------------------------------------------------------------- kernel
+@triton.jit
+def _weights(weight, tap, channel, k, TRANSPOSED: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(C channels made, BLOCK_K channels summed) of one tap."""
+    if TRANSPOSED:
+        return weight.load([tap, k, channel]).reshape(BLOCK_K, C).T
+    else:
+        return weight.load([tap, channel, k]).reshape(C, BLOCK_K)
+
+
+@triton.jit
+def _finish(acc_CP, bias, added, added_at, added_rows, out, out_at, row, column, first_channel, height, width,
+            CHANNELS: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, C: tl.constexpr):
+    """Add bias and, in the first ``added_rows`` rows, ``added``, and store; frames begin at ``added_at`` and ``out_at``."""
+    channel = first_channel + tl.arange(0, C)
+    pixel = tl.arange(0, TH * TW)
+    h, w = row + pixel // TW, column + pixel % TW
+    at = (h.to(tl.int64) * width + w)[:, None] * CHANNELS + channel[None, :]
+    inside = ((h < height) & (w < width))[:, None] & (channel < CHANNELS)[None, :]
+    if bias is not None:
+        acc_CP += tl.load(bias + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[:, None]
+    out_PC = acc_CP.T
+    if added is not None:
+        out_PC += tl.load(added + added_at + at, mask=inside & (h < added_rows)[:, None], other=0.0).to(tl.float32)
+    tl.store(out + out_at + at, out_PC.to(out.dtype.element_ty), mask=inside)
+
+
+# Coordinates of TMA are of 32 bits, and so are sizes here; addresses are of 64.
+@triton.jit(do_not_specialize=["first", "frames", "cached", "outputs", "height", "width", "phase", "before", "top", "left",
+                               "keep"])
+def box_kernel(source, cache, weight0, weight1, bias, added, out, out_cache, first: tl.int32, frames: tl.int32,
+               cached: tl.int32, outputs: tl.int32, height: tl.int32, width: tl.int32, phase: tl.int32, before: tl.int32,
+               top: tl.int32, left: tl.int32, keep: tl.int32, MADE: tl.constexpr, SUMMED: tl.constexpr, KT: tl.constexpr,
+               KH: tl.constexpr, KW: tl.constexpr, TRANSPOSED: tl.constexpr, REPLICATE: tl.constexpr, C0: tl.constexpr,
+               C1: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A box of one frame of ``out``, or where the frame is below 0 of ``out_cache``; C0 + C1 channels of it.
+
+    ``source``, ``cache`` (B, T, H, W, SUMMED) and the weights (taps, Cout, Cin) are descriptors. ``height`` and ``width``
+    are out's. ``added``: for the last ``keep`` frames.
+
+    Boxes of all frames come before the next channels: programs that run at the same time read the same weights.
+    """
+    CHUNKS: tl.constexpr = (SUMMED + BLOCK_K - 1) // BLOCK_K
+    STEPS: tl.constexpr = KH * KW * CHUNKS
+    end = frames if TRANSPOSED else outputs
+    boxes = tl.num_programs(0) // ((MADE + C0 + C1 - 1) // (C0 + C1))
+    channel = tl.program_id(0) // boxes * (C0 + C1)
+    block = tl.program_id(0) % boxes
+    columns, rows = tl.cdiv(width, TW), tl.cdiv(height, TH)
+    column, row = block % columns * TW, block // columns % rows * TH
+    block = block // columns // rows
+    sample, frame = block // (end - first), block % (end - first) + first
+
+    seen_from, seen_count = frame, 1
+    if TRANSPOSED:
+        seen_from, seen_count = sightings(frame, frames, cached, outputs, phase, before, KT, 1, REPLICATE)
+    acc0 = tl.zeros([C0, TH * TW], tl.float32)
+    acc1 = tl.zeros([C1 if C1 else 16, TH * TW], tl.float32)
+    for place in range(seen_from, seen_from + seen_count):
+        # [lo, hi): the time taps behind which something stands. One loop over them, their pixels and channels: a loop for
+        # each would fill the pipeline of loads again.
+        if TRANSPOSED:
+            _, base = output_seeing(place, 0, outputs, phase, before, 1)
+            lo, hi = tl.maximum(base - outputs + 1, 0), tl.minimum(base + 1, KT)
+        else:
+            base = frame_seen(place, 0, phase, before, 1)
+            lo, hi = tl.maximum(-cached - base, 0), tl.minimum(frames - base, KT)
+            if REPLICATE:
+                lo, hi = 0, KT
+        for step in range(lo * STEPS, hi * STEPS):
+            tap, k = step // CHUNKS, step % CHUNKS * BLOCK_K
+            kt, kh, kw = tap // (KH * KW), tap // KW % KH, tap % KW
+            if TRANSPOSED:
+                x = source.load([sample, base - kt, row + top - kh, column + left - kw, k])
+            else:
+                seen = base + kt
+                if REPLICATE:
+                    seen = tl.minimum(tl.maximum(seen, -cached), frames - 1)
+                clip = source
+                if cache is not None:
+                    if seen < 0:  # chooses an address; with a load in each branch, loads would wait for products
+                        clip = cache
+                        seen += cached
+                x = clip.load([sample, seen, row + kh - top, column + kw - left, k])
+            x_KP = x.reshape(TH * TW, BLOCK_K).T
+            acc0 = tl.dot(_weights(weight0, tap, channel, k, TRANSPOSED, C0, BLOCK_K), x_KP, acc0, input_precision="ieee")
+            if C1:
+                w_CK = _weights(weight1, tap, channel + C0, k, TRANSPOSED, C1, BLOCK_K)
+                acc1 = tl.dot(w_CK, x_KP, acc1, input_precision="ieee")
+
+    size = height.to(tl.int64) * width * MADE
+    added_at = (sample * keep + frame - (end - keep)) * size
+    added_rows = tl.where(frame >= end - keep, height, 0)
+    out_at = (sample * end + frame) * size
+    if out_cache is not None:
+        if frame < 0:
+            out = out_cache
+            out_at = (frame - first - sample * first) * size
+    if C1:  # first, as the other's registers are the more: with both beside ``added`` there would be too few
+        _finish(acc1, bias, added, added_at, added_rows, out, out_at, row, column, channel + C0, height, width, MADE, TH, TW,
+                C1)
+    _finish(acc0, bias, added, added_at, added_rows, out, out_at, row, column, channel, height, width, MADE, TH, TW, C0)
+
+
+# ------------------------------------------------------------------------------------------------------------- launch
+def can_load(geometry, weight, source) -> bool:
+    """Whether TMA can load ``source`` and ``weight`` as the convolution needs them; addresses are multiples of 16 bytes.
+
+    The interpreter takes float32 too; a GPU transposes factors of 16 bits alone.
+    """
+    plain = geometry.stride == (1, 1, 1) and geometry.upsample == 1 and geometry.pads_with_zeros
+    return (plain and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
+            and (source.dtype.itemsize == 2 or source.device.type == "cpu"))
+
+
+def _sides(pixels: int) -> tuple[int, int]:
+    """Height and width of a box: 16 x 16, 8 x 16, 8 x 8."""
+    high = 16 if pixels >= 256 else 8
+    return high, pixels // high
+
+
+def _frames(tensor, config):
+    """Descriptor of a (B, C, T, H, W) tensor in channels_last_3d memory, whatever strides of axes of size 1 say."""
+    if tensor is None:
+        return None
+    if tensor.numel() == 0:  # nothing of it is read, but a descriptor needs an address
+        tensor = tensor.new_empty(1, tensor.shape[1], 1, 1, 1)
+    batch, channels, frames, height, width = tensor.shape
+    row = width * channels
+    return TensorDescriptor(tensor, [batch, frames, height, width, channels],
+                            [frames * height * row, height * row, row, channels, 1],
+                            [1, 1, *_sides(config.pixels), config.block_k])
+
+
+def box(source, cache, weight, bias, added, out, out_cache, geometry, *, frames: int, outputs: int, config, cached: int = 0,
+        keep: int = 0, transposed: bool = False) -> None:
+    """Write ``out``, and of a ``transposed`` convolution ``out_cache``. No workspace, no atomics; sums are rounded once.
+
+    Forward: source x (B, Cin, T, H, W), cache (B, Cin, c, H, W) or None, bias (Cout,) or None, out y (B, Cout, outputs, H',
+    W'), added, the residual, like y or None. ``transposed``: source dY, out dX, out_cache (B, Cin, cached, H, W) the cache's
+    or, where nobody asks, None; added (B, Cin, keep, H, W) or None goes to the last ``keep`` frames of cache and clip. What
+    only the other one takes is None.
+
+    weight (Cout, Cin, KT, KH, KW). ``geometry``: convolution.Geometry. ``frames`` of the clip, ``outputs`` frames of y. All
+    tensors are of one dtype, in channels_last_3d memory, and such as ``can_load`` says.
+    """
+    cout, cin, kt, kh, kw = weight.shape
+    taps, made, summed = kt * kh * kw, *((cin, cout) if transposed else (cout, cin))
+    batch, _, _, height, width = out.shape
+    high, wide = _sides(config.pixels)
+    if not transposed:
+        keep, cached = outputs, 0 if cache is None else cache.shape[2]
+    first = -cached if out_cache is not None else 0
+    boxes = batch * (out.shape[2] - first) * triton.cdiv(height, high) * triton.cdiv(width, wide)
+    if boxes == 0:
+        return
+
+    def weights(channels):
+        block = [1, config.block_k, channels] if transposed else [1, channels, config.block_k]
+        return TensorDescriptor(weight, [taps, cout, cin], [cin, taps * cin, 1], block) if channels else None
+
+    left, _, top, _ = geometry.padding
+    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+        box_kernel[(boxes * triton.cdiv(made, config.channels + config.more),)](
+            _frames(source, config), _frames(cache, config), weights(config.channels), weights(config.more), bias, added,
+            out, out_cache if first else None, first, frames, cached, outputs, height, width, geometry.phase,
+            kt - 1 - geometry.lookahead, top, left, keep, MADE=made, SUMMED=summed, KT=kt, KH=kh, KW=kw,
+            TRANSPOSED=transposed, REPLICATE=geometry.time_pad == "replicate", C0=config.channels, C1=config.more, TH=high,
+            TW=wide, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages, maxnreg=255)

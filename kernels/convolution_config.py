@@ -1,0 +1,154 @@
+"""Tiles of the convolution's kernels: what the best ones depend on, what is taken where nothing is tuned, what is tried."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the best Config depends on. ``inputs``, ``outputs``: channels; the kernel's own, whichever way it is run."""
+
+    inputs: int
+    outputs: int
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    upsample: int
+    space_pad: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile of ``pixels`` x ``channels`` (+ ``more``) from ``block_k`` channels of the other side at a time, by ``warps``.
+
+    ``stages``: so many of them on their way from memory. ``tma``: loaded by the tensor memory accelerator (sm_90 and later),
+    where the convolution is one that it can load, else by addresses. ``more``, with ``tma`` alone: a second power of two, so
+    that 192 channels are 128 and 64 and not 256; 0: none.
+    """
+
+    pixels: int
+    channels: int
+    more: int
+    block_k: int
+    warps: int
+    stages: int
+    tma: bool
+
+
+@dataclass(frozen=True)
+class WgradConfig:
+    """A tile of ``outputs`` x ``inputs`` (+ ``more``) channels, from ``pixels`` at a time, by ``warps``.
+
+    ``more``: as in Config, so that 96 is 64 and 32. ``programs``: for each multiprocessor, which decides into how many
+    pieces the pixels are cut.
+    """
+
+    outputs: int
+    inputs: int
+    more: int
+    pixels: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def covered(channels: int, tile: int) -> int:
+    """Channels that are computed where ``channels`` are done in tiles."""
+    return triton.cdiv(channels, tile) * tile
+
+
+def padding_share(made: int, summed: int, tile: int, block: int) -> float:
+    """Share of the matrix work that is on channels which do not exist: ``made`` x ``summed``, in ``tile`` x ``block``."""
+    return 1 - made * summed / (covered(made, tile) * covered(summed, block))
+
+
+def _parts(channels: int, most: int) -> tuple[int, int]:
+    """One or two powers of two, ``most`` together at the most, that tile ``channels`` with the least left over."""
+    pairs = [(one, two) for one in (128, 64, 32, 16) for two in (0, 64, 32, 16) if two < one and one + two <= most]
+    return min(pairs, key=lambda pair: (covered(channels, sum(pair)), -sum(pair)))
+
+
+def _tile(channels: int) -> int:
+    """128, or 64 where 128 would leave more of the last tile empty: 128 for 96, 64 for 160 and 192."""
+    if channels <= 64:
+        return max(16, triton.next_power_of_2(channels))
+    return min((128, 64), key=lambda tile: covered(channels, tile))
+
+
+def loads_by_tma(launch: Launch, gpu: str) -> bool:
+    """Whether ``gpu`` has a tensor memory accelerator and the convolution is one that it can load.
+
+    TMA wants strides of 16 bytes, steps by 1, and gives 0 outside of a frame; transposed weights are a factor of a product
+    in 16 bits alone.
+    """
+    around = launch.space_pad == "zeros" or launch.kernel[1:] == (1, 1)
+    plain = launch.stride == (1, 1, 1) and launch.upsample == 1 and around
+    return (gpu.startswith("sm") and int(gpu[2:].partition("-")[0]) >= 90 and plain and launch.dtype.itemsize == 2
+            and launch.inputs % 8 == launch.outputs % 8 == 0)
+
+
+def _heuristic(launch: Launch, made: int, summed: int, gpu: str) -> Config:
+    """For ``made`` channels written and ``summed`` read: Cout and Cin, of a dgrad the reverse."""
+    small = gpu.startswith(("sm86", "sm89", "sm12"))  # 99 kB of shared memory
+    block_k = min((32, 16) if small or launch.dtype == torch.float32 else (64, 32, 16),
+                  key=lambda block: (covered(summed, block), -block))
+    if gpu == "cpu":  # the interpreter: few programs of small tiles
+        return Config(64, max(16, min(64, triton.next_power_of_2(made))), 0, block_k, 4, 2, False)
+    if launch.dtype == torch.float32:
+        return Config(64, min(_tile(made), 64), 0, block_k, 4, 2, False)
+    if not loads_by_tma(launch, gpu):
+        channels = _tile(made)
+        return Config(128 if small or channels == 128 else 256, channels, 0, block_k, 8, 3 if small else 4, False)
+    block_k = min((64, 32, 16), key=lambda block: (covered(summed, block), -block))
+    if small:
+        return Config(128, min((128, 64), key=lambda tile: covered(made, tile)), 0, block_k, 8, 3, True)
+    # Clocks of an sm_90 multiprocessor for each channel of 256 pixels and 64 summed: 8 at the rate of the matrix unit, 11
+    # with 64 channels alone, where reading shared memory takes longest.
+    cost = {(128, 64): 8, (128, 0): 8, (64, 0): 11}
+    channels, more = min(cost, key=lambda tile: covered(made, sum(tile)) * cost[tile])
+    return Config(256, channels, more, block_k, 8, min(8, (192 if more else 256) // block_k), True)
+
+
+def forward_heuristic(launch: Launch, gpu: str) -> Config:
+    return _heuristic(launch, launch.outputs, launch.inputs, gpu)
+
+
+def dgrad_heuristic(launch: Launch, gpu: str) -> Config:
+    return _heuristic(launch, launch.inputs, launch.outputs, gpu)
+
+
+def wgrad_heuristic(launch: Launch, gpu: str) -> WgradConfig:
+    outputs = _tile(launch.outputs)
+    if gpu == "cpu":
+        return WgradConfig(min(64, outputs), *_parts(launch.inputs, 96), 64, 4, 2, 1)
+    if launch.dtype == torch.float32:
+        return WgradConfig(min(64, outputs), *_parts(launch.inputs, 64), 32, 4, 2, 2)
+    if gpu.startswith("sm90"):
+        # 4 warps: of 8, ptxas 12.8 waits for every product of 128 x 128 or 64 x 192
+        return WgradConfig(outputs, *_parts(launch.inputs, 192 if outputs <= 64 else 128), 64, 4, 3, 2)
+    return WgradConfig(outputs, *_parts(launch.inputs, 128), 64 if gpu.startswith(("sm80", "sm100")) else 32, 8, 3, 1)
+
+
+HEURISTICS = dict(forward=forward_heuristic, dgrad=dgrad_heuristic, wgrad=wgrad_heuristic)
+
+
+def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[Config | WgradConfig]:
+    """What the tuner tries beside the heuristic of ``kernel``, "forward", "dgrad" or "wgrad"; the likeliest first."""
+    first = HEURISTICS[kernel](launch, gpu)
+    if kernel == "wgrad":
+        for programs in (1, 2, 4):
+            for warps, stages in ((4, 3), (8, 3), (4, 2), (4, 4), (8, 4)):
+                for outputs in sorted({first.outputs, 64, 128}):
+                    for pixels in (64, 32, 128):
+                        yield WgradConfig(outputs, first.inputs, first.more, pixels, warps, stages, programs)
+        return
+    for tma in ((True, False) if loads_by_tma(launch, gpu) else (False,)):
+        for channels, more in dict.fromkeys(((first.channels, first.more if tma else 0), (128, 0), (64, 0))):
+            for pixels in (256, 128, 64):
+                for block_k in dict.fromkeys((first.block_k, 64, 32)):
+                    for warps, stages in ((8, 3), (8, 4), (8, 6), (4, 3), (4, 4)):
+                        if (channels + more) * pixels <= 32 * warps * 192:  # sums in three quarters of the registers
+                            yield Config(pixels, channels, more, block_k, warps, stages, tma)

@@ -1,0 +1,68 @@
+"""Which frames and pixels a causal convolution sees, for its forward and both of its backward's products.
+
+Frames are counted from the clip's first one: 0 .. frames - 1 are the clip's, -cached .. -1 the cache's. Output o stands at
+frame o * ST + phase and sees the KT frames from ``before`` = KT - 1 - lookahead earlier on.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def frame_seen(output, kt, phase, before, ST: tl.constexpr):
+    """The frame that time tap ``kt`` of ``output`` sees, which may be one of padding."""
+    return output * ST + phase + kt - before
+
+
+@triton.jit
+def source(frame, frames, cached, REPLICATE: tl.constexpr):
+    """``(there, frame)``: whether anything stands at ``frame``, and the frame whose numbers those are."""
+    if REPLICATE:
+        return frame == frame, tl.minimum(tl.maximum(frame, -cached), frames - 1)
+    else:
+        return (frame >= -cached) & (frame < frames), frame
+
+
+@triton.jit
+def sightings(frame, frames, cached, outputs, phase, before, KT: tl.constexpr, ST: tl.constexpr, REPLICATE: tl.constexpr):
+    """``(first, count)``: the frames, of padding too, that show the numbers of ``frame``, the clip's or the cache's."""
+    first, last = frame, frame
+    if REPLICATE:
+        first = tl.where(frame == -cached, tl.minimum(phase - before, frame), frame)
+        last = tl.where(frame == frames - 1, tl.maximum((outputs - 1) * ST + phase + KT - 1 - before, frame), frame)
+    return first, last - first + 1
+
+
+@triton.jit
+def output_seeing(frame, kt, outputs, phase, before, ST: tl.constexpr):
+    """``(there, output)``: the output that sees ``frame`` through time tap ``kt``, if there is one."""
+    distance = frame + before - kt - phase
+    output = distance // ST
+    return (distance >= 0) & (output * ST == distance) & (output < outputs), output
+
+
+@triton.jit
+def pixel_seen(at, size, UP: tl.constexpr, SPACE: tl.constexpr):
+    """``(there, pixel)``: what stands at coordinate ``at`` of a row of ``size`` pixels, each UP times, padded by SPACE."""
+    wide = size * UP
+    if SPACE == "zeros":
+        there = (at >= 0) & (at < wide)
+    elif SPACE == "replicate":
+        there = at == at
+        at = tl.minimum(tl.maximum(at, 0), wide - 1)
+    else:
+        there = at == at
+        at = tl.where(at < 0, -at, at)
+        at = tl.where(at >= wide, 2 * (wide - 1) - at, at)
+    return there, at // UP
+
+
+@triton.jit
+def frame_address(x, cache, sample, frame, frames, cached, size):
+    """Where ``frame`` of ``sample`` begins, in the clip x or, below 0, in its cache; a frame holds ``size`` numbers."""
+    clip = x + (sample * frames + frame) * size
+    if cache is not None:
+        # of 16 bytes, as both are: a choice between pointers would not be known to be, and loads would shrink
+        return tl.multiple_of(tl.where(frame < 0, cache + (sample * cached + cached + frame) * size, clip), 16)
+    else:
+        return clip
