@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..nn import CausalConv3d
-from ..nn.streaming import starts
+from ..nn.streaming import renew, starts
 
 
 class Fold(nn.Module):
@@ -27,7 +27,8 @@ class Fold(nn.Module):
         x = torch.cat([waiting, x], dim=2)
         whole = x.shape[2] // self.time * self.time
         if state is not None:
-            state.set(self, x[:, :, whole:].clone())
+            old = state.get(self)  # True after the first chunk's start
+            state.set(self, renew(old if isinstance(old, torch.Tensor) else None, x[:, :, whole:].clone()))
         t, h, w = whole // self.time, x.shape[3] // self.f, x.shape[4] // self.f
         batch, channels = x.shape[:2]
         x = x[:, :, :whole].reshape(batch, channels, t, self.time, h, self.f, w, self.f)

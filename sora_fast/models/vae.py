@@ -9,7 +9,6 @@ B batch, C channels, T frames, H height, W width; t, h, w of the latents: T = 1 
 """
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +19,7 @@ from .. import ops
 from ..nn import CausalConv3d, RMSNorm, StreamState, norm_act_conv
 from ..nn.streaming import starts
 from .linear_path import LinearPath
+from .vae_stream import Streaming
 
 # Mean and standard deviation of Wan 2.1's 16 latent channels, as published with the model.
 _WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -148,8 +148,7 @@ class Upsample(nn.Module):
     def __init__(self, inputs: int, outputs: int, space: bool, time: bool):
         super().__init__()
         self.time_conv = CausalConv3d(inputs, 2 * inputs, (3, 1, 1)) if time else None
-        self.space_conv = CausalConv3d(inputs, outputs, (1, 3, 3) if space else 1)
-        self.scale = 2 if space else 1
+        self.space_conv = CausalConv3d(inputs, outputs, (1, 3, 3) if space else 1, upsample=2 if space else 1)
 
     def forward(self, x, state):
         if self.time_conv is not None:
@@ -157,9 +156,6 @@ class Upsample(nn.Module):
             first, rest = x[:, :, :split], x[:, :, split:]
             pairs = self.time_conv(rest, state).unflatten(1, (2, -1))  # (B, 2, C, T, H, W)
             x = torch.cat([first, pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
-        if self.scale == 2:
-            flat = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2.0, mode="nearest-exact")
-            x = flat.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
         return self.space_conv(x)
 
 
@@ -240,7 +236,7 @@ class Decoder(nn.Module):
         return self.head(x, state) if self.norm is None else norm_act_conv(self.norm, self.head, x, state)
 
 
-class VideoVAE(nn.Module):
+class VideoVAE(Streaming):
     """Causal video autoencoder with a KL posterior. (LDM: arXiv 2112.10752; causal video: arXiv 2310.05737.)
 
     Pixels are in [-1, 1]. Latents are normalised, ``(z - latent_mean) / latent_std``, in encode and back in decode.
@@ -249,6 +245,7 @@ class VideoVAE(nn.Module):
     >>> latents = vae.encode(video)          # (B, 3, 17, 128, 192) -> (B, 16, 5, 16, 24)
     >>> for frames in vae.decode_stream(latents):
     ...     write(frames)                    # constant memory, whatever the length
+    >>> video = vae.decode_clip(latents)     # the same in one tensor, with the peak of one chunk
     """
 
     def __init__(self, config: VAEConfig = PRESETS["wan2.1"]):
@@ -289,27 +286,7 @@ class VideoVAE(nn.Module):
             ValueError: sizes that do not fit, naming the nearest that do.
         """
         self._check_video(video)
-        return self._normalised(ops.kl_sample(self.moments(video), noise)[0])
-
-    @torch.no_grad()
-    def encode_stream(self, video: torch.Tensor | Iterable[torch.Tensor], *, chunk: int | None = None) -> Iterator:
-        """Latents of ``video`` (one tensor, or its chunks of any lengths) as they come, posterior means.
-
-        Args:
-            chunk: frames per step where ``video`` is one tensor, default time_factor.
-
-        Yields:
-            (B, C, t_i, h, w), t_i > 0; together what ``encode`` gives. Memory does not grow with the length: there is
-            no gradient (``moments`` with a StreamState has one).
-        """
-        state, frames = StreamState(), 0
-        for part in _chunks("encode_stream", video, self.config.time_factor if chunk is None else chunk):
-            self._check_video(part, length=False)
-            frames += part.shape[2]
-            moments = self.moments(part, state)
-            if moments.shape[2]:
-                yield self._normalised(ops.kl_sample(moments)[0])
-        self._check_length(frames)
+        return self._latents(self.moments(video), noise)
 
     def moments(self, video, state: StreamState | None = None):
         """Mean and log-variance (B, 2C, t, h, w) before normalisation; ``state`` for a chunk of a stream."""
@@ -327,10 +304,7 @@ class VideoVAE(nn.Module):
     # ------------------------------------------------------------------------------------------------ decode
     def decode(self, latents, state: StreamState | None = None):
         """Pixels (B, 3, T, H, W), about [-1, 1], of normalised latents (B, C, t, h, w); ``state`` for a chunk."""
-        channels = self.config.latent_channels
-        if latents.dim() != 5 or latents.shape[1] != channels or latents.shape[2] == 0:
-            raise ValueError(f"VideoVAE.decode: expected latents (B, {channels}, t, h, w) with t of 1 or more, got "
-                             f"{tuple(latents.shape)}; pass what encode gives")
+        self._check_latents(latents)
         z = latents * _per_channel(self.latent_std, latents) + _per_channel(self.latent_mean, latents)
         video = self.decoder(self.from_latents(z), state)
         p = self.config.patch
@@ -340,21 +314,6 @@ class VideoVAE(nn.Module):
         if self.linear_path is not None:
             video = video + self.linear_path.unfold(self.linear_path.up(z), state)
         return video
-
-    @torch.no_grad()
-    def decode_stream(self, latents: torch.Tensor | Iterable[torch.Tensor], *, chunk: int = 1) -> Iterator:
-        """Pixels of ``latents`` (one tensor, or its chunks of any lengths) as they come.
-
-        Args:
-            chunk: latent frames per step where ``latents`` is one tensor.
-
-        Yields:
-            (B, 3, T_i, H, W); together what ``decode`` gives; frames given out never change. Memory does not grow with
-            the length: there is no gradient (``decode`` with a StreamState has one).
-        """
-        state = StreamState()
-        for part in _chunks("decode_stream", latents, chunk):
-            yield self.decode(part, state)
 
     # ------------------------------------------------------------------------------------------------ training
     def forward(self, video, noise=None):
@@ -376,6 +335,15 @@ class VideoVAE(nn.Module):
         """Store the latents' mean and std (C,), used in both directions from now on."""
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
+
+    def _latents(self, moments, noise=None):
+        return self._normalised(ops.kl_sample(moments, noise)[0])
+
+    def _check_latents(self, latents) -> None:
+        channels = self.config.latent_channels
+        if latents.dim() != 5 or latents.shape[1] != channels or latents.shape[2] == 0:
+            raise ValueError(f"VideoVAE.decode: expected latents (B, {channels}, t, h, w) with t of 1 or more, got "
+                             f"{tuple(latents.shape)}; pass what encode gives")
 
     def _check_video(self, video, length: bool = True) -> None:
         channels, f = self.config.in_channels, self.config.space_factor
@@ -402,11 +370,3 @@ class VideoVAE(nn.Module):
 
 def _per_channel(values_C, like):
     return values_C.to(like.dtype)[:, None, None, None]
-
-
-def _chunks(name: str, clip, size: int) -> Iterator[torch.Tensor]:
-    if size < 1:
-        raise ValueError(f"VideoVAE.{name}: expected chunk of 1 or more, got {size}; pass the frames per step")
-    for part in clip.split(size, dim=2) if isinstance(clip, torch.Tensor) else clip:
-        if part.dim() != 5 or part.shape[2]:  # a chunk without frames changes nothing; a wrong shape is told later
-            yield part

@@ -45,6 +45,15 @@ class StreamState:
                 if isinstance(part, torch.Tensor):
                     yield part
 
+    def layout(self) -> tuple:
+        """Shape and address of every tensor, and every number: the same before and after a chunk that changes contents only.
+
+        Such a chunk can be replayed as a CUDA graph.
+        """
+        described = lambda part: (part.data_ptr(), part.shape, part.dtype) if isinstance(part, torch.Tensor) else part
+        return tuple((id(module), *map(described, value if isinstance(value, tuple) else (value,)))
+                     for module, value in self._slots.items())
+
     @property
     def nbytes(self) -> int:
         """Bytes held; constant once every cache is full."""

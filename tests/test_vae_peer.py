@@ -1,0 +1,89 @@
+"""VideoVAE beside diffusers' AutoencoderKLWan on a CPU: time, peak memory, and what training saves for its backward."""
+
+import statistics
+import sys
+
+import pytest
+import torch
+
+from sora_fast.benchmarks.model import vae_peer
+
+pytest.importorskip("diffusers")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("width", [32, 48])
+def test_decoding_is_no_slower_than_diffusers(width):
+    """17 frames of 64 x 96 in alternating runs of one process: the median ratio of 5 is at most 1.05."""
+    seconds = vae_peer.decode_seconds(vae_peer.Setting(width), rounds=5)
+    ratios = [ours / theirs for ours, theirs in zip(*seconds.values(), strict=True)]
+    assert len(ratios) == 5 and statistics.median(ratios) <= 1.05, ratios
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.parametrize("width", [32, 48])
+def test_decoding_peaks_lower_than_diffusers(width):
+    """Resident memory of a fresh process each, in which both packages are imported."""
+    ours, theirs = (vae_peer.peak_bytes(vae_peer.Setting(width), side) for side in vae_peer.SIDES)
+    assert ours < theirs, (ours, theirs)
+
+
+def test_other_pixels_are_no_time():
+    """Planted: a decoder with one other weight is not timed."""
+    good = vae_peer.Setting(8, (5, 16, 16))
+
+    class Spoilt(vae_peer.Setting):
+        def decoders(self, sides=vae_peer.SIDES):
+            found = good.decoders(sides)
+            ours = found["ours"]
+            return found | dict(ours=lambda: ours() * 1.001)
+    assert [len(times) for times in vae_peer.decode_seconds(good, rounds=2).values()] == [2, 2]
+    with pytest.raises(AssertionError, match="expected the same pixels of both decoders"):
+        vae_peer.decode_seconds(Spoilt(8, (5, 16, 16)), rounds=1)
+
+
+# ------------------------------------------------------------------------------------------ saved for backward
+def test_what_is_counted():
+    """Each storage once, views of one storage together, parameters not."""
+    weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(8, 4)
+    saved = vae_peer.SavedForBackward([weight])
+    with saved:
+        assert saved.bytes == 0
+        y = x @ weight
+        assert saved.bytes == x.nbytes
+        z = (x[:4] * weight).exp()
+        assert saved.bytes == x.nbytes + z.nbytes
+        (y[0] * z[0]).sum()
+    assert saved.bytes == x.nbytes + y.nbytes + z.nbytes
+
+
+@pytest.mark.parametrize("size", [(17, 256, 256), (17, 480, 832)], ids=str)
+def test_training_saves_a_fourth_of_what_diffusers_does(size):
+    """Wan 2.1's graph in bfloat16: one tensor per convolution, where eager PyTorch keeps the norm's and the copies too."""
+    ours, theirs, plain = (vae_peer.training_bytes(side, backend, size=size) for side, backend in (
+        ("ours", "torch"), ("diffusers", "torch"), ("ours", "reference")))
+    assert ours * 4 <= theirs, theirs / ours
+    assert plain * 4 > theirs, "the definition keeps everything, and the check must see it"
+    if size == (17, 256, 256):
+        assert round(ours / 1e9, 2) == 4.43 and round(theirs / 1e9, 1) == 22.6
+
+
+def test_the_command(monkeypatch, capsys):
+    small = ["--width", "8", "--size", "5", "16", "16"]
+    monkeypatch.setattr(vae_peer, "peak_bytes", lambda setting, side: {"ours": 3e6, "diffusers": 4e6}[side])
+    assert vae_peer.main([*small, "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "ours / diffusers" in out and "4.43 GB" in out and "peak 3 MB" in out and "peak 4 MB" in out
+    if sys.platform == "linux":  # what a fresh process is asked for
+        for side in vae_peer.SIDES:
+            assert vae_peer.main([*small, "--peak", side]) == 0
+            assert int(capsys.readouterr().out) * 1024 > 50e6
