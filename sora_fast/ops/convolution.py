@@ -17,7 +17,7 @@ from . import convolution_triton, normalization
 
 @dataclass(frozen=True)
 class ConvolutionProblem(Problem):
-    """``norm`` is None for causal_conv3d."""
+    """``norm`` is None for causal_conv3d; ``wide``: the dtype that it must be computed in."""
 
     in_channels: int
     out_channels: int
@@ -28,6 +28,7 @@ class ConvolutionProblem(Problem):
     lookahead: int
     upsample: int
     norm: str | None
+    wide: torch.dtype = torch.float32
 
 
 def _example(device: str, dtype: torch.dtype, grad: bool) -> ConvolutionProblem:
@@ -321,7 +322,7 @@ def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zer
     checks.same_dtype(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
     problem = ConvolutionProblem(device_name(x), x.dtype, needs_grad(x, weight, bias, cache, residual), x.shape[1],
                                  weight.shape[0], tuple(weight.shape[2:]), stride, time_pad, space_pad, lookahead,
-                                 upsample, None)
+                                 upsample, None, wide_dtype(x, weight))
     return CAUSAL_CONV3D.run(problem, backend, x=x, weight=weight, bias=bias, stride=stride, padding=padding,
                              time_pad=time_pad, space_pad=space_pad, cache=cache, phase=phase, lookahead=lookahead,
                              upsample=upsample, residual=residual, return_cache=return_cache)
@@ -349,7 +350,7 @@ def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, n
     problem = ConvolutionProblem(device_name(x), weight.dtype,
                                  needs_grad(x, weight, bias, norm_weight, norm_bias, cache, residual), x.shape[1],
                                  weight.shape[0], tuple(weight.shape[2:]), stride, time_pad, space_pad, lookahead,
-                                 upsample, norm)
+                                 upsample, norm, wide_dtype(x, weight, norm_weight, norm_bias))
     return NORM_ACT_CONV3D.run(problem, backend, x=x, weight=weight, bias=bias, norm_weight=norm_weight,
                                norm_bias=norm_bias, norm=norm, groups=groups, eps=eps, act=act, stride=stride,
                                padding=padding, time_pad=time_pad, space_pad=space_pad, cache=cache, phase=phase,

@@ -192,7 +192,11 @@ def _run(x, weight, bias, *, norm_weight=None, norm_bias=None, norm=None, groups
 
 
 def _unsupported(problem) -> list[str]:
-    return triton_backend.unsupported(problem, problem.dtype)
+    reasons = triton_backend.unsupported(problem, problem.wide)
+    if problem.norm and problem.in_channels > normalization.WIDEST:
+        reasons.append(f"Its norms hold all channels of a pixel in registers, at most {normalization.WIDEST:,}, and x has "
+                       f"{problem.in_channels:,}.")
+    return reasons
 
 
 CAUSAL_CONV3D = Backend("triton", _run, _unsupported, kernel="convolution", config=_typical_config)
