@@ -226,6 +226,11 @@ def test_empty(backend):
         assert not torch.autograd.grad(out.sum(), weight)[0].any()
     out = ops.patch_embed(torch.full((24,), float("nan")), weight, grids=(), backend=backend)
     assert out.shape == (2, 5) and not out.any()
+    for grids in (((1, 1, 1),), torch.tensor([[1, 1, 1]], dtype=torch.int32)):  # no columns: tokens of no numbers
+        latents, none = torch.ones(24, requires_grad=True), torch.zeros(0, 3, 1, 2, 2)
+        out = ops.patch_embed(latents, none, grids=grids, backend=backend)
+        assert out.shape == (2, 0)
+        assert not torch.autograd.grad(out.sum(), latents)[0].any()
     assert ops.unpatchify(torch.zeros(0, 12), (), (1, 2, 2), 3, backend=backend) == []
     (one,) = ops.unpatchify(torch.ones(1, 12), ((1, 1, 1),), (1, 2, 2), 3, backend=backend)
     assert one.shape == (3, 1, 2, 2)

@@ -64,14 +64,14 @@ def _places(grids_S3, tokens: int, patch, channels: int, device):
 def _torch_patch_embed(latents, weight, bias, *, grids, pack):
     width, channels, *patch = weight.shape
     if isinstance(grids, torch.Tensor):
-        tokens = latents.shape[0] // (weight.numel() // width)
+        tokens = latents.shape[0] // prod(weight.shape[1:])
         place, belongs = _places(grids, tokens, patch, channels, latents.device)
         patches = torch.where(belongs[:, None], latents[torch.where(belongs[:, None], place.flatten(1), 0)], 0)
     else:
         patches = reference.cut(latents, grids, patch, channels)
         inside = sum(t * h * w for t, h, w in grids)
         belongs = None if inside == patches.shape[0] else torch.arange(patches.shape[0], device=latents.device) < inside
-    out = F.linear(patches, weight.reshape(width, -1), bias)
+    out = F.linear(patches, weight.flatten(1), bias)
     # without a bias too: it is the gradient of a tail token (NaN perhaps) that must not reach the weight
     return out if belongs is None else torch.where(belongs[:, None], out, 0)
 
@@ -328,8 +328,8 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
     checks.shape(op, "weight", weight, ("D", "C", "pt", "ph", "pw"), "use the weight of a Conv3d")
     width, channels, *patch = weight.shape
     pack = grids if isinstance(grids, Pack) else None
-    numel = weight.numel() // max(width, 1)
-    if width > 0 and numel == 0:
+    numel = prod(weight.shape[1:])
+    if numel == 0:
         raise checks.error(op, "a weight of at least one number per token", checks.show_shape(weight.shape),
                            "use the weight of a Conv3d")
     if grids is None:

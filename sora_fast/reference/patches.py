@@ -28,7 +28,7 @@ def patch_embed(latents, weight, bias=None, *, grids):
     """Tokens (N, D) of the flat buffer ``latents``; see ``sora_fast.ops.patch_embed``, which makes the buffer."""
     width, channels, *patch = weight.shape
     wide = wide_dtype(latents, weight, bias)
-    tokens = cut(latents, grids, patch, channels).to(wide) @ weight.reshape(width, -1).to(wide).t()
+    tokens = cut(latents, grids, patch, channels).to(wide) @ weight.flatten(1).to(wide).t()
     if bias is not None:
         tokens = tokens + bias.to(wide)
     inside = sum(t * h * w for t, h, w in grids)
