@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from . import checks
+from .reference.precision import wide_dtype
 
 Grid = tuple[int, int, int]
 
@@ -191,6 +192,38 @@ class Pack:
         checks.shape("Pack.split", "tokens", tokens, expected, "pass one row per token of the pack")
         lengths = self._lengths()
         return list(tokens[: sum(lengths)].split(lengths))
+
+    def fractional_coords(self, side: float = 1.0, axes: Sequence[int] = (1, 2)) -> torch.Tensor:
+        """``coords`` (N, 3) float32 with those of ``axes`` as shares of the sample's own size, times ``side``.
+
+        A patch's first row or column at ``p`` of ``size`` is at ``p / size * side``, so a place in the picture has the same
+        number at every resolution and aspect ratio. ``axes``: 0 t, 1 h, 2 w; by default time stays a count of frames.
+        Sin-cos embeddings, whose frequencies are made for counts of tokens, want the ``side`` of a typical sample.
+        Works after ``keep``; 0 in the tail. (NaViT, arXiv 2307.06304, section 2.1, fractional embeddings.)
+        """
+        for axis in axes:
+            checks.require(axis in (0, 1, 2), "Pack.fractional_coords", "axes of 0 (t), 1 (h) and 2 (w)", axis,
+                           "name the axes by these numbers")
+        coords = self.coords.to(torch.float32)
+        if not self.num_samples:
+            return coords
+        sizes_N3 = self.grids_device.clamp(min=1).to(torch.float32)[self.segment_ids.clamp(min=0)]
+        shares = coords / sizes_N3 * side
+        return torch.stack([(shares if axis in axes else coords)[:, axis] for axis in range(3)], dim=1)
+
+    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The mean (S, D) of each sample's own ``tokens`` (N, D), in their dtype; 0 for a sample without tokens.
+
+        Summed in at least float32; the tail is not read. (NaViT's masked pooling, arXiv 2307.06304, section 2.1.)
+        """
+        checks.tensor("Pack.pool", "tokens", tokens)
+        checks.floating("Pack.pool", tokens=tokens)
+        checks.shape("Pack.pool", "tokens", tokens, (self.num_tokens, "D"), "pass one row per token of the pack")
+        if not self.num_samples:
+            return tokens.new_zeros((0, tokens.shape[1]))
+        wide = torch.where((self.segment_ids >= 0)[:, None], tokens, 0).to(wide_dtype(tokens))
+        sums = wide.new_zeros((self.num_samples, tokens.shape[1])).index_add(0, self.segment_ids.clamp(min=0).long(), wide)
+        return (sums / self.cu_seqlens.diff().clamp(min=1)[:, None]).to(tokens.dtype)
 
     def __repr__(self) -> str:
         shown = ", ".join("x".join(map(str, grid)) for grid in self.grids[:4])

@@ -20,7 +20,7 @@ SMALL = {
     "S/2": replace(PRESETS["S/2"], width=64, depth=2, heads=2, in_channels=3, classes=5),
     "XL/4": replace(PRESETS["XL/4"], width=144, depth=1, heads=2, in_channels=2, classes=3),
     "tubelets": replace(PRESETS["tiny"], width=48, depth=2, heads=1, in_channels=2, patch=(2, 1, 3), text_width=16,
-                        classes=4, qk_norm=False, rope_axes=None, learn_sigma=True),
+                        classes=4, qk_norm=False, rope_axes=None, learn_sigma=True, fractional_side=6.0),
 }
 SIZES = {"tiny": [(2, 4, 6), (1, 2, 2), (3, 2, 4), (1, 6, 4)], "S/2": [(1, 4, 4), (1, 8, 2), (2, 2, 2)],
          "XL/4": [(1, 8, 4), (1, 4, 4), (1, 12, 8)], "tubelets": [(4, 3, 6), (2, 1, 3), (2, 2, 9)]}
@@ -396,7 +396,7 @@ def test_compiled_packs_of_any_size_share_one_graph():
         return aot_eager(graph, inputs)
 
     torch._dynamo.reset()
-    config = replace(SMALL["tiny"], classes=5, depth=1)
+    config = replace(SMALL["tiny"], classes=5, depth=1, fractional_side=4.0)
     model = make(config)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counting)
     numbers, counts = config.in_channels * math.prod(config.patch), []
@@ -418,6 +418,19 @@ def test_compiled_packs_of_any_size_share_one_graph():
             assert_close(a, b)
         counts.append(len(graphs))
     assert counts[0] >= 1 and counts[1:] == [counts[1]] * (len(packs) - 1), counts
+
+
+def test_fractional_positions_place_a_token_by_its_share_of_the_picture():
+    """Every second token of a picture of twice the size stands where the small one's do; by counts it does not."""
+    config = SMALL["tubelets"]
+    small, large = Pack([(1, 3, 4)]), Pack([(1, 6, 8)])
+    matching = (large.coords[:, 1:] % 2 == 0).all(1)
+    assert torch.equal(config.coords(large)[matching], config.coords(small))
+    assert not torch.equal(replace(config, fractional_side=None).coords(large)[matching], small.coords)
+    model, clips, given = make(config), clips_of("tubelets")[:1], conditions(config, 1)
+    shares = model(clips, **given)[0]
+    model.config = replace(config, fractional_side=None)
+    assert not torch.allclose(model(clips, **given)[0], shares)
 
 
 # ------------------------------------------------------------------------------------------------ errors

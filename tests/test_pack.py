@@ -112,6 +112,55 @@ def test_devices():
     assert kept.num_tokens == 2 and kept.max_seqlen == 12  # a bound: the lengths cannot be read there
 
 
+# ------------------------------------------------------------------------------------------------ fractions, pooling
+def assert_resolution_free(positions):
+    """`positions(pack)` of h and w: equal, bit for bit, at the same place of the picture at every resolution."""
+    small, large = Pack([(1, 3, 5), (2, 7, 1)]), Pack([(1, 9, 15), (2, 21, 3)])
+    matching = (large.coords[:, 1:] % 3 == 0).all(1)
+    assert torch.equal(positions(large)[matching][:, 1:], positions(small)[:, 1:])
+
+
+def test_fractional_coords():
+    assert_resolution_free(lambda pack: pack.fractional_coords())
+    assert_resolution_free(lambda pack: pack.fractional_coords(32.0, axes=(0, 1, 2)))
+    with pytest.raises(AssertionError):
+        assert_resolution_free(lambda pack: pack.coords)
+    pack = Pack(GRIDS).pad_to(19)
+    for axes in ((1, 2), (0,), (), (2, 0, 1)):
+        got = pack.fractional_coords(12.0, axes)
+        assert got.dtype == torch.float32 and got.shape == (19, 3) and not got[17:].any()
+        for place in range(17):
+            sizes = GRIDS[int(pack.segment_ids[place])]
+            wanted = [c * 12.0 / n if axis in axes else c for axis, (c, n) in
+                      enumerate(zip(pack.coords[place].tolist(), sizes, strict=True))]
+            assert got[place].tolist() == pytest.approx(wanted)
+    index = torch.tensor([1, 4, 12, 15])
+    assert torch.equal(pack.keep(index).fractional_coords(12.0), pack.fractional_coords(12.0)[index])
+    assert torch.equal(Pack([(0, 4, 4)]).pad_to(2).fractional_coords(), torch.zeros(2, 3))
+    assert Pack([]).pad_to(2).fractional_coords().shape == (2, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_pool(dtype):
+    """Each sample's own mean, with gradients, NaN in the tail unseen; after keep, of what is left."""
+    pack = Pack(GRIDS).pad_to(19)
+    tokens = torch.randn(19, 4, dtype=dtype)
+    tokens[17:] = float("nan")
+    tokens.requires_grad_()
+    for index in (torch.arange(17), torch.tensor([0, 3, 11, 13])):
+        owner, rows = (pack, tokens) if len(index) == 17 else (pack.keep(index), tokens[index])
+        got = owner.pool(rows)
+        wanted = torch.stack([part.double().mean(0) if len(part) else torch.zeros(4, dtype=torch.float64)
+                              for part in owner.split(rows)])
+        assert got.shape == (5, 4) and got.dtype == dtype
+        assert (got - wanted).abs().max() <= 2 * torch.finfo(dtype).eps * wanted.abs().max()
+        weight = torch.randn(5, 4, dtype=dtype)
+        a, b = (torch.autograd.grad((x * weight).sum(), tokens, retain_graph=True)[0] for x in (got, wanted))
+        assert a[index].all() and not a[17:].any()
+        assert (a[:17] - b[:17]).abs().max() <= 4 * torch.finfo(dtype).eps * b[:17].abs().max()
+    assert Pack([]).pool(torch.zeros(0, 3)).shape == (0, 3)
+
+
 def test_one_image_and_nothing():
     assert_is(Pack([(1, 1, 1)]), brute([(1, 1, 1)], "sample"))
     nothing = Pack([])
@@ -151,6 +200,9 @@ def test_one_image_and_nothing():
     ("Pack.split", lambda: Pack(GRIDS).split(torch.zeros(16, 3)), ("17", "(16, 3)")),
     ("Pack.split", lambda: Pack(GRIDS).split([1]), ("tokens", "list")),
     ("Pack.split", lambda: Pack(GRIDS).split(torch.zeros(())), ("tokens",)),
+    ("Pack.pool", lambda: Pack(GRIDS).pool(torch.zeros(16, 3)), ("(17, D)", "(16, 3)")),
+    ("Pack.pool", lambda: Pack(GRIDS).pool(torch.zeros(17, 3, dtype=torch.int64)), ("floating", "int64")),
+    ("Pack.fractional_coords", lambda: Pack(GRIDS).fractional_coords(axes=(1, 3)), ("axes", "got 3")),
 ])
 def test_errors(name, call, parts):
     op_checks.assert_refused(call, name, *parts)

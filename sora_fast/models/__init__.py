@@ -1,6 +1,8 @@
 """The models, each readable in one sitting."""
 
 from .dit import DiT, DiTConfig
+from .inflation import inflate, inflate_patches
+from .mae import MAE, MAEConfig
 from .text import ByteTextEncoder, HuggingFaceTextEncoder, Text, TextEncoder
 from .vae import VAEConfig, VideoVAE
 
@@ -9,8 +11,12 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "HuggingFaceTextEncoder",
+    "MAE",
+    "MAEConfig",
     "Text",
     "TextEncoder",
     "VAEConfig",
     "VideoVAE",
+    "inflate",
+    "inflate_patches",
 ]

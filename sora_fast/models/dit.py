@@ -27,7 +27,9 @@ class DiTConfig:
 
     ``classes``: number of class labels, 0 for none; one more stands for "no class". ``text_width``: width of the text
     tokens that each block attends to, 0 for none. ``positions``: axes (0 t, 1 h, 2 w) of the fixed sin-cos embedding
-    added to the tokens. ``rope_axes``: entries of each head rotated for t, h, w; None: no rotation.
+    added to the tokens; ``fractional_side``: height and width count there as shares of the sample's own, times this number
+    (NaViT, arXiv 2307.06304, section 2.1); None: as tokens. ``rope_axes``: entries of each head rotated for t, h, w (in
+    tokens); None: no rotation.
     ``learn_sigma``: the output has 2 C channels, the second half for the variance.
     """
 
@@ -42,12 +44,17 @@ class DiTConfig:
     text_width: int = 0
     qk_norm: bool = True
     positions: tuple[int, ...] = (0, 1, 2)
+    fractional_side: float | None = None
     rope_axes: tuple[int, int, int] | None = (16, 24, 24)
     rope_theta: float = 100.0
 
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+    def coords(self, pack: Pack):
+        """What the sin-cos embedding sees of the pack: its coords (N, 3), height and width as shares where asked for."""
+        return pack.coords if self.fractional_side is None else pack.fractional_coords(self.fractional_side)
 
 
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -156,7 +163,7 @@ class DiT(nn.Module):
         """
         flat, pack, reform = self._to_flat(latents, pack, text)
         x = self.x_embedder(flat, pack)
-        x = x + sincos(pack.coords, self.config.positions, self.config.width, self.x_embedder.proj.weight.dtype)
+        x = x + sincos(self.config.coords(pack), self.config.positions, self.config.width, self.x_embedder.proj.weight.dtype)
         c = self._conditions(timesteps, pack, labels, text)
         stream, tokens = Residual(x), None if text is None else text.tokens
         for block in self.blocks:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..nn import CausalConv3d, RMSNorm, StreamState, norm_act_conv
+from ..nn import CausalConv3d, RMSNorm, StreamState, VectorQuantizer, norm_act_conv
 from ..nn.streaming import starts
 from .linear_path import LinearPath
 from .vae_stream import Streaming
@@ -36,6 +36,8 @@ class VAEConfig:
     give the channels of each level (the last one is repeated, or the end cut, where the count differs).
     ``patch``: pixels per side folded into channels in front. ``linear_path``: a linear codec of pixel blocks around
     the network. ``linear_heads``: no norm and activation before the last convolution of either side.
+    ``regularisation``: what keeps latents small, "kl" (a posterior near the unit normal) or "vq" (the decoder sees the
+    nearest of ``codes`` learned vectors).
     """
 
     in_channels: int = 3
@@ -50,6 +52,8 @@ class VAEConfig:
     linear_path: bool = False
     linear_heads: bool = False
     attention: bool = True
+    regularisation: str = "kl"
+    codes: int = 8192
     latent_mean: tuple[float, ...] | None = None
     latent_std: tuple[float, ...] | None = None
 
@@ -63,6 +67,9 @@ class VAEConfig:
         if self.patch > self.space_factor:
             raise ValueError(f"VAEConfig: expected patch to divide space_factor {self.space_factor}, got {self.patch}; "
                              f"make patch smaller")
+        if self.regularisation not in ("kl", "vq"):
+            raise ValueError(f"VAEConfig: expected regularisation to be 'kl' or 'vq', got {self.regularisation!r}; choose "
+                             f"one of them")
         for name in ("latent_mean", "latent_std"):
             value = getattr(self, name)
             if value is not None and len(value) != self.latent_channels:
@@ -237,9 +244,10 @@ class Decoder(nn.Module):
 
 
 class VideoVAE(Streaming):
-    """Causal video autoencoder with a KL posterior. (LDM: arXiv 2112.10752; causal video: arXiv 2310.05737.)
+    """Causal video autoencoder with a KL posterior or a codebook. (LDM: arXiv 2112.10752; causal video: arXiv 2310.05737.)
 
-    Pixels are in [-1, 1]. Latents are normalised, ``(z - latent_mean) / latent_std``, in encode and back in decode.
+    Pixels are in [-1, 1]. Latents are normalised, ``(z - latent_mean) / latent_std``, in encode and back in decode. With
+    "vq" the codebook belongs to the decoder, as in LDM: latents are what is quantised there.
 
     >>> vae = VideoVAE.preset("tiny")
     >>> latents = vae.encode(video)          # (B, 3, 17, 128, 192) -> (B, 16, 5, 16, 24)
@@ -253,7 +261,9 @@ class VideoVAE(Streaming):
         self.config = config
         channels = config.latent_channels
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.to_moments = CausalConv3d(2 * channels, 2 * channels, 1)
+        vq = config.regularisation == "vq"
+        self.to_moments = CausalConv3d(2 * channels, channels if vq else 2 * channels, 1)
+        self.quantizer = VectorQuantizer(config.codes, channels) if vq else None
         self.from_latents = CausalConv3d(channels, channels, 1)
         self.linear_path = None
         if config.linear_path:
@@ -263,15 +273,15 @@ class VideoVAE(Streaming):
                 nn.init.zeros_(head.bias)
         self.register_buffer("latent_mean", torch.tensor(config.latent_mean or [0.0] * channels))
         self.register_buffer("latent_std", torch.tensor(config.latent_std or [1.0] * channels))
-        # Small posterior noise at the start, so that the decoder sees the picture and not the noise.
-        nn.init.constant_(self.to_moments.bias[channels:], -6.0)
+        if not vq:  # small posterior noise at the start, so that the decoder sees the picture and not the noise
+            nn.init.constant_(self.to_moments.bias[channels:], -6.0)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "VideoVAE":
         """``"wan2.1"`` or ``"tiny"``, with fields of VAEConfig changed by keyword."""
         if name not in PRESETS:
             raise ValueError(f"VideoVAE.preset: expected one of {', '.join(PRESETS)}, got {name!r}; choose one of them")
-        if "latent_channels" in changes:
+        if {"latent_channels", "regularisation"} & changes.keys():  # then the statistics are of other latents
             changes = dict(latent_mean=None, latent_std=None) | changes
         return cls(replace(PRESETS[name], **changes))
 
@@ -280,7 +290,8 @@ class VideoVAE(Streaming):
         """Normalised latents (B, C, t, h, w) of pixels (B, 3, T, H, W).
 
         Args:
-            noise: (B, C, t, h, w) standard normal numbers to sample the posterior with; None: its mean.
+            noise: (B, C, t, h, w) standard normal numbers to sample the posterior with; None: its mean. With "vq" the
+                posterior has no width, and noise changes nothing.
 
         Raises:
             ValueError: sizes that do not fit, naming the nearest that do.
@@ -289,7 +300,10 @@ class VideoVAE(Streaming):
         return self._latents(self.moments(video), noise)
 
     def moments(self, video, state: StreamState | None = None):
-        """Mean and log-variance (B, 2C, t, h, w) before normalisation; ``state`` for a chunk of a stream."""
+        """Mean and log-variance (B, 2C, t, h, w) before normalisation; ``state`` for a chunk of a stream.
+
+        With "vq" (B, C, t, h, w), before the codebook: the first C channels are the latent either way.
+        """
         x, p = video, self.config.patch
         if p > 1:
             x = video.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # B C T h q w r
@@ -298,7 +312,7 @@ class VideoVAE(Streaming):
         if self.linear_path is not None:
             mean = self.linear_path.down(self.linear_path.fold(video, state))
             if mean.shape[2]:
-                moments = moments + torch.cat([mean, torch.zeros_like(mean)], dim=1)
+                moments = moments + F.pad(mean, (0, 0, 0, 0, 0, 0, 0, moments.shape[1] - mean.shape[1]))
         return moments
 
     # ------------------------------------------------------------------------------------------------ decode
@@ -306,6 +320,10 @@ class VideoVAE(Streaming):
         """Pixels (B, 3, T, H, W), about [-1, 1], of normalised latents (B, C, t, h, w); ``state`` for a chunk."""
         self._check_latents(latents)
         z = latents * _per_channel(self.latent_std, latents) + _per_channel(self.latent_mean, latents)
+        return self._pixels(z if self.quantizer is None else self.quantizer(z).latent, state)
+
+    def _pixels(self, z, state: StreamState | None = None):
+        """Pixels of latents that are neither normalised nor yet to be quantised."""
         video = self.decoder(self.from_latents(z), state)
         p = self.config.patch
         if p > 1:
@@ -317,9 +335,16 @@ class VideoVAE(Streaming):
 
     # ------------------------------------------------------------------------------------------------ training
     def forward(self, video, noise=None):
-        """``(reconstruction, kl)``: pixels like ``video`` and the posterior's KL (B,) in nats."""
+        """``(reconstruction, kl)``: pixels like ``video`` and the posterior's KL (B,) in nats.
+
+        With "vq" the second is the quantizer's loss (B,), a mean over a sample's numbers: its weight is about 1.
+        """
         self._check_video(video)
-        z, kl = ops.kl_sample(self.moments(video), noise)
+        moments = self.moments(video)
+        if self.quantizer is not None:
+            quantized = self.quantizer(moments)
+            return self._pixels(quantized.latent), quantized.loss
+        z, kl = ops.kl_sample(moments, noise)
         return self.decode(self._normalised(z)), kl
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -337,7 +362,7 @@ class VideoVAE(Streaming):
         self.latent_std.copy_(std)
 
     def _latents(self, moments, noise=None):
-        return self._normalised(ops.kl_sample(moments, noise)[0])
+        return self._normalised(ops.kl_sample(moments, noise)[0] if self.quantizer is None else moments)
 
     def _check_latents(self, latents) -> None:
         channels = self.config.latent_channels
