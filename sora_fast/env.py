@@ -1,13 +1,15 @@
 """Every environment variable the library reads, and nothing else.
 
-==================  =====================================================================================
-SORA_FAST_BACKEND   name of the backend every op must use; same meaning as ``sora_fast.use_backend``
-SORA_FAST_CHECK     1: check the values of CUDA index tensors too (each check waits for the GPU)
-SORA_FAST_CACHE     folder of this user's validation records and tuned configs, default ~/.cache/sora_fast
-                    (XDG_CACHE_HOME/sora_fast where that is set); on every system the same
-SORA_FAST_COMMIT    the commit of a copy of the sources that has no .git, for the rows that a benchmark writes
-TRITON_INTERPRET    1: Triton's own; kernels run on CPU tensors, slowly, to be tried and debugged (set it before the start)
-==================  =====================================================================================
+====================  ===================================================================================
+SORA_FAST_BACKEND     name of the backend every op must use; same meaning as ``sora_fast.use_backend``
+SORA_FAST_ACCELERATE  0: ``sora_fast.accelerate`` swaps nothing
+SORA_FAST_CHECK       1: check the values of CUDA index tensors too (each check waits for the GPU)
+SORA_FAST_CACHE       folder of this user's validation records and tuned configs, default ~/.cache/sora_fast
+                      (XDG_CACHE_HOME/sora_fast where that is set); on every system the same
+SORA_FAST_COMMIT      the commit of a copy of the sources that has no .git, for the rows that a benchmark writes
+TRITON_INTERPRET      1: Triton's own; kernels run on CPU tensors, slowly, to be tried and debugged (set it before the
+                      start)
+====================  ===================================================================================
 
 Values are read at the call, not at import; a graph made by torch.compile keeps the value it was traced with, and a process
 the records and configs of the folder it has once read.
@@ -27,6 +29,11 @@ def constant_in_graphs(fn):
 def backend() -> str | None:
     """The backend that SORA_FAST_BACKEND names, or None."""
     return os.environ.get("SORA_FAST_BACKEND") or None
+
+
+def accelerate() -> bool:
+    """Whether ``sora_fast.accelerate`` may swap layers: not with SORA_FAST_ACCELERATE=0."""
+    return os.environ.get("SORA_FAST_ACCELERATE", "1") != "0"
 
 
 @constant_in_graphs

@@ -1,0 +1,245 @@
+"""Swapping layers of a model in place: ``accelerate``, ``restore``, and the report of what happened.
+
+A swap changes an object's class and nothing else: to one made of a mixin, whose forward runs on this library's ops, and of
+the class it had. Parameters, buffers, hooks and attributes stay the same objects, so optimisers, averages, wrappers and
+checkpoints made before go on working, state_dict keys do not change, and restoring is giving the old class back.
+
+Which class takes which mixin is in the families beside this file. Classes are known by the name of their module and their
+own, so nothing is imported that the model has not imported already; a subclass is another class, and is left alone.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .. import env
+
+# Each holds SWAPS, {"module.Class": mixin}, and may hold KNOWN, {"module.Class": why it is not covered yet}.
+FAMILIES = ("wan_vae", "sequences")
+# Whose classes have been compared with ours, version by version: another version may compute something else.
+PROVEN = {"diffusers": ("0.42.",)}
+
+
+class Fast:
+    """What every mixin is: a forward for a class of somebody else's.
+
+    ``runs``: what it runs on, for the report. ``reads``: children whose parameters it reads itself instead of calling
+    them; ``unsuited(module)``: why this very object cannot be swapped, or None.
+    """
+
+    runs = ""
+    reads: tuple[str, ...] = ()
+
+    @staticmethod
+    def unsuited(module: nn.Module) -> str | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module: its name in the model, its class, what happened to it ("swapped", "inside" or "left"), and why."""
+
+    name: str
+    kind: str
+    state: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``accelerate`` did, module by module; print it for a table, with equal lines told once."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def swapped(self) -> tuple[Row, ...]:
+        """Modules that run on this library now."""
+        return tuple(row for row in self.rows if row.state == "swapped")
+
+    @property
+    def left(self) -> tuple[Row, ...]:
+        """Modules that were left as they are, each with the reason."""
+        return tuple(row for row in self.rows if row.state == "left")
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for row in self.rows:
+            groups.setdefault((row.state, row.kind, row.note), []).append(row.name or "(the model)")
+        inside = sum(row.state == "inside" for row in self.rows)
+        lines = [f"{len(self.swapped)} modules swapped, {inside} inside of these, {len(self.left)} left as they are"]
+        for state in ("swapped", "inside", "left"):
+            for (of, kind, note), names in groups.items():
+                if of == state:
+                    shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+                    lines.append(f"{state:8} {len(names):4} x {kind}: {note} [{shown}]")
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None = None) -> Report:
+    """Swap the layers of ``model`` that this library knows for its own, in place; the same numbers to rounding.
+
+    Parameters stay the same objects and state_dict keeps its keys. Call it before or after an optimiser, LoRA, FSDP2 or
+    torch.compile have got hold of the model; ``restore(model)`` undoes it exactly. ``SORA_FAST_ACCELERATE=0`` makes it do
+    nothing.
+
+    Args:
+        model: an nn.Module, whole or a part.
+        progress: called with (frames done, frames in all) while a video autoencoder encodes or decodes without gradients.
+
+    Returns:
+        Report: every module, swapped or left, with the reason.
+
+    Raises:
+        TypeError: not an nn.Module.
+
+    >>> vae = AutoencoderKLWan.from_pretrained(...)
+    >>> print(sora_fast.accelerate(vae))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: expected an nn.Module, got {type(model).__name__}; pass one part of a pipeline after "
+                        f"the other, such as pipeline.vae")
+    on, rows, readers = env.accelerate(), [], {}
+    for name, module in model.named_modules():
+        kind = original_of(type(module)).__name__
+        if not on:
+            row = Row(name, kind, "left", "SORA_FAST_ACCELERATE=0 switches everything off")
+        elif module in readers:
+            row = Row(name, kind, "inside", f"read by a {readers[module]}")
+        else:
+            mixin, reason = _decide(module)
+            row = Row(name, kind, "left" if mixin is None else "swapped", reason if mixin is None else mixin.runs)
+        rows.append(row)
+        if row.state == "swapped":
+            _change_class(module, fast_class)
+            if progress is not None and hasattr(mixin, "streams"):
+                module._sora_fast_progress = progress
+            readers |= {inner: kind for child in mixin.reads for inner in _modules(module, child)}
+    return Report(tuple(rows))
+
+
+def restore(model: nn.Module) -> int:
+    """Give every swapped module of ``model`` its own class back; the model computes what it did before, bit for bit.
+
+    Returns:
+        How many modules were restored; 0 where nothing had been swapped.
+    """
+    count = 0
+    for module in model.modules():
+        if is_fast(module):
+            _change_class(module, original_of)
+            module.__dict__.pop("_sora_fast_progress", None)
+            count += 1
+    return count
+
+
+def is_fast(module: nn.Module) -> bool:
+    """Whether ``module`` has been swapped."""
+    return isinstance(module, Fast)
+
+
+def as_built(module: nn.Module | None, kind: str) -> bool:
+    """Whether a child is still a plain ``kind`` whose weights may be read past it: no adapter, subclass or hook."""
+    if module is None or original_of(type(module)).__name__ != kind:
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+# ------------------------------------------------------------------------------------------------ deciding
+@functools.cache
+def _table(what: str) -> dict:
+    found: dict = {}
+    for family in FAMILIES:
+        found |= getattr(importlib.import_module(f"sora_fast.integrations.{family}"), what, {})
+    return found
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _decide(module: nn.Module) -> tuple[type[Fast] | None, str]:
+    """The mixin for ``module``, or None and why it is left."""
+    original = original_of(type(module))
+    mixin = _table("SWAPS").get(_path(original))
+    if mixin is None:
+        return None, _why_left(original)
+    package, version = _version(original)
+    if package in PROVEN and not version.startswith(PROVEN[package]):
+        return None, (f"{package} {version} has not been compared with, only {', '.join(PROVEN[package])}x; its "
+                      f"{original.__name__} may compute something else")
+    reason = mixin.unsuited(module)
+    return (None, reason) if reason else (mixin, "")
+
+
+def _why_left(original: type) -> str:
+    known = _table("KNOWN").get(_path(original))
+    if known:
+        return known
+    for base in original.__mro__[1:]:
+        if _path(base) in _table("SWAPS") and base.__module__.partition(".")[0] != "torch":
+            return f"an altered {base.__name__}: its own forward may do something else"
+    if original.__module__.startswith("torch."):
+        return "a container" if original in (nn.Sequential, nn.ModuleList, nn.ModuleDict) else "PyTorch's own"
+    return "not known; its children are looked at one by one"
+
+
+@functools.cache
+def _version(original: type) -> tuple[str, str]:
+    package = original.__module__.partition(".")[0]
+    return package, str(getattr(importlib.import_module(package), "__version__", "")) if package in PROVEN else ""
+
+
+def _modules(module: nn.Module, name: str) -> list[nn.Module]:
+    """The child of that name and all below it; nothing where this module has none."""
+    child = getattr(module, name, None)
+    return list(child.modules()) if isinstance(child, nn.Module) else []
+
+
+# ------------------------------------------------------------------------------------------------ classes
+def original_of(cls: type) -> type:
+    """The class that a swapped one was made of, else ``cls`` itself; FSDP2's wrapper is looked through."""
+    inner = cls.__bases__[1] if _is_fsdp(cls) else cls
+    return inner.__dict__.get("_sora_fast_original", inner)
+
+
+@functools.cache
+def fast_class(original: type) -> type:
+    """``original`` with its mixin in front, under the original's own names, which checkpoints and pipelines write down."""
+    mixin = _table("SWAPS")[_path(original)]
+    namespace = dict(__module__=original.__module__, __qualname__=original.__qualname__, __doc__=original.__doc__,
+                     _sora_fast_original=original, __reduce_ex__=_reduce)
+    return type(original)(original.__name__, (mixin, original), namespace)
+
+
+def _change_class(module: nn.Module, change: Callable[[type], type]) -> None:
+    """``change`` the class that ``module`` was built with, under FSDP2's wrapper where it has one."""
+    cls = type(module)
+    wanted = change(original_of(cls))
+    if _is_fsdp(cls):
+        own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        wanted = type(cls)(cls.__name__, (cls.__bases__[0], wanted), own)
+    module.__class__ = wanted
+
+
+def _is_fsdp(cls: type) -> bool:
+    """FSDP2 makes a class of FSDPModule and the module's own."""
+    return len(cls.__bases__) == 2 and cls.__bases__[0].__name__ == "FSDPModule"
+
+
+def _reduce(self, protocol):
+    """Copies and pickles are swapped too: by the original class, since a class made here can be found under no name."""
+    return _new, (original_of(type(self)),), vars(self)
+
+
+def _new(original: type) -> nn.Module:
+    cls = fast_class(original)
+    return cls.__new__(cls)
+
+
+def grad_wanted(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a call of ``module`` on x may be asked for gradients."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
