@@ -19,7 +19,7 @@ from torch import nn
 from .. import env
 
 # Each holds SWAPS, {"module.Class": mixin}, and may hold KNOWN, {"module.Class": why it is not covered yet}.
-FAMILIES = ("wan_vae", "sequences")
+FAMILIES = ("wan_vae", "hunyuan_vae", "cogvideox_vae", "sequences", "uncovered")
 # Whose classes have been compared with ours, version by version: another version may compute something else.
 PROVEN = {"diffusers": ("0.42.",)}
 

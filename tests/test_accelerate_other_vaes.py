@@ -1,0 +1,124 @@
+"""AutoencoderKLHunyuanVideo and AutoencoderKLCogVideoX of diffusers, and plain nn.Sequential pairs, accelerated."""
+
+import accelerate_checks as checks
+import pytest
+import torch
+from accelerate_checks import draw
+from torch import nn
+
+import sora_fast
+
+diffusers = pytest.importorskip("diffusers")
+
+HUNYUAN = dict(block_out_channels=(8, 12, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4)
+COG = dict(block_out_channels=(8, 12, 12, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
+           sample_height=64, sample_width=64,
+           down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4)
+MODELS = {"hunyuan": (diffusers.AutoencoderKLHunyuanVideo, HUNYUAN),
+          "hunyuan without attention": (diffusers.AutoencoderKLHunyuanVideo, HUNYUAN | dict(mid_block_add_attention=False)),
+          "cogvideox": (diffusers.AutoencoderKLCogVideoX, COG)}
+
+
+def make(name, seed=0):
+    kind, config = MODELS[name]
+    return checks.randomise(kind(**config), seed).eval()
+
+
+def encode(vae, video):
+    return [vae.encode(video).latent_dist.parameters]
+
+
+def decode(vae, z):
+    return [vae.decode(z).sample]
+
+
+@pytest.mark.parametrize("grads", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("frames", [1, 5, 9, 17])
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_as_right_as_the_original(name, frames, grads):
+    """17 frames: CogVideoX in chunks with its caches, HunyuanVideo in tiles of time that blend."""
+    if name == "hunyuan without attention" and frames > 5:
+        pytest.skip("the same layers as with attention")
+    vae = make(name)
+    checks.assert_catches(*checks.assert_accelerates(vae, encode, dict(video=draw(2, 3, frames, 16, 24)), grads=grads))
+    z = draw(2, 4, 1 + (frames - 1) // 4, 2, 3, seed=1)
+    checks.assert_catches(*checks.assert_accelerates(vae, decode, dict(z=z), grads=grads))
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "cogvideox"])
+def test_slicing_and_tiling(name):
+    vae = make(name)
+    vae.enable_slicing()
+    checks.assert_accelerates(vae, encode, dict(video=draw(3, 3, 5, 16, 16)))
+    vae.disable_slicing()
+    if name == "hunyuan":
+        vae.enable_tiling(32, 32, 16, 24, 24, 12)
+    else:
+        vae.enable_tiling(32, 32, 0.25, 0.25)
+    checks.assert_accelerates(vae, encode, dict(video=draw(1, 3, 5, 48, 40)), grads=False)
+    checks.assert_accelerates(vae, decode, dict(z=draw(1, 4, 2, 6, 5)), grads=False)
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "cogvideox"])
+def test_it_is_as_right_in_bfloat16(name):
+    vae = make(name)
+    checks.assert_accelerates(vae, encode, [dict(video=draw(1, 3, 5, 32, 32, seed=n)) for n in range(6)], torch.bfloat16)
+    checks.assert_accelerates(vae, decode, [dict(z=draw(1, 4, 2, 4, 4, seed=n)) for n in range(6)], torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "cogvideox"])
+def test_gradient_checkpointing_and_one_graph(name):
+    fast, report = checks.accelerated(make(name))
+    assert all(row.note for row in report.rows)
+    z = draw(1, 4, 2, 2, 2).float()
+    gradients = lambda: torch.autograd.grad(fast.decode(z).sample.square().sum(), list(fast.decoder.parameters()))
+    wanted = gradients()
+    fast.train().enable_gradient_checkpointing()
+    for got, exact in zip(gradients(), wanted, strict=True):
+        assert (got - exact).abs().max() <= 1e-5 * max(value.abs().max() for value in wanted)
+    fast.disable_gradient_checkpointing()
+    torch._dynamo.reset()
+    run = lambda z: fast.decode(z, return_dict=False)[0]
+    got = torch.compile(run, fullgraph=True, backend="eager")(z)
+    assert (got - run(z)).abs().max() <= 1e-5 * got.abs().max()
+
+
+def test_what_is_swapped():
+    """The norms, convolutions and resamplers of both; a changed subclass and a hooked child are left."""
+    for name, kinds in (("hunyuan", {"CausalConv3d", "ResnetBlockCausal3D", "UpsampleCausal3D", "MidBlock3D", "Encoder3D",
+                                     "Decoder3D"}),
+                        ("cogvideox", {"CausalConv3d", "SpatialNorm3D", "ResnetBlock3D", "Upsample3D", "Downsample3D"})):
+        vae = make(name)
+        prefix = "HunyuanVideo" if name == "hunyuan" else "CogVideoX"
+        _, report = checks.accelerated(vae)
+        assert kinds == {row.kind.removeprefix(prefix) for row in report.swapped}
+        block = vae.encoder.mid_block.resnets[0]
+        block.__class__ = type("Altered", (type(block),), {})
+        vae.encoder.mid_block.resnets[1].conv1.register_forward_hook(lambda m, i, o: o)
+        notes = {row.name: row.note for row in sora_fast.accelerate(vae).left}
+        assert f"an altered {prefix}" in notes["encoder.mid_block.resnets.0"]
+        assert "hook" in notes["encoder.mid_block.resnets.1"]
+
+
+def test_pairs_in_a_sequential():
+    """GroupNorm and SiLU, and padding towards the past with its convolution, in anybody's model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Sequential(nn.ZeroPad3d((1, 1, 1, 1, 2, 0)), nn.Conv3d(3, 8, 3)), nn.Sequential(nn.GroupNorm(4, 8), nn.SiLU()),
+        nn.Sequential(nn.ReplicationPad3d((1, 1, 1, 1, 2, 0)), nn.Conv3d(8, 8, 3, stride=(1, 2, 2))),
+        nn.Sequential(nn.ZeroPad3d((1, 1, 1, 1, 1, 1)), nn.Conv3d(8, 4, 3)), nn.Sequential(nn.GroupNorm(2, 4), nn.GELU()))
+    checks.randomise(model)
+    report = sora_fast.accelerate(model)
+    assert [row.name for row in report.swapped] == ["0", "1", "2"] and report.rows[0].note == "a container"
+    sora_fast.restore(model)
+    checks.assert_catches(*checks.assert_accelerates(model, lambda m, x: [m(x)], dict(x=draw(2, 3, 4, 6, 5))))
+    image = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    checks.assert_accelerates(checks.randomise(image), lambda m, x: [m(x)], dict(x=draw(2, 4, 6, 5)))
+
+
+def test_other_autoencoders_are_named_as_known():
+    vae = diffusers.AutoencoderKLLTXVideo(block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+                                          layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1, 1),
+                                          latent_channels=4)
+    report = sora_fast.accelerate(vae)
+    assert not report.swapped and "not covered yet" in report.rows[0].note
