@@ -18,8 +18,9 @@ from torch import nn
 
 from .. import env
 
-# Each holds SWAPS, {"module.Class": mixin}, and may hold KNOWN, {"module.Class": why it is not covered yet}.
-FAMILIES = ("wan_vae", "hunyuan_vae", "cogvideox_vae", "sequences", "uncovered")
+# Each may hold SWAPS, {"module.Class": mixin}, KNOWN, {"module.Class": why it is left}, and PREPARES, {"module.Class": what
+# is noted on the children of such a module before they are looked at, in attributes that begin with _sora_fast_}.
+FAMILIES = ("wan_vae", "hunyuan_vae", "cogvideox_vae", "wan_transformer", "sequences", "uncovered")
 # Whose classes have been compared with ours, version by version: another version may compute something else.
 PROVEN = {"diffusers": ("0.42.",)}
 
@@ -105,6 +106,8 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
     on, rows, readers = env.accelerate(), [], {}
     for name, module in model.named_modules():
         kind = original_of(type(module)).__name__
+        if on:
+            _table("PREPARES").get(_path(original_of(type(module))), lambda module: None)(module)
         if not on:
             row = Row(name, kind, "left", "SORA_FAST_ACCELERATE=0 switches everything off")
         elif module in readers:
@@ -131,8 +134,9 @@ def restore(model: nn.Module) -> int:
     for module in model.modules():
         if is_fast(module):
             _change_class(module, original_of)
-            module.__dict__.pop("_sora_fast_progress", None)
             count += 1
+        for name in [name for name in vars(module) if name.startswith("_sora_fast_")]:
+            delattr(module, name)
     return count
 
 

@@ -1,0 +1,132 @@
+"""The transformer of Wan 2.1 and 2.2, as diffusers has it.
+
+Norm, modulation and gated sum are one op each, the norm of queries and keys over all heads and their rotation another.
+Attention itself runs on the backend that diffusers is set to.
+
+B batch, N tokens of a sample, L text tokens, D width, H heads, E head dim.
+"""
+
+import sys
+
+import torch
+from torch import nn
+
+from .. import ops
+from .swapping import Fast, as_built, original_of
+from .transformer import Places, grid_places, norm_rotate, rotate_by_tables, rows_of, table_is, tables
+
+_MODULE = "diffusers.models.transformers.transformer_wan"
+_CHANGED = "a child was replaced or has a hook"
+_THETA = 1e4
+
+
+def _functions():
+    return sys.modules[_MODULE]
+
+
+class Rotary(Fast):
+    runs = "places of tokens instead of tables: angles are made in the kernel"
+
+    def forward(self, hidden_states):
+        grid = tuple(n // p for n, p in zip(hidden_states.shape[2:], self.patch_size, strict=True))
+        axes = (self.t_dim, self.h_dim, self.w_dim)
+        return grid_places(hidden_states.shape[0], grid, axes, hidden_states.device)
+
+    @staticmethod
+    def unsuited(module):
+        if not module.__dict__.get("_sora_fast_places"):
+            return "a block that reads its tables was left"
+        same = table_is(module.freqs_cos, (module.t_dim, module.h_dim, module.w_dim), _THETA)
+        return None if same else "its tables are not those of theta 10,000"
+
+
+class Attention(Fast):
+    runs = "qk_norm_rope over all heads; attention on diffusers' own backend"
+    reads = ("norm_q", "norm_k")
+
+    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
+        if Attention.unsuited(self) or kwargs:
+            if isinstance(rotary_emb, Places):
+                cos, sin = tables(rotary_emb, hidden_states.shape[0], _THETA)
+                rotary_emb = (cos[None, :, None], sin[None, :, None])
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
+        text, image = encoder_hidden_states, None
+        if self.add_k_proj is not None:  # diffusers takes the last 512 for text
+            image, text = text[:, :-512], text[:, -512:]
+        split = lambda x: x.unflatten(2, (self.heads, -1))
+        q, k, v = map(split, _functions()._get_qkv_projections(self, hidden_states, text))
+        places = rotary_emb if isinstance(rotary_emb, Places) else None
+        q, k = norm_rotate(q, k, places, _THETA, norm="rms_all", q_weight=self.norm_q.weight, k_weight=self.norm_k.weight,
+                           eps=self.norm_q.eps)
+        if places is None and rotary_emb is not None:
+            cos, sin = rotary_emb
+            q, k = rotate_by_tables(q, cos, sin), rotate_by_tables(k, cos, sin)
+        out = self._attend(q, k, v, attention_mask, self.processor._parallel_config if text is None else None)
+        if image is not None:
+            k, v = _functions()._get_added_kv_projections(self, image)
+            out = out + self._attend(q, split(self.norm_added_k(k)), split(v), None, None)
+        return self.to_out[1](self.to_out[0](out))
+
+    def _attend(self, q, k, v, mask, parallel):
+        out = _functions().dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self.processor._attention_backend,
+                                                 parallel_config=parallel)
+        return out.flatten(2, 3).type_as(q)
+
+    @staticmethod
+    def unsuited(module):
+        if type(module.processor).__name__ != "WanAttnProcessor":
+            return f"its processor is a {type(module.processor).__name__}"
+        if not (as_built(module.norm_q, "RMSNorm") and as_built(module.norm_k, "RMSNorm")):
+            return _CHANGED
+        return None if module.norm_q.eps == module.norm_k.eps else "its two norms have another eps each"
+
+
+class Block(Fast):
+    runs = "norm_modulate, gate_residual_norm_modulate twice, gate_residual"
+    reads = ("norm1", "norm2", "norm3")
+
+    def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb):
+        if Block.unsuited(self):
+            if isinstance(rotary_emb, Places) and not isinstance(self.attn1, Fast):
+                rotary_emb = tuple(table[None, :, None] for table in tables(rotary_emb, hidden_states.shape[0], _THETA))
+            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+        batch, tokens, width = hidden_states.shape
+        of_token = temb.ndim == 4  # (B, N, 6, D): Wan 2.2's timestep per token, else (B, 6, D)
+        modulation = (self.scale_shift_table + temb.float()).reshape(-1, 6, width).unbind(1)
+        rows = None if of_token else rows_of(batch, tokens, hidden_states.device)
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
+        flat = lambda x: x.reshape(batch * tokens, width)
+        per_sample = lambda x: x.view(batch, tokens, width)
+
+        x = flat(hidden_states)
+        h = ops.norm_modulate(x, shift, scale, rows, eps=self.norm1.eps)
+        y = flat(self.attn1(per_sample(h), None, None, rotary_emb))
+        if isinstance(self.norm2, nn.Identity):
+            x = ops.gate_residual(x, y, gate, rows)
+            h = x
+        else:
+            x, h = ops.gate_residual_norm_modulate(x, y, gate, None, None, rows, weight=self.norm2.weight,
+                                                   bias=self.norm2.bias, eps=self.norm2.eps)
+        y, one = flat(self.attn2(per_sample(h), encoder_hidden_states, None, None)), torch.ones_like(gate)
+        x, h = ops.gate_residual_norm_modulate(x, y, one, ff_shift, ff_scale, rows, eps=self.norm3.eps)
+        return per_sample(ops.gate_residual(x, flat(self.ffn(per_sample(h))), ff_gate, rows))
+
+    @staticmethod
+    def unsuited(module):
+        affine = isinstance(module.norm2, nn.Identity) or as_built(module.norm2, "FP32LayerNorm")
+        plain = as_built(module.norm1, "FP32LayerNorm") and as_built(module.norm3, "FP32LayerNorm")
+        return None if affine and plain else _CHANGED
+
+
+def _prepare(model) -> None:
+    """Tables are left out where no block will read them."""
+    blocks = [original_of(type(block)).__name__ == "WanTransformerBlock"
+              and original_of(type(block.attn1)).__name__ == "WanAttention" for block in model.blocks]
+    model.rope._sora_fast_places = all(blocks)
+
+
+SWAPS = {f"{_MODULE}.Wan{name}": mixin for name, mixin in {
+    "RotaryPosEmbed": Rotary, "Attention": Attention, "TransformerBlock": Block}.items()}
+PREPARES = {f"{_MODULE}.WanTransformer3DModel": _prepare}
+_OWN = "diffusers' own; its children are swapped one by one"
+KNOWN = {f"{_MODULE}.{name}": _OWN for name in ("WanTransformer3DModel", "WanTimeTextImageEmbedding", "WanImageEmbedding")}

@@ -1,0 +1,100 @@
+"""The video transformers of diffusers, accelerated: the same numbers as the real classes."""
+
+import copy
+
+import accelerate_checks as checks
+import pytest
+import torch
+from accelerate_checks import draw
+
+import sora_fast
+
+diffusers = pytest.importorskip("diffusers")
+
+WAN = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+           freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32)
+MODELS = {
+    "wan": (diffusers.WanTransformer3DModel, WAN),
+    "wan without norm": (diffusers.WanTransformer3DModel, WAN | dict(cross_attn_norm=False, attention_head_dim=16)),
+    "wan image": (diffusers.WanTransformer3DModel, WAN | dict(image_dim=8, added_kv_proj_dim=24)),
+}
+
+
+def make(name, seed=0):
+    kind, config = MODELS[name]
+    torch.manual_seed(seed)
+    return checks.randomise(kind(**config), seed).eval()
+
+
+def run(model, **given):
+    return [model(return_dict=False, **given)[0]]
+
+
+def inputs_of(name, batch=2, frames=3, seed=0):
+    if name.startswith("wan"):
+        text = 512 if name == "wan image" else 7
+        given = dict(hidden_states=draw(batch, 4, frames, 6, 4, seed=seed), timestep=torch.arange(1, 1 + batch) * 300,
+                     encoder_hidden_states=draw(batch, text, 16, seed=seed + 1))
+        if name == "wan image":
+            given["encoder_hidden_states_image"] = draw(batch, 5, 8, seed=seed + 2)
+        return given
+    raise KeyError(name)
+
+
+@pytest.mark.parametrize("batch, frames", [(1, 1), (2, 1), (2, 3)])
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_as_right_as_the_original(name, batch, frames):
+    """Images and clips, alone and in batches, and without gradients."""
+    model = make(name)
+    checks.assert_catches(*checks.assert_accelerates(model, run, inputs_of(name, batch, frames)))
+    checks.assert_accelerates(model, run, inputs_of(name, batch, frames), grads=False)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_as_right_in_bfloat16(name):
+    checks.assert_accelerates(make(name), run, [inputs_of(name, seed=10 * n) for n in range(6)], torch.bfloat16)
+
+
+def test_wan_with_a_timestep_per_token():
+    given = inputs_of("wan") | dict(timestep=torch.arange(2 * 18).reshape(2, 18) * 20)
+    checks.assert_accelerates(make("wan"), run, given)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradient_checkpointing_and_one_graph(name):
+    fast, report = checks.accelerated(make(name))
+    assert all(row.note for row in report.rows)
+    given = {key: value.float() if value.is_floating_point() else value for key, value in inputs_of(name).items()}
+    gradients = lambda: torch.autograd.grad(run(fast, **given)[0].square().sum(), list(fast.parameters()), allow_unused=True)
+    wanted = gradients()
+    fast.train().enable_gradient_checkpointing()
+    for got, exact in zip(gradients(), wanted, strict=True):
+        largest = max(value.abs().max() for value in wanted if value is not None)
+        assert got is exact is None or (got - exact).abs().max() <= 1e-5 * largest
+    fast.disable_gradient_checkpointing()
+    torch._dynamo.reset()
+    got = torch.compile(fast, fullgraph=True, backend="eager")(return_dict=False, **given)[0]
+    assert (got - run(fast, **given)[0]).abs().max() <= 1e-5 * got.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_altered_block_is_left_alone_and_its_neighbours_go_on(name):
+    """One block of a changed subclass, one with a hook on its norm: left, said so, and the numbers stay."""
+    model = make(name)
+    blocks = model.blocks
+    blocks[0].__class__ = type("Altered", (type(blocks[0]),), {})
+    report = sora_fast.accelerate(copy.deepcopy(model))
+    notes = {row.name: row.note for row in report.left}
+    assert "an altered" in notes["blocks.0"] and report.swapped
+    checks.assert_accelerates(model, run, inputs_of(name))
+    model = make(name)
+    model.blocks[1].norm1.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    checks.assert_accelerates(model, run, inputs_of(name))
+    fast, _ = checks.accelerated(make(name))
+    fast.blocks[0].norm1.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    plain = make(name)
+    plain.blocks[0].norm1.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    given = {key: value.float() if value.is_floating_point() else value for key, value in inputs_of(name).items()}
+    with torch.no_grad():
+        got, wanted = run(fast, **given)[0], run(plain, **given)[0]
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
