@@ -13,6 +13,7 @@ from torch import nn
 
 from sora_fast import Pack
 from sora_fast.models import ByteTextEncoder, DiT, Text
+from sora_fast.models.checkpoints import dit_state_dict
 from sora_fast.models.dit import PRESETS
 
 SMALL = {
@@ -268,19 +269,25 @@ def test_a_clean_first_frame_is_modulated_by_its_own_timestep():
 
 
 # ------------------------------------------------------------------------------------------------ the official DiT
+def official_positions(width, side):
+    """facebookresearch/DiT's fixed table (1, side * side, width): 2-D sin-cos, w first."""
+    def sincos(dim, places):
+        omega = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+        out = places.reshape(-1)[:, None] * omega
+        return torch.cat([out.sin(), out.cos()], 1)
+
+    w, h = torch.meshgrid(torch.arange(side, dtype=torch.float64), torch.arange(side, dtype=torch.float64), indexing="xy")
+    return torch.cat([sincos(width // 2, w), sincos(width // 2, h)], 1)[None]
+
+
 def official(state, x_BCHW, t_B, y_B, depth, heads, patch):
-    """facebookresearch/DiT, models.py, written out: patches, 2-D sin-cos (w first), adaLN-Zero blocks, final layer."""
+    """facebookresearch/DiT, models.py, written out: patches, table of positions, adaLN-Zero blocks, final layer."""
     width = state["x_embedder.proj.bias"].shape[0]
     batch, channels, height, _ = x_BCHW.shape
     side = height // patch
 
     def linear(name, x):
         return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
-
-    def sincos(dim, places):
-        omega = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
-        out = places.reshape(-1)[:, None] * omega
-        return torch.cat([out.sin(), out.cos()], 1)
 
     def norm(x):
         centred = x - x.mean(-1, keepdim=True)
@@ -289,10 +296,8 @@ def official(state, x_BCHW, t_B, y_B, depth, heads, patch):
     def modulate(x, shift, scale):
         return x * (1 + scale[:, None]) + shift[:, None]
 
-    w, h = torch.meshgrid(torch.arange(side, dtype=torch.float64), torch.arange(side, dtype=torch.float64), indexing="xy")
-    place = torch.cat([sincos(width // 2, w), sincos(width // 2, h)], 1)
     x = F.conv2d(x_BCHW, state["x_embedder.proj.weight"], state["x_embedder.proj.bias"], stride=patch)
-    x = x.flatten(2).transpose(1, 2) + place
+    x = x.flatten(2).transpose(1, 2) + state["pos_embed"]
     freqs = torch.exp(-math.log(10000) * torch.arange(0, 128, dtype=torch.float32) / 128)
     args = t_B[:, None].float() * freqs[None]
     t = torch.cat([torch.cos(args), torch.sin(args)], dim=-1).double()
@@ -311,19 +316,12 @@ def official(state, x_BCHW, t_B, y_B, depth, heads, patch):
     return x.reshape(batch, 2 * channels, side * patch, side * patch)
 
 
-def to_official(state):
-    """Our names and shapes to the official checkpoint's, which keeps an image's 2-D kernel and a table of classes."""
-    state = dict(state)
-    state["y_embedder.embedding_table.weight"] = state.pop("y_embedder.weight")
-    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].squeeze(2)
-    return state
-
-
 @pytest.mark.parametrize("preset", ["S/2", "S/4", "XL/2"])
 def test_the_formula_and_the_names_are_the_official_ones(preset):
     config = replace(PRESETS[preset], depth=2, classes=10)
     model = make(config)
-    state = to_official(model.state_dict())
+    state = dit_state_dict(model, side=16)
+    assert_close(state["pos_embed"], official_positions(config.width, 16 // config.patch[1]), 1e-14)
     x, t, y = draw(2, 4, 16, 16), torch.tensor([3, 871]), torch.tensor([10, 4])
     wanted = official(state, x, t, y, 2, config.heads, config.patch[1])
     got = model(x[:, :, None], t, labels=y)[:, :, 0]
@@ -341,7 +339,9 @@ def test_the_official_state_dict_has_these_names():
     modules = ["t_embedder.mlp.0", "t_embedder.mlp.2", "x_embedder.proj", "final_layer.linear",
                "final_layer.adaLN_modulation.1", *(f"blocks.{n}.{part}" for n in range(12) for part in parts)]
     names = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
-    assert set(to_official(model.state_dict())) == names | {"y_embedder.embedding_table.weight"}
+    state = dit_state_dict(model)
+    assert set(state) == names | {"y_embedder.embedding_table.weight", "pos_embed"}
+    assert state["x_embedder.proj.weight"].shape == (384, 4, 2, 2) and state["pos_embed"].shape == (1, 256, 384)
 
 
 # ------------------------------------------------------------------------------------------------ training

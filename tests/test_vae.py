@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sora_fast.models import VAEConfig, VideoVAE
+from sora_fast.models.checkpoints import vae_from_state_dict
 from sora_fast.models.linear_path import Fold, Unfold
 from sora_fast.models.vae import PRESETS
 from sora_fast.nn import StreamState
@@ -66,55 +67,6 @@ def assert_streams(stream, whole, parts, tolerance=1e-13):
 
 
 # ------------------------------------------------------------------------------------------ the graph of Wan 2.1
-def wan_names(vae):
-    """diffusers' name of each of our modules, by walking both graphs in the order of the paper's figure."""
-    names = {vae.to_moments: "quant_conv", vae.from_latents: "post_quant_conv"}
-
-    def block(ours, theirs):
-        for part in ("norm1", "conv1", "norm2", "conv2"):
-            names[getattr(ours, part)] = f"{theirs}.{part}"
-        if ours.shortcut is not None:
-            names[ours.shortcut] = f"{theirs}.conv_shortcut"
-
-    def resample(ours, theirs):
-        names[ours.space_conv] = f"{theirs}.resample.1"
-        if ours.time_conv is not None:
-            names[ours.time_conv] = f"{theirs}.time_conv"
-
-    for side in ("encoder", "decoder"):
-        ours = getattr(vae, side)
-        names |= {ours.stem: f"{side}.conv_in", ours.norm: f"{side}.norm_out", ours.head: f"{side}.conv_out"}
-        block(ours.middle.block1, f"{side}.mid_block.resnets.0")
-        block(ours.middle.block2, f"{side}.mid_block.resnets.1")
-        for part in ("norm", "to_qkv", "proj"):
-            names[getattr(ours.middle.attention, part)] = f"{side}.mid_block.attentions.0.{part}"
-        place = 0
-        for depth, level in enumerate(ours.levels):
-            for number, each in enumerate(level.blocks):
-                block(each, f"encoder.down_blocks.{place}" if side == "encoder"
-                      else f"decoder.up_blocks.{depth}.resnets.{number}")
-                place += 1
-            if level.resample is not None:
-                resample(level.resample, f"encoder.down_blocks.{place}" if side == "encoder"
-                         else f"decoder.up_blocks.{depth}.upsamplers.0")
-                place += 1
-    return names
-
-
-def load_wan(vae, wan):
-    """Their weights into ours: 2-D kernels get a time of one, `gamma` is flattened; nothing is left over."""
-    state = wan.state_dict()
-    with torch.no_grad():
-        for ours, name in wan_names(vae).items():
-            for own, theirs in (("weight", "weight" if isinstance(ours, nn.Conv3d) else "gamma"), ("bias", "bias")):
-                parameter = getattr(ours, own)
-                if parameter is not None:
-                    value = state.pop(f"{name}.{theirs}")
-                    assert value.numel() == parameter.numel(), name
-                    parameter.copy_(value.reshape(parameter.shape))
-    assert not state
-
-
 @pytest.mark.parametrize("base, multipliers, blocks, halves, channels", [
     (8, (1, 2, 4, 4), 2, (False, True, True), 16),
     (6, (1, 2, 2), 1, (True, True), 4),
@@ -122,6 +74,8 @@ def load_wan(vae, wan):
     (4, (1, 2), 2, (True,), 5),
     (4, (1, 1, 2, 2, 3), 1, (False, False, True, True), 4),
     (8, (1, 2, 1), 1, (False, False), 2),
+    (4, (1, 2, 2), 1, (True, False), 2),
+    (4, (1, 1, 2, 2), 1, (True, True, False), 2),
 ])
 def test_the_graph_is_wan_2_1(base, multipliers, blocks, halves, channels):
     """Moments and streamed pixels against diffusers' AutoencoderKLWan with the same random weights, in float64."""
@@ -138,9 +92,11 @@ def test_the_graph_is_wan_2_1(base, multipliers, blocks, halves, channels):
         wan.decoder.conv_out.weight *= 0.02
         wan.decoder.conv_out.bias *= 0.02
     config = VAEConfig(width=base, multipliers=multipliers, encoder_blocks=blocks, decoder_blocks=blocks + 1,
-                       latent_channels=channels, space_factor=2 ** len(halves), time_factor=2 ** sum(halves))
-    vae = VideoVAE(config).double()
-    load_wan(vae, wan)
+                       latent_channels=channels, space_factor=2 ** len(halves), time_factor=2 ** sum(halves),
+                       latent_mean=(0.0,) * channels, latent_std=(1.0,) * channels,
+                       time_levels=None if halves == tuple(sorted(halves)) else halves)
+    vae = vae_from_state_dict(wan.state_dict(), wan.config)
+    assert vae.config == config
     f = config.space_factor
     video, z = draw(2, 3, 9, 2 * f, 3 * f), draw(2, channels, 3, 2, 3, seed=2)
     with torch.no_grad():
@@ -414,6 +370,8 @@ def test_other_errors_are_one_sentence():
         "power of two, got 6": lambda: VAEConfig(space_factor=6),
         "time_factor of 8 or less, got 16": lambda: VAEConfig(time_factor=16),
         "patch to divide": lambda: VAEConfig(space_factor=2, patch=4),
+        r"time_levels of 3 levels, 2 of which halve time, got \(True, True\)": lambda: VAEConfig(time_levels=(True, True)),
+        "2 of which halve time, got": lambda: VAEConfig(time_levels=(True, False, False)),
         "latent_std of 16 numbers, got 2": lambda: VAEConfig(latent_std=(1.0, 2.0)),
         "one of wan2.1, tiny": lambda: VideoVAE.preset("wan"),
         r"latents \(B, 3, t, h, w\)": lambda: vae.decode(torch.zeros(1, 3, 0, 1, 1)),

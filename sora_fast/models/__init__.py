@@ -1,10 +1,12 @@
 """The models, each readable in one sitting."""
 
+from .checkpoints import load_dit, load_vae, save_dit, save_vae
 from .dit import DiT, DiTConfig
 from .inflation import inflate, inflate_patches
 from .mae import MAE, MAEConfig
 from .text import ByteTextEncoder, HuggingFaceTextEncoder, Text, TextEncoder
 from .vae import VAEConfig, VideoVAE
+from .wan import WanDiT, WanDiTConfig, pad_text
 
 __all__ = [
     "ByteTextEncoder",
@@ -17,6 +19,13 @@ __all__ = [
     "TextEncoder",
     "VAEConfig",
     "VideoVAE",
+    "WanDiT",
+    "WanDiTConfig",
     "inflate",
     "inflate_patches",
+    "load_dit",
+    "load_vae",
+    "pad_text",
+    "save_dit",
+    "save_vae",
 ]

@@ -138,6 +138,7 @@ class DiT(nn.Module):
                                                nn.Linear(config.width, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config.width, math.prod(config.patch) * config.out_channels)
+        self.register_buffer("pos_embed", None, persistent=False)  # a checkpoint's own table (1, side * side, D)
         self.gradient_checkpointing = False
         self._initialise()
 
@@ -163,7 +164,7 @@ class DiT(nn.Module):
         """
         flat, pack, reform = self._to_flat(latents, pack, text)
         x = self.x_embedder(flat, pack)
-        x = x + sincos(self.config.coords(pack), self.config.positions, self.config.width, self.x_embedder.proj.weight.dtype)
+        x = x + self._positions(pack)
         c = self._conditions(timesteps, pack, labels, text)
         stream, tokens = Residual(x), None if text is None else text.tokens
         for block in self.blocks:
@@ -171,6 +172,24 @@ class DiT(nn.Module):
             stream = checkpoint(block, *arguments, use_reentrant=False) if self.gradient_checkpointing else block(*arguments)
         tokens = self.final_layer(stream, c, pack.rows)
         return reform(ops.unpatchify(tokens, pack, self.config.patch, self.config.out_channels, flat=True))
+
+    def _positions(self, pack):
+        """(N, D) of the tokens' places: sin-cos, and where a checkpoint brought a table, that for images of its size."""
+        config, dtype, table = self.config, self.x_embedder.proj.weight.dtype, self.pos_embed
+        fixed = sincos(config.coords(pack), config.positions, config.width, dtype) if config.positions else None
+        if table is None:
+            return fixed
+        side = math.isqrt(table.shape[1])
+        if fixed is None and any(grid != (1, side, side) for grid in pack.grids):
+            raise ValueError(f"DiT: expected images of {side} x {side} tokens, the size of the checkpoint's learned "
+                             f"positions, got {pack}; crop or scale to that size")
+        _, rows, columns = pack.coords.clamp(max=side - 1).long().unbind(1)
+        given = table[0, rows * side + columns].to(dtype)
+        if fixed is None:
+            return given
+        own_S = (pack.grids_device == torch.tensor((1, side, side), device=table.device)).all(1)
+        own_N = F.pad(own_S, (0, 1))[pack.segment_ids.clamp(min=0)]  # a pack of nothing but tail has no row to pick
+        return torch.where(own_N[:, None], given, fixed)
 
     def _conditions(self, timesteps, pack, labels, text):
         """c (R, D): timestep of the row, class and text of its sample."""

@@ -34,6 +34,7 @@ class VAEConfig:
 
     ``space_factor`` f = 2^m and ``time_factor`` (1, 2, 4, 8) decide the number of levels; ``multipliers`` of ``width``
     give the channels of each level (the last one is repeated, or the end cut, where the count differs).
+    ``time_levels``: whether each level but the last halves time, finest first; None: as late as possible.
     ``patch``: pixels per side folded into channels in front. ``linear_path``: a linear codec of pixel blocks around
     the network. ``linear_heads``: no norm and activation before the last convolution of either side.
     ``regularisation``: what keeps latents small, "kl" (a posterior near the unit normal) or "vq" (the decoder sees the
@@ -56,6 +57,7 @@ class VAEConfig:
     codes: int = 8192
     latent_mean: tuple[float, ...] | None = None
     latent_std: tuple[float, ...] | None = None
+    time_levels: tuple[bool, ...] | None = None
 
     def __post_init__(self):
         for name in ("space_factor", "time_factor", "patch"):
@@ -70,6 +72,10 @@ class VAEConfig:
         if self.regularisation not in ("kl", "vq"):
             raise ValueError(f"VAEConfig: expected regularisation to be 'kl' or 'vq', got {self.regularisation!r}; choose "
                              f"one of them")
+        levels, times = len(self.resamples), int(math.log2(self.time_factor))
+        if self.time_levels is not None and (len(self.time_levels) != levels or sum(self.time_levels) != times):
+            raise ValueError(f"VAEConfig: expected time_levels of {levels} levels, {times} of which halve time, got "
+                             f"{self.time_levels}; name each level but the last")
         for name in ("latent_mean", "latent_std"):
             value = getattr(self, name)
             if value is not None and len(value) != self.latent_channels:
@@ -78,10 +84,11 @@ class VAEConfig:
 
     @property
     def resamples(self) -> tuple[tuple[bool, bool], ...]:
-        """(halves space, halves time) after each level but the last; time is halved as late as possible."""
+        """(halves space, halves time) after each level but the last."""
         space, time = int(math.log2(self.space_factor // self.patch)), int(math.log2(self.time_factor))
         levels = max(space, time)
-        return tuple((i < space, i >= levels - time) for i in range(levels))
+        late = tuple(i >= levels - time for i in range(levels))
+        return tuple((i < space, *(self.time_levels or late)[i : i + 1]) for i in range(levels))
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .. import models
 from ..data import FitPolicy, MediaItem, to_pixels
 from ..data.frames import Frames, bar
 from ..models import VAEConfig, VideoVAE
+from ..models.weights import is_published
 from . import checkpoint
 from .config import VAETraining
 from .loop import Trainer, check_start, pick_device
@@ -127,8 +129,13 @@ def finish(trainer: Trainer) -> VideoVAE:
 
 
 def load_vae(run: str, device="cpu") -> VideoVAE:
-    """A VideoVAE from a run folder of train-vae (its finished weights, else its newest checkpoint's average)."""
+    """A VideoVAE from a run folder of train-vae (its finished weights, else its newest checkpoint's average).
+
+    ``run`` may also be weights of Wan 2.1's VAE, a file or a folder of diffusers: see ``sora_fast.models.load_vae``.
+    """
     folder = Path(run)
+    if folder.is_file() or is_published(folder):
+        return models.load_vae(folder, device=device, dtype=torch.float32)
     described = checkpoint.description(run, "vae", "sora-fast train-vae")
     vae = VideoVAE(VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in described["vae"].items()}))
     if (folder / "vae.safetensors").is_file():

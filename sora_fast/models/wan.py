@@ -1,0 +1,206 @@
+"""WanDiT: the text-to-video transformer of Wan 2.1 and 2.2 on packs of clips of any size.
+
+Every sample, or every frame of one (Wan 2.2 5B), has its own timestep. Published weights load with
+``sora_fast.models.load_dit``.
+(Wan: arXiv 2503.20314.)
+
+N tokens, S samples, R modulation rows (samples or frames), D width, H heads, E head dim, C latent channels, L text tokens.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..nn import PatchEmbed3d, Residual
+from ..pack import Pack
+from .dit import DiT, Mlp, TimestepEmbedder
+from .text import Text
+
+
+@dataclass(frozen=True)
+class WanDiTConfig:
+    """Sizes of a WanDiT.
+
+    ``mlp_width``: hidden numbers of the MLP. ``text_width``: width of the text tokens. ``frequencies``: numbers of a
+    timestep's sin-cos embedding. ``out_channels`` differs from ``in_channels`` where the input has a condition beside
+    the noise (Wan 2.2's image-to-video models).
+    """
+
+    width: int = 1536
+    depth: int = 30
+    heads: int = 12
+    mlp_width: int = 8960
+    patch: tuple[int, int, int] = (1, 2, 2)
+    in_channels: int = 16
+    out_channels: int = 16
+    text_width: int = 4096
+    frequencies: int = 256
+    eps: float = 1e-6
+
+    @property
+    def rope_axes(self) -> tuple[int, int, int]:
+        """Entries of each head rotated for t, h, w: a third each for h and w, in pairs, and the rest for t."""
+        head = self.width // self.heads
+        side = head // 6 * 2
+        return head - 2 * side, side, side
+
+
+PRESETS = {"1.3B": WanDiTConfig(), "14B": WanDiTConfig(5120, 40, 40, 13824)}
+
+
+class WanAttention(nn.Module):
+    """Attention among a sample's tokens (with 3-D RoPE), or to its text; RMS norm of q and k over all heads together."""
+
+    def __init__(self, config: WanDiTConfig, to_text: bool):
+        super().__init__()
+        width = config.width
+        self.config = config
+        if to_text:
+            self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        else:
+            self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, pack: Pack, text=None):
+        """x (N, D), for attention to text its tokens (L, D) with the pack's text lengths -> (N, D)."""
+        c = self.config
+        heads = lambda t, *parts: t.unflatten(-1, (*parts, c.heads, -1))
+        if text is None:
+            q, k, v = heads(self.qkv(x), 3).unbind(1)
+            cu_k, max_k = pack.cu_seqlens, pack.max_seqlen
+        else:
+            q, (k, v) = heads(self.q(x)), heads(self.kv(text), 2).unbind(1)
+            cu_k, max_k = pack.text_cu_seqlens, pack.text_max_seqlen
+        q, k = ops.qk_norm_rope(q, k, pack.coords if text is None else None, q_weight=self.q_norm, k_weight=self.k_norm,
+                                norm="rms_all", axes=c.rope_axes, eps=c.eps, rows=pack.rows if text is None else None)
+        head = q.shape[-1]
+        if more := max(16, head + -head % 8) - head:  # kernels take heads of whole vectors; zeros change no product
+            q, k, v = (F.pad(t, (0, more)) for t in (q, k, v))
+        out = ops.varlen_attention(q, k, v, pack.cu_seqlens, cu_k, pack.max_seqlen, max_k, softmax_scale=head**-0.5)
+        return self.proj(out[..., :head].flatten(1))
+
+
+class WanBlock(nn.Module):
+    """Attention, attention to text, MLP. Modulation is a table plus a projection of the timestep that all blocks share."""
+
+    def __init__(self, config: WanDiTConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.attn, self.cross = WanAttention(config, False), WanAttention(config, True)
+        self.cross_norm = nn.LayerNorm(config.width, config.eps)
+        self.mlp = Mlp(config.width, config.mlp_width)
+        self.table = nn.Parameter(torch.randn(6, config.width) / config.width**0.5)
+
+    def forward(self, stream: Residual, modulation_R6D, pack, text) -> Residual:
+        """A stream of N tokens, text (L, D); the branch of the MLP is left for the next norm to add."""
+        shift, scale, gate, *mlp = (self.table + modulation_R6D).unbind(1)
+        x, h = add_norm(stream, shift, scale, pack.rows, eps=self.eps)
+        x, h = add_norm(Residual(x, self.attn(h, pack), gate), None, None, pack.rows, eps=self.eps,
+                        weight=self.cross_norm.weight, bias=self.cross_norm.bias)
+        shift, scale, gate = mlp
+        # the branch to the text has no gate: one of 1 keeps its sum in the pass of the next norm
+        x, h = add_norm(Residual(x, self.cross(h, pack, text), torch.ones_like(gate)), shift, scale, pack.rows, eps=self.eps)
+        return Residual(x, self.mlp(h), gate)
+
+
+class WanDiT(nn.Module):
+    """Noisy latents, timesteps and text to the velocity, noise minus clean latents.
+
+    >>> model = load_dit("Wan2.1-T2V-1.3B-Diffusers")
+    >>> text = pad_text(HuggingFaceTextEncoder("Wan2.1-T2V-1.3B-Diffusers/text_encoder")(["a bunny"]))
+    >>> velocity = model(latents, torch.tensor([980.0]), text=text)        # (1, 16, 21, 60, 104), as latents
+    """
+
+    def __init__(self, config: WanDiTConfig = PRESETS["1.3B"]):
+        super().__init__()
+        if config.width % config.heads or config.width // config.heads % 2:
+            raise ValueError(f"WanDiT: expected heads of an even width, got {config.heads} of width {config.width}; choose "
+                             f"heads that divide half the width")
+        self.config, width = config, config.width
+        self.x_embedder = PatchEmbed3d(config.in_channels, width, config.patch)
+        self.t_embedder = TimestepEmbedder(width, config.frequencies)
+        self.time_proj = nn.Linear(width, 6 * width)
+        self.text_embedder = nn.Sequential(nn.Linear(config.text_width, width), nn.GELU(approximate="tanh"),
+                                           nn.Linear(width, width))
+        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.depth))
+        self.table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.final = nn.Linear(width, math.prod(config.patch) * config.out_channels)
+        self.gradient_checkpointing = False
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "WanDiT":
+        """``"1.3B"`` or ``"14B"``, with fields of WanDiTConfig changed by keyword."""
+        if name not in PRESETS:
+            raise ValueError(f"WanDiT.preset: expected one of {', '.join(PRESETS)}, got {name!r}; choose one of them")
+        return cls(replace(PRESETS[name], **changes))
+
+    def forward(self, latents, timesteps, pack: Pack | None = None, *, text: Text | torch.Tensor):
+        """Predict from noisy latents.
+
+        Args:
+            latents: (B, C, T, H, W), a list of (C, T, H, W), or, with ``pack``, one flat buffer of all samples.
+            timesteps: (S,) in [0, 1000], 0 clean, or (R,), one per modulation row of the pack (per frame).
+            pack: the samples' sizes in tokens, with the text's lengths.
+            text: a TextEncoder's result for the S samples, or a batch (S, L, W) of texts of one length. Every token
+                given is attended to; the published models were trained on texts padded with zeros (``pad_text``).
+
+        Returns:
+            The prediction in latents' form, with ``config.out_channels`` channels.
+        """
+        config = self.config
+        if isinstance(text, torch.Tensor):
+            text = Text(text.flatten(0, 1), text.mean(1), (text.shape[1],) * text.shape[0])
+        flat, pack, reform = self._to_flat(latents, pack, text)
+        if len(text.lengths) != pack.num_samples:
+            raise ValueError(f"WanDiT: expected text of {pack.num_samples} samples, got {len(text.lengths)}; give one for "
+                             f"every sample of the pack")
+        time_RD, modulation_R6D = self._times(timesteps, pack)
+        tokens = self.text_embedder(text.tokens)
+        stream = Residual(self.x_embedder(flat, pack))
+        for block in self.blocks:
+            arguments = (stream, modulation_R6D, pack, tokens)
+            stream = checkpoint(block, *arguments, use_reentrant=False) if self.gradient_checkpointing else block(*arguments)
+        shift, scale = (self.table + time_RD[:, None]).unbind(1)
+        _, h = add_norm(stream, shift, scale, pack.rows, eps=config.eps)
+        return reform(ops.unpatchify(self.final(h), pack, config.patch, config.out_channels, flat=True))
+
+    _to_flat = DiT._to_flat  # packs of latents are the same for both
+
+    def _times(self, timesteps, pack):
+        """Of every modulation row: its timestep's embedding (R, D) and the blocks' modulation (R, 6, D), in float32."""
+        if timesteps.dim() != 1 or timesteps.shape[0] not in (pack.num_samples, pack.num_rows):
+            raise ValueError(f"WanDiT: expected one timestep per sample ({pack.num_samples}) or modulation row "
+                             f"({pack.num_rows}), got shape {tuple(timesteps.shape)}; pass a tensor of one of these lengths")
+        time = self.t_embedder(timesteps)
+        if timesteps.shape[0] == pack.num_samples and pack.modulation == "frame":
+            time = time[pack.row_samples]
+        # published weights keep the embedder and the tables in float32 where the rest has 16 bits
+        modulation = self.time_proj(F.silu(time).to(self.time_proj.weight.dtype)).unflatten(1, (6, -1))
+        return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in (time, modulation))
+
+
+def add_norm(stream: Residual, shift, scale, rows, **norm):
+    """The stream with its branch added, and its modulated layer norm for the next layer, in one pass."""
+    if stream.y is None:
+        return stream.x, ops.norm_modulate(stream.x, shift, scale, rows, **norm)
+    return ops.gate_residual_norm_modulate(*stream, shift, scale, rows, **norm)
+
+
+def pad_text(text: Text, length: int = 512) -> Text:
+    """``text`` with zeros after each sample's tokens, up to ``length`` of them.
+
+    Wan's models were trained on texts of 512 tokens so padded, and attend to the padding: without it their pictures
+    change.
+    """
+    if max(text.lengths, default=0) > length:
+        raise ValueError(f"pad_text: expected texts of at most {length} tokens, got one of {max(text.lengths)}; shorten it, "
+                         f"or raise length")
+    parts = [F.pad(part, (0, 0, 0, length - part.shape[0])) for part in text.tokens.split(text.lengths)]
+    tokens = torch.cat(parts) if parts else text.tokens
+    return replace(text, tokens=tokens, lengths=(length,) * len(text.lengths))
