@@ -11,6 +11,8 @@ import torch
 
 import sora_fast
 
+NO_GRADIENT = ("image_rotary_emb",)  # tables, which no one trains
+
 
 def randomise(model, seed=0):
     """Every parameter random, the zeros and ones of the start too, so that every path is open."""
@@ -29,15 +31,15 @@ def draw(*shape, seed=0):
 
 def results(model, run, inputs, dtype, grads=True):
     """Named outputs, and named gradients of their weighted sum, in float64."""
-    given = {name: value.detach().to(dtype, copy=True).requires_grad_(grads) if value.is_floating_point() else value
-             for name, value in inputs.items()}
+    given = {name: value.detach().to(dtype, copy=True).requires_grad_(grads and name not in NO_GRADIENT)
+             if value.is_floating_point() else value for name, value in inputs.items()}
     model.zero_grad()
     with torch.set_grad_enabled(grads):
         out = run(model, **given)
     found = {f"output {place}": each.detach().double() for place, each in enumerate(out)}
     if grads:
         sum((each.double() * draw(*each.shape, seed=90 + place)).sum() for place, each in enumerate(out)).backward()
-        leaves = {name: value for name, value in given.items() if value.is_floating_point()} | dict(model.named_parameters())
+        leaves = {name: value for name, value in given.items() if value.requires_grad} | dict(model.named_parameters())
         # None and zeros say the same: a part that had no share in the result
         found |= {f"gradient of {name}": torch.zeros_like(p, dtype=torch.float64) if p.grad is None else p.grad.double()
                   for name, p in leaves.items()}
@@ -70,7 +72,7 @@ def accelerated(model, **options):
 def assert_accelerates(model, run, inputs, dtype=torch.float32, grads=True):
     """The whole promise for one model and one call: as right as the original, and ``restore`` gives its bits back.
 
-    ``inputs``: of one call, or a list of several, whose errors are judged together: in 16 bits the errors of a network are far
+    ``inputs``: of one call, or a list of several, whose errors are judged together: in 16 bits a network's error is so much
     larger on one draw than on another that one draw says little.
     """
     model = model.to(dtype)

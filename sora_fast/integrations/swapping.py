@@ -20,7 +20,8 @@ from .. import env
 
 # Each may hold SWAPS, {"module.Class": mixin}, KNOWN, {"module.Class": why it is left}, and PREPARES, {"module.Class": what
 # is noted on the children of such a module before they are looked at, in attributes that begin with _sora_fast_}.
-FAMILIES = ("wan_vae", "hunyuan_vae", "cogvideox_vae", "wan_transformer", "sequences", "uncovered")
+FAMILIES = ("wan_vae", "hunyuan_vae", "cogvideox_vae", "wan_transformer", "joint_transformers", "adaptive_norms",
+            "sequences", "uncovered")
 # Whose classes have been compared with ours, version by version: another version may compute something else.
 PROVEN = {"diffusers": ("0.42.",)}
 

@@ -6,30 +6,33 @@ B batch, N tokens of a sample, D width, H heads, E head dim.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .. import ops
+from .swapping import as_built
 
 
 class Places(NamedTuple):
     """In place of diffusers' pair of cosine and sine tables: where the tokens are, for angles made in the kernel."""
 
-    coords: torch.Tensor  # (B * N, 3) int32
+    coords: torch.Tensor  # (N, 3) int32, of one sample
     axes: tuple[int, ...]
+    theta: float
 
 
-def grid_places(batch: int, grid: tuple[int, int, int], axes, device) -> Places:
-    """The places of ``batch`` samples of ``grid`` tokens in t, h, w order."""
+def grid_places(grid: tuple[int, int, int], axes, theta: float, device) -> Places:
+    """The places of a sample of ``grid`` tokens in t, h, w order."""
     ranges = [torch.arange(n, device=device, dtype=torch.int32) for n in grid]
     coords = torch.stack(torch.meshgrid(*ranges, indexing="ij"), dim=-1).reshape(-1, 3)
-    return Places(coords.repeat(batch, 1), tuple(axes))
+    return Places(coords, tuple(axes), theta)
 
 
-def tables(places: Places, batch: int, theta: float):
-    """Cosines and sines (N, R) of one sample, each angle twice, as diffusers' tables hold them."""
-    coords, angles = places.coords[: places.coords.shape[0] // batch].double(), []
+def tables(places: Places):
+    """Cosines and sines (N, R), each angle twice, as diffusers' tables hold them."""
+    coords, angles = places.coords.double(), []
     for axis, size in enumerate(places.axes):
         steps = torch.arange(0, size, 2, device=coords.device, dtype=torch.float64) / size
-        angles.append(coords[:, axis : axis + 1] * theta**-steps)
+        angles.append(coords[:, axis : axis + 1] * places.theta**-steps)
     angle = torch.cat(angles, dim=1).repeat_interleave(2, dim=1)
     return angle.cos().float(), angle.sin().float()
 
@@ -42,23 +45,58 @@ def rotate_by_tables(x_BNHE, cos, sin):
     return torch.cat([(turned * cos + other * sin).to(x_BNHE.dtype), rest], dim=-1)
 
 
+def table_is(module_tables, axes, theta: float) -> bool:
+    """Whether ``module_tables`` (M, R), cosines with each angle twice, are those of places 0, 1, ... at ``theta``."""
+    length = min(module_tables.shape[0], 4)
+    coords = torch.arange(length, device=module_tables.device, dtype=torch.int32)[:, None].expand(length, 3)
+    return torch.allclose(module_tables[:length].float(), tables(Places(coords, tuple(axes), theta))[0], atol=1e-6)
+
+
+def norm_rotate(q_BNHE, k_BNHE, places: Places | None, *, front: int = 0, **norm):
+    """ops.qk_norm_rope on batches; ``norm``: its keywords. k may have a length of its own where nothing is rotated.
+
+    Tokens of q and k beyond the places, ``front`` before them and the rest behind, are text: at place 0, whose angles are 0.
+    """
+    batch, tokens, keys, more = q_BNHE.shape[0], q_BNHE.shape[1], k_BNHE.shape[1], dict(coords=None)
+    if places is not None:
+        coords = F.pad(places.coords, (0, 0, front, tokens - front - places.coords.shape[0]))
+        more = dict(coords=coords.repeat(batch, 1), axes=places.axes, theta=places.theta)
+    elif norm.get("norm") is None:
+        return q_BNHE, k_BNHE
+    q, k = ops.qk_norm_rope(q_BNHE.flatten(0, 1), k_BNHE.flatten(0, 1), **more, **norm)
+    return q.unflatten(0, (batch, tokens)), k.unflatten(0, (batch, keys))
+
+
+# ------------------------------------------------------------------------------------------------ modulation
+def is_plain_norm(norm) -> bool:
+    """Whether a layer norm may be read past: PyTorch's, or diffusers' that works in float32."""
+    return as_built(norm, "LayerNorm") or as_built(norm, "FP32LayerNorm")
+
+
 def rows_of(batch: int, tokens: int, device) -> torch.Tensor | None:
     """Which row of modulation (one per sample) each of B * N tokens uses; None where there is one row."""
     return None if batch == 1 else torch.arange(batch, device=device, dtype=torch.int32).repeat_interleave(tokens)
 
 
-def table_is(module_tables, axes, theta: float) -> bool:
-    """Whether ``module_tables`` (M, R), cosines with each angle twice, are those of places 0, 1, ... at ``theta``."""
-    length = min(module_tables.shape[0], 4)
-    coords = torch.arange(length, device=module_tables.device, dtype=torch.int32)[:, None].expand(length, 3)
-    wanted, _ = tables(Places(coords, tuple(axes)), 1, theta)
-    return torch.allclose(module_tables[:length].float(), wanted, atol=1e-6)
+def norm_modulate(norm, x_BND, shift_BD, scale_BD):
+    """``norm(x) * (1 + scale) + shift`` of a plain layer norm."""
+    batch, tokens, _ = x_BND.shape
+    out = ops.norm_modulate(x_BND.flatten(0, 1), shift_BD, scale_BD, rows_of(batch, tokens, x_BND.device),
+                            weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    return out.view_as(x_BND)
 
 
-def norm_rotate(q_BNHE, k_BNHE, places: Places | None, theta: float = 1e4, **norm):
-    """ops.qk_norm_rope on batches; ``norm``: its keywords. k may have a length of its own where nothing is rotated."""
-    batch, tokens, keys = q_BNHE.shape[0], q_BNHE.shape[1], k_BNHE.shape[1]
-    more = {} if places is None else dict(axes=places.axes, theta=theta)
-    q, k = ops.qk_norm_rope(q_BNHE.flatten(0, 1), k_BNHE.flatten(0, 1), None if places is None else places.coords,
-                            **norm, **more)
-    return q.unflatten(0, (batch, tokens)), k.unflatten(0, (batch, keys))
+def add(x_BND, y_BND, gate_BD):
+    """``x + gate * y``."""
+    batch, tokens, _ = x_BND.shape
+    out = ops.gate_residual(x_BND.flatten(0, 1), y_BND.flatten(0, 1), gate_BD, rows_of(batch, tokens, x_BND.device))
+    return out.view(x_BND.shape)
+
+
+def add_norm_modulate(norm, x_BND, y_BND, gate_BD, shift_BD, scale_BD):
+    """``x + gate * y``, and its modulated plain layer norm."""
+    batch, tokens, _ = x_BND.shape
+    x, h = ops.gate_residual_norm_modulate(
+        x_BND.flatten(0, 1), y_BND.flatten(0, 1), gate_BD, shift_BD, scale_BD, rows_of(batch, tokens, x_BND.device),
+        weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    return x.view(x_BND.shape), h.view(x_BND.shape)

@@ -13,7 +13,7 @@ from torch import nn
 
 from .. import ops
 from .swapping import Fast, as_built, original_of
-from .transformer import Places, grid_places, norm_rotate, rotate_by_tables, rows_of, table_is, tables
+from .transformer import Places, grid_places, is_plain_norm, norm_rotate, rotate_by_tables, rows_of, table_is, tables
 
 _MODULE = "diffusers.models.transformers.transformer_wan"
 _CHANGED = "a child was replaced or has a hook"
@@ -24,13 +24,18 @@ def _functions():
     return sys.modules[_MODULE]
 
 
+def _own_tables(places: Places):
+    """What the rotary module of diffusers would have given: (1, N, 1, E) each."""
+    return tuple(table[None, :, None] for table in tables(places))
+
+
 class Rotary(Fast):
     runs = "places of tokens instead of tables: angles are made in the kernel"
 
     def forward(self, hidden_states):
         grid = tuple(n // p for n, p in zip(hidden_states.shape[2:], self.patch_size, strict=True))
         axes = (self.t_dim, self.h_dim, self.w_dim)
-        return grid_places(hidden_states.shape[0], grid, axes, hidden_states.device)
+        return grid_places(grid, axes, _THETA, hidden_states.device)
 
     @staticmethod
     def unsuited(module):
@@ -47,8 +52,7 @@ class Attention(Fast):
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
         if Attention.unsuited(self) or kwargs:
             if isinstance(rotary_emb, Places):
-                cos, sin = tables(rotary_emb, hidden_states.shape[0], _THETA)
-                rotary_emb = (cos[None, :, None], sin[None, :, None])
+                rotary_emb = _own_tables(rotary_emb)
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
         text, image = encoder_hidden_states, None
         if self.add_k_proj is not None:  # diffusers takes the last 512 for text
@@ -56,7 +60,7 @@ class Attention(Fast):
         split = lambda x: x.unflatten(2, (self.heads, -1))
         q, k, v = map(split, _functions()._get_qkv_projections(self, hidden_states, text))
         places = rotary_emb if isinstance(rotary_emb, Places) else None
-        q, k = norm_rotate(q, k, places, _THETA, norm="rms_all", q_weight=self.norm_q.weight, k_weight=self.norm_k.weight,
+        q, k = norm_rotate(q, k, places, norm="rms_all", q_weight=self.norm_q.weight, k_weight=self.norm_k.weight,
                            eps=self.norm_q.eps)
         if places is None and rotary_emb is not None:
             cos, sin = rotary_emb
@@ -88,7 +92,7 @@ class Block(Fast):
     def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb):
         if Block.unsuited(self):
             if isinstance(rotary_emb, Places) and not isinstance(self.attn1, Fast):
-                rotary_emb = tuple(table[None, :, None] for table in tables(rotary_emb, hidden_states.shape[0], _THETA))
+                rotary_emb = _own_tables(rotary_emb)
             return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
         batch, tokens, width = hidden_states.shape
         of_token = temb.ndim == 4  # (B, N, 6, D): Wan 2.2's timestep per token, else (B, 6, D)
@@ -113,9 +117,8 @@ class Block(Fast):
 
     @staticmethod
     def unsuited(module):
-        affine = isinstance(module.norm2, nn.Identity) or as_built(module.norm2, "FP32LayerNorm")
-        plain = as_built(module.norm1, "FP32LayerNorm") and as_built(module.norm3, "FP32LayerNorm")
-        return None if affine and plain else _CHANGED
+        affine = isinstance(module.norm2, nn.Identity) or is_plain_norm(module.norm2)
+        return None if affine and is_plain_norm(module.norm1) and is_plain_norm(module.norm3) else _CHANGED
 
 
 def _prepare(model) -> None:
