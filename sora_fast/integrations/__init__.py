@@ -1,5 +1,6 @@
 """Other people's models on this library's layers."""
 
+from .attention_backend import register_attention_backend
 from .swapping import Report, accelerate, restore
 
-__all__ = ["Report", "accelerate", "restore"]
+__all__ = ["Report", "accelerate", "register_attention_backend", "restore"]

@@ -10,6 +10,7 @@ own, so nothing is imported that the model has not imported already; a subclass 
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from .. import env
+from .attention_backend import register_attention_backend
 
 # Each may hold SWAPS, {"module.Class": mixin}, KNOWN, {"module.Class": why it is left}, and PREPARES, {"module.Class": what
 # is noted on the children of such a module before they are looked at, in attributes that begin with _sora_fast_}.
@@ -86,7 +88,7 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
 
     Parameters stay the same objects and state_dict keeps its keys. Call it before or after an optimiser, LoRA, FSDP2 or
     torch.compile have got hold of the model; ``restore(model)`` undoes it exactly. ``SORA_FAST_ACCELERATE=0`` makes it do
-    nothing.
+    nothing. Attention stays on the backend that diffusers is set to; "sora_fast" is registered as one of them.
 
     Args:
         model: an nn.Module, whole or a part.
@@ -105,6 +107,8 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
         raise TypeError(f"accelerate: expected an nn.Module, got {type(model).__name__}; pass one part of a pipeline after "
                         f"the other, such as pipeline.vae")
     on, rows, readers = env.accelerate(), [], {}
+    if on and "diffusers.models.attention_dispatch" in sys.modules:
+        register_attention_backend()
     for name, module in model.named_modules():
         kind = original_of(type(module)).__name__
         if on:
