@@ -111,6 +111,7 @@ def _rank(rank, where, folder):
             assert type(model.blocks[0]).__name__ == "FSDPWanTransformerBlock"
         if rank == 0:
             torch.save(losses, f"{folder}/losses-{where}.pt")
+        dist.barrier()  # neither leaves while the other still talks
     finally:
         dist.destroy_process_group()
 

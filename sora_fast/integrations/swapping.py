@@ -5,7 +5,8 @@ the class it had. Parameters, buffers, hooks and attributes stay the same object
 checkpoints made before go on working, state_dict keys do not change, and restoring is giving the old class back.
 
 Which class takes which mixin is in the families beside this file. Classes are known by the name of their module and their
-own, so nothing is imported that the model has not imported already; a subclass is another class, and is left alone.
+own, so nothing is imported that the model has not imported already; a subclass is another class, and is left alone. Those
+that people copy from file to file are in structures.py.
 """
 
 import functools
@@ -122,7 +123,7 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
             row = Row(name, kind, "left" if mixin is None else "swapped", reason if mixin is None else mixin.runs)
         rows.append(row)
         if row.state == "swapped":
-            _change_class(module, fast_class)
+            _change_class(module, functools.partial(fast_class, mixin=mixin))
             if progress is not None and hasattr(mixin, "streams"):
                 module._sora_fast_progress = progress
             readers |= {inner: kind for child in mixin.reads for inner in _modules(module, child)}
@@ -175,7 +176,8 @@ def _decide(module: nn.Module) -> tuple[type[Fast] | None, str]:
     original = original_of(type(module))
     mixin = _table("SWAPS").get(_path(original))
     if mixin is None:
-        return None, _why_left(original)
+        mixin, reason = importlib.import_module("sora_fast.integrations.structures").mixin_of(module)
+        return (None, reason or _why_left(original)) if mixin is None else (mixin, "")
     package, version = _version(original)
     if package in PROVEN and not version.startswith(PROVEN[package]):
         return None, (f"{package} {version} has not been compared with, only {', '.join(PROVEN[package])}x; its "
@@ -216,9 +218,8 @@ def original_of(cls: type) -> type:
 
 
 @functools.cache
-def fast_class(original: type) -> type:
-    """``original`` with its mixin in front, under the original's own names, which checkpoints and pipelines write down."""
-    mixin = _table("SWAPS")[_path(original)]
+def fast_class(original: type, mixin: type[Fast]) -> type:
+    """``original`` with ``mixin`` in front, under the original's own names, which checkpoints and pipelines write down."""
     namespace = dict(__module__=original.__module__, __qualname__=original.__qualname__, __doc__=original.__doc__,
                      _sora_fast_original=original, __reduce_ex__=_reduce)
     return type(original)(original.__name__, (mixin, original), namespace)
@@ -241,11 +242,13 @@ def _is_fsdp(cls: type) -> bool:
 
 def _reduce(self, protocol):
     """Copies and pickles are swapped too: by the original class, since a class made here can be found under no name."""
-    return _new, (original_of(type(self)),), vars(self)
+    original = original_of(type(self))
+    mixin = next(base for base in type(self).__mro__ if issubclass(base, Fast) and not issubclass(base, nn.Module))
+    return _new, (original, mixin), vars(self)
 
 
-def _new(original: type) -> nn.Module:
-    cls = fast_class(original)
+def _new(original: type, mixin: type[Fast]) -> nn.Module:
+    cls = fast_class(original, mixin)
     return cls.__new__(cls)
 
 

@@ -73,30 +73,30 @@ def is_plain_norm(norm) -> bool:
     return as_built(norm, "LayerNorm") or as_built(norm, "FP32LayerNorm")
 
 
-def rows_of(batch: int, tokens: int, device) -> torch.Tensor | None:
-    """Which row of modulation (one per sample) each of B * N tokens uses; None where there is one row."""
-    return None if batch == 1 else torch.arange(batch, device=device, dtype=torch.int32).repeat_interleave(tokens)
+def rows_of(modulation_RD, tokens: int) -> torch.Tensor | None:
+    """Which row of modulation (one per sample) each of R * N tokens uses; None where one row is for all."""
+    if modulation_RD.shape[0] == 1:
+        return None
+    rows = torch.arange(modulation_RD.shape[0], device=modulation_RD.device, dtype=torch.int32)
+    return rows.repeat_interleave(tokens)
 
 
 def norm_modulate(norm, x_BND, shift_BD, scale_BD):
     """``norm(x) * (1 + scale) + shift`` of a plain layer norm."""
-    batch, tokens, _ = x_BND.shape
-    out = ops.norm_modulate(x_BND.flatten(0, 1), shift_BD, scale_BD, rows_of(batch, tokens, x_BND.device),
+    out = ops.norm_modulate(x_BND.flatten(0, 1), shift_BD, scale_BD, rows_of(shift_BD, x_BND.shape[1]),
                             weight=norm.weight, bias=norm.bias, eps=norm.eps)
     return out.view_as(x_BND)
 
 
 def add(x_BND, y_BND, gate_BD):
     """``x + gate * y``."""
-    batch, tokens, _ = x_BND.shape
-    out = ops.gate_residual(x_BND.flatten(0, 1), y_BND.flatten(0, 1), gate_BD, rows_of(batch, tokens, x_BND.device))
+    out = ops.gate_residual(x_BND.flatten(0, 1), y_BND.flatten(0, 1), gate_BD, rows_of(gate_BD, x_BND.shape[1]))
     return out.view(x_BND.shape)
 
 
 def add_norm_modulate(norm, x_BND, y_BND, gate_BD, shift_BD, scale_BD):
     """``x + gate * y``, and its modulated plain layer norm."""
-    batch, tokens, _ = x_BND.shape
     x, h = ops.gate_residual_norm_modulate(
-        x_BND.flatten(0, 1), y_BND.flatten(0, 1), gate_BD, shift_BD, scale_BD, rows_of(batch, tokens, x_BND.device),
+        x_BND.flatten(0, 1), y_BND.flatten(0, 1), gate_BD, shift_BD, scale_BD, rows_of(gate_BD, x_BND.shape[1]),
         weight=norm.weight, bias=norm.bias, eps=norm.eps)
     return x.view(x_BND.shape), h.view(x_BND.shape)

@@ -97,7 +97,7 @@ class Block(Fast):
         batch, tokens, width = hidden_states.shape
         of_token = temb.ndim == 4  # (B, N, 6, D): Wan 2.2's timestep per token, else (B, 6, D)
         modulation = (self.scale_shift_table + temb.float()).reshape(-1, 6, width).unbind(1)
-        rows = None if of_token else rows_of(batch, tokens, hidden_states.device)
+        rows = None if of_token else rows_of(modulation[0], tokens)
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
         flat = lambda x: x.reshape(batch * tokens, width)
         per_sample = lambda x: x.view(batch, tokens, width)
