@@ -35,6 +35,8 @@ def run(arguments) -> int:
 
     What was named (--backend, --impl) and refuses every case of a dtype and direction has not passed.
     """
+    if arguments.model:
+        return _model(arguments)
     table = all_ops()
     unknown = [name for name in arguments.op or () if name not in table]
     if unknown:
@@ -75,6 +77,23 @@ def run(arguments) -> int:
         rows = [row for row in rows if not row.refused_whole]
     passed = bool(rows) and all(row.passed for row in rows) and not any(report.stopped for report in reports)
     print("validate: every comparison passed" if passed else "validate: FAILED")
+    return 0 if passed else 1
+
+
+def _model(arguments) -> int:
+    """A model beside its accelerated self; 0 only if every output and gradient is as right as the original's."""
+    from ..integrations.comparison import compare, open_model
+
+    other = [name for name in ("op", "impl", "backend", "jsonl") if getattr(arguments, name)]
+    if other:
+        raise ValueError(f"--model: expected no --{other[0]} beside it, got one; --dtype and --device are for models too")
+    model, passed = open_model(arguments.model), True
+    for name in arguments.dtype or ("float32",):
+        found = compare(model, dtype=getattr(torch, name), device=pick_device(arguments.device), progress=_progress)
+        _progress("")
+        print(f"{name}\n{found}", flush=True)
+        passed = passed and found.passed
+    print("validate: as right as the original" if passed else "validate: FAILED")
     return 0 if passed else 1
 
 

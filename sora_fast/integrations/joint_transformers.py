@@ -153,6 +153,7 @@ class HunyuanSingleBlock(Fast):
 
 class CogVideoXBlock(Fast):
     runs = "gate_residual_norm_modulate and gate_residual, for video and text"
+    reads = ("norm2",)
 
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None):
         if CogVideoXBlock.unsuited(self):
