@@ -2,6 +2,11 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import sora_fast
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -11,7 +16,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_ten_lines_of_use_run(capsys):
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert [tuple(latent.shape) for latent in names["latents"]] == [(16, 5, 12, 20), (16, 1, 16, 16)]
@@ -19,6 +24,18 @@ def test_ten_lines_of_use_run(capsys):
     assert names["y"].shape == (10, 64)
     printed = capsys.readouterr().out
     assert printed.count("torch.Size") == 5 and "norm_modulate" in printed
+
+
+def test_somebody_else_s_model_runs(capsys):
+    pytest.importorskip("diffusers")
+    from sora_fast.integrations.comparison import open_model
+
+    pipe = SimpleNamespace(vae=open_model("AutoencoderKLWan"), transformer=open_model("WanTransformer3DModel"))
+    kinds = [type(pipe.vae), type(pipe.transformer)]
+    exec(compile(blocks("python")[1], "README.md", "exec"), dict(sora_fast=sora_fast, pipe=pipe))
+    assert "modules swapped" in capsys.readouterr().out and type(pipe.vae) is kinds[0]
+    assert type(pipe.transformer) is kinds[1]  # nothing of that class itself is swapped
+    assert sora_fast.restore(pipe.transformer) > 4
 
 
 def test_every_public_op_is_in_the_table():
