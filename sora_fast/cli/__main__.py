@@ -88,7 +88,8 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("demo", _demo, "train a VAE and a DiT on real clips and photos, generate, and write a report",
                   "The whole system on three real clips and twelve photos that come with two Python packages: trains\n"
-                  "the tiny VAE and the tiny DiT, generates clips and an image, and writes OUT/report.html.\n"
+                  "the tiny VAE and the tiny DiT, generates clips and images from captions, images and clips, and\n"
+                  "writes OUT/report.html.\n"
                   "About six and a half minutes on two CPU cores.")
     sub.add_argument("--out", default="out/demo", help="folder for the report and all beside it (default: %(default)s)")
     sub.add_argument("--vae-steps", type=int, default=500, help="training steps of the VAE (default: %(default)s)")
@@ -105,18 +106,57 @@ def parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "train a text-conditioned DiT on packs of clips and images of any size")
     add_options(sub, DiTTraining)
 
-    sub = command("generate", _generate, "generate clips and images of any sizes from captions",
-                  "sora-fast generate runs/dit --prompt 'a rabbit' --size 9x96x160 --prompt 'a cat' --size 1x128x128")
+    sub = command("generate", _generate, "generate clips and images of any sizes from captions, images and clips",
+                  "From a caption:  sora-fast generate runs/dit --prompt 'a rabbit' --size 9x96x160\n"
+                  "Several at once: ... --prompt 'a rabbit' --size 9x96x160 --prompt 'a cat' --size 1x128x128\n"
+                  "Animate a photo: ... --prompt 'a rabbit' --image rabbit.png\n"
+                  "Go on:           ... --prompt 'a rabbit' --clip rabbit.mp4 --extend after --size 17x96x160\n"
+                  "What was before: ... --prompt 'a rabbit' --clip rabbit.mp4 --extend before --size 17x96x160\n"
+                  "Loop:            ... --prompt 'a rabbit' --clip rabbit.mp4 --loop --size 17x96x160\n"
+                  "                 ... --prompt 'a rabbit' --loop --size 17x96x160\n"
+                  "Interpolate:     ... --prompt 'a rabbit' --clip one.mp4 --to other.mp4 --size 17x96x160\n"
+                  "Change:          ... --prompt 'a rabbit in snow' --clip rabbit.mp4 --strength 0.6\n\n"
+                  "--size counts all frames of the file, given ones included. Images and clips are scaled to just cover\n"
+                  "the size and cropped. Given frames stand in the file as they are, not as the VAE's blurred copy. So\n"
+                  "that no seam shows, what that copy missed of the given frame at a seam is added to the 8 generated\n"
+                  "frames beside it, less and less; a seam that still steps further than the given clip's own frames do\n"
+                  "is pulled below that over the same frames. --decoded writes the decoder's frames alone. mp4 and gif\n"
+                  "are not lossless, --png is. An image to end with (--to, --extend before) is held for a latent frame.")
     sub.add_argument("model", help="run folder of sora-fast train")
     sub.add_argument("--prompt", action="append", required=True, help="caption; repeat for several samples")
-    sub.add_argument("--size", action="append", required=True, metavar="TxHxW",
-                     help="frames x lines x columns; once for all prompts, or once per prompt; T = 1 is an image")
+    sub.add_argument("--size", action="append", metavar="TxHxW",
+                     help="frames x lines x columns; T = 1 is an image. This flag, --image, --clip and --to: once for all "
+                          "samples or once for each (default: that of --image or --clip, fitted as in training)")
+    sub.add_argument("--image", action="append", metavar="FILE", help="begin with this image (default: none)")
+    sub.add_argument("--clip", action="append", metavar="FILE", help="use this clip as the mode below says (default: none)")
+    sub.add_argument("--extend", choices=("after", "before"),
+                     help="generate what comes after the clip's last frames, or what was before its first "
+                          "(default: after, with --image)")
+    sub.add_argument("--loop", action="store_true", help="lead back to the first frame; the clip's first frames begin it, "
+                                                         "or, without one, the caption's (default: a free end)")
+    sub.add_argument("--to", action="append", metavar="FILE",
+                     help="lead from the image or the clip's last frames to this image or clip's first (default: none)")
+    sub.add_argument("--strength", type=float, metavar="S",
+                     help="change the image or clip: noise it by this share, 0 to 1, and denoise it to the caption "
+                          "(default: none)")
+    sub.add_argument("--given", type=int, metavar="N",
+                     help="frames of the clip to go on from, rounded down to what the VAE takes; with --to of each clip "
+                          "(default: about half of T, with --to a third)")
+    sub.add_argument("--start", type=float, metavar="SECONDS",
+                     help="where in the clip its frames are taken from (default: its end with --extend after and --to, else "
+                          "its beginning)")
+    sub.add_argument("--decoded", action="store_true",
+                     help="write the decoder's frames alone, given ones too (default: given frames as they are)")
     sub.add_argument("--out", default="out/generated", help="folder for mp4 and png files (default: %(default)s)")
     sub.add_argument("--steps", type=int, default=25, help="sampling steps (default: %(default)s)")
     sub.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance, 1: none (default: %(default)s)")
-    sub.add_argument("--fps", type=float, default=12.0, help="frames per second of the files (default: %(default)s)")
-    sub.add_argument("--gif", action="store_true", help="write gif in place of mp4 (default: mp4)")
-    sub.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
+    sub.add_argument("--fps", type=float, help="frames per second at which clips are read, never above their own, and files "
+                                               "are written (default: training's, else the clips' own, else 12)")
+    kind = sub.add_mutually_exclusive_group()
+    kind.add_argument("--gif", action="store_true", help="write gif in place of mp4 (default: mp4)")
+    kind.add_argument("--png", action="store_true", help="write a folder of png files in place of each mp4 (default: mp4)")
+    sub.add_argument("--seed", type=int, default=0,
+                     help="seed of the first sample's noise, the next have the next numbers (default: %(default)s)")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
 
     command("info", _info, "what is installed, and which backend runs what")
@@ -132,9 +172,13 @@ def parser() -> argparse.ArgumentParser:
     sub = command("validate", _validate, "check ops, or a function of yours, against the reference in float64",
                   "Ours:  sora-fast validate --op norm_modulate --backend torch\n"
                   "Yours: sora-fast validate --op norm_modulate --impl my_package.kernels:norm_modulate\n"
-                  "Your function takes the op's keyword arguments and returns what it returns.")
+                  "Your function takes the op's keyword arguments and returns what it returns.\n"
+                  "A whole model of diffusers beside its accelerated self, layer by layer:\n"
+                  "       sora-fast validate --model AutoencoderKLWan      (tiny and random)\n"
+                  "       sora-fast validate --model path/to/vae           (a folder of save_pretrained)")
     sub.add_argument("--op", action="append", help="op to check; repeat for several (default: all)")
     sub.add_argument("--impl", metavar="PKG.MOD:FN", help="your function, for one --op")
+    sub.add_argument("--model", metavar="CLASS|FOLDER", help="a model of diffusers, plain and accelerated, in place of ops (default: ops)")
     sub.add_argument("--backend", action="append", help="backend of ours; repeat for several (default: all there are)")
     sub.add_argument("--dtype", action="append", choices=DTYPES, help="repeat for several (default: the last three)")
     sub.add_argument("--device", default="cpu", help="(default: %(default)s)")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from ..data import FitPolicy, MediaItem, demo_media, read_clip, to_pixels, to_uint8, write_image, write_video
 from ..data.frames import Frames
+from ..diffusion import MediaPrompt
 from ..models import VideoVAE
 from ..training import dit as dit_task
 from ..training import memory
@@ -53,6 +54,17 @@ NEW_SIZES = (
     (1, (1, 96, 160), "a clip's caption as an image"),
     (4, (5, 96, 96), "a shorter clip in another shape"),
     (5, (1, 128, 96), "a photo in another shape"),
+)
+
+# Images and clips as prompts: what is shown, the window of the caption, the sample's frames (None: the window's own), and
+# what is given of the real windows.
+PROMPTED = (
+    ("image to video", 4, None, lambda real, f: MediaPrompt.after(real[4][:1], f)),
+    ("extension forward", 0, None, lambda real, f: MediaPrompt.after(real[0][: 1 + f], f)),
+    ("extension backward", 1, None, lambda real, f: MediaPrompt.before(real[1][-f:], f)),
+    ("loop", 1, None, lambda real, f: MediaPrompt.loop(real[1][: 1 + f], f)),
+    ("interpolation", 1, 13, lambda real, f: MediaPrompt.between(real[0][-1 - f :], real[1][:f], f)),
+    ("SDEdit, strength 0.7", 12, None, lambda real, f: MediaPrompt.edit(real[10], 0.7)),
 )
 
 
@@ -91,13 +103,15 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated clip beside the real one it was trained on (None for sizes that were never trained)."""
+    """A generated clip beside the real one it was trained on (None for sizes that were never trained), or, for a
+    ``MediaPrompt``, the given frames at its beginning and end; for an edit the real one is what was edited."""
 
     caption: str
     note: str
     generated: torch.Tensor
     real: torch.Tensor | None
     file: str
+    given: tuple[int, int] | None = None
 
 
 def run(arguments) -> int:
@@ -142,8 +156,11 @@ def run(arguments) -> int:
         print("  " + memory.estimate(trainer))
         trainer.run()
     with watch.stage("generate"):
-        samples = generate_all(str(out / "dit"), latents, real, out, arguments)
-    report = write_report(out, reconstructions=reconstructions, samples=samples, stages=watch.stages,
+        found = dit_task.load_run(str(out / "dit"), pick_device(arguments.device))
+        samples = generate_all(found, latents, real, out, arguments)
+    with watch.stage("generate from images and clips"):
+        prompted = generate_prompted(found, real, out, arguments)
+    report = write_report(out, reconstructions=reconstructions, samples=samples, prompted=prompted, stages=watch.stages,
                           losses={f"VAE, {vae_steps} steps": vae_losses, f"DiT, {trainer.step} steps": trainer.rows},
                           facts=facts(arguments, threads, vae, trainer))
     save_figures(out, reconstructions, watch)
@@ -223,27 +240,54 @@ def encode_windows(vae: VideoVAE, items: list[MediaItem], config: DiTTraining):
     return latents, real
 
 
-def generate_all(model: str, latents, real, out: Path, arguments) -> list[Sample]:
+def generate_all(found: dit_task.Generator, latents, real, out: Path, arguments) -> list[Sample]:
     """Every caption at its own size, and a few at sizes that were never trained, in two packs."""
-    found = dit_task.load_run(model, pick_device(arguments.device))
     captions = [clip.caption for clip in latents]
     sizes = [tuple(clip.shape[:3]) for clip in real]
     own = sample(found, captions, sizes, steps=25, guidance=1.0, seed=arguments.seed)
     new = sample(found, [captions[i] for i, _, _ in NEW_SIZES], [size for _, size, _ in NEW_SIZES], steps=25, guidance=1.0,
-                 seed=arguments.seed + 1)
+                 seed=arguments.seed + len(own))
     rows = [(caption, "trained size", made, true) for caption, made, true in zip(captions, own, real, strict=True)]
     rows += [(captions[i], note, made, None) for (i, _, note), made in zip(NEW_SIZES, new, strict=True)]
     samples = []
     for index, (caption, note, made, true) in enumerate(rows):
-        path = out / "samples" / f"{index:02d}-{'-'.join(caption.split()[1:4])}"
+        name = f"{index:02d}-{'-'.join(caption.split()[1:4])}"
         shown = made if true is None else torch.cat([true, made], dim=2)
-        if made.shape[0] == 1:
-            file = write_image(path.with_suffix(".png"), shown[0])
-        else:
-            file = write_video(path.with_suffix(".mp4"), shown, FPS)
-        print(f"  {file}: {'x'.join(map(str, made.shape[:3]))}, {caption!r}, {note}")
-        samples.append(Sample(caption, note, made, true, file.name))
+        samples.append(Sample(caption, note, made, true, _save(out, name, shown, made, f"{caption!r}, {note}")))
     return samples
+
+
+def generate_prompted(found: dit_task.Generator, real, out: Path, arguments) -> list[Sample]:
+    """Every way of prompting with images and clips, in one pack."""
+    step = found.vae.config.time_factor
+    media = [given(real, step) for *_, given in PROMPTED]
+    captions = [WINDOWS[window][2] for _, window, _, _ in PROMPTED]
+    pictures = [(m.source if m.source is not None else real[window]).shape[:3] for m, (_, window, _, _) in
+                zip(media, PROMPTED, strict=True)]
+    sizes = [(frames or own[0], *own[1:]) for own, (_, _, frames, _) in zip(pictures, PROMPTED, strict=True)]
+    made = sample(found, captions, sizes, steps=25, guidance=1.0, seed=arguments.seed + 100, media=media)
+    samples = []
+    for (note, *_), caption, clip, m in zip(PROMPTED, captions, made, media, strict=True):
+        for seam in m.seams(clip, step):
+            own = "" if seam.largest is None else f", {seam.largest:.1f} at most between real ones"
+            note += f"; {seam.place} neighbouring frames differ by {seam.jump:.1f} of 255{own}"
+        begin, end = m.given(step)
+        shown = clip if m.source is None else torch.cat([m.source, clip], dim=2)
+        name = f"{note.split(';')[0].split(',')[0].replace(' ', '-')}"
+        samples.append(Sample(caption, note, clip, m.source, _save(out, name, shown, clip, f"{caption!r}, {note}"),
+                              (begin, 0 if m.cut else end)))
+    return samples
+
+
+def _save(out: Path, name: str, shown, made, note: str) -> str:
+    """Write ``shown`` as samples/name.mp4 or .png, tell it, and return the file's name."""
+    path = out / "samples" / name
+    if made.shape[0] == 1:
+        file = write_image(path.with_suffix(".png"), shown[0])
+    else:
+        file = write_video(path.with_suffix(".mp4"), shown, FPS)
+    print(f"  {file}: {'x'.join(map(str, made.shape[:3]))}, {note}")
+    return file.name
 
 
 def facts(arguments, threads: int, vae: VideoVAE, trainer: Trainer) -> dict[str, str]:

@@ -49,6 +49,19 @@ def picture(clip_THWC: torch.Tensor, alt: str, fps: float = 12.5) -> str:
             f'src="data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}">')
 
 
+def strip(clip_THWC: torch.Tensor, given: tuple[int, int], alt: str) -> str:
+    """All frames of a clip side by side at half size as one <img>; the given ones at its ends have a blue frame."""
+    begin, end = given
+    frames, edge = [], 3
+    for index, frame in enumerate(clip_THWC[:, ::2, ::2]):
+        known = index < begin or index >= len(clip_THWC) - end
+        colour = torch.tensor((42, 120, 214) if known else (255, 255, 255), dtype=torch.uint8)
+        framed = colour.expand(frame.shape[0] + 2 * edge, frame.shape[1] + 2 * edge, 3).clone()
+        framed[edge:-edge, edge:-edge] = frame
+        frames.append(framed)
+    return picture(torch.cat(frames, dim=1)[None], alt)
+
+
 def plot(title: str, rows: Sequence[Mapping]) -> str:
     """An <img> of a loss curve."""
     import matplotlib
@@ -66,7 +79,7 @@ def plot(title: str, rows: Sequence[Mapping]) -> str:
     return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
-def write_report(out: Path, *, reconstructions, samples, stages: Mapping[str, float], losses,
+def write_report(out: Path, *, reconstructions, samples, prompted, stages: Mapping[str, float], losses,
                  facts: Mapping[str, str]) -> Path:
     """Write OUT/report.html atomically and return its path."""
     figure = lambda clip, label: f"<figure>{picture(clip, label)}<figcaption>{label}</figcaption></figure>"
@@ -88,6 +101,12 @@ def write_report(out: Path, *, reconstructions, samples, stages: Mapping[str, fl
         pair = (figure(s.real, "real") if s.real is not None else "") + figure(s.generated, "generated")
         cards += (f"<div class=card><div class=pair>{pair}</div><p>{html.escape(s.caption)}<br>"
                   f"<small>{size} &middot; {html.escape(s.note)} &middot; samples/{html.escape(s.file)}</small></p></div>")
+    shown = ""
+    for s in prompted:
+        pair = (figure(s.real, "given") if s.real is not None else "") + figure(s.generated, "generated")
+        frames = strip(s.generated, s.given, f"all frames, {s.note}") if len(s.generated) > 1 else ""
+        shown += (f"<div class=card><div class=pair>{pair}</div>{frames}<p>{html.escape(s.caption)}<br>"
+                  f"<small>{html.escape(s.note)} &middot; samples/{html.escape(s.file)}</small></p></div>")
     longest = max(stages.values())
     stage_rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td class=number>{seconds:.1f} s</td>"
@@ -106,6 +125,11 @@ that every part works, not that so small a model, so briefly trained, generalise
 <p>Clips and images of different sizes were denoised together, in one row of tokens. The last ones have sizes that no
 training sample had.</p>
 <div class=grid>{cards}</div>
+<h2>Prompted with images and clips</h2>
+<p>Given frames (blue) stay as they are, at t = 0, while the others are denoised; the DiT has met such packs in training. In
+the clip they are the real pixels, and what the VAE's copy missed of the one at a seam is faded out over the generated frames
+beside it. SDEdit begins from the given picture, noised, and goes on to another caption.</p>
+<div class=grid>{shown}</div>
 <h2>The VAE on frames it never saw</h2>
 <p>The last fifth of each clip was kept from training. Beside it: the same frames averaged over 4 x 8 x 8 blocks, the
 latent's own resolution, and interpolated back. The VAE starts from the principal components of training blocks (its linear

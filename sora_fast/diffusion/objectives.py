@@ -1,7 +1,8 @@
 """Objectives: how clean latents get noisy, and what the model predicts from them.
 
 All tensors of latents are flat buffers (all samples of a pack one after the other); ``counts`` (S,) says how many
-numbers each sample has. Every sample has a timestep of its own, t in [0, 1000]: 0 is clean.
+numbers each sample has. Every sample has a timestep of its own, t in [0, 1000]: 0 is clean. Where timesteps differ from
+frame to frame, the buffer is cut further, and timesteps and counts are those of its pieces (``FrameTimesteps``).
 """
 
 import math
