@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_used_is_one_clear_sentence(tmp_path):
     ):
         scan(tmp_path)
     (tmp_path / "a.png").touch()
-    with pytest.raises(ValueError, match="none can be read .a.png: the file is empty"):
+    with pytest.raises(ValueError, match="none can be read .a.png: empty"):
         scan(tmp_path, progress=False)
     for line in (
         '{"file_name": "a.png", "text": "x"',

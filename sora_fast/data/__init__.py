@@ -9,12 +9,12 @@ that importing `sora_fast.data.packing` needs the standard library only; reading
 import importlib
 
 _HOME = {
-    "Library": "media",
+    "Library": "folders",
     "MediaItem": "media",
     "UnreadableMedia": "media",
     "probe": "media",
     "read_clip": "media",
-    "scan": "media",
+    "scan": "folders",
     "FitPolicy": "fitting",
     "to_pixels": "fitting",
     "to_uint8": "fitting",

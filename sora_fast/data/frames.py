@@ -6,13 +6,15 @@ T frames, H lines, W columns, 3 colours, uint8.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from .fitting import FitPolicy
-from .media import MediaItem, read_clip
+from .media import MediaItem, UnreadableMedia, read_clip
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class _Source:
 
 class Frames:
     """Every item at the policy's size and rate, decoded once and kept while ``memory_gb`` lasts, then read on demand.
+
+    An item that cannot be decoded is left out, with a warning that names it and why, and is in ``unreadable``: a scan
+    decodes one frame of a clip, so damage further on shows only here. Where nothing is left, UnreadableMedia is raised.
 
     Args:
         policy: size and rate; its max_frames is not used here, since windows are cut later.
@@ -49,11 +54,22 @@ class Frames:
                 frames, start = math.ceil(span[1] * total) - first, first / fps if first else 0.0
             if frames > 0:
                 self.sources.append(_Source(item, frames, (height, width), fps, start))
-        left, self._kept = memory_gb * 2**30, {}
-        for index, source in enumerate(bar(self.sources, "decode", progress)):
+        left, self._kept, whole = memory_gb * 2**30, {}, []
+        self.unreadable: list[tuple[Path, str]] = []
+        for source in bar(self.sources, "decode", progress):
             size = source.frames * source.size[0] * source.size[1] * 3
             if size <= left:
-                self._kept[index], left = self._read(source, 0, source.frames), left - size
+                try:
+                    self._kept[len(whole)], left = self._read(source, 0, source.frames), left - size
+                except UnreadableMedia as error:
+                    self.unreadable.append((source.item.path, str(error)))
+                    continue
+            whole.append(source)
+        if self.unreadable and not whole:
+            raise UnreadableMedia("\n".join(why for _, why in self.unreadable))
+        for _, why in self.unreadable:
+            warnings.warn(f"left out, since it is damaged: {why}", stacklevel=2)
+        self.sources = whole
 
     def __len__(self) -> int:
         return len(self.sources)

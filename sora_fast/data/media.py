@@ -1,26 +1,27 @@
-"""Clips and images on disk: find them, read a window of one.
+"""Clips and images on disk: what a file is, and a window of it.
 
 Shapes: T frames, H lines, W columns, C = 3 channels (red, green, blue, 0..255). Times are in seconds from a
 clip's first frame. An image is a clip of one frame.
 
 Videos and animated gifs are decoded by PyAV, images by Pillow; both come with `pip install
-"sora_fast[train]"` and are imported when the first file is read. Pictures are turned as their rotation tag
-says and have square pixels. Transparent pixels are laid over white: pictures with a cut-out background are
-mostly drawn for a page.
+"sora_fast[train]"` and are imported when the first file is read. Pictures are turned and mirrored as their
+orientation tag or display matrix says and have square pixels. Transparent pixels are laid over white.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
 import random
+import struct
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .images import over_white, probe_image, read_image, to_tensor
+from .packages import require
+from .truncation import shortfall
 
 if TYPE_CHECKING:
     import torch
@@ -47,143 +48,19 @@ class MediaItem:
     seconds: float  # to the end of the last frame
 
 
-@dataclass(frozen=True)
-class Library:
-    """What a folder holds. skipped: (path, reason) of every file that cannot be used."""
-
-    items: tuple[MediaItem, ...]
-    skipped: tuple[tuple[Path, str], ...] = ()
-
-    @property
-    def uncaptioned(self) -> int:
-        """Items with an empty caption, which is legal."""
-        return sum(not item.caption for item in self.items)
-
-    def summary(self) -> str:
-        """One line of counts, and one line per skipped file."""
-        clips = sum(item.kind == "clip" for item in self.items)
-        counts = f"{clips} clips, {len(self.items) - clips} images, {self.uncaptioned} without a caption, "
-        return "\n".join(
-            [f"{counts}{len(self.skipped)} skipped", *(f"skipped {p}: {why}" for p, why in self.skipped)]
-        )
+def reason(error: Exception) -> str:
+    """What is wrong with a file, "kind: detail"; a plain ValueError is our own and has that form."""
+    if type(error) is ValueError:
+        return str(error)
+    detail = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, OSError) and error.errno:  # Pillow's own errors are OSErrors without a number
+        return f"not readable: {detail}"
+    return f"not decodable: {type(error).__name__}: {detail}"
 
 
-def require(module: str, package: str, extra: str = "train"):
-    """The imported module, or an ImportError that says which extra brings its package."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"sora_fast.data: {package} is needed here and could not be imported ({error}); install it with "
-            f'pip install "sora_fast[{extra}]"'
-        ) from error
-
-
-# ---------------------------------------------------------------------------------------------------- folders
-
-
-def scan(folder: str | os.PathLike, *, progress: bool = True) -> Library:
-    """Every clip and image in `folder` and its sub-folders, ordered by path; hidden files are left out.
-
-    A caption is the text of `name.txt` beside the file, else `text` or `caption` of the entry with its
-    `file_name` or `path` (relative to that folder) in a `metadata.jsonl` in a folder above or beside it, else
-    empty. Files that cannot be used are in `Library.skipped` and never end the scan. Every image is decoded
-    once and of every clip one frame. progress: show a bar where tqdm is installed.
-
-    FileNotFoundError: no such folder. ValueError: not a folder, no usable file, a malformed metadata.jsonl.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"scan: expected a folder of media, got {folder}, which is not there")
-    if not folder.is_dir():
-        raise ValueError(f"scan: expected a folder of media, got the file {folder}; pass the folder it is in")
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    captions: dict[Path, str] = {}
-    # Outer folders first: the metadata.jsonl nearest to an item has the last word.
-    for path in sorted((p for p in files if p.name == "metadata.jsonl"), key=lambda p: len(p.parts)):
-        captions.update(_read_metadata(path))
-    media = [path for path in files if path.suffix.lower() in CLIP_SUFFIXES + IMAGE_SUFFIXES]
-    if any(path.suffix.lower() in CLIP_SUFFIXES for path in media):
-        require("av", "PyAV")
-    if media:
-        require("PIL.Image", "Pillow")
-
-    def attempt(path: Path) -> MediaItem | str:
-        try:
-            return _probe(path, _caption(path, captions))
-        except Exception as error:  # decoders raise anything on a damaged file: SyntaxError, struct.error
-            return _reason(error)
-
-    items, skipped = [], []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for path, found in zip(media, _bar(pool.map(attempt, media), len(media), progress), strict=True):
-            if isinstance(found, str):
-                skipped.append((path, found))
-            else:
-                items.append(found)
-    skipped += [
-        (path, "metadata.jsonl names it, but there is no such file") for path in captions if not path.exists()
-    ]
-    if not items:
-        reasons = "; ".join(f"{path.name}: {why}" for path, why in skipped[:3])
-        raise ValueError(
-            f"scan: expected at least one readable file of {' '.join(CLIP_SUFFIXES + IMAGE_SUFFIXES)} in "
-            f"{str(folder)!r}, got {len(files)} files of which {len(media)} have such a name"
-            + (f" and none can be read ({reasons})" if skipped else "; check the path")
-        )
-    return Library(tuple(items), tuple(skipped))
-
-
-def _bar(results: Iterator, total: int, progress: bool) -> Iterator:
-    try:
-        tqdm = importlib.import_module("tqdm").tqdm if progress and total else None
-    except ImportError:
-        tqdm = None
-    return tqdm(results, total=total, desc="scan", unit="file") if tqdm else results
-
-
-def _read_metadata(path: Path) -> dict[Path, str]:
-    """{file: caption} of one metadata.jsonl; the caption of an entry without one is empty."""
-    captions = {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"scan: {path} must be UTF-8 text, got {error}; save it as UTF-8") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            entry = None
-        known = entry if isinstance(entry, dict) else {}
-        name = known.get("file_name") or known.get("path")
-        text = known.get("text") or known.get("caption") or ""
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise ValueError(
-                f"scan: {path} line {number} must be one JSON object with file_name (or path) and text (or "
-                f"caption), got {line.strip()[:80]!r}; correct that line"
-            )
-        captions[Path(os.path.normpath(path.parent / name))] = text.strip()
-    return captions
-
-
-def _caption(path: Path, captions: dict[Path, str]) -> str:
-    beside = path.with_suffix(".txt")
-    if not beside.is_file():
-        return captions.get(Path(os.path.normpath(path)), "")
-    try:
-        return beside.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"its caption {beside.name} is not UTF-8 text ({error})") from None
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+def shown(text: str | os.PathLike) -> str:
+    """A name or a reason on one line that any UTF-8 terminal takes: names may hold line ends, or bytes of no encoding."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(text))
 
 
 def probe(path: str | os.PathLike, caption: str = "") -> MediaItem:
@@ -193,78 +70,87 @@ def probe(path: str | os.PathLike, caption: str = "") -> MediaItem:
         require("av", "PyAV")
     require("PIL.Image", "Pillow")
     try:
-        return _probe(path, caption)
+        return probe_file(path, caption)
     except Exception as error:
-        raise UnreadableMedia(f"probe: {path} cannot be used ({_reason(error)}); replace it") from error
+        raise UnreadableMedia(f"probe: {shown(path)} cannot be used ({reason(error)}); replace it") from error
 
 
-def _probe(path: Path, caption: str) -> MediaItem:
+def probe_file(path: Path, caption: str) -> MediaItem:
+    """`probe`, with the error as it comes."""
     if path.stat().st_size == 0:
-        raise ValueError("the file is empty")
+        raise ValueError("empty: it has 0 bytes")
     if path.suffix.lower() in CLIP_SUFFIXES:
         width, height, frames, fps, seconds = _probe_clip(path)
         if frames > 1 or path.suffix.lower() != ".gif":
             return MediaItem(path, "clip", caption, width, height, frames, fps, seconds)
-    width, height = _probe_image(path)
+    width, height = probe_image(path)
     return MediaItem(path, "image", caption, width, height, 1, 0.0, 0.0)
-
-
-def _probe_image(path: Path) -> tuple[int, int]:
-    """(width, height) as displayed, after decoding all of it: a truncated file has a good header."""
-    with require("PIL.Image", "Pillow").open(path) as picture:
-        width, height = picture.size
-        turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the EXIF orientations that swap the sides
-        picture.draft("RGB", (max(1, width // 8), max(1, height // 8)))  # a JPEG decodes to an eighth, faster
-        picture.load()
-    return (height, width) if turned else (width, height)
 
 
 # ---------------------------------------------------------------------------------------------------- windows
 
 
+# Containers that clips come in, by whatever suffix. Without a list a text file named .mp4 may be a play list, and FFmpeg
+# would open the other files it names.
+_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,gif,avi,mpegts,mpeg,flv,asf,ogg"
+
+
 @contextmanager
 def _open(path: Path):
     """(container, its first video stream)."""
-    # absolute: FFmpeg takes "name:rest" for a protocol. Tags that are not UTF-8 are no reason to fail.
-    with require("av", "PyAV").open(str(path.absolute()), metadata_errors="ignore") as container:
-        if not container.streams.video:
-            raise ValueError("it has no video stream")
-        yield container, container.streams.video[0]
+    av = require("av", "PyAV")
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+    try:
+        # absolute: FFmpeg takes "name:rest" for a protocol. Tags that are not UTF-8 are no reason to fail.
+        container = av.open(str(path.absolute()), metadata_errors="ignore", container_options=options)
+    except av.error.ArgumentError:  # what the list above ends in
+        raise ValueError("another format: it is no MP4, WebM or GIF, whatever its name") from None
+    with container:
+        # The cover of a sound file is a video stream of one picture.
+        cover = require("av.stream", "PyAV").Disposition.attached_pic
+        streams = [each for each in container.streams.video if not each.disposition & cover]
+        if not streams:
+            raise ValueError("no video stream: it holds sound or text only")
+        yield container, streams[0]
 
 
 def _probe_clip(path: Path) -> tuple[int, int, int, float, float]:
-    """(width, height, frames, fps, seconds), from the header, or from all packets where it is silent."""
+    """(width, height, frames, fps, seconds), from the header, or from all packets where it cannot be right."""
+    if cut := shortfall(path):
+        raise ValueError(cut)
     with _open(path) as (container, stream):
         frames, fps = stream.frames, float(stream.average_rate or 0)
         seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
         end = max((entry.pos + entry.size for entry in getattr(stream, "index_entries", ())), default=0)
         if end > path.stat().st_size:
-            raise ValueError(
-                f"it is truncated: its index reaches {end:,} bytes, it has {path.stat().st_size:,}"
-            )
+            raise ValueError(f"truncated: its index reaches {end:,} bytes, it has {path.stat().st_size:,}")
         first = next(container.decode(stream), None)
         if first is None:
-            raise ValueError("it has no video frame")
-        width, height = round(first.width * (stream.sample_aspect_ratio or 1)), first.height
-        if round(first.rotation / 90) % 2:
+            raise ValueError("no video frame: its video stream is empty")
+        width, height = max(1, round(first.width * (stream.sample_aspect_ratio or 1))), first.height
+        if _sides_swapped(_display_matrix(first)):
             width, height = height, width
-    if not frames or not seconds:
+
+    def agree() -> bool:
+        return bool(frames) and 0.99 * frames <= fps * seconds <= 1.01 * frames
+
+    if not agree():  # a silent header, a rate guessed from the first packets, or frames that an edit list hides
         frames, seconds = _count(path)
-    if not 0.99 * frames <= fps * seconds <= 1.01 * frames:  # a guess from the first packets, or none
-        fps = frames / seconds if seconds else 0.0
+        if not agree():
+            fps = frames / seconds if seconds else 0.0
     return width, height, frames, fps, seconds
 
 
 def _count(path: Path) -> tuple[int, float]:
-    """(frames, seconds) of a clip whose header does not say."""
+    """(frames that are shown, seconds) of a clip whose header does not say."""
     with _open(path) as (container, stream):
         if stream.codec_context.name in ("vp8", "libvpx"):  # VP8 has packets that show nothing: decode
             found = container.decode(stream)
         else:
-            found = (packet for packet in container.demux(stream) if packet.size)
+            found = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
         times = sorted((each.pts, each.duration or 0) for each in found if each.pts is not None)
         if not times:
-            raise ValueError("it has no video frame")
+            raise ValueError("no video frame: its video stream is empty")
         span = times[-1][0] - times[0][0]
         return len(times), float((span + (times[-1][1] or span / max(1, len(times) - 1))) * stream.time_base)
 
@@ -305,19 +191,19 @@ def read_clip(
     if item.kind == "image" and frames != 1:
         raise ValueError(f"read_clip: {item.path} is an image of 1 frame, got frames={frames}; ask for 1")
     place = Placement.of(item.width, item.height, size, crop, rng)
-    clip_THWC, shown = [], None
+    clip_THWC, latest = [], None
     try:
         if item.kind == "image":
-            return place.cut(_read_image(item.path))[None]
+            return place.cut(read_image(item.path))[None]
         wanted = [start + i / (fps or item.fps or 1.0) for i in range(frames)]
         for frame in _nearest(_decode(item.path, start), wanted):
-            clip_THWC.append(clip_THWC[-1] if frame is shown else place.cut(_read_frame(frame)))
-            shown = frame
+            clip_THWC.append(clip_THWC[-1] if frame is latest else place.cut(_read_frame(frame)))
+            latest = frame
         if len(clip_THWC) < frames and wanted[-1] < item.seconds:
-            raise ValueError(f"it ends before the {item.seconds:.3f} s it promised")
+            raise ValueError(f"truncated: it ends before the {item.seconds:.3f} s it promised")
     except Exception as error:  # see scan
         raise UnreadableMedia(
-            f"read_clip: {item.path} cannot be read ({_reason(error)}); replace it"
+            f"read_clip: {shown(item.path)} cannot be read ({reason(error)}); replace it"
         ) from error
     if len(clip_THWC) < frames:
         raise ValueError(
@@ -343,7 +229,7 @@ def _decode(path: Path, start: float) -> Iterator[tuple]:
                     continue
             for number, frame in enumerate(container.decode(stream)):
                 if frame.pts is None:
-                    raise ValueError("it has a frame without a timestamp")
+                    raise ValueError("no timestamp: a frame does not say when it is shown")
                 time = float((frame.pts - origin) * base)
                 if number == 0 and time > start > back:
                     late = True  # containers seek by decoding time and may land after `start`
@@ -371,40 +257,27 @@ def _nearest(decoded: Iterator[tuple], wanted: list[float]) -> Iterator:
 
 
 def _read_frame(frame) -> torch.Tensor:
-    """uint8 tensor (H, W, 3) of a decoded video frame, turned for display."""
-    import numpy
-
+    """uint8 tensor (H, W, 3) of a decoded video frame, turned and mirrored for display."""
     if any(component.is_alpha for component in frame.format.components):
-        picture_HWC = _over_white(frame.to_ndarray(format="rgba"))
+        picture_HWC = over_white(frame.to_ndarray(format="rgba"))
     else:
         picture_HWC = frame.to_ndarray(format="rgb24")
-    return _tensor(numpy.rot90(picture_HWC, round(frame.rotation / 90)))  # both count counter-clockwise
+    a, b, c, d = matrix = _display_matrix(frame)
+    if _sides_swapped(matrix):
+        a, d, picture_HWC = c, b, picture_HWC.swapaxes(0, 1)
+    return to_tensor(picture_HWC[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-def _read_image(path: Path) -> torch.Tensor:
-    """uint8 tensor (H, W, 3) of an image file, turned for display; 16-bit grey is scaled, never cut off."""
-    import numpy
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file)
-        if picture.mode.startswith("I"):  # 16-bit grey: "I;16", in older Pillows "I"
-            grey_HW = (numpy.asarray(picture).astype("uint32").clip(0, 65535) + 128) // 257
-            return _tensor(grey_HW.astype("uint8")[..., None].repeat(3, axis=-1))
-        if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-            return _tensor(_over_white(numpy.asarray(picture.convert("RGBA"))))
-        return _tensor(numpy.asarray(picture.convert("RGB")))
+def _display_matrix(frame) -> tuple[int, int, int, int]:
+    """(a, b, c, d): the pixel stored at column x and line y is shown at column a x + c y and line b x + d y."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data)[:36])  # FFmpeg's display.h: three columns, the third unused
+    return a, b, c, d
 
 
-def _over_white(picture_HW4):
-    """uint8 array (H, W, 4) -> (H, W, 3)."""
-    colour_HWC, alpha_HW1 = picture_HW4[..., :3].astype("uint32"), picture_HW4[..., 3:].astype("uint32")
-    return ((colour_HWC * alpha_HW1 + 255 * (255 - alpha_HW1) + 127) // 255).astype("uint8")
-
-
-def _tensor(picture_HWC) -> torch.Tensor:
-    """A copy: decoders reuse or protect their memory, and torch takes no negative strides."""
-    import numpy
-    import torch
-
-    return torch.from_numpy(numpy.array(picture_HWC, order="C"))
+def _sides_swapped(matrix: tuple[int, int, int, int]) -> bool:
+    """Whether a display matrix is nearer to a quarter turn, mirrored or not, than to none."""
+    a, b, c, d = matrix
+    return abs(b) + abs(c) > abs(a) + abs(d)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
-from sora_fast.data.media import require
+from sora_fast.data.packages import require
 
 
 def write_video(path: str | os.PathLike, frames, fps: float) -> Path:
