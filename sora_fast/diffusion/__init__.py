@@ -6,8 +6,9 @@ pixels and ``Known`` in latents.
 
 from .clean_frames import FrameTimesteps, draw_clean_frames
 from .conditioning import MediaPrompt, Seam, jumps
+from .learned_variance import LearnedVariance, pairs
 from .objectives import DDPM, FlowMatching, Objective, make_objective
 from .sampling import Known, generate, place
 
-__all__ = ["DDPM", "FlowMatching", "FrameTimesteps", "Known", "MediaPrompt", "Objective", "Seam", "draw_clean_frames",
-           "generate", "jumps", "make_objective", "place"]
+__all__ = ["DDPM", "FlowMatching", "FrameTimesteps", "Known", "LearnedVariance", "MediaPrompt", "Objective", "Seam",
+           "draw_clean_frames", "generate", "jumps", "make_objective", "pairs", "place"]

@@ -194,9 +194,17 @@ class DDPM:
         return predicted
 
 
-def make_objective(kind: str, prediction: str | None = None, **options) -> Objective:
-    """``"flow"`` or ``"ddpm"``, with that objective's usual prediction unless one is given."""
-    kinds = {"flow": FlowMatching, "ddpm": DDPM}
+def make_objective(kind: str, prediction: str | None = None, *, learn_sigma: bool = False, **options) -> Objective:
+    """``"flow"`` or ``"ddpm"``, with that objective's usual prediction unless one is given.
+
+    ``learn_sigma``: DDPM with a learned variance, for a model with ``learn_sigma``.
+    """
+    from .learned_variance import LearnedVariance
+
+    kinds = {"flow": FlowMatching, "ddpm": LearnedVariance if learn_sigma else DDPM}
+    if learn_sigma and kind == "flow":
+        raise ValueError("make_objective: expected learn_sigma with 'ddpm' alone, got it with 'flow', whose paths have no "
+                         "variance; leave it out, or take 'ddpm'")
     if kind not in kinds:
         raise ValueError(f"make_objective: expected 'flow' or 'ddpm', got {kind!r}; choose one of them")
     return kinds[kind](**options) if prediction is None else kinds[kind](prediction=prediction, **options)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..pack import Pack
+from .learned_variance import LearnedVariance, pairs
 from .objectives import Objective
 
 LONGEST = 1000  # steps of a whole schedule: DDPM has no more
@@ -70,8 +71,8 @@ def generate(model: Callable, objective: Objective, sizes: Sequence[tuple[int, i
 
     Args:
         model: ``model(flat, timesteps, pack, **conditions) -> flat``, a DiT. Timesteps are (S,), or (R,) of a pack with
-            ``modulation="frame"`` where any sample has kept frames. Of a learned variance only the mean is used: neither
-            DDIM nor Euler steps need more.
+            ``modulation="frame"`` where any sample has kept frames. A learned variance is used where the objective is a
+            LearnedVariance; DDIM and Euler steps need the mean alone.
         objective: what the model was trained on.
         sizes: (C, T, H, W) of each sample's latents; T = 1 is an image. Each side a multiple of the patch's.
         patch: (pt, ph, pw).
@@ -102,7 +103,7 @@ def generate(model: Callable, objective: Objective, sizes: Sequence[tuple[int, i
     pack = Pack(grids * (2 if both else 1), modulation="frame" if kept_R.any() else "sample",
                 text_lengths=getattr(conditions.get("text"), "lengths", None), device=device)
     kept_R = kept_R.repeat(2 if both else 1).to(device)
-    guided = _channel_mask(sizes, guided_channels).to(device) if both and guided_channels is not None else None
+    guided = _guided(objective, sizes, guided_channels).to(device) if both else None
     schedules = [_schedule(objective, steps, t * h * w, k.strength if k else 1.0)
                  for (t, h, w), k in zip(grids, known, strict=True)]
     x, clean, kept = _begin(sizes, known, objective, schedules, generator)
@@ -113,11 +114,11 @@ def generate(model: Callable, objective: Objective, sizes: Sequence[tuple[int, i
         if pack.modulation == "frame":
             of_model = of_model[pack.row_samples].masked_fill(kept_R, 0.0)
         predicted = model(torch.cat([x, x]) if both else x, of_model, pack, **conditions).float()
-        predicted = _mean(predicted, sizes * (2 if both else 1))
+        predicted = _of_objective(objective, predicted, sizes * (2 if both else 1))
         if both:
             wanted, null = predicted.chunk(2)
             predicted = null + guidance * (wanted - null)
-            predicted = predicted if guided is None else torch.where(guided, predicted, wanted)
+            predicted = torch.where(guided, predicted, wanted)
         predicted = objective.for_scheduler(predicted, x, timesteps, counts_S)
         parts = zip(schedules, predicted.split(counts_S.tolist()), x.split(counts_S.tolist()), strict=True)
         x = torch.cat([s.step(p, times[step], part, return_dict=False)[0] for (s, times), p, part in parts])
@@ -137,9 +138,11 @@ def _schedule(objective: Objective, steps: int, tokens: int, strength: float):
 def _begin(sizes, known, objective, schedules, generator):
     """The first x, the known latents, and which numbers stay, as flat buffers."""
     x, clean, kept = [], [], []
-    for index, (size, k, (_, times)) in enumerate(zip(sizes, known, schedules, strict=True)):
+    for index, (size, k, (scheduler, times)) in enumerate(zip(sizes, known, schedules, strict=True)):
         own = generator[index] if isinstance(generator, Sequence) else generator
         noise = torch.randn(size, generator=own)  # all of it, whatever is known: others draw the same
+        if hasattr(scheduler, "generator"):  # steps draw too: from one of the sample's own, whatever others draw
+            scheduler.generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=own)))
         if k is None:
             x0, stay = torch.zeros(size), torch.zeros(size, dtype=torch.bool)
         else:
@@ -161,17 +164,21 @@ def _kept_rows(known, grids, pt: int) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def _mean(predicted, sizes):
-    """The first C of 2 C predicted channels, where the model has learned a variance too."""
-    if predicted.numel() != 2 * sum(torch.Size(size).numel() for size in sizes):
+def _of_objective(objective, predicted, sizes):
+    """What the objective takes of a model's prediction: pairs with the variance, or the first C of 2 C channels."""
+    counts = [torch.Size(size).numel() for size in sizes]
+    if isinstance(objective, LearnedVariance):
+        return pairs(predicted, counts)
+    if predicted.numel() != 2 * sum(counts):
         return predicted
-    parts = predicted.split([2 * torch.Size(size).numel() for size in sizes])
-    return torch.cat([part.chunk(2)[0] for part in parts])  # channels stand first
+    return torch.cat([part.chunk(2)[0] for part in predicted.split([2 * count for count in counts])])
 
 
-def _channel_mask(sizes, channels: int) -> torch.Tensor:
-    """Which numbers of the flat buffer belong to the first ``channels`` of their sample."""
-    return torch.cat([(torch.arange(size[0]) < channels).repeat_interleave(torch.Size(size[1:]).numel()) for size in sizes])
+def _guided(objective, sizes, channels: int | None) -> torch.Tensor:
+    """Which numbers are guided: those of the first ``channels`` (None: all) of their sample; a variance never is."""
+    mask = torch.cat([(torch.arange(size[0]) < (channels or size[0])).repeat_interleave(torch.Size(size[1:]).numel())
+                      for size in sizes])
+    return torch.stack([mask, torch.zeros_like(mask)], dim=1) if isinstance(objective, LearnedVariance) else mask
 
 
 def _check(sizes, patch, steps: int, guidance: float, guided_channels, condition) -> None:
