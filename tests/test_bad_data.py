@@ -9,6 +9,7 @@ import json
 import os
 import random
 import struct
+import tempfile
 import time
 import unicodedata
 import zlib
@@ -280,6 +281,12 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path, kind, channels):
         assert numpy.abs(as_eight_bits(wrong) - expected).max() > 100
 
 
+def test_floating_point_pixels_are_named_and_not_black(tmp_path):
+    Image.fromarray(numpy.linspace(0, 1, 64, dtype=numpy.float32).reshape(8, 8)).save(tmp_path / "a.png", "TIFF")
+    with pytest.raises(UnreadableMedia, match="cannot be used .another format: its pixels are floating-point"):
+        probe(tmp_path / "a.png")
+
+
 def test_grey_of_sixteen_bits_may_have_a_transparent_level(tmp_path):
     pixels_HWC = numpy.full((2, 2, 1), 40000)
     pixels_HWC[0] = 1234
@@ -395,25 +402,49 @@ def test_links_are_followed_once_and_loops_end(tmp_path):
         "up": "link loop", "over": "link loop", "again": "repeated folder", "pipe.mp4": "no file"}
 
 
-def test_what_may_not_be_read_is_named(tmp_path):
-    write_image(tmp_path / "fine.png", NOISE[0])
+@contextlib.contextmanager
+def common_user():
+    """Inside, this process may not read every file: root, who may, becomes nobody."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def public():
+    """A folder that nobody may enter too, as pytest's own is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_what_may_not_be_read_is_named(public):
+    tmp_path = public
+    write_image(tmp_path / "fine.png", NOISE[0]).chmod(0o644)
     write_image(tmp_path / "closed.png", NOISE[0]).chmod(0)
-    if os.access(tmp_path / "closed.png", os.R_OK):
-        pytest.skip("this user may read every file")
+    with common_user():
+        if os.access(tmp_path / "closed.png", os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            pytest.skip("this user may read every file")
     write_image(tmp_path / "secret.png", NOISE[0])
     (tmp_path / "secret.txt").write_text("a caption")
     (tmp_path / "secret.txt").chmod(0)
     write_image(tmp_path / "room" / "a.png", NOISE[0])
     (tmp_path / "room").chmod(0)
     try:
-        library = scan(tmp_path, progress=False)
+        with common_user():
+            library = scan(tmp_path, progress=False)
         assert [item.path.name for item in library.items] == ["fine.png"]
         assert {path.name: why for path, why in library.skipped} == {
             "closed.png": "not readable: Permission denied", "room": "not readable: Permission denied",
             "secret.png": "caption not readable: secret.txt, Permission denied"}
         (tmp_path / "metadata.jsonl").write_text('{"file_name": "fine.png", "text": "a"}')
         (tmp_path / "metadata.jsonl").chmod(0)
-        with pytest.raises(ValueError, match="metadata.jsonl must be UTF-8 text that can be read, got .*Permission"):
+        with common_user(), pytest.raises(ValueError, match="must be UTF-8 text that can be read, got .*Permission"):
             scan(tmp_path, progress=False)
     finally:
         (tmp_path / "room").chmod(0o700)

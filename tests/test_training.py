@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_checks import Numbers, Stop, little, rows_of, same_files, same_rows, stop_at, weights
+from training_checks import Count, Numbers, Rows, Stop, little, rows_of, same_files, same_rows, stop_at, weights
 
 from sora_fast.training import checkpoint
 from sora_fast.training.config import VAETraining
@@ -28,7 +28,8 @@ def test_losses_are_written(tmp_path):
     seen = []
     trainer.run(seen.append)
     rows = rows_of(tmp_path)
-    assert list(rows[0]) == ["step", "samples", "tokens", "loss", "lr", "tokens_per_s", "pad_share", "seconds"]
+    assert list(rows[0]) == ["step", "samples", "tokens", "loss", "lr", "tokens_per_s", "mfu", "pad_share",
+                             "seconds"]
     assert [int(row["step"]) for row in rows] == [10, 20, 25] == [row["step"] for row in seen]
     assert [int(row["samples"]) for row in rows] == [40, 80, 100] and int(rows[-1]["tokens"]) == 300
     assert float(rows[-1]["pad_share"]) == pytest.approx(1 / 13, rel=1e-4)
@@ -38,13 +39,18 @@ def test_losses_are_written(tmp_path):
 def test_accumulation_equals_one_larger_batch(tmp_path):
     class Double(Numbers):
         def next(self):
-            return torch.cat([Numbers.next(self), Numbers.next(self)])
+            first, second = Numbers.next(self), Numbers.next(self)
+            return Count(first.number // 2, first.keys + second.keys)
+
+        def load(self, plan):
+            halves = [Numbers.load(self, Count(2 * plan.number + i, plan.keys[4 * i :][:4])) for i in range(2)]
+            return Rows(torch.cat([half.values for half in halves]), plan.keys)
 
     def trained(name, batches, accumulate):
         trainer = little(tmp_path / name, batches=batches, accumulate=accumulate, steps=3)
         a, z = trainer.modules["a"], trainer.modules["z"]  # a loss without the noise, which is drawn per batch
-        trainer.loss = lambda batch, generator: ((z(a(batch)) - batch.sum(1, keepdim=True)).square().mean(),
-                                                 dict(samples=len(batch), tokens=len(batch), pad=0))
+        trainer.loss = lambda batch: ((z(a(batch.values)) - batch.values.sum(1, keepdim=True)).square().mean(),
+                                      dict(samples=len(batch.names), tokens=len(batch.names), pad=0))
         trainer.run()
         return trainer
 
@@ -120,8 +126,10 @@ def test_frozen_parameters_stay_and_are_kept_out(tmp_path):
     assert not torch.equal(before["a.weight"], after["a.weight"])
     assert not any(name.startswith("frozen") for name in (*trainer.ema, *trainer.parameters))
     moments = checkpoint.load_tensors(checkpoint.newest(tmp_path) / "optimizer.safetensors")
-    # The unused layer comes first and has no moments: names must not slip.
-    assert {key.rpartition("/")[0] for key in moments} == {"a.weight", "a.bias", "z.weight", "z.bias"}
+    trained = {f"{layer}.{part}" for layer in ("unused", "a", "z") for part in ("weight", "bias")}
+    assert {key.rpartition("/")[0] for key in moments} == trained
+    # What no step used had a gradient of 0, as it has where several processes exchange theirs.
+    assert moments["unused.weight/exp_avg"].shape == (2, 2) and not moments["unused.weight/exp_avg"].any()
     assert moments["a.weight/exp_avg"].shape == (1, 3) and moments["z.weight/exp_avg"].shape == (1, 1)
 
 
@@ -129,23 +137,48 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence(tmp_path):
     trainer = little(tmp_path, steps=10, save_every=2)
     loss, made = trainer.loss, []
 
-    def breaks(batch, generator):
-        value, counts = loss(batch, generator)
+    def breaks(batch):
+        value, counts = loss(batch)
         made.append(value)
         return (value * math.nan if len(made) == 5 else value), counts
 
     trainer.loss = breaks
-    with pytest.raises(FloatingPointError, match="expected a finite loss and gradient at step 5, got a loss of nan"):
+    with pytest.raises(FloatingPointError, match="expected a finite loss and gradient at step 5, got a loss of nan.*"
+                                                 "did not come again .*: 4.0; 4.1; 4.2, and 1 more.*step-00000004,"):
         trainer.run()
     assert checkpoint.newest(tmp_path).name == "step-00000004"
     # A finite loss with an infinite gradient must not reach the weights either.
     other = little(tmp_path / "other", steps=2)
     weight = other.parameters["a.weight"]
-    other.loss = lambda batch, generator: ((weight.sum() - weight.sum().detach()).abs().sqrt(),
-                                           dict(samples=1, tokens=1, pad=0))
-    with pytest.raises(FloatingPointError, match="gradient norm of .*; nothing was saved yet: lower --lr"):
+    other.loss = lambda batch: ((weight.sum() - weight.sum().detach()).abs().sqrt(), dict(samples=1, tokens=1, pad=0))
+    with pytest.raises(FloatingPointError, match="gradient norm of .*every sample .* weights are .*nothing was saved"):
         other.run()
     assert all(torch.isfinite(p).all() for p in other.parameters.values())
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_nan_names_its_sample(tmp_path, where):
+    trainer = little(tmp_path, steps=10, save_every=2, accumulate=2)
+    loss = trainer.loss
+
+    def breaks(batch):
+        value, counts = loss(batch)
+        if "7.2" in batch.names:
+            value = value * math.nan if where == "loss" else value + (value - value.detach()).abs().sqrt()
+        return value, counts
+
+    trainer.loss = breaks
+    with pytest.raises(FloatingPointError, match="at step 4, got .*; it comes from 7.2; the last .*step-00000002"):
+        trainer.run()
+
+
+def test_a_nan_of_samples_together_names_them_all(tmp_path):
+    trainer = little(tmp_path, steps=10)
+    loss = trainer.loss
+    trainer.loss = lambda batch: (loss(batch)[0] * (math.nan if "2.1" in batch.names and len(batch.names) > 1 else 1),
+                                  loss(batch)[1])
+    with pytest.raises(FloatingPointError, match="from these samples together and from none alone: 2.0; 2.1; 2.2, and 1"):
+        trainer.run()
 
 
 # ---- Resume
@@ -319,11 +352,11 @@ def test_ctrl_c_finishes_the_step(tmp_path):
     trainer = little(tmp_path / "a", steps=6)
     loss = trainer.loss
 
-    def interrupted(batch, generator):
+    def interrupted(batch):
         if trainer.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
-        return loss(batch, generator)
+        return loss(batch)
 
     trainer.loss = interrupted
     before = signal.getsignal(signal.SIGINT)
@@ -345,7 +378,7 @@ def test_progress_in_a_log_is_a_line_now_and_then(tmp_path, capsys, monkeypatch)
     out, wrong = capsys.readouterr()
     assert len(out.splitlines()) == 2 and wrong == ""  # the first row, and the last
     line = out.splitlines()[-1]
-    for part in ("300/300", "loss ", "1,200 samples", "3,600 tokens", "tokens/s", "pad 7.7%", "0.0 min left"):
+    for part in ("300/300", "loss ", "1,200 samples", "3,600 tokens", "tokens/s", "MFU ", "pad 7.7%", "0.0 min left"):
         assert part in line, line
 
 
@@ -372,7 +405,7 @@ def test_tensorboard_events(tmp_path, capsys, monkeypatch):
     time.sleep(1.1)  # event files are named by the second
     little(tmp_path / "on", steps=6, save_every=3, tensorboard=True, resume=True).run()
     events = EventAccumulator(str(tmp_path / "on" / "tensorboard")).Reload()
-    assert set(events.Tags()["scalars"]) == {"loss", "lr", "tokens_per_s", "pad_share"}
+    assert set(events.Tags()["scalars"]) == {"loss", "lr", "tokens_per_s", "mfu", "pad_share"}
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]  # none twice
 
 

@@ -1,19 +1,38 @@
 """Training the VAE and the DiT on made media: resume, the memory estimate, latents, packs, frames."""
 
+import csv
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from training_checks import QUIET, Stop, little, same_files, same_rows, stop_at
+from training_checks import (
+    TINY,
+    Stop,
+    latent_clips,
+    little,
+    same_files,
+    same_rows,
+    stop_at,
+    tiny_dit,
+    tiny_vae,
+    weights,
+    write_media,
+)
 
-from sora_fast.data import FitPolicy, scan, write_image, write_video
-from sora_fast.data.frames import Frames
+import sora_fast
+from sora_fast import ops
+from sora_fast.data import scan
 from sora_fast.models import VideoVAE
-from sora_fast.training import checkpoint, memory
+from sora_fast.training import checkpoint, memory, throughput
 from sora_fast.training import dit as dit_task
 from sora_fast.training import vae as vae_task
 from sora_fast.training.config import DiTTraining, VAETraining
-from sora_fast.training.latents import LatentClip, LatentPacks, encode_library, load_library, save_library
+from sora_fast.training.latents import held_out
 
 for package in ("safetensors", "av", "PIL"):
     pytest.importorskip(package, reason="the train extra is not installed")
@@ -21,41 +40,12 @@ for package in ("safetensors", "av", "PIL"):
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory):
-    """Three clips and two images of different sizes, with captions."""
-    folder = tmp_path_factory.mktemp("media")
-    ramp = torch.linspace(0, 255, 64)
-    for index, (frames, height, width) in enumerate([(9, 48, 64), (13, 64, 48), (5, 48, 48)]):
-        moving = torch.stack([(ramp[None, :width] + 8 * t + 40 * index).remainder(256).expand(height, width)
-                              for t in range(frames)])
-        write_video(folder / f"clip{index}.mp4", moving.to(torch.uint8)[..., None].repeat(1, 1, 1, 3), 8)
-        (folder / f"clip{index}.txt").write_text(f"stripes {index}")
-    for index, (height, width) in enumerate([(48, 80), (64, 64)]):
-        picture = (ramp[:height, None].expand(height, width)).to(torch.uint8)[..., None].repeat(1, 1, 3)
-        write_image(folder / f"image{index}.png", picture)
-    return folder
+    return write_media(tmp_path_factory.mktemp("media"))
 
 
 @pytest.fixture(scope="module")
 def clips():
-    """Latents of three sizes with captions."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = [(3, 4, 6), (1, 6, 6), (2, 4, 4), (1, 4, 8)]
-    return [LatentClip(torch.randn(16, *size, generator=generator), f"caption {i}", f"{i}.mp4", 0, 9, 8.0)
-            for i, size in enumerate(sizes)]
-
-
-TINY = dict(**QUIET, warmup=2, log_every=1)
-
-
-def tiny_dit(out, clips, **settings):
-    vae = VideoVAE.preset("tiny", width=4)
-    config = DiTTraining(**dict(out=str(out), budget=40, look_ahead=6, **TINY) | settings)
-    small = replace(dit_task.PRESETS["tiny"], width=48, depth=2, heads=2, rope_axes=(8, 8, 8))
-    before, dit_task.PRESETS["tiny"] = dit_task.PRESETS["tiny"], small
-    try:
-        return dit_task.make_trainer(config, vae, clips)
-    finally:
-        dit_task.PRESETS["tiny"] = before
+    return latent_clips()
 
 
 def test_dit_training_resumes_bit_for_bit(tmp_path, clips):
@@ -74,6 +64,45 @@ def test_dit_training_resumes_bit_for_bit(tmp_path, clips):
     vae = VideoVAE.preset("tiny", width=4)
     with pytest.raises(ValueError, match="--resume: expected the model that"):  # no traceback of load_state_dict
         dit_task.make_trainer(DiTTraining(out=str(tmp_path / "parts"), resume=True, budget=40, **TINY), vae, clips)
+
+
+def command(name, out, media, *more):
+    """``sora-fast`` in a process of its own."""
+    settings = ("--data", media, "--out", out, "--device", "cpu", "--short-side", 48, "--log-every", 1, "--save-every", 6,
+                "--warmup", 2, "--no-tensorboard", "--log-samples", "--heldout", 0.2, "--heldout-every", 5,
+                "--accumulate", 2, "--peak-tflops", 1, "--threads", 1, *more)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    return subprocess.Popen([sys.executable, "-m", "sora_fast.cli", name, *map(str, settings)], env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.full  # 40 s
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("task", ["train-vae", "train"])
+def test_kill_and_resume_of_the_commands(tmp_path, media, task):
+    """Twelve steps are six, kill -9, and a resume: weights, averages, moments, losses, held-out losses and samples."""
+    more = ["--crop", 32, "--frames", 5] if task == "train-vae" else ["--vae", tmp_path / "vae", "--budget", 64]
+    if task == "train":
+        trainer = tiny_vae(tmp_path / "vae", media, steps=1)
+        trainer.run()
+        vae_task.finish(trainer)
+    runs = {}
+    for name in ("whole", "parts"):
+        process = command(task, tmp_path / name, media, "--steps", 12, *more)
+        while name == "parts" and not checkpoint.everything(tmp_path / name):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        if name == "parts":
+            process.kill()
+        runs[name] = process.communicate()
+        assert process.returncode == (-9 if name == "parts" else 0), runs[name]
+    assert checkpoint.newest(tmp_path / "parts").name == "step-00000006"
+    process = command(task, tmp_path / "parts", media, "--resume")
+    assert process.communicate() and process.returncode == 0
+    same_files(checkpoint.newest(tmp_path / "whole"), checkpoint.newest(tmp_path / "parts"))
+    same_rows(tmp_path / "whole", tmp_path / "parts")
+    for table in ("heldout.csv", "samples.csv"):
+        assert (tmp_path / "whole" / table).read_text() == (tmp_path / "parts" / table).read_text()
 
 
 @pytest.mark.parametrize("settings", [dict(prediction="x0"), dict(prediction="noise", timesteps="uniform", shift="2"),
@@ -110,15 +139,14 @@ def test_condition_dropout(tmp_path, clips):
 def test_memory_estimate_of_the_dit(tmp_path, clips, precision):
     trainer = tiny_dit(tmp_path, clips, budget=400, look_ahead=60, precision=precision)
     estimated, share = memory.activation_bytes(trainer)
-    state = trainer.generator.get_state()
     assert share < 0.2
-    batch = trainer.batches.next()
+    batch = trainer.drawn(trainer.batches.next())
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        truth = memory.saved_bytes(lambda: trainer.loss(batch, torch.Generator()), list(trainer.modules.parameters()))
+        truth = memory.saved_bytes(lambda: trainer.loss(batch), list(trainer.modules.parameters()))
     assert truth / 1.4 < estimated < 1.4 * truth
     line = memory.estimate(trainer)
     assert "memory: about" in line and "% of a batch" in line and "free" in line
-    assert torch.equal(state, trainer.generator.get_state()) and trainer.step == 0
+    assert trainer.step == 0 and trainer.batches.number == 1  # the one above
     assert all(p.grad is None for p in trainer.parameters.values())
 
 
@@ -139,7 +167,8 @@ def test_vae_trains_resumes_and_is_estimated(tmp_path, media):
     assert trainer.batches.summary() == ("crops of 32 x 32 from 5 items, 3 of them clips of 5 frames or more; 0 smaller "
                                          "items left out")
     estimated, _ = memory.activation_bytes(trainer)
-    truth = memory.saved_bytes(lambda: trainer.loss(torch.zeros(2, 3, 5, 32, 32), torch.Generator()),
+    batch = vae_task.Crops(torch.zeros(2, 3, 5, 32, 32), ("", ""))
+    truth = memory.saved_bytes(lambda: trainer.loss(trainer.draw(batch, torch.Generator())),
                                list(trainer.modules.parameters()))
     assert truth / 1.2 < estimated < 1.2 * truth
     trainer.run()
@@ -204,70 +233,134 @@ def test_a_frozen_text_encoder_is_not_trained(tmp_path, clips):
     assert run.text_encoder(["caption 0", ""]).lengths == (3, 1)
 
 
-# ---- Latents and frames
+# ---- What is held out, the budget, the rate
 
 
-def test_latents_are_written_whole(tmp_path, clips, monkeypatch):
-    save_library(tmp_path / "latents", clips)
-    back = load_library(tmp_path / "latents")
-    assert [clip.caption for clip in back] == [clip.caption for clip in clips]
-    assert all(torch.equal(a.latent, b.latent) for a, b in zip(back, clips, strict=True))
-    monkeypatch.setattr(checkpoint, "save_tensors", lambda *_: (_ for _ in ()).throw(OSError("no space")))
-    with pytest.raises(OSError):
-        save_library(tmp_path / "latents", clips[:1])
-    assert not (tmp_path / "latents.json").exists()  # so nobody takes the old list for the new tensors
+def test_held_out_files_are_chosen_by_name_and_never_trained_on(tmp_path, clips):
+    names = [f"a/{i}.mp4" for i in range(40)]
+    chosen = held_out(names, 0.25)
+    assert len(chosen) == 10 and held_out(names[::-1] * 2, 0.25) == chosen and held_out(names, 0.3) > chosen
+    assert {name.replace("a/", "b/") for name in chosen} == held_out([n.replace("a/", "b/") for n in names], 0.25)
+    assert held_out(names[:19], 0.05) == set() and len(held_out(names[:20], 0.05)) == 1
+    trainer = tiny_dit(tmp_path, clips, heldout=0.5, steps=6, heldout_every=4, log_samples=True, lr=0.0, ema=0.5)
+    kept = held_out([clip.source for clip in clips], 0.5)
+    assert {clip.source for clip in trainer.batches.clips} == {clip.source for clip in clips} - kept
+    first = trainer.evaluate()
+    assert list(first) == ["step", "t100", "t300", "t500", "t700", "t900", "mean"]
+    assert first["mean"] == pytest.approx(sum(first[f"t{t}"] for t in (100, 300, 500, 700, 900)) / 5)
+    trainer.run()
+    rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(open(tmp_path / "heldout.csv"))]
+    assert [row["step"] for row in rows] == [0, 4, 6]
+    for row in rows:  # with a rate of 0 nothing moves: noise, timesteps and clips are the same each time
+        assert list(row.values())[1:] == pytest.approx(list(first.values())[1:], rel=1e-5)
+    with pytest.raises(ValueError, match="--resume: expected heldout 0.5, .* got 0.25; leave it out"):
+        tiny_dit(tmp_path, clips, heldout=0.25, resume=True)
 
 
-def test_packs_are_endless_full_and_within_budget(clips):
-    packs = LatentPacks(clips, (1, 2, 2), 40, look_ahead=8)
-    counted = {clip.caption: 0 for clip in clips}
-    for _ in range(50):
-        batch = packs.next()
-        tokens = [t * h * w for t, h, w in batch.grids]
-        assert 0 < sum(tokens) <= 40 and batch.latents.shape == (sum(batch.counts),)
-        assert [16 * 4 * n for n in tokens] == list(batch.counts)
-        for caption in batch.captions:
-            counted[caption] += 1
-    assert max(counted.values()) - min(counted.values()) <= 4  # epochs, shuffled
-    with pytest.raises(ValueError, match="at least one latent clip to pack, got none"):
-        LatentPacks([], (1, 2, 2), 40)
-    with pytest.raises(ValueError, match="has 18 tokens, the budget is 10"):
-        LatentPacks(clips[:1], (1, 2, 2), 10, look_ahead=1).next()
+def test_held_out_loss_is_that_of_the_average_at_a_fixed_timestep(tmp_path, clips):
+    trainer = tiny_dit(tmp_path, clips, heldout=0.5, steps=3, lr=0.05, ema=0.2, precision="bf16")
+    trainer.run()
+    before = weights(trainer)
+    row = trainer.evaluate()
+    assert all(torch.equal(before[name], value) for name, value in weights(trainer).items()) and trainer.modules.training
+    (name, batch), *others = [(n, b) for n, b in trainer.held_out() if n == "t300"]
+    assert not others and batch.timesteps.unique().tolist() == [300.0] and not batch.clean.any()
+    trainer.modules.load_state_dict(trainer.ema, strict=False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert row["t300"] == pytest.approx(float(trainer.loss(batch)[0]), rel=1e-6)
+    assert any(not torch.equal(before[name], value) for name, value in trainer.ema.items())
+    pytest.importorskip("matplotlib", reason="the demo extra is not installed")
+    assert (tmp_path / "heldout.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_windows_of_clips(media, tmp_path):
-    vae = VideoVAE.preset("tiny", width=4).eval()
-    items = scan(media, progress=False).items
-    policy = FitPolicy(short_side=48, fps=None, max_frames=5, space_multiple=16, max_tokens=24)
-    for windows, starts in ((1, [0]), (2, [0, 8]), (3, [0, 4, 8])):
-        found = encode_library(vae, items[1:2], policy, windows=windows, progress=False)
-        assert [clip.start for clip in found] == starts
-        for clip in found:
-            assert clip.latent.shape[1] == 1 + (clip.frames - 1) // 4 and clip.caption == "stripes 1"
-            t, h, w = clip.grid((1, 2, 2))
-            assert t * h * w <= 24
+def test_held_out_crops_of_the_vae(tmp_path, media):
+    trainer = tiny_vae(tmp_path, media, heldout=0.4, steps=2, heldout_every=1)
+    kept = {Path(name).name for name in held_out([str(path) for path in media.iterdir() if path.suffix != ".txt"], 0.4)}
+    assert len(kept) == 2 and kept.isdisjoint(item.item.path.name for item in trainer.batches.frames.sources)
+    (name, batch), = trainer.held_out()
+    assert name == "loss" and {Path(n.partition(",")[0]).name for n in batch.names} <= kept
+    trainer.run()
+    assert [list(row) for row in trainer.held_out_rows] == [["step", "loss"]] * 2
 
 
-def test_frames_of_clips_without_rate_or_length(media):
-    item = next(i for i in scan(media, progress=False).items if i.path.name == "clip0.mp4")
-    policy = FitPolicy(short_side=48, fps=None)
-    for odd in (replace(item, fps=0.0, seconds=0.0), replace(item, seconds=0.01), replace(item, fps=0.0)):
-        frames = Frames([odd], policy, progress=False)
-        assert len(frames) == 1 and frames.frames(0) == 1
-        assert frames.window(0, 0, 1).shape == (1, 48, 64, 3)
-    assert len(Frames([replace(item, seconds=0.01)], policy, span=(0.5, 1.0), progress=False)) == 0
-    whole = Frames([item], policy, progress=False)
-    assert whole.frames(0) == 9
-    parts = [Frames([item], policy, span=span, progress=False) for span in ((0.0, 0.6), (0.6, 1.0))]
-    assert [part.frames(0) for part in parts] == [6, 3]
-    assert torch.equal(torch.cat([part.window(0, 0, part.frames(0)) for part in parts]), whole.window(0, 0, 9))
-    on_demand = Frames([item], policy, memory_gb=0.0, progress=False)
-    assert torch.equal(on_demand.window(0, 2, 5), whole.window(0, 2, 5))
-    with pytest.raises(ValueError, match="expected frames within the 9 of clip0.mp4, got 5 to 10"):
-        whole.window(0, 5, 5)
+def test_a_budget_from_free_memory(tmp_path, clips, monkeypatch, capsys):
+    """As large as the memory holds, by memory's own measure; kept on resume; bounded by the clips on both sides."""
+    many = clips * 400
+    monkeypatch.setattr(memory, "_free_bytes", lambda device: 100 * 2**20)
+    trainer = tiny_dit(tmp_path / "a", many, budget=0, steps=1, look_ahead=2000)
+    budget = trainer.config.budget
+    assert f"budget: {budget:,} tokens a pack, from 100.0 MiB free" in capsys.readouterr().out and budget % 256 == 0
+    needed = memory.activation_bytes(trainer)[0] + 16 * sum(p.numel() for p in trainer.parameters.values())
+    share = needed / (memory.SHARE * 100 * 2**20)
+    assert 0.8 < share < 1.05, share
+    assert trainer.batches.load(trainer.batches.next()).length == budget
+    trainer.run()
+    assert checkpoint.load_json(tmp_path / "a" / "config.json")["training"]["budget"] == budget
+    monkeypatch.setattr(memory, "_free_bytes", lambda device: 50 * 2**20)
+    assert tiny_dit(tmp_path / "a", many, budget=0, resume=True, look_ahead=2000).config.budget == budget
+    monkeypatch.setattr(memory, "_free_bytes", lambda device: 2**34)
+    assert tiny_dit(tmp_path / "b", clips, budget=0).config.budget == 18 + 9 + 8 + 8  # all of them together
+    monkeypatch.setattr(memory, "_free_bytes", lambda device: 16 * 2**20)
+    with pytest.raises(ValueError, match="--budget: expected free memory for the largest clip, 18 tokens, got 16.0 MiB"):
+        tiny_dit(tmp_path / "c", clips, budget=0)
 
 
-def test_memory_of_frames_goes_to_those_that_fit(media):
-    items = scan(media, progress=False).items
-    kept = Frames(items, FitPolicy(short_side=48, fps=None), memory_gb=5 * 48 * 48 * 3 / 2**30, progress=False)
-    assert [kept.item(i).path.name for i in kept._kept] == ["clip2.mp4"]
+def test_a_nan_names_its_file_window_and_timestep(tmp_path, clips):
+    bad = replace(clips[2], latent=clips[2].latent.clone(), start=8)
+    bad.latent[3, 1, 2, 2] = torch.nan
+    trainer = tiny_dit(tmp_path, [*clips[:2], bad, clips[3]], steps=20, save_every=1, precision="bf16")
+    with pytest.raises(FloatingPointError, match=r"it comes from 2.mp4, frames 8 to 12, timestep [0-9.]+; ") as stopped:
+        trainer.run()
+    assert trainer.step == 0 or f"step-{trainer.step:08d}, is whole" in str(stopped.value)
+
+
+def test_flops_of_a_step(tmp_path, clips):
+    """Those of PyTorch's own counter; without what checkpointing computes again; MFU is their rate over the peak."""
+    trainer = tiny_dit(tmp_path / "a", clips, steps=2, peak_tflops=0.5)
+    other = tiny_dit(tmp_path / "b", clips, steps=1, checkpointing=True)
+    batch = trainer.drawn(trainer.batches.next())
+    _, flops = throughput.count(lambda: trainer.loss(batch)[0])
+    width, tokens = 48, 40
+    products = 3 * 2 * tokens * (2 * (3 + 1 + 1 + 1 + 8) * width**2 + 2 * 64 * width)  # qkv, proj, q, proj, MLP; patches
+    assert products < flops < 5 * products  # the text encoder and the modulation are the rest
+    trainer.batches.load_state_dict(trainer.batches.state_dict() | dict(drawn=0, number=0, packer=dict(
+        waiting=[], packs=0, packed_tokens=0, capacity=0)))
+    trainer.run()
+    other.run()
+    assert trainer.flops_per_token == pytest.approx(flops / 40)
+    assert other.flops_per_token == trainer.flops_per_token
+    row = trainer.rows[-1]
+    assert row["mfu"] == pytest.approx(row["tokens_per_s"] * trainer.flops_per_token / 0.5e12, rel=1e-6)
+
+
+def test_flops_of_our_kernels():
+    """The formulas for the opaque ops, against PyTorch's counter on the reference of the same call."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def counted(compute, backward):
+        with FlopCounterMode(display=False) as counter:
+            out = compute()
+            forward = counter.get_total_flops()
+            if backward:
+                out.sum().backward()
+        return forward, counter.get_total_flops() - forward
+
+    q, k = torch.randn(20, 2, 16, requires_grad=True), torch.randn(14, 2, 16, requires_grad=True)
+    ends = torch.tensor([0, 5, 20], dtype=torch.int32), torch.tensor([0, 4, 14], dtype=torch.int32)
+    pairs = 5 * 4 + 15 * 10
+    with sora_fast.use_backend("reference"):
+        forward, backward = counted(lambda: ops.varlen_attention(q, k, k * 1, *ends, 15, 10), True)
+    assert throughput.attention_forward(q, k, k, *ends) == forward == 4 * 2 * 16 * pairs
+    assert throughput.attention_backward(q, None, q, k, k, q, None, None, *ends) == backward == 2 * forward
+    x, weight = torch.randn(2, 3, 4, 6, 6, requires_grad=True), torch.randn(5, 3, 3, 3, 3, requires_grad=True)
+    with sora_fast.use_backend("reference"):
+        y = ops.causal_conv3d(x, weight)
+        forward, backward = counted(lambda: ops.causal_conv3d(x, weight), True)
+    assert throughput.convolution_forward(x.shape, weight.shape, out_shape=[y.shape]) == forward
+    wanted = [True, True, False, False, False, False]
+    assert throughput.convolution_backward(y.shape, None, x.shape, weight.shape, *[None] * 5, wanted) == backward
+    assert throughput.peak(torch.device("cpu"), "fp32", 1) > 1e8
+    throughput._ours()
+    from torch.utils.flop_counter import flop_registry
+
+    assert torch.ops.sora_fast.attention_forward in flop_registry

@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
+from ..training import distributed
 from ..training.config import DiTTraining, VAETraining
-from ..training.loop import check_start
+from ..training.loop import Trainer, check_start
 from .options import read_options
 
 
@@ -13,29 +14,44 @@ def _library(command: str, folder: str):
 
     if not folder:
         raise ValueError(f"{command}: expected --data FOLDER with mp4, webm, gif, png or jpg files, got none; pass it")
-    library = scan(folder, progress=sys.stderr.isatty())
+    library = scan(folder, progress=sys.stderr.isatty() and distributed.first())
     print(library.summary(), flush=True)
     return library
 
 
-def train_vae(arguments) -> int:
+def _announce(trainer: Trainer) -> None:
+    """What is about to run."""
     from ..training import memory
+
+    config, ranks = trainer.config, distributed.size()
+    kinds = dict(ddp="with DDP", fsdp="sharded by FSDP2")
+    if ranks > 1:
+        print(f"{ranks} processes {kinds[config.parallel]} on {trainer.device.type}, {trainer.packs_per_step} packs a step",
+              flush=True)
+    if trainer.held_out is None and config.heldout:
+        print(f"no file is held out, since {config.heldout:.0%} of them is less than one: raise --heldout for heldout.csv",
+              flush=True)
+    print(memory.estimate(trainer), flush=True)
+
+
+@distributed.together()
+def train_vae(arguments) -> int:
     from ..training import vae as task
 
     config = read_options(arguments, VAETraining)
     check_start(config)
     trainer = task.make_trainer(config, _library("train-vae", config.data).items)
     print(trainer.batches.summary(), flush=True)
-    print(memory.estimate(trainer), flush=True)
+    _announce(trainer)
     trainer.run()
     task.finish(trainer)
     print(f"wrote {trainer.run_folder / 'vae.safetensors'}; next: sora-fast train --vae {config.out} --data {config.data}")
     return 0
 
 
+@distributed.together()
 def train(arguments) -> int:
     from ..training import dit as task
-    from ..training import memory
     from ..training.latents import load_library
     from ..training.vae import load_vae
 
@@ -52,8 +68,10 @@ def train(arguments) -> int:
         clips = task.encode_media(config, vae, _library("train", config.data).items)
     vae.cpu()
     trainer = task.make_trainer(config, vae, clips)
-    print(f"{len(clips)} latent clips in packs of {config.budget:,} tokens", flush=True)
-    print(memory.estimate(trainer), flush=True)
+    held = len(clips) - len(trainer.batches.clips)
+    print(f"{len(trainer.batches.clips)} latent clips in packs of {trainer.config.budget:,} tokens, {held} held out",
+          flush=True)
+    _announce(trainer)
     trainer.run()
     print(f"trained {trainer.samples:,} samples; next: sora-fast generate {config.out} --prompt '...' --size 9x128x128")
     return 0

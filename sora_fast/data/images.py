@@ -23,6 +23,8 @@ def probe_image(path: Path) -> tuple[int, int]:
             width, height = picture.size
             picture.draft("RGB", (max(1, width // 8), max(1, height // 8)))  # a JPEG decodes to an eighth, faster
             picture.load()
+            if picture.mode == "F":  # a TIFF by another name; as 8 bits, numbers from 0 to 1 would be black
+                raise ValueError("another format: its pixels are floating-point numbers of no known range")
             # After the pixels, since a PNG may hold its tags behind them; these orientations swap the sides.
             turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except ImportError:

@@ -1,10 +1,12 @@
 """Checkpoints: folders of safetensors and JSON that are either whole or not there.
 
-A run folder holds ``checkpoints/step-00000500/`` with model.safetensors, ema.safetensors, optimizer.safetensors,
-state.safetensors (random generators) and state.json. Each is written under another name, flushed, and renamed; so is the
-folder. Folders that begin with a dot are unfinished or on their way out, and are never read.
+A run folder holds ``checkpoints/step-00000500/`` with model.safetensors, ema.safetensors, optimizer.safetensors and
+state.json. Each is written under another name, flushed, and renamed; so is the folder. Folders that begin with a dot are
+unfinished or on their way out, and are never read. Random numbers need no file: each batch has its own generator, seeded
+by the run's seed and the batch's running number, and that is in state.json.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -25,8 +27,8 @@ def _safetensors():
     return safetensors
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file atomically."""
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically, with ``metadata`` in its header."""
     found, values = set(), {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous().cpu()
@@ -35,7 +37,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         values[name] = tensor.clone() if place in found else tensor
         found.add(place)
     safetensors = _safetensors()
-    replace(path, lambda temporary: safetensors.save_file(values, temporary))
+    replace(path, lambda temporary: safetensors.save_file(values, temporary, metadata))
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -46,6 +48,15 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # SafetensorError has no public name
         raise ValueError(f"{path}: expected a safetensors file, got {error}; use an older checkpoint, or write it "
                          f"again") from error
+
+
+def load_with_metadata(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """``load_tensors`` and the header's metadata."""
+    tensors = load_tensors(path)
+    import safetensors
+
+    with safetensors.safe_open(path, "pt") as file:
+        return tensors, file.metadata() or {}
 
 
 def save_json(path: Path, value) -> None:
@@ -79,10 +90,21 @@ def plain(value):
     return json.loads(json.dumps(value))
 
 
+def generator(seed: int, *names: str | int) -> torch.Generator:
+    """A CPU generator that depends on ``seed`` and ``names`` alone: not on what was drawn before, nor on who draws."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where checkpoint ``step`` of a run is, or will be."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
 def write(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict, keep: int) -> Path:
     """Save ``tensors`` (file name -> tensors) and ``state`` as checkpoint ``step`` and drop all but the last ``keep``."""
-    folder = run / "checkpoints"
-    final = folder / f"step-{step:08d}"
+    final = folder_of(run, step)
+    folder = final.parent
     building = folder / f".building-{final.name}"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)

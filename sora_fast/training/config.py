@@ -20,7 +20,10 @@ class LoopConfig:
     final_lr: float = option(0.02, "learning rate at the end of the cosine, as a share of lr", least=0, most=1)
     weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
     clip: float = option(1.0, "gradient norm is clipped to this; 0: not clipped", least=0)
-    accumulate: int = option(1, "batches whose gradients are averaged before each step", least=1)
+    accumulate: int = option(0, "packs (batches) of an optimiser step, over all processes together; 0: one for each process",
+                             least=0)
+    parallel: str = option("ddp", "with torchrun: ddp keeps everything in each process, fsdp (FSDP2) shards weights, "
+                           "gradients, optimiser and average", ("ddp", "fsdp"))
     ema: float = option(0.999, "decay of the averaged weights", least=0, most=1)
     precision: str = option("bf16", "autocast dtype; weights, optimiser and average stay float32", ("bf16", "fp32"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -29,6 +32,12 @@ class LoopConfig:
     save_every: int = option(500, "steps between checkpoints; the last one is always saved", least=1)
     keep: int = option(2, "checkpoints kept", least=1)
     log_every: int = option(10, "steps between rows of losses.csv", least=1)
+    log_samples: bool = option(False, "write samples.csv too: which samples each step was made of, by pack and process")
+    heldout: float = option(0.05, "share of the files (rounded down) that is never trained on, for heldout.csv", least=0,
+                            most=0.9, fixed=True)
+    heldout_every: int = option(500, "steps between rows of heldout.csv; the last step has one too", least=1)
+    peak_tflops: float = option(0.0, "TFLOP/s of one device that MFU is a share of; 0: measured with a matrix product",
+                                least=0)
     resume: bool = option(False, "go on from the newest checkpoint in out, with that run's settings where none are given")
     tensorboard: bool = option(True, "write TensorBoard events too")
 
@@ -60,7 +69,17 @@ class VAETraining(LoopConfig):
     image_share: float = option(0.3, "share of batches that hold images", least=0, most=1)
     short_side: int = option(180, "clips and images are made this small before they are cropped, never larger", least=1)
     fps: float = option(0.0, "frames per second read from clips; 0: their own", least=0)
+    reconstruction: str = option("l1", "error of the pixels", ("l1", "l2"), fixed=True)
+    regularisation: str = option("kl", "of the latents: kl (a posterior near the unit normal) or vq (a codebook)",
+                                 ("kl", "vq"), fixed=True)
     kl: float = option(1e-6, "weight of the KL term (per element of the clip)", least=0)
+    codes: int = option(1024, "codes of the codebook, with vq", least=1, fixed=True)
+    perceptual: str = option("", "package.module:function, called as f(reconstruction, video) -> (B,); default: none",
+                             fixed=True)
+    perceptual_weight: float = option(1.0, "weight of the perceptual function", least=0)
+    adversarial: float = option(0.0, "weight of a patch discriminator, on top of its adaptive one; 0: none", least=0,
+                                fixed=True)
+    adversarial_start: int = option(1000, "step from which the discriminator takes part", least=0)
     memory_gb: float = option(4.0, "decoded frames kept in memory", least=0)
 
 
@@ -73,18 +92,23 @@ class DiTTraining(LoopConfig):
     steps: int = option(2000, "optimiser steps", least=1)
     lr: float = option(1e-3, "peak learning rate of AdamW", least=0)
     weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
-    budget: int = option(1024, "tokens of a pack (of one optimiser step, times accumulate)", least=1)
+    budget: int = option(1024, "tokens of a pack; every pack is padded to it; 0: as many as the free memory holds", least=0)
     look_ahead: int = option(1000, "items the packer may choose among", least=1)
     frames: int = option(9, "most frames of a clip, 1 + time_factor * k", least=1, fixed=True)
     short_side: int = option(160, "short side of clips and images, never enlarged", least=1, fixed=True)
     fps: float = option(0.0, "frames per second read from clips; 0: their own", least=0, fixed=True)
     windows: int = option(4, "windows of each clip that are encoded, evenly spread", least=1, fixed=True)
+    latent_cache: str = option("", "folder that keeps latents by file content for later runs, or none; default: latents in "
+                               "the user's cache, ~/.cache/sora_fast")
     objective: str = option("flow", "flow matching or DDPM", ("flow", "ddpm"), fixed=True)
     prediction: str = option("", "x0 (clean patches), velocity or noise; default velocity for flow, noise for ddpm",
                              ("", "x0", "velocity", "noise"), fixed=True)
+    learn_sigma: bool = option(False, "with ddpm: learn the variance of its steps too, as DiT does", fixed=True)
     timesteps: str = option("logit_normal", "distribution of flow matching's timesteps", ("logit_normal", "uniform"))
     shift: str = option("tokens", "shift of flow matching's timesteps: a number, or tokens (by token count)")
     condition_dropout: float = option(0.1, "share of samples trained without their caption, for guidance", least=0, most=1)
+    clean_frames: float = option(0.25, "share of clips trained with some frames given clean (first, start, end or both "
+                                 "ends, drawn), so that images and clips can be prompts", least=0, most=1)
     text_encoder: str = option("", "folder of a Hugging Face T5, mT5 or UMT5 encoder; default: bytes, trained along",
                                fixed=True)
     checkpointing: bool = option(False, "recompute blocks in the backward to save memory")

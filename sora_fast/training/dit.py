@@ -8,23 +8,37 @@ import torch
 from torch import nn
 
 from ..data import FitPolicy, MediaItem
-from ..diffusion import Objective, make_objective
+from ..data.frames import bar
+from ..diffusion import FrameTimesteps, Objective, draw_clean_frames, make_objective, pairs
 from ..models import ByteTextEncoder, DiT, DiTConfig, HuggingFaceTextEncoder, VideoVAE
 from ..models.dit import PRESETS
-from . import checkpoint
+from . import checkpoint, distributed, memory
 from .config import DiTTraining
-from .latents import LatentBatch, LatentClip, LatentPacks, encode_library, save_library
+from .latent_cache import LatentCache, default_folder
+from .latents import (
+    LatentBatch,
+    LatentClip,
+    LatentPacks,
+    NoisyBatch,
+    encode_library,
+    held_out,
+    held_out_batches,
+    load_library,
+    probe,
+    save_library,
+)
 from .loop import Trainer, check_start, pick_device
 from .vae import load_vae
 
 BYTE_WIDTH = 128
+HELD_OUT_TIMESTEPS = (100, 300, 500, 700, 900)  # of 1000
 
 
 def policy_for(config: DiTTraining, vae: VideoVAE, patch) -> FitPolicy:
-    """Sizes that the VAE and the patch take, at most one pack's budget each."""
+    """Sizes that the VAE and the patch take, at most one pack's budget each where there is one."""
     f, step = vae.config.space_factor, vae.config.time_factor
     return FitPolicy(short_side=config.short_side, fps=config.fps or None, max_frames=config.frames,
-                     space_multiple=f * patch[1], time_factor=step, max_tokens=config.budget)
+                     space_multiple=f * patch[1], time_factor=step, max_tokens=config.budget or None)
 
 
 def objective_of(config: DiTTraining) -> Objective:
@@ -35,7 +49,10 @@ def objective_of(config: DiTTraining) -> Objective:
         except ValueError:
             raise ValueError(f"--shift: expected tokens or a number, got {config.shift!r}; 1 shifts nothing") from None
         options = dict(timesteps=config.timesteps, shift=shift)
-    return make_objective(config.objective, config.prediction or None, **options)
+    if config.learn_sigma and config.objective == "flow":
+        raise ValueError("--learn-sigma: expected --objective ddpm beside it, got flow, whose paths have no variance; leave "
+                         "it out")
+    return make_objective(config.objective, config.prediction or None, learn_sigma=config.learn_sigma, **options)
 
 
 def make_text_encoder(path: str) -> nn.Module:
@@ -49,21 +66,32 @@ def preset_config(preset: str) -> DiTConfig:
     return PRESETS[preset]
 
 
-def dit_config(preset: str, vae: VideoVAE, text_width: int) -> DiTConfig:
+def dit_config(preset: str, vae: VideoVAE, text_width: int, learn_sigma: bool = False) -> DiTConfig:
     """A preset for this VAE's latents, conditioned on text."""
     return replace(preset_config(preset), in_channels=vae.config.latent_channels, text_width=text_width, classes=0,
-                   learn_sigma=False)
+                   learn_sigma=learn_sigma)
 
 
 def encode_media(config: DiTTraining, vae: VideoVAE, items: Sequence[MediaItem], *,
                  span: tuple[float, float] = (0.0, 1.0)) -> list[LatentClip]:
-    """Latents of ``items``, kept in the run folder as latents.safetensors."""
+    """Latents of ``items``, kept in the run folder as latents.safetensors; each rank encodes its share of them."""
     check_start(config)
-    patch = preset_config(config.preset).patch
-    clips = encode_library(vae, items, policy_for(config, vae, patch), windows=config.windows, span=span)
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    save_library(Path(config.out) / "latents", clips)
-    return clips
+    policy = policy_for(config, vae, preset_config(config.preset).patch)
+    folder = None if config.latent_cache == "none" else Path(config.latent_cache or default_folder())
+    cache = LatentCache(folder, vae, policy, windows=config.windows, span=span)
+    encoded = [encode_library(vae, [item], policy, windows=config.windows, span=span, progress=False, cache=cache)
+               for item in bar(distributed.share(items), "latents", distributed.first())]
+    reused, made = distributed.sum_of(cache.reused, cache.made)
+    print(f"latents: {reused:,.0f} of {len(items):,} files from the cache{f' in {folder}' if folder else ''}, {made:,.0f} "
+          f"encoded", flush=True)
+    library = Path(config.out) / "latents"
+    shares = distributed.gather(encoded)
+    if distributed.first():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Item i was encoded by rank i modulo their number.
+        save_library(library, [clip for i in range(len(items)) for clip in shares[i % len(shares)][i // len(shares)]])
+    distributed.barrier()
+    return load_library(library)
 
 
 def make_trainer(config: DiTTraining, vae: VideoVAE, clips: Sequence[LatentClip]) -> Trainer:
@@ -74,29 +102,45 @@ def make_trainer(config: DiTTraining, vae: VideoVAE, clips: Sequence[LatentClip]
     if config.threads:
         torch.set_num_threads(config.threads)
     text_encoder = make_text_encoder(config.text_encoder).to(device)
-    dit = DiT(dit_config(config.preset, vae, text_encoder.width)).to(device)
+    dit = DiT(dit_config(config.preset, vae, text_encoder.width, config.learn_sigma)).to(device)
     dit.gradient_checkpointing = config.checkpointing
-    batches = LatentPacks(clips, dit.config.patch, config.budget, look_ahead=config.look_ahead, seed=config.seed)
     # A frozen encoder is not part of the checkpoint: its folder is named in config.json.
     modules = nn.ModuleDict({"dit": dit} if config.text_encoder else {"dit": dit, "text": text_encoder})
 
-    def loss(batch: LatentBatch, generator):
-        counts = torch.tensor(batch.counts)
-        tokens = torch.tensor([t * h * w for t, h, w in batch.grids])
-        timesteps = objective.draw_timesteps(tokens, generator)
-        noise = torch.randn(batch.latents.shape, generator=generator).to(device)
+    def draw(batch: LatentBatch, generator) -> NoisyBatch:
+        timesteps = objective.draw_timesteps(batch.tokens, generator)
+        noise = torch.randn(batch.latents.shape, generator=generator)
         dropped = torch.rand(len(batch.captions), generator=generator) < config.condition_dropout
-        text = text_encoder(["" if drop else c for c, drop in zip(batch.captions, dropped.tolist(), strict=True)])
-        pack = batch.pack(text.lengths, device)
-        x0, counts, timesteps = batch.latents.to(device), counts.to(device), timesteps.to(device)
-        noisy = objective.add_noise(x0, noise, timesteps, counts)
-        predicted = dit(noisy, timesteps, pack, text=text)
-        return (objective.loss(predicted, x0, noise, timesteps, counts),
-                dict(samples=len(batch.captions), tokens=pack.num_tokens, pad=max(0, config.budget - pack.num_tokens)))
+        captions = tuple("" if drop else c for c, drop in zip(batch.captions, dropped.tolist(), strict=True))
+        clean = draw_clean_frames(batch.grids, config.clean_frames, generator)
+        return NoisyBatch(replace(batch, captions=captions), noise, timesteps, clean)
 
+    def loss(drawn: NoisyBatch):
+        batch = drawn.batch
+        text = text_encoder(batch.captions)
+        pack = batch.pack(text.lengths, device)
+        frames = FrameTimesteps(drawn.timesteps, drawn.clean, batch.counts, batch.grids, dit.config.in_channels, device)
+        x0, noise = batch.latents.to(device), drawn.noise.to(device)
+        noisy = batch.with_tail(frames.add_noise(objective, x0, noise))
+        predicted = dit(noisy, frames.timesteps, pack, text=text)
+        if config.learn_sigma:
+            predicted = pairs(predicted, batch.counts)
+        value, tokens = frames.loss(objective, predicted, x0, noise), int(batch.tokens.sum())
+        return value, dict(samples=len(batch.captions), tokens=tokens, pad=batch.length - tokens)
+
+    patch, held_names = dit.config.patch, held_out([clip.source for clip in clips], config.heldout)
+    trained = [clip for clip in clips if clip.source not in held_names]
+    held = [clip for clip in clips if clip.source in held_names]
+    if not config.budget and trained:
+        config = replace(config, budget=memory.find_budget(
+            config, modules, lambda copies: draw(probe(trained, patch, copies), checkpoint.generator(config.seed)), loss,
+            [clip.tokens(patch) for clip in trained], max(clip.tokens(patch) for clip in clips), device))
+    batches = LatentPacks(trained, patch, config.budget, look_ahead=config.look_ahead, seed=config.seed)
     description = dict(kind="dit", dit=asdict(dit.config), text_encoder=config.text_encoder)
-    trainer = Trainer(config, modules, batches, loss, description)
-    if not config.resume or not (trainer.run_folder / "vae" / "config.json").is_file():
+    trainer = Trainer(
+        config, modules, batches, draw, loss, description, units=dit.blocks,
+        held_out=(lambda: held_out_batches(held, patch, config.budget, HELD_OUT_TIMESTEPS, config.seed)) if held else None)
+    if distributed.first() and not (config.resume and (trainer.run_folder / "vae" / "config.json").is_file()):
         save_vae(vae, trainer.run_folder / "vae")
     return trainer
 

@@ -1,12 +1,16 @@
-"""The training loop: AdamW, warm-up and cosine, accumulation, clipping, EMA, logs, checkpoints, resume, Ctrl-C."""
+"""The training loop: AdamW, warm-up and cosine, accumulation, clipping, EMA, held-out loss, checkpoints, resume, Ctrl-C.
 
-import csv
-import io
+A step is made of a number of packs (batches), numbered through the run. Each has random numbers of its own, from the seed
+and its number, and every rank plans all packs and computes its share: so a step is the same step after a resume, and on any
+number of ranks up to the order of a sum.
+"""
+
 import math
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,18 +19,35 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from . import checkpoint
+from . import checkpoint, culprits, distributed, heldout, throughput
 from .config import LoopConfig
-from .progress import Progress
+from .progress import Events, Progress, Table
 
 # Numbers of a run that state.json holds beside what batches know.
-COUNTERS = ("step", "samples", "tokens", "pad", "seconds", "warm_seconds", "losses", "window")
+COUNTERS = ("step", "packs_per_step", "samples", "tokens", "pad", "seconds", "warm_seconds", "losses", "window",
+            "flops_per_token")
+
+
+class Plan(Protocol):
+    """What a batch will hold: ``number`` in the run, from 0 on, and a key of each sample."""
+
+    number: int
+    keys: Sequence[str]
+
+
+class Batch(Protocol):
+    """A batch with all that was drawn for it: loss(batch) is a function of it and of the weights."""
+
+    names: Sequence[str]  # of each sample, for people
+
+    def only(self, index: int) -> "Batch": ...
 
 
 class Batches(Protocol):
     """An endless source of batches whose place can be saved."""
 
-    def next(self) -> object: ...
+    def next(self) -> Plan: ...
+    def load(self, plan: Plan) -> object: ...
     def probe(self, copies: int) -> tuple[object, float]: ...
     def state_dict(self) -> dict: ...
     def load_state_dict(self, state: dict) -> None: ...
@@ -35,7 +56,7 @@ class Batches(Protocol):
 def pick_device(name: str) -> torch.device:
     """The device of that name, "auto" for a GPU where there is one; one sentence where it cannot be used."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return distributed.own_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -43,7 +64,7 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"--device: expected auto, cpu, cuda or another device of this machine, got {name!r} ({reason}); "
                          f"sora-fast info shows what there is") from error
-    return device
+    return distributed.own_device(device)
 
 
 @contextmanager
@@ -70,40 +91,60 @@ def finish_on_interrupt():
 
 
 class Trainer:
-    """One run.
+    """One run, of one process or of several.
 
     Args:
         config: a LoopConfig.
         modules: what is trained; parameters without requires_grad stay as they are.
         batches: where batches come from.
-        loss: ``loss(batch, generator) -> (loss, counts)``; counts has ``samples``, ``tokens`` and ``pad`` (tokens of
-            tail) of the batch. ``generator`` is a CPU generator whose state is in the checkpoint.
+        draw: ``draw(loaded, generator) -> Batch``: adds the random numbers, from a CPU generator of this batch's own.
+        loss: ``loss(batch) -> (loss, counts)``; counts has ``samples``, ``tokens`` and ``pad`` (tokens of tail).
         description: what rebuilds the model; saved beside the weights, with the settings, as config.json.
+        units: submodules that FSDP2 gathers one at a time; see ``distributed.Step``.
+        held_out: gives (name, batch) of what is kept from training, the same at every call; heldout.csv has a column for
+            each name.
     """
 
-    def __init__(self, config: LoopConfig, modules: nn.ModuleDict, batches: Batches, loss: Callable, description: dict):
-        self.config, self.modules, self.batches, self.loss = config, modules, batches, loss
+    def __init__(self, config: LoopConfig, modules: nn.ModuleDict, batches: Batches, draw: Callable, loss: Callable,
+                 description: dict, *, units: Sequence[nn.Module] = (),
+                 held_out: Callable[[], Iterable[tuple[str, Batch]]] | None = None):
+        self.config, self.modules, self.batches, self.draw, self.loss = config, modules, batches, draw, loss
+        self.held_out = held_out
         self.run_folder = Path(config.out)
         self.device = pick_device(config.device)
+        self.step, self.samples, self.tokens, self.pad, self.seconds = 0, 0, 0, 0, 0.0
+        self.packs_per_step = config.accumulate or distributed.size()
+        self.flops_per_token, self.since = 0.0, time.perf_counter()
+        self.warm_seconds = 0.0  # of training, when the warm-up ended
+        self.losses: list[float] = []  # since the last row
+        self.window = dict(tokens=0, seconds=0.0)  # since the last row
+        check_start(config)
+        if config.resume:
+            check_same_model(self.run_folder, description)
+            saved = checkpoint.newest(self.run_folder)
+            modules.load_state_dict(checkpoint.load_tensors(saved / "model.safetensors"))
+        self.plain = distributed.Step(modules, lambda batch: self.loss(batch), units)
+        self.wrapped = distributed.wrap(self.plain, config.parallel, self.device)
         self.parameters = {n: p for n, p in modules.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, betas=(0.9, 0.95),
                                            weight_decay=config.weight_decay)
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.generator = torch.Generator().manual_seed(config.seed + 1)
-        self.step, self.samples, self.tokens, self.pad, self.seconds = 0, 0, 0, 0, 0.0
-        self.warm_seconds = 0.0  # of training, when the warm-up ended
-        self.losses: list[float] = []  # since the last row
-        self.window = dict(tokens=0, seconds=0.0)  # since the last row
-        self.rows: list[dict] = []
-        check_start(config)
-        self.run_folder.mkdir(parents=True, exist_ok=True)
         if config.resume:
-            check_same_model(self.run_folder, description)
-            self._load(checkpoint.newest(self.run_folder))
-        else:
-            # Left by a run that ended before its first checkpoint: this run begins its table anew.
-            (self.run_folder / "losses.csv").unlink(missing_ok=True)
-        checkpoint.save_json(self.run_folder / "config.json", description | {"training": asdict(config)})
+            self._load(saved)
+        if self.packs_per_step % distributed.size():
+            ranks = distributed.size()
+            raise ValueError(f"--accumulate: expected a multiple of the {ranks} processes, since it counts the packs of a "
+                             f"step over all of them, got {self.packs_per_step}; pass {ranks}, or 0 for one each")
+        quiet = not distributed.first()
+        if not quiet:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.save_json(self.run_folder / "config.json", description | {"training": asdict(config)})
+        self.events = Events(self.run_folder, 0, wanted=False)  # until run()
+        self.tables = {name: Table(self.run_folder / f"{name}.csv", quiet) for name in ("losses", "heldout", "samples")}
+        rows = {name: table.begin(self.step) for name, table in self.tables.items()}
+        self.rows = [{k: int(v) if k in ("step", "samples", "tokens") else float(v) for k, v in row.items()}
+                     for row in rows["losses"]]
+        self.held_out_rows = [{k: int(v) if k == "step" else float(v) for k, v in row.items()} for row in rows["heldout"]]
 
     # ------------------------------------------------------------------------------------------------ the loop
     def progress_share(self, since_step: int = 0, since_seconds: float = 0.0) -> float:
@@ -130,58 +171,76 @@ class Trainer:
         if self.progress_share() >= 1.0:
             print(f"{self.run_folder}: already trained to step {self.step:,}; raise --steps or --minutes to go on",
                   flush=True)
-        writer = self._writer()
-        progress, text = Progress(self.run_folder.name, self.config.steps, self.step), ""
-        since = time.perf_counter()
+        writes = distributed.first()
+        self.events = Events(self.run_folder / "tensorboard", self.step, self.config.tensorboard and writes)
+        progress, text = Progress(self.run_folder.name, self.config.steps, self.step, quiet=not writes), ""
+        self.since, stop = time.perf_counter(), False
         try:
             with finish_on_interrupt() as interrupted:
-                while self.progress_share() < 1.0 and not interrupted.is_set():
-                    value, counts = self._one_step()
-                    now = time.perf_counter()
-                    took, since = now - since, now
-                    self.seconds += took
+                while self.progress_share() < 1.0 and not stop:
+                    value, stop = self._one_step(interrupted)
                     if self.step == self.config.warmup:
                         self.warm_seconds = self.seconds
                     self.losses.append(value)
-                    self.window = dict(tokens=self.window["tokens"] + counts["tokens"],
-                                       seconds=self.window["seconds"] + took)
                     done = self.progress_share() >= 1.0
                     if self.step % self.config.log_every == 0 or done:
-                        row = self._log(writer)
+                        row = self._log()
                         text = self._describe(row)
                         if on_log:
                             on_log(row)
                     progress.update(self.step, text, last=done)
+                    if self.held_out and (self.step % self.config.heldout_every == 0 or done):
+                        self.evaluate()
                     if self.step % self.config.save_every == 0 and not done:
                         self.save()
                 saved = self.save()
         finally:
             progress.close()
-            if writer:
-                writer.close()
-        if interrupted.is_set():
+            self.events.close()
+        if stop:
             print(f"interrupted: saved {saved}; go on with the same command and --resume", flush=True)
             raise KeyboardInterrupt
 
-    def _one_step(self) -> tuple[float, dict]:
-        autocast = (torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bf16"
-                    else nullcontext())
+    def autocast(self):
+        """The context that losses are computed in."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
+
+    def drawn(self, plan: Plan) -> Batch:
+        """The batch of a plan with its random numbers; PyTorch's own generators are set too, for what layers draw."""
+        generator = checkpoint.generator(self.config.seed, "batch", plan.number)
+        torch.manual_seed(generator.initial_seed())
+        return self.draw(self.batches.load(plan), generator)
+
+    def _one_step(self, interrupted: threading.Event | None = None) -> tuple[float, bool]:
+        """The step's loss, and whether a rank was asked to stop."""
+        began = time.perf_counter()
+        plans = [self.batches.next() for _ in range(self.packs_per_step)]
+        own = distributed.share(plans)
         totals, mean = dict(samples=0, tokens=0, pad=0), 0.0
-        for _ in range(self.config.accumulate):
-            batch = self.batches.next()
-            with autocast:
-                loss, counts = self.loss(batch, self.generator)
-            (loss / self.config.accumulate).backward()
-            mean = mean + loss.detach() / self.config.accumulate
+        for place, plan in enumerate(own):
+            with distributed.no_exchange(self.wrapped, last=place == len(own) - 1):
+                loss, counts = self._backward(self.drawn(plan), 1 / len(own))
+            mean = mean + loss.detach() / len(own)
             totals = {name: totals[name] + counts[name] for name in totals}
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip or math.inf)
-        value, norm = float(mean), float(norm)
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            found = checkpoint.everything(self.run_folder)
-            where = f"the last checkpoint, {found[-1]}, is whole" if found else "nothing was saved yet"
-            raise FloatingPointError(
-                f"training stopped: expected a finite loss and gradient at step {self.step + 1}, got a loss of {value} and "
-                f"a gradient norm of {norm}; {where}: lower --lr, or look at the data of this step")
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # unused in this step: 0, as on several ranks, where one may have used it
+                parameter.grad = torch.zeros_like(parameter.detach())
+        gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
+        norm = float(distributed.whole(nn.utils.get_total_norm(gradients.values())))
+        # Rank 0's clock is everybody's: schedules by minutes must agree.
+        now, clock = time.perf_counter(), float(distributed.first())
+        asked = interrupted is not None and interrupted.is_set()
+        mean, asked, alone, took, worked, *totals = distributed.sum_of(
+            float(mean) / distributed.size(), asked, distributed.orphaned(), clock * (now - self.since),
+            clock * (now - began), *totals.values())
+        if alone:
+            sys.exit("sora-fast: torchrun was killed: training stops here, without saving")
+        self.since = now
+        samples, tokens, pad = map(int, totals)
+        if not (math.isfinite(mean) and math.isfinite(norm)):
+            raise FloatingPointError(culprits.sentence(self, mean, norm, plans))
+        if 0 < self.config.clip < norm:
+            torch._foreach_mul_(distributed.locals_of(gradients), self.config.clip / norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
@@ -189,102 +248,117 @@ class Trainer:
         self.step += 1
         # The average follows closely at first, so that short runs do not average in their start.
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
-        self.samples, self.tokens, self.pad = (
-            self.samples + totals["samples"], self.tokens + totals["tokens"], self.pad + totals["pad"])
-        return value, totals
+        torch._foreach_lerp_(distributed.locals_of(self.ema), distributed.locals_of(self.parameters), 1 - decay)
+        if self.config.log_samples:
+            self.tables["samples"].append([dict(step=self.step, pack=plan.number, rank=place % distributed.size(),
+                                                samples=" ".join(plan.keys)) for place, plan in enumerate(plans)])
+        self.samples, self.tokens, self.pad = self.samples + samples, self.tokens + tokens, self.pad + pad
+        self.seconds += took
+        self.window = dict(tokens=self.window["tokens"] + tokens, seconds=self.window["seconds"] + worked)
+        return mean, bool(asked)
+
+    def _backward(self, batch: Batch, share: float) -> tuple[torch.Tensor, dict]:
+        """Loss and counts of a batch; ``share`` of its gradient is added. The run's first also counts its FLOPs."""
+        found = []
+
+        def compute():
+            with self.autocast():
+                found[:] = self.wrapped(batch)
+            return found[0] * share
+
+        if self.flops_per_token or not distributed.first():
+            compute().backward()
+        else:
+            _, flops = throughput.count(compute, self.plain.units if getattr(self.config, "checkpointing", False) else ())
+            self.flops_per_token = flops / max(found[1]["tokens"] + found[1]["pad"], 1)
+        return found[0], found[1]
 
     # ------------------------------------------------------------------------------------------------ telling
-    def _log(self, writer) -> dict:
+    def _log(self) -> dict:
+        rate = self.window["tokens"] / max(self.window["seconds"], 1e-9)
         row = dict(step=self.step, samples=self.samples, tokens=self.tokens, loss=sum(self.losses) / len(self.losses),
-                   lr=self.optimizer.param_groups[0]["lr"],
-                   tokens_per_s=self.window["tokens"] / max(self.window["seconds"], 1e-9),
+                   lr=self.optimizer.param_groups[0]["lr"], tokens_per_s=rate,
+                   mfu=self.flops_per_token * rate / self._peak(),
                    pad_share=self.pad / max(self.tokens + self.pad, 1), seconds=self.seconds)
         self.losses, self.window = [], dict(tokens=0, seconds=0.0)
         self.rows.append(row)
-        path = self.run_folder / "losses.csv"
-        fresh = not path.exists()
-        with open(path, "a", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=list(row))
-            if fresh:
-                table.writeheader()
-            table.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        if writer:
-            for name in ("loss", "lr", "tokens_per_s", "pad_share"):
-                writer.add_scalar(name, row[name], self.step)
+        self.tables["losses"].append([row])
+        self.events.add(self.step, {name: row[name] for name in ("loss", "lr", "tokens_per_s", "mfu", "pad_share")})
         return row
+
+    def _peak(self) -> float:
+        """FLOPs a second that all devices of the run could do."""
+        if not distributed.first():
+            return math.inf
+        one = self.config.peak_tflops * 1e12 or throughput.peak(self.device, self.config.precision,
+                                                                torch.get_num_threads())
+        return one * distributed.size()
 
     def _describe(self, row: dict) -> str:
         left = self.seconds * (1 - self.progress_share()) / max(self.progress_share(), 1e-9)
         return (f"loss {row['loss']:.4f}, {self.samples:,} samples, {self.tokens:,} tokens, "
-                f"{row['tokens_per_s']:,.0f} tokens/s, pad {row['pad_share']:.1%}, {left / 60:.1f} min left")
+                f"{row['tokens_per_s']:,.0f} tokens/s, MFU {row['mfu']:.1%}, pad {row['pad_share']:.1%}, "
+                f"{left / 60:.1f} min left")
 
-    def _writer(self):
-        if not self.config.tensorboard:
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            print("tensorboard is not installed: losses go to losses.csv only", flush=True)
-            return None
-        # Events after the checkpoint that a resumed run begins from will be written again.
-        return SummaryWriter(self.run_folder / "tensorboard", purge_step=self.step + 1)
+    def evaluate(self) -> dict:
+        """The row of heldout.csv for this step, written and told; all ranks must call it."""
+        row = heldout.evaluate(self)
+        self.held_out_rows.append(row)
+        self.tables["heldout"].append([row])
+        self.events.add(self.step, {f"heldout/{name}": value for name, value in row.items() if name != "step"})
+        print(f"{self.run_folder.name} {self.step:,}/{self.config.steps:,}: {heldout.sentence(row)}", flush=True)
+        if distributed.first():
+            heldout.plot(self.run_folder / "heldout.png", self.held_out_rows)
+        return row
 
     # ------------------------------------------------------------------------------------------------ saving
     def save(self) -> Path:
-        """Write a checkpoint of this step; nothing to do where it was loaded from that very step."""
-        folder = self.run_folder / "checkpoints" / f"step-{self.step:08d}"
-        if folder in checkpoint.everything(self.run_folder):
+        """Write a checkpoint of this step; nothing to do where it was loaded from that very step.
+
+        All ranks must call it. It holds whole tensors: any number of ranks, of either kind, goes on from it.
+        """
+        folder = checkpoint.folder_of(self.run_folder, self.step)
+        there = distributed.sum_of(distributed.first() and folder in checkpoint.everything(self.run_folder))[0]
+        if there:
             return folder
-        moments = {}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                moments[f"{name}/{key}"] = torch.as_tensor(value)
-        batches = self.batches.state_dict()
-        tensors = {k: v for k, v in batches.items() if isinstance(v, torch.Tensor)}
-        state = {name: getattr(self, name) for name in COUNTERS}
-        state["batches"] = {k: v for k, v in batches.items() if k not in tensors}
-        return checkpoint.write(
-            self.run_folder, self.step,
-            dict(model=self.modules.state_dict(), ema=self.modules.state_dict() | self.ema, optimizer=moments,
-                 state={"generator": self.generator.get_state()} | {f"batches/{k}": v for k, v in tensors.items()}),
-            state, self.config.keep)
+        moments = {f"{name}/{key}": torch.as_tensor(value) for name, parameter in self.parameters.items()
+                   for key, value in self.optimizer.state.get(parameter, {}).items()}
+        gathered = distributed.gathered
+        model = self.modules.state_dict()
+        tensors = dict(model=gathered(model), ema=gathered(model | self.ema), optimizer=gathered(moments))
+        if distributed.first():
+            state = {name: getattr(self, name) for name in COUNTERS}
+            checkpoint.write(self.run_folder, self.step, tensors, state | {"batches": self.batches.state_dict()},
+                             self.config.keep)
+        return folder
 
     def _load(self, folder: Path) -> None:
-        self.modules.load_state_dict(checkpoint.load_tensors(folder / "model.safetensors"))
+        """Everything of a checkpoint but the weights."""
         ema = checkpoint.load_tensors(folder / "ema.safetensors")
         for name, value in self.ema.items():
-            value.copy_(ema[name])
+            value.copy_(distributed.like(ema[name], value))
         places = {name: place for place, name in enumerate(self.parameters)}
         state: dict[int, dict] = {}
         for key, value in checkpoint.load_tensors(folder / "optimizer.safetensors").items():
             name, _, moment = key.rpartition("/")
+            value = value if moment == "step" else distributed.like(value, self.parameters[name])
             state.setdefault(places[name], {})[moment] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         numbers = checkpoint.load_json(folder / "state.json")
-        tensors = checkpoint.load_tensors(folder / "state.safetensors")
-        self.generator.set_state(tensors.pop("generator"))
-        self.batches.load_state_dict(numbers["batches"] | {k.removeprefix("batches/"): v for k, v in tensors.items()})
+        missing = [name for name in (*COUNTERS, "batches") if name not in numbers]
+        if missing:
+            raise ValueError(f"--resume: expected {folder} to hold {', '.join(missing)}, got a checkpoint of an older "
+                             f"version; begin another run with another --out")
+        self.batches.load_state_dict(numbers["batches"])
         for name in COUNTERS:
             setattr(self, name, numbers[name])
-        self._drop_later_rows()
-
-    def _drop_later_rows(self) -> None:
-        """Rows of steps after the checkpoint will be written again."""
-        path = self.run_folder / "losses.csv"
-        if not path.exists():
-            return
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if all(row.values()) and int(row["step"]) <= self.step]
-        self.rows = [{k: int(v) if k in ("step", "samples", "tokens") else float(v) for k, v in row.items()} for row in rows]
-        if not rows:
-            path.unlink()
-            return
-        text = io.StringIO()
-        table = csv.DictWriter(text, fieldnames=list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-        checkpoint.save_text(path, text.getvalue())
+        if self.config.accumulate:
+            self.packs_per_step = self.config.accumulate
+        elif self.packs_per_step % distributed.size():
+            before, ranks = self.packs_per_step, distributed.size()
+            self.packs_per_step = -(-before // ranks) * ranks
+            print(f"a step is now of {self.packs_per_step} packs, and was of {before} before: {ranks} processes share it",
+                  flush=True)
 
 
 def check_start(config: LoopConfig) -> None:

@@ -1,7 +1,13 @@
-"""How far a run is: a bar in a terminal, a line every ten seconds in a log."""
+"""How far a run is: a bar in a terminal, a line every ten seconds in a log; tables and TensorBoard events of a run."""
 
+import csv
+import io
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..files import save_text
 
 LOG_SECONDS = 10.0
 
@@ -10,13 +16,13 @@ class Progress:
     """``update(step, text)`` after every step; ``text`` is what is known so far.
 
     Args:
-        label: what runs. steps: how many there will be. first: how many are done already.
+        label: what runs. steps: how many there will be. first: how many are done already. quiet: say nothing.
     """
 
-    def __init__(self, label: str, steps: int, first: int):
-        self.label, self.steps = label, steps
+    def __init__(self, label: str, steps: int, first: int, quiet: bool = False):
+        self.label, self.steps, self.quiet = label, steps, quiet
         self.last, self.said, self.bar = 0.0, "", None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not quiet:
             try:
                 from tqdm.auto import tqdm
             except ImportError:
@@ -25,6 +31,8 @@ class Progress:
                             bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}] {postfix}")
 
     def update(self, step: int, text: str, *, last: bool = False) -> None:
+        if self.quiet:
+            return
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
@@ -35,3 +43,69 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+class Table:
+    """A CSV file of a run with a column ``step``. A resumed run drops the rows of steps that it will make again.
+
+    Args:
+        quiet: write nothing (another process does).
+    """
+
+    def __init__(self, path: Path, quiet: bool = False):
+        self.path, self.quiet = path, quiet
+
+    def begin(self, step: int) -> list[dict]:
+        """Keep rows up to ``step`` (of step 0 none: a table that a run without a checkpoint left) and return them."""
+        try:
+            with open(self.path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if all(row.values()) and int(row["step"]) <= step]
+        except FileNotFoundError:
+            return []
+        rows = rows if step else []
+        if self.quiet:
+            return rows
+        if not rows:
+            self.path.unlink(missing_ok=True)
+            return []
+        text = io.StringIO()
+        table = csv.DictWriter(text, fieldnames=list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+        save_text(self.path, text.getvalue())
+        return rows
+
+    def append(self, rows: Sequence[Mapping]) -> None:
+        if self.quiet or not rows:
+            return
+        fresh = not self.path.exists()
+        with open(self.path, "a", newline="") as file:
+            table = csv.DictWriter(file, fieldnames=list(rows[0]))
+            if fresh:
+                table.writeheader()
+            table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+class Events:
+    """TensorBoard scalars of a run; nothing where they are not wanted, or tensorboard is not installed (which is said)."""
+
+    def __init__(self, folder: Path, step: int, wanted: bool):
+        self.writer = None
+        if not wanted:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            print("tensorboard is not installed: losses go to losses.csv only", flush=True)
+            return
+        # Events after the checkpoint that a resumed run begins from will be written again.
+        self.writer = SummaryWriter(folder, purge_step=step + 1)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()

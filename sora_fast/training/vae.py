@@ -3,29 +3,75 @@
 B batch, T frames, H height, W width.
 """
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from .. import models
-from ..data import FitPolicy, MediaItem, to_pixels
+from ..data import FitPolicy, MediaItem, UnreadableMedia, to_pixels
 from ..data.frames import Frames, bar
 from ..models import VAEConfig, VideoVAE
 from ..models.weights import is_published
-from . import checkpoint
+from . import checkpoint, distributed
 from .config import VAETraining
+from .latents import held_out
 from .loop import Trainer, check_start, pick_device
+from .vae_loss import Perceptual, VAELoss, count_together, load_perceptual, modules_of, restart_codes
+
+RESTART_EVERY = 100  # steps between restarts of unused codes; at the first, the codebook starts from data
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Where a crop is: item, first frame, line, column; ``mirrored`` from left to right."""
+
+    item: int
+    start: int = 0
+    top: int = 0
+    left: int = 0
+    mirrored: bool = False
+
+
+@dataclass(frozen=True)
+class CropPlan:
+    """The batch of running number ``number``: crops of ``frames`` frames."""
+
+    number: int
+    frames: int
+    crops: tuple[Crop, ...]
+
+    @property
+    def keys(self) -> list[str]:
+        return [f"{c.item}:{c.start}:{c.top}:{c.left}:{int(c.mirrored)}" for c in self.crops]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """A batch: video (B, 3, T, H, W) in [-1, 1], posterior noise like its latents (None: not drawn), names for people, and
+    its running number (None: of no step of the training)."""
+
+    video: torch.Tensor
+    names: tuple[str, ...]
+    noise: torch.Tensor | None = None
+    number: int | None = None
+
+    def only(self, index: int) -> "Crops":
+        part = slice(index, index + 1)
+        return replace(self, video=self.video[part], names=self.names[part], noise=self.noise[part])
 
 
 class CropBatches:
-    """Random crops: a batch of clip crops, or (``image_share``) of single frames; mirrored half the time."""
+    """Random crops: a batch of clip crops, or (``image_share``) of single frames; mirrored half the time.
+
+    Batch n depends on (seed, n) alone, so the state is a count.
+    """
 
     def __init__(self, frames: Frames, config: VAETraining):
-        self.frames, self.config = frames, config
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.frames, self.config, self.number = frames, config, 0
         crop = config.crop
         # Small frames are turned away, which summary() tells: an enlarged crop would teach a blurred picture.
         self.usable = [i for i in range(len(frames)) if min(frames.size(i)) >= crop]
@@ -41,63 +87,125 @@ class CropBatches:
         return (f"crops of {c.crop} x {c.crop} from {len(self.usable)} items, {len(self.clips)} of them clips of "
                 f"{c.frames} frames or more; {small} smaller items left out{only}")
 
-    def _below(self, limit: int) -> int:
-        return int(torch.randint(limit, (1,), generator=self.generator))
-
-    def next(self) -> torch.Tensor:
-        """(B, 3, T, crop, crop) float32 in [-1, 1]."""
-        c = self.config
-        as_images = not self.clips or float(torch.rand(1, generator=self.generator)) < c.image_share
+    def plan(self, number: int) -> CropPlan:
+        """Batch ``number``; numbers below 0 are other batches than those of the training."""
+        c, generator = self.config, checkpoint.generator(self.config.seed, "crops", number)
+        as_images = not self.clips or float(torch.rand(1, generator=generator)) < c.image_share
         count, length = (c.images, 1) if as_images else (c.clips, c.frames)
-        crops = []
-        for _ in range(count):
-            index = (self.usable if as_images else self.clips)[self._below(len(self.usable if as_images else self.clips))]
-            window = self.frames.window(index, self._below(self.frames.frames(index) - length + 1), length)
-            top, left = (self._below(size - c.crop + 1) for size in window.shape[1:3])
-            crop = to_pixels(window[:, top : top + c.crop, left : left + c.crop])
-            crops.append(crop.flip(-1) if self._below(2) else crop)
-        return torch.stack(crops)
+        items = self.usable if as_images else self.clips
+        crops = [self._draw(items, length, generator) for _ in range(count)]
+        return CropPlan(number, length, tuple(crops))
 
-    def probe(self, copies: int) -> tuple[torch.Tensor, float]:
+    def next(self) -> CropPlan:
+        self.number += 1
+        return self.plan(self.number - 1)
+
+    def load(self, plan: CropPlan) -> Crops:
+        size, videos, names = self.config.crop, [], []
+        for index, crop in enumerate(plan.crops):
+            crop, window = self._read(crop, plan, index)
+            video = to_pixels(window[:, crop.top : crop.top + size, crop.left : crop.left + size])
+            videos.append(video.flip(-1) if crop.mirrored else video)
+            names.append(f"{self.frames.item(crop.item).path}, frames {crop.start} to {crop.start + plan.frames - 1}, line "
+                         f"{crop.top}, column {crop.left}")
+        return Crops(torch.stack(videos), tuple(names), number=plan.number)
+
+    def _read(self, crop: Crop, plan: CropPlan, index: int) -> tuple[Crop, torch.Tensor]:
+        """A crop and its frames; of a file that is damaged there, another one, the same in every run."""
+        generator = checkpoint.generator(self.config.seed, "instead", plan.number, index)
+        for _ in range(20):
+            try:
+                return crop, self.frames.window(crop.item, crop.start, plan.frames)
+            except UnreadableMedia as error:
+                warnings.warn(f"another crop is taken: {error}", stacklevel=2)
+                crop = self._draw(self.usable if plan.frames == 1 else self.clips, plan.frames, generator)
+        return crop, self.frames.window(crop.item, crop.start, plan.frames)
+
+    def _draw(self, items: Sequence[int], length: int, generator) -> Crop:
+        """A crop of ``length`` frames of one of ``items``."""
+        below = lambda limit: int(torch.randint(limit, (1,), generator=generator))
+        item = items[below(len(items))]
+        start = below(self.frames.frames(item) - length + 1)
+        top, left = (below(size - self.config.crop + 1) for size in self.frames.size(item))
+        return Crop(item, start, top, left, bool(below(2)))
+
+    def held_out(self, most: int = 8) -> Crops:
+        """The middle of the first frames of at most ``most`` clips, or of the first frame where there is no clip."""
+        places = (self.clips or self.usable)[:most]
+        middle = lambda size: (size - self.config.crop) // 2
+        crops = tuple(Crop(i, 0, *map(middle, self.frames.size(i))) for i in places)
+        return replace(self.load(CropPlan(0, self.config.frames if self.clips else 1, crops)), number=None)
+
+    def probe(self, copies: int) -> tuple[Crops, float]:
         """A batch of ``copies`` crops, and how many crops the largest batch holds."""
         c = self.config
         clips = bool(self.clips) and c.clips * c.frames >= c.images
-        return torch.zeros(copies, 3, c.frames if clips else 1, c.crop, c.crop), float(c.clips if clips else c.images)
+        video = torch.zeros(copies, 3, c.frames if clips else 1, c.crop, c.crop)
+        return Crops(video, ("",) * copies), float(c.clips if clips else c.images)
 
     def state_dict(self) -> dict:
-        return dict(generator=self.generator.get_state())
+        return dict(number=self.number)
 
     def load_state_dict(self, state: dict) -> None:
-        self.generator.set_state(state["generator"])
+        self.number = state["number"]
 
 
-def make_trainer(config: VAETraining, items: Sequence[MediaItem], *, span: tuple[float, float] = (0.0, 1.0)) -> Trainer:
-    """A Trainer for a new VideoVAE on ``items``; ``span`` is the part of each clip it may see."""
+def make_trainer(config: VAETraining, items: Sequence[MediaItem], *, span: tuple[float, float] = (0.0, 1.0),
+                 perceptual: Perceptual | None = None) -> Trainer:
+    """A Trainer for a new VideoVAE on ``items``; ``span`` is the part of each clip it may see.
+
+    ``perceptual``: as in VAELoss; None: what config.perceptual names.
+    """
     check_start(config)
+    if perceptual is None and config.perceptual:
+        perceptual = load_perceptual(config.perceptual)
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     if config.threads:
         torch.set_num_threads(config.threads)
-    vae = VideoVAE.preset(config.preset).to(device)
+    vq = dict(regularisation="vq", codes=config.codes) if config.regularisation == "vq" else {}
+    if vq and config.parallel == "fsdp" and distributed.size() > 1:
+        raise ValueError("--regularisation vq: expected --parallel ddp with several processes, got fsdp, which leaves no "
+                         "rank a whole codebook; leave --parallel out")
+    vae = VideoVAE.preset(config.preset, **vq)
+    modules = modules_of(vae, config.adversarial).to(device)
     f, step = vae.config.space_factor, vae.config.time_factor
     if config.crop % f or (config.frames - 1) % step:
         raise ValueError(f"train-vae: expected --crop a multiple of {f} and --frames 1 + {step} k, got {config.crop} and "
                          f"{config.frames}; for example {f * 8} and {1 + 2 * step}")
     policy = FitPolicy(short_side=config.short_side, fps=config.fps or None, space_multiple=f, time_factor=step)
-    batches = CropBatches(Frames(items, policy, span=span, memory_gb=config.memory_gb), config)
+    frames = partial(Frames, policy=policy, span=span, memory_gb=config.memory_gb, progress=distributed.first())
+    held_names = held_out([str(item.path) for item in items], config.heldout)
+    batches = CropBatches(frames([item for item in items if str(item.path) not in held_names]), config)
     if vae.linear_path is not None and not config.resume:
-        vae.linear_path.start(batches.next().to(device) for _ in range(200))
+        vae.linear_path.start(batches.load(batches.plan(-1 - i)).video.to(device) for i in range(200))
 
-    def loss(video, generator):
-        video = video.to(device)
-        shape = vae.latent_shape(*video.shape[2:])
-        noise = torch.randn((video.shape[0], *shape), generator=generator).to(device)
-        reconstruction, kl = vae(video, noise)
-        total = (reconstruction.float() - video).abs().mean() + config.kl * kl.mean()
-        return total, dict(samples=video.shape[0], tokens=video.shape[0] * shape[1] * shape[2] * shape[3], pad=0)
+    def draw(crops: Crops, generator) -> Crops:
+        noise = torch.randn((len(crops.names), *vae.latent_shape(*crops.video.shape[2:])), generator=generator)
+        return replace(crops, noise=noise)
 
+    measure = VAELoss(modules, reconstruction=config.reconstruction, kl=config.kl, perceptual=perceptual,
+                      perceptual_weight=config.perceptual_weight, adversarial=config.adversarial)
+
+    def loss(crops: Crops):
+        video, step = crops.video.to(device), None
+        if crops.number is not None:
+            step, place = divmod(crops.number, trainer.packs_per_step)
+        if vq and step is not None and step % RESTART_EVERY == 0 and place < distributed.size():
+            restart_codes(vae, video, checkpoint.generator(config.seed, "codes", step))
+        before = vae.quantizer.counts.clone() if vq else None
+        value = measure(video, crops.noise.to(device), step is None or step >= config.adversarial_start)
+        if vq and vae.training:
+            count_together(vae.quantizer, before)
+        return value, dict(samples=video.shape[0], tokens=crops.noise[:, 0].numel(), pad=0)
+
+    held = [item for item in items if str(item.path) in held_names]
+    large = [i for i in held if min(policy.fit_item(i)[1:]) >= config.crop]
+    kept = [("loss", draw(CropBatches(frames(large), config).held_out(), checkpoint.generator(config.seed, "held out")))
+            ] if large else []
     description = dict(kind="vae", vae=asdict(vae.config))
-    return Trainer(config, nn.ModuleDict({"vae": vae}), batches, loss, description)
+    trainer = Trainer(config, modules, batches, draw, loss, description, held_out=(lambda: kept) if kept else None)
+    return trainer
 
 
 @torch.no_grad()
@@ -109,8 +217,12 @@ def measure_latents(vae: VideoVAE, frames: Frames, *, windows: int = 4, length: 
         take = length if have >= length else 1
         for window in range(windows if take > 1 else 1):
             start = (have - take) * window // max(windows - 1, 1)
-            video = to_pixels(frames.window(index, start, take))[None].to(vae.latent_mean.device)
-            mean = vae.moments(video).chunk(2, dim=1)[0].double().flatten(2).transpose(0, 1).flatten(1)
+            try:
+                video = to_pixels(frames.window(index, start, take))[None].to(vae.latent_mean.device)
+            except UnreadableMedia as error:
+                warnings.warn(f"latent statistics without it: {error}", stacklevel=2)
+                continue
+            mean = vae.moments(video)[:, : vae.config.latent_channels].double().flatten(2).transpose(0, 1).flatten(1)
             sums = [sums[0] + mean.sum(1), sums[1] + mean.square().sum(1)]
             count += mean.shape[1]
     mean = sums[0] / count
@@ -120,12 +232,15 @@ def measure_latents(vae: VideoVAE, frames: Frames, *, windows: int = 4, length: 
 
 def finish(trainer: Trainer) -> VideoVAE:
     """The trained VAE with averaged weights and measured latent statistics, saved as vae.safetensors in the run."""
-    vae = trainer.modules["vae"]
-    trainer.modules.load_state_dict(trainer.ema, strict=False)
-    vae.eval()
-    measure_latents(vae, trainer.batches.frames)
-    checkpoint.save_tensors(trainer.run_folder / "vae.safetensors", vae.state_dict())
-    return vae
+    if distributed.first():
+        vae = VideoVAE(trainer.modules["vae"].config)
+        average = checkpoint.load_tensors(checkpoint.newest(trainer.run_folder) / "ema.safetensors")
+        vae.load_state_dict({k.removeprefix("vae."): v for k, v in average.items() if k.startswith("vae.")})
+        vae.to(trainer.device).eval()
+        measure_latents(vae, trainer.batches.frames)
+        checkpoint.save_tensors(trainer.run_folder / "vae.safetensors", vae.state_dict())
+    distributed.barrier()
+    return load_vae(str(trainer.run_folder), trainer.device)
 
 
 def load_vae(run: str, device="cpu") -> VideoVAE:
@@ -145,5 +260,5 @@ def load_vae(run: str, device="cpu") -> VideoVAE:
         print(f"{run}: not trained to its end: taking {newest.name}, whose latents are not normalised; sora-fast train-vae "
               f"--out {run} --resume finishes it", flush=True)
         ema = checkpoint.load_tensors(newest / "ema.safetensors")
-        vae.load_state_dict({k.removeprefix("vae."): v for k, v in ema.items()})
+        vae.load_state_dict({k.removeprefix("vae."): v for k, v in ema.items() if k.startswith("vae.")})
     return vae.to(device).eval()
