@@ -257,4 +257,6 @@ def _write(name: Path, clip: torch.Tensor, fps: float, a: Namespace) -> Path:
             if int(old.stem) >= len(clip):
                 old.unlink()
         return name
-    return write_video(name.with_suffix(".gif" if a.gif else ".mp4"), clip, fps)
+    # Given frames come out as they went in: the usual compression would cost them 3 levels of 255, and a loop its join.
+    prompted = bool(a.image or a.clip or a.to or a.loop)
+    return write_video(name.with_suffix(".gif" if a.gif else ".mp4"), clip, fps, crf=1 if prompted else 17)
