@@ -14,6 +14,7 @@ frames of a clip are alike, so this measures learning of these clips' appearance
 import argparse
 import csv
 import io
+import platform
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -134,10 +135,19 @@ def train(vae: VideoVAE, free: list[LatentClip], held: list[LatentClip], recipe:
     measured = loss_by_timestep(made.dit, made.text_encoder, made.objective, held, strata=STRATA)
     last = trainer.rows[-max(1, len(trainer.rows) // 10) :]
     return dict(factor=factor, seed=seed, steps=steps, samples=trainer.samples, tokens=trainer.tokens,
-                tflop=round(trainer.flops_per_token * (trainer.tokens + trainer.pad) / 1e12, 3),
+                tflop=float(f"{trainer.flops_per_token * (trainer.tokens + trainer.pad) / 1e12:.4g}"),
                 held_out_loss=round(measured.mean, 6), training_loss=round(sum(r["loss"] for r in last) / len(last), 6),
                 by_timestep=[round(value, 6) for value in measured.by_timestep.tolist()],
-                seconds=round(trainer.seconds, 1))
+                seconds=round(trainer.seconds, 1), **machine(trainer.device, arguments.threads))
+
+
+def machine(device: torch.device, threads: int) -> dict[str, object]:
+    """What a row was made by: commit, a digest of uncommitted changes (null: none), torch, kind of machine."""
+    here = environment(device)
+    kind = f"{platform.machine()} CPU, threads {threads or torch.get_num_threads()}"
+    if device.type == "cuda":
+        kind = here["device"]
+    return dict(commit=here["commit"], changed=here["changed"], torch=here["torch"], machine=kind)
 
 
 def means(rows: list[dict]) -> dict[int, float]:
@@ -175,13 +185,19 @@ def save(out: Path, figures: dict) -> None:
     draw(out, figures["rows"])
 
 
-def draw(out: Path, rows: list[dict]) -> None:
-    """scaling.svg and scaling.png: held-out loss over compute, and over timesteps."""
+def plotter():
+    """matplotlib; one sentence without it, before hours of training and not after."""
     try:
         import matplotlib
     except ImportError as error:
         raise ImportError(f"scaling: expected matplotlib for the plot, got none ({error}); run pip install "
                           f"'sora_fast[demo]'") from error
+    return matplotlib
+
+
+def draw(out: Path, rows: list[dict]) -> None:
+    """scaling.svg and scaling.png: held-out loss over compute, and over timesteps."""
+    matplotlib = plotter()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -193,18 +209,18 @@ def draw(out: Path, rows: list[dict]) -> None:
     left.scatter([row["tflop"] for row in rows], [row["held_out_loss"] for row in rows], s=18, color="#2a78d6", alpha=0.5,
                  label="one seed each")
     left.plot([tflop[f] for f in averages], list(averages.values()), color="#2a78d6", marker="_", label="mean")
-    for factor, value in averages.items():
-        left.annotate(f"{factor}x", (tflop[factor], value), xytext=(6, 6), textcoords="offset points")
-    left.set(xscale="log", xlabel="training compute, TFLOP", ylabel="held-out loss, averaged weights")
+    left.set(xscale="log", xlabel="training compute, TFLOP", ylabel="held-out loss, averaged weights", ylim=(0, None))
+    left.set_xticks(list(tflop.values()), [f"{factor}x\n{value:.3g}" for factor, value in tflop.items()])
+    left.set_xticks([], minor=True)
     left.legend(frameon=False, fontsize="small")
     for place, factor in enumerate(averages):
         chosen = torch.tensor([row["by_timestep"] for row in rows if row["factor"] == factor])
         centres = [1000 * (b + 0.5) / STRATA for b in range(STRATA)]
         right.plot(centres, chosen.mean(0).tolist(), marker=".", color=colours[min(place, 3)], label=f"{factor}x")
-    right.set(xlabel="timestep (0 clean, 1000 noise)", ylabel="held-out loss", yscale="log")
+    right.set(xlabel="timestep (0 clean, 1000 noise)", ylabel="held-out loss", xlim=(0, 1000), ylim=(0, None))
     right.legend(frameon=False, fontsize="small")
     for axes in (left, right):
-        axes.grid(alpha=0.3, which="both")
+        axes.grid(alpha=0.3)
     with matplotlib.rc_context({"svg.hashsalt": "scaling"}):  # the same figures give the same file
         replace(out / "scaling.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
     replace(out / "scaling.png", lambda path: figure.savefig(path, format="png", dpi=150))
@@ -213,6 +229,7 @@ def draw(out: Path, rows: list[dict]) -> None:
 def run(arguments) -> int:
     """All rows that are not there yet, then the verdict: 0, or 1 where more compute did not lower the loss."""
     out, work = Path(arguments.out), Path(arguments.work)
+    plotter()
     recipe = Recipe(steps=arguments.steps, vae_steps=arguments.vae_steps, stride=arguments.stride,
                     **(dict(data=arguments.data) if arguments.data else {}),
                     **(dict(vae=arguments.vae) if arguments.vae else {}))
@@ -231,10 +248,7 @@ def run(arguments) -> int:
         checkpoint.save_json(keep, settings)
         vae, free, held = prepare(work, arguments, recipe)
         print(f"{len(free):,} windows to train on, {len(held)} held out", flush=True)
-        here = environment(pick_device(arguments.device))
-        about = dict(command=command(arguments), commit=here["commit"], changed=here["changed"], torch=here["torch"],
-                     machine=f"{here['kind']}, {arguments.threads or torch.get_num_threads()} thread(s)",
-                     windows=len(free), held_out_windows=len(held), recipe=settings)
+        about = dict(command=command(arguments), windows=len(free), held_out_windows=len(held), recipe=settings)
         for number, (factor, seed) in enumerate(wanted):
             if (factor, seed) in rows:
                 continue

@@ -20,7 +20,7 @@ from sora_fast.explanation import explain
 from sora_fast.training.config import DiTTraining, VAETraining
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("demo", "train-vae", "train", "generate", "info", "explain", "validate", "bench", "bench compare",
+COMMANDS = ("demo", "train-vae", "train", "generate", "eval", "info", "explain", "validate", "bench", "bench compare",
             "bench report", "bench collect", "bench readme")
 
 
@@ -149,7 +149,8 @@ def trained(tmp_path_factory):
     (root / "media" / "clip.txt").write_text("a ramp that stands still")
     common = "steps: 2\nwarmup: 1\nlog-every: 1\nthreads: 1\ndevice: cpu\ntensorboard: false\n"
     (root / "vae.yaml").write_text(common + "crop: 16\nframes: 5\nimages: 2\n")
-    (root / "dit.yaml").write_text(common + "budget: 64\nlook_ahead: 3\nshort_side: 32\nframes: 5\nwindows: 2\n")
+    (root / "dit.yaml").write_text(common + "budget: 64\nlook_ahead: 3\nshort_side: 32\nframes: 5\nwindows: 2\n"
+                                   f"latent-cache: {root}/latents\n")
     said = io.StringIO()
     with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as done:
         main(["train-vae", "--config", f"{root}/vae.yaml", "--out", f"{root}/vae", "--data", f"{root}/media"])
@@ -166,6 +167,7 @@ def test_training_tells_what_it_does(trained):
     root, vae, dit = trained
     assert "1 clips, 1 images, 1 without a caption" in vae and "crops of 16 x 16 from 2 items" in vae
     assert "next: sora-fast train --vae" in vae and "next: sora-fast generate" in dit
+    assert f"latents: 0 of 2 files from the cache in {root}/latents, 2 encoded" in dit
     for out, run in ((vae, "vae"), (dit, "dit")):
         assert out.index("memory: about") < out.index(f"{run} 1/2: loss")
         assert f"{run} 2/2: loss" in out and "tokens/s" in out and "pad " in out and "min left" in out

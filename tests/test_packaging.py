@@ -23,7 +23,7 @@ MAPPED = ("kernels", "benchmarks")  # top-level folders that are imported as sor
 FLOORS = (
     {"cli"},
     {"training", "benchmarks", "tuning"},
-    {"models", "data", "diffusion", "integrations", "testing", "explanation"},
+    {"models", "data", "diffusion", "evaluation", "integrations", "testing", "explanation"},
     {"nn", "compat"},
     {"ops"},
     {"dispatch", "kernels", "_C", "reference", "env", "pack", "checks", "files", "records", "environment", "configs"},

@@ -1,4 +1,4 @@
-"""sora-fast: demo, train-vae, train, generate, info, explain, validate, bench, tune."""
+"""sora-fast: demo, train-vae, train, generate, eval, info, explain, validate, bench, tune."""
 
 import argparse
 import dis
@@ -46,6 +46,12 @@ def _train(arguments) -> int:
 
 def _generate(arguments) -> int:
     from .generate import run
+
+    return run(arguments)
+
+
+def _eval(arguments) -> int:
+    from .eval import run
 
     return run(arguments)
 
@@ -159,6 +165,49 @@ def parser() -> argparse.ArgumentParser:
                      help="seed of the first sample's noise, the next have the next numbers (default: %(default)s)")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
 
+    sub = command("eval", _eval, "judge a trained VAE or DiT: reconstruction, loss over timesteps, samples, a report",
+                  "A VAE:  sora-fast eval runs/vae --data clips/\n"
+                  "A DiT:  sora-fast eval runs/dit --data clips/ --prompt 'a rabbit' --size 9x96x160 --size 1x128x128\n"
+                  "With a distance of features of your own:\n"
+                  "        sora-fast eval runs/vae --data clips/ --features my_package.features:clip_features\n\n"
+                  "A VAE: PSNR, SSIM, PSNR of the differences of neighbouring frames and of the worst frame, for each file\n"
+                  "and in all, in memory that does not grow with the clips' length. A DiT, with its averaged weights: the\n"
+                  "loss over timesteps with fixed noise, and a sheet of samples, prompts by sizes. Writes OUT/eval.json,\n"
+                  "eval.png and report.html. The function of --features takes a clip, uint8 (T, H, W, 3), and gives D\n"
+                  "numbers; the Frechet distance is between their Gaussians, real against reconstructed or generated.")
+    sub.add_argument("model", help="run folder of sora-fast train-vae or train, or weights of Wan 2.1's VAE")
+    sub.add_argument("--data", metavar="FOLDER", help="clips and images to judge it on (default: the files that the run "
+                                                      "held out from its training)")
+    sub.add_argument("--out", default="out/eval", help="folder for figures, report and samples (default: %(default)s)")
+    sub.add_argument("--files", type=int, default=64, metavar="N", help="no more than N files, evenly spread; 0: all "
+                                                                        "(default: %(default)s)")
+    sub.add_argument("--short-side", type=int, default=0, metavar="PIXELS",
+                     help="VAE: clips and images are made this small, never larger; 0: as in training, else 256 "
+                          "(default: %(default)s)")
+    sub.add_argument("--frames", type=int, default=0, metavar="N", help="VAE: the first N frames of each clip; 0: all "
+                                                                        "(default: %(default)s)")
+    sub.add_argument("--fps", type=float, default=0.0, help="VAE: frames per second read from clips; 0: as in training, "
+                                                            "else the clips' own (default: %(default)s)")
+    sub.add_argument("--strata", type=int, default=10, metavar="N", help="DiT: equal parts of the timesteps, each met once "
+                                                                         "by every window (default: %(default)s)")
+    sub.add_argument("--prompt", action="append", help="DiT: a caption of the sheet; repeat for more rows (default: the "
+                                                       "first three of the data)")
+    sub.add_argument("--size", action="append", metavar="TxHxW", help="DiT: a size of the sheet; repeat for more columns "
+                                                                      "(default: that of a window, and an image)")
+    sub.add_argument("--steps", type=int, default=25, help="DiT: sampling steps (default: %(default)s)")
+    sub.add_argument("--guidance", type=float, default=1.0, help="DiT: classifier-free guidance, 1: none "
+                                                                 "(default: %(default)s)")
+    sub.add_argument("--gif", action="store_true", help="DiT: a gif of the sheet in place of mp4 (default: mp4)")
+    sub.add_argument("--features", metavar="PKG.MOD:FN", help="your function of features, for a Frechet distance "
+                                                              "(default: none)")
+    sub.add_argument("--feature-frames", type=int, default=16, metavar="N",
+                     help="VAE: features are those of windows of N frames, shorter clips as they are (default: %(default)s)")
+    sub.add_argument("--feature-batch", type=int, default=0, metavar="B",
+                     help="your function takes up to B clips of one size, (B, T, H, W, 3), and gives (B, D); 0: one clip "
+                          "(default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of noise, timesteps and samples (default: %(default)s)")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+
     command("info", _info, "what is installed, and which backend runs what")
     sub = command("explain", _explain, "which backend each op takes on a device, and why",
                   "Example: sora-fast explain dit --device cuda:sm90")
@@ -178,7 +227,8 @@ def parser() -> argparse.ArgumentParser:
                   "       sora-fast validate --model path/to/vae           (a folder of save_pretrained)")
     sub.add_argument("--op", action="append", help="op to check; repeat for several (default: all)")
     sub.add_argument("--impl", metavar="PKG.MOD:FN", help="your function, for one --op")
-    sub.add_argument("--model", metavar="CLASS|FOLDER", help="a model of diffusers, plain and accelerated, in place of ops (default: ops)")
+    sub.add_argument("--model", metavar="CLASS|FOLDER", help="a model of diffusers, plain and accelerated, in place of ops "
+                                                             "(default: ops)")
     sub.add_argument("--backend", action="append", help="backend of ours; repeat for several (default: all there are)")
     sub.add_argument("--dtype", action="append", choices=DTYPES, help="repeat for several (default: the last three)")
     sub.add_argument("--device", default="cpu", help="(default: %(default)s)")
