@@ -129,7 +129,9 @@ def train(vae: VideoVAE, free: list[LatentClip], held: list[LatentClip], recipe:
                          condition_dropout=0.0, precision="fp32", device=arguments.device, threads=arguments.threads,
                          tensorboard=False, save_every=max(50, steps // 8), keep=1, log_every=10, peak_tflops=1.0,
                          resume=bool(checkpoint.everything(run)))
-    trainer = dit_task.make_trainer(config, vae, free)
+    trainer, began = dit_task.make_trainer(config, vae, free), run / "began.json"
+    if not config.resume:  # a row names the code that trained it, though it may be measured again by later code
+        checkpoint.save_json(began, machine(trainer.device, arguments.threads))
     trainer.run()
     made = dit_task.load_run(str(run), trainer.device)
     measured = loss_by_timestep(made.dit, made.text_encoder, made.objective, held, strata=STRATA)
@@ -138,7 +140,7 @@ def train(vae: VideoVAE, free: list[LatentClip], held: list[LatentClip], recipe:
                 tflop=float(f"{trainer.flops_per_token * (trainer.tokens + trainer.pad) / 1e12:.4g}"),
                 held_out_loss=round(measured.mean, 6), training_loss=round(sum(r["loss"] for r in last) / len(last), 6),
                 by_timestep=[round(value, 6) for value in measured.by_timestep.tolist()],
-                seconds=round(trainer.seconds, 1), **machine(trainer.device, arguments.threads))
+                seconds=round(trainer.seconds, 1), **checkpoint.load_json(began))
 
 
 def machine(device: torch.device, threads: int) -> dict[str, object]:

@@ -340,6 +340,8 @@ def test_eval_of_a_vae(runs, cli, tmp_path, monkeypatch):
                             "own_features:mean", "--feature-frames", "5", "--out", "e")
     assert code == 0, wrong
     found, page = evaluated(tmp_path / "e")
+    last, total = found["clips"][-1]["frames"], found["all"]["frames"]
+    assert f"reconstruct {total}/{total}: " in said and f"{last} of {last} frames" in said
     assert found["kind"] == "vae" and len(found["clips"]) == 5 and "sora-fast eval" in found["command"]
 
     from sora_fast.data import FitPolicy

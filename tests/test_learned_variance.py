@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from training_checks import latent_clips, tiny_dit
 
-from sora_fast.diffusion import DDPM, LearnedVariance, generate, make_objective, pairs
+from sora_fast.diffusion import DDPM, LearnedVariance, generate, make_objective, pairs, place
 from sora_fast.diffusion.learned_variance import (
     bin_log_likelihood,
     denoised,
@@ -20,8 +21,10 @@ from sora_fast.diffusion.learned_variance import (
 )
 from sora_fast.models import DiT
 from sora_fast.models.dit import PRESETS
+from sora_fast.training.dit import load_run
 
 diffusers = pytest.importorskip("diffusers")
+LINEAR = (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)).cumprod(0)  # the source's schedule
 
 
 def seeded(seed=0):
@@ -63,6 +66,15 @@ def test_the_posterior_is_that_of_the_joint_gaussian(place):
     between = log_variance(step, torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64))
     assert between.tolist() == pytest.approx(
         [float(step.log_least), float(step.log_least + step.log_most) / 2, float(step.log_most)])
+
+
+def test_the_schedule_is_in_float64():
+    """At t = 0 float32's product of the alphas would put the variances off by 2e-4."""
+    def apart(alphas):
+        logs = lambda steps: torch.stack([steps.log_most, steps.log_least])
+        return float((logs(steps_of(alphas)) - logs(steps_of(LINEAR))).abs().max())
+
+    assert apart(LearnedVariance().alphas) < 1e-6 < 1e-4 < apart(LINEAR.float().double())
 
 
 def test_kl_is_the_integral():
@@ -173,6 +185,30 @@ def test_a_step_is_diffusers_learned_range():
     assert torch.equal(last, again)  # the last step draws nothing
 
 
+def joint(before, now, x0, x_t):
+    """Mean and variance of x at alpha bar ``before`` given x0 and x_t at ``now``, from their joint Gaussian."""
+    keep = now / before
+    gain = (1 - before) * keep.sqrt() / (1 - now)
+    return before.sqrt() * x0 + gain * (x_t - now.sqrt() * x0), (1 - before) * (1 - gain * keep.sqrt())
+
+
+def test_250_steps_are_those_of_the_respaced_chain():
+    """The timesteps of the official sampler, and between them the chain that skips the others."""
+    scheduler = LearnedVariance().scheduler(250, 1)
+    times = [round(k * 999 / 249) for k in range(250)]
+    assert scheduler.timesteps.tolist() == times[::-1]
+    x0, eps, draws = draw(60), draw(60, seed=1), torch.randn(60, generator=seeded(7)).double()
+    for k in (249, 120, 1):
+        before, now = LINEAR[times[k - 1]], LINEAR[times[k]]
+        mean, least = joint(before, now, x0, now.sqrt() * x0 + (1 - now).sqrt() * eps)
+        for v, variance in ((-1.0, least), (1.0, 1 - now / before)):
+            scheduler.generator = seeded(7)
+            prediction = torch.stack([eps, torch.full_like(eps, v)], dim=1)
+            (got,) = scheduler.step(prediction, torch.tensor(times[k]), now.sqrt() * x0 + (1 - now).sqrt() * eps)
+            assert (got - mean - variance.sqrt() * draws).abs().max() < 1e-6
+    assert LearnedVariance().scheduler(1, 1).timesteps.tolist() == [999]  # from noise, as any other number
+
+
 def perfect(mean, std):
     """The best prediction of noise and variance for numbers that are all N(mean, std^2), as a flat model of 2 C channels."""
     alphas = LearnedVariance().alphas.double()
@@ -222,7 +258,10 @@ def test_the_official_guidance_leaves_the_variance_and_the_fourth_channel():
 
 # ------------------------------------------------------------------------------------------------ training
 def test_a_class_conditional_dit_learns():
-    """Labels, 2 C channels, a pack of two sizes: a few steps lower the loss, and the variance has a share in it."""
+    """Labels, 2 C channels, a pack of two sizes: a few steps lower the loss, and the learned variance its own term.
+
+    Every other step is at t < 10, where nearly all of the variational term is.
+    """
     torch.manual_seed(0)
     model = DiT(replace(PRESETS["S/2"], width=48, depth=2, heads=2, classes=2))
     objective, generator = make_objective("ddpm", learn_sigma=True), seeded()
@@ -230,19 +269,51 @@ def test_a_class_conditional_dit_learns():
     sizes = [(4, 1, 8, 8), (4, 1, 4, 8)] * 4
     counts = torch.tensor([torch.Size(size).numel() for size in sizes])
     labels = torch.tensor([0, 1] * 4)
-    for _ in range(40):
+    for step in range(40):
         x0 = torch.cat([torch.full(size, 0.5 - label.item()).flatten() for size, label in zip(sizes, labels, strict=True)])
-        timesteps = objective.draw_timesteps(counts, generator)
+        timesteps = (objective.draw_timesteps(counts, generator) * (0.01 if step % 2 else 1)).floor()
         noise = torch.randn(x0.shape, generator=generator)
         noisy = objective.add_noise(x0, noise, timesteps, counts)
         clips = [part.view(size) for part, size in zip(noisy.split(counts.tolist()), sizes, strict=True)]
         out = torch.cat([clip.flatten() for clip in model(clips, timesteps, labels=labels)])
-        loss = objective.loss(pairs(out, counts), x0, noise, timesteps, counts)
+        predicted = pairs(out, counts)
+        loss = objective.loss(predicted, x0, noise, timesteps, counts)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+    predicted = predicted.detach()
+    term = lambda v: float(objective.variational(torch.stack([predicted[:, 0], v], 1), x0, noise, timesteps, counts).mean())
+    assert term(predicted[:, 1]) < 0.99 * term(torch.zeros_like(noise))  # v = 0: what it began with
+
+
+def test_a_run_of_train_learns_it_and_generates_with_it(tmp_path):
+    """``sora-fast train --objective ddpm --learn-sigma``: its loss is the formula's, and its frames known stay."""
+    pytest.importorskip("safetensors", reason="the train extra is not installed")
+    trainer = tiny_dit(tmp_path / "run", latent_clips(), objective="ddpm", learn_sigma=True, steps=2, clean_frames=0.0)
+    trainer.run()
+    drawn = trainer.drawn(trainer.batches.next())
+    batch, dit, text = drawn.batch, trainer.modules["dit"], trainer.modules["text"]
+    with torch.no_grad():  # outputs as large as noise: after two steps they are all but 0, and anything looks alike
+        torch.nn.init.normal_(dit.final_layer.linear.weight, std=0.1, generator=seeded())
+        got = trainer.loss(drawn)[0]
+        counts = torch.as_tensor(batch.counts)
+        noisy = LearnedVariance().add_noise(batch.latents, drawn.noise, drawn.timesteps, counts)
+        clips = [part.view(16, *(n * p for n, p in zip(grid, dit.config.patch, strict=True)))
+                 for part, grid in zip(noisy.split(counts.tolist()), batch.grids, strict=True)]
+        out = dit(clips, drawn.timesteps, text=text(batch.captions))
+    predicted = torch.cat([torch.stack([part.flatten() for part in clip.chunk(2)], dim=1) for clip in out])
+    wide = (tensor.double() for tensor in (predicted, batch.latents, drawn.noise, drawn.timesteps))
+    wanted = by_hand(LearnedVariance(), *wide, counts)
+    assert float(got) == pytest.approx(float(wanted), rel=1e-3)
+    found = load_run(str(tmp_path / "run"))
+    assert isinstance(found.objective, LearnedVariance) and found.dit.config.learn_sigma
+    first = draw(16, 1, 4, 6).float()
+    made = generate(found.dit, found.objective, [(16, 3, 4, 6), (16, 1, 4, 4)], patch=found.dit.config.patch, steps=5,
+                    guidance=2.0, condition=lambda null: dict(text=found.text_encoder(["" if null else "a", ""])),
+                    known=[place((16, 3, 4, 6), first), None], generator=seeded())
+    assert torch.equal(made[0][:, :1], first) and all(bool(sample.isfinite().all()) for sample in made)
 
 
 def test_errors_and_names():
@@ -250,6 +321,7 @@ def test_errors_and_names():
     assert type(make_objective("ddpm")) is DDPM
     for words, call in (("prediction 'noise', got 'x0'", lambda: LearnedVariance(prediction="x0")),
                         ("learn_sigma with 'ddpm' alone", lambda: make_objective("flow", learn_sigma=True)),
+                        ("expected 1 to 1,000 steps, got 1,500", lambda: LearnedVariance().scheduler(1500, 1)),
                         (r"predictions \(N, 2\)", lambda: LearnedVariance().loss(draw(3), draw(3), draw(3), draw(1), None))):
         with pytest.raises(ValueError, match=words):
             call()

@@ -19,6 +19,8 @@ from sora_fast.models.vae import PRESETS as VAE_PRESETS  # noqa: E402
 from sora_fast.training import dit as dit_task  # noqa: E402
 from sora_fast.training.latents import load_library  # noqa: E402
 
+SMALL = dict(width=48, depth=2, heads=2, rope_axes=(8, 8, 8))
+
 
 @pytest.mark.parametrize("total", [9, 20, 36, 71, 132, 250])
 def test_no_training_window_holds_a_held_out_frame(total):
@@ -57,7 +59,7 @@ def done(tmp_path_factory):
     patch.setattr(scaling, "Recipe", lambda plain=scaling.Recipe, **changes: plain(**dict(crops=1, held_crops=1) | changes))
     argv = ["--data", str(root / "media"), "--out", str(root / "out"), "--work", str(root / "work"), "--steps", "2",
             "--factors", "1", "2", "--seeds", "0", "--vae-steps", "1", "--stride", "16", "--device", "cpu"]
-    with smaller(dit_task.PRESETS, width=48, depth=2, heads=2, rope_axes=(8, 8, 8)), smaller(VAE_PRESETS, width=4):
+    with smaller(dit_task.PRESETS, **SMALL), smaller(VAE_PRESETS, width=4):
         code = scaling.main(argv)
     yield root, argv, code
     patch.undo()
@@ -105,6 +107,18 @@ def test_a_second_call_trains_what_is_missing_only(done, monkeypatch, capsys):
     found = json.loads((root / "out" / "figures.json").read_text())["rows"]
     assert [(row["factor"], row["seed"]) for row in found] == [(1, 0), (1, 1), (2, 0), (2, 1)]
     (root / "out" / "figures.json").write_bytes(before)
+
+
+def test_a_row_that_is_measured_again_names_the_code_that_trained_it(done, monkeypatch):
+    root, argv, code = done
+    before = json.loads((root / "out" / "figures.json").read_text())
+    monkeypatch.setattr(scaling, "machine", lambda *_: dict(commit="later", changed=None, torch="0", machine="another"))
+    with smaller(dit_task.PRESETS, **SMALL):
+        assert scaling.main([*argv, "--fresh"]) == code
+    again = json.loads((root / "out" / "figures.json").read_text())
+    for row, other in zip(before["rows"], again["rows"], strict=True):
+        assert row["commit"] == other["commit"] != "later" and row["machine"] == other["machine"]
+        assert other["held_out_loss"] == pytest.approx(row["held_out_loss"], rel=1e-5)
 
 
 def test_rows_of_two_recipes_are_never_mixed(done, capsys):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from ..data import FitPolicy, MediaItem, demo_media, read_clip, to_pixels, to_uint8, write_image, write_video
 from ..data.frames import Frames
 from ..diffusion import MediaPrompt
+from ..evaluation import psnr, ssim
 from ..models import VideoVAE
 from ..training import dit as dit_task
 from ..training import memory
@@ -214,12 +215,7 @@ def average_and_interpolate(video, step: int, f: int):
 
 def quality(got_THWC: torch.Tensor, real_THWC: torch.Tensor) -> tuple[float, float]:
     """PSNR in dB over the whole clip, and SSIM averaged over frames, of uint8 clips."""
-    from skimage.metrics import structural_similarity
-
-    error = ((got_THWC.double() - real_THWC.double()) / 255).square().mean()
-    ssim = [structural_similarity(a.numpy(), b.numpy(), channel_axis=-1, data_range=255)
-            for a, b in zip(got_THWC, real_THWC, strict=True)]
-    return float(-10 * torch.log10(error)), sum(ssim) / len(ssim)
+    return psnr(got_THWC, real_THWC), float(ssim(got_THWC, real_THWC).mean())
 
 
 @torch.no_grad()

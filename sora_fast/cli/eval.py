@@ -169,7 +169,8 @@ def evaluate_vae(a, training: dict, items: Sequence[MediaItem], device, function
             for got, real in reconstruct(vae, frames, index, most=a.frames):
                 quality.add(got, real)
                 done += len(got)
-                shown_frames.update(done, f"{shown(Path(name).name)}", last=done == sum(lengths))
+                shown_frames.update(done, f"{shown(Path(name).name)}, {len(quality.errors):,} of {length:,} frames",
+                                    last=done == sum(lengths))
                 pending = _windows(features, pending, (got, real), a.feature_frames)
                 if len(rows) < 3 and sum(len(p) for p in parts) < 33:  # for the report
                     parts.append(torch.cat([real, got], dim=2))
@@ -252,7 +253,8 @@ def _losses(made: Generator, clips: Sequence[LatentClip], a) -> TimestepLosses:
 
     def progress(done: int, many: int) -> None:
         bar[:] = bar or [Progress("loss", many, 0)]
-        bar[0].update(done, f"stratum {1 + (done - 1) % a.strata} of {a.strata}", last=done == many)
+        bar[0].update(done, f"pack {1 + (done - 1) // a.strata}, stratum {1 + (done - 1) % a.strata} of {a.strata}",
+                      last=done == many)
 
     losses = loss_by_timestep(made.dit, made.text_encoder, made.objective, clips, strata=a.strata, seed=a.seed,
                               progress=progress)

@@ -79,7 +79,8 @@ def gaussian_kl(mean, log_var, other_mean, other_log_var):
 def bin_log_likelihood(x, mean, log_var):
     """Log of the share of N(mean, var) in the bin of width 2 / 255 around x; the bins at -1 and 1 are open outwards.
 
-    For pixels, which is what the source has it for; latents are taken as numbers of that kind too, as DiT does.
+    For pixels, which is what the source has it for; latents are taken as numbers of that kind too, as DiT does. The source
+    approximates the normal's integral; here it is the function itself.
     """
     scale = (-0.5 * log_var).exp()
     upper, lower = (torch.special.ndtr(scale * (x - mean + side)) for side in (1 / 255, -1 / 255))
@@ -92,7 +93,8 @@ class LearnedVariance(DDPM):
     """DDPM that predicts noise and its variance, for a model with ``learn_sigma``.
 
     The loss is the mean squared error of the noise plus the variational term in bits per number, unweighted, as DiT sums
-    them. In that term the noise is detached: it teaches the variance alone.
+    them; where improved DDPM rescales that term it is by timesteps / 1000, which is 1 here. In it the noise is detached: it
+    teaches the variance alone.
     """
 
     def __post_init__(self):
@@ -101,14 +103,12 @@ class LearnedVariance(DDPM):
             raise ValueError(f"LearnedVariance: expected prediction 'noise', got {self.prediction!r}; its variance is that "
                              f"of a step towards predicted noise")
 
-    def _steps(self, device) -> Step:
-        return Step(*(t.to(device) for t in steps_of(self.alphas.double())))
-
     def variational(self, predicted, x0, noise, timesteps, counts):
         """The variational bound's term of each number, in bits, with no gradient to the noise. (N,), at least float32."""
         wide = torch.promote_types(predicted.dtype, torch.float32)
         total = x0.shape[0]
-        step = Step(*(spread(t[timesteps.long()].to(wide), counts, total) for t in self._steps(timesteps.device)))
+        tables = (table.to(timesteps.device, wide) for table in steps_of(self.alphas))
+        step = Step(*(spread(table[timesteps.long()], counts, total) for table in tables))
         first = spread((timesteps < 1), counts, total)
         x0, noise, (eps, v) = x0.to(wide), noise.to(wide), predicted.to(wide).unbind(1)
         x_t = step.signal * x0 + step.sigma * noise
@@ -126,7 +126,7 @@ class LearnedVariance(DDPM):
         return simple + self.variational(predicted, x0, noise, timesteps, counts).mean()
 
     def scheduler(self, steps, tokens):
-        """Ancestral sampling in ``steps`` of the 1000 steps, evenly spaced, with the learned variance."""
+        """Ancestral sampling in ``steps`` of the 1000 steps, evenly spaced, with the learned variance; DiT's own is 250."""
         return Ancestral(self.alphas, steps)
 
     def for_scheduler(self, predicted, x_t, timesteps, counts):
@@ -141,8 +141,12 @@ class Ancestral:
     """
 
     def __init__(self, alphas, steps: int):
-        times = torch.linspace(0, alphas.shape[0] - 1, steps, dtype=torch.float64).round().long()
-        self.timesteps, self._steps = times.flip(0), steps_of(alphas.double()[times])
+        last = alphas.shape[0] - 1
+        if not 1 <= steps <= last + 1:
+            raise ValueError(f"LearnedVariance: expected 1 to {last + 1:,} steps, got {steps:,}; its schedule has no more")
+        # A single step begins, like the first of many, where there is noise alone.
+        times = torch.linspace(0 if steps > 1 else last, last, steps, dtype=torch.float64).round().long()
+        self.timesteps, self._steps = times.flip(0), steps_of(alphas[times])
         self._places = {int(t): place for place, t in enumerate(times)}
         self.generator: torch.Generator | None = None
 

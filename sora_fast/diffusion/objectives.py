@@ -147,7 +147,8 @@ class DDPM:
 
     def __post_init__(self):
         _check_prediction("DDPM", self.prediction)
-        object.__setattr__(self, "alphas", self._diffusers().alphas_cumprod.clone())
+        # In float64: of 1 - alphas at t = 0, which is 1e-4, a product in float32 keeps four digits.
+        object.__setattr__(self, "alphas", (1 - self._diffusers().betas.double()).cumprod(0))
 
     def _diffusers(self):
         names = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -166,8 +167,8 @@ class DDPM:
         return (_stratified(tokens.shape[0], generator) * 1000).floor().clamp(max=999)
 
     def _scales(self, timesteps, counts, total):
-        a = self.alphas.to(timesteps.device)[timesteps.long()]
-        return spread(a.sqrt(), counts, total), spread((1 - a).sqrt(), counts, total)
+        scales = (scale.float().to(timesteps.device) for scale in (self.alphas.sqrt(), (1 - self.alphas).sqrt()))
+        return tuple(spread(scale[timesteps.long()], counts, total) for scale in scales)
 
     def add_noise(self, x0, noise, timesteps, counts):
         signal, sigma = self._scales(timesteps, counts, x0.shape[0])

@@ -123,7 +123,7 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
             row = Row(name, kind, "left" if mixin is None else "swapped", reason if mixin is None else mixin.runs)
         rows.append(row)
         if row.state == "swapped":
-            _change_class(module, functools.partial(fast_class, mixin=mixin))
+            _change_class(module, lambda original, mixin=mixin: fast_class(original, mixin))
             if progress is not None and hasattr(mixin, "streams"):
                 module._sora_fast_progress = progress
             readers |= {inner: kind for child in mixin.reads for inner in _modules(module, child)}

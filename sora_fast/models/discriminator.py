@@ -9,7 +9,8 @@ from ..nn import CausalConv3d, GroupNorm
 class PatchDiscriminator(nn.Module):
     """(B, 3, T, H, W) in [-1, 1] -> (B, 1, t, h, w): large where a patch looks real. Images are clips of one frame.
 
-    Each output sees a patch of space and what was before it in time, so clips of any length and size are judged.
+    Each output judges 38 x 38 pixels and what was before them in time, apart from the norms, which see the whole clip; so
+    clips of any length and size are judged. The norms keep no running averages, in which real and made clips would mix.
     """
 
     def __init__(self, width: int = 32, levels: int = 3):

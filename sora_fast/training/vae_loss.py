@@ -72,7 +72,8 @@ class VAELoss:
 
     Args:
         modules: ``vae``, and ``discriminator`` where there is an adversary.
-        reconstruction: "l1" or "l2". kl: weight of the posterior's KL per number of the clip; vq: of the codebook's loss.
+        reconstruction: "l1" or "l2". kl: weight of the posterior's KL, a sum over a clip's latents, beside a mean over its
+            pixels: it grows with the clip; vq: of the codebook's loss, a mean.
         perceptual: ``perceptual(reconstruction, video) -> (B,) or scalar``, both (B, 3, T, H, W) in [-1, 1].
         adversarial: weight of the adversary, on top of the adaptive one; 0 for none.
     """
@@ -116,7 +117,4 @@ def restart_codes(vae: VideoVAE, video, generator: torch.Generator) -> int:
     if distributed.size() > 1:
         video = video.clone()
         torch.distributed.broadcast(video, 0)
-    was = vae.training
-    moments = vae.eval().moments(video)
-    vae.train(was)
-    return int(vae.quantizer.restart(moments, generator=generator))
+    return int(vae.quantizer.restart(vae.moments(video), generator=generator))
