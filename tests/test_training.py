@@ -359,10 +359,13 @@ def test_ctrl_c_finishes_the_step(tmp_path):
         return loss(batch)
 
     trainer.loss = interrupted
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run()
-    assert signal.getsignal(signal.SIGINT) is before
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, outside)
     assert checkpoint.newest(tmp_path / "a").name == "step-00000003"
     little(tmp_path / "a", steps=6, resume=True).run()
     little(tmp_path / "b", steps=6).run()
