@@ -12,7 +12,7 @@ from .. import checks, env
 from ..dispatch import Backend, Op, Problem, autocast, autocast_dtype, device_name, needs_grad
 from ..reference import convolution as reference
 from ..reference.precision import holds_numbers, wide_dtype
-from . import convolution_triton, normalization
+from . import convolution_call, convolution_triton, normalization
 
 
 @dataclass(frozen=True)
@@ -283,9 +283,8 @@ def _geometry(op: str, x, weight, bias, stride, padding, time_pad, space_pad, ca
     if lookahead and frames == 0:
         raise checks.error(op, "at least one frame with lookahead", frames, "pass frames")
     if residual is not None:
-        out = (batch, weight.shape[0], -(-(frames - phase) // stride[0]) if phase < frames else 0,
-               (height + top + bottom - kh) // stride[1] + 1, (width + left + right - kw) // stride[2] + 1)
-        checks.shape(op, "residual", residual, out, "it is added to the output")
+        out = convolution_call.out_sizes(weight.shape[2:], stride, padding, phase, upsample, *x.shape[2:])
+        checks.shape(op, "residual", residual, (batch, weight.shape[0], *out), "it is added to the output")
     return stride, padding
 
 

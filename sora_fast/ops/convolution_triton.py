@@ -1,48 +1,20 @@
 """Backend "triton" of causal_conv3d and norm_act_conv3d."""
 
-from dataclasses import dataclass
-
 import torch
 
 from .. import configs
 from ..dispatch import Backend, needs_grad
 from ..reference import convolution as reference
 from . import normalization, triton_backend
+from .convolution_call import NORM, SCHEMA, TENSORS, Settings, fake_forward, video
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What of a call is no tensor, in the order of the ops' schema."""
+def _geometry(settings: Settings, weight):
+    from ..kernels.convolution import Geometry  # imports Triton, which need not be there
 
-    norm: str | None
-    groups: int
-    eps: float
-    act: str | None
-    keep: int  # frames of cache_out; 0: it is not wanted
-    stride: tuple[int, int, int]
-    padding: tuple[int, int, int, int]
-    time_pad: str
-    space_pad: str
-    phase: int
-    lookahead: int
-    upsample: int
-
-    def tuple(self) -> tuple:
-        return tuple(vars(self).values())
-
-    def geometry(self, weight):
-        from ..kernels.convolution import Geometry  # imports Triton, which need not be there
-
-        return Geometry(tuple(weight.shape[2:]), tuple(self.stride), tuple(self.padding), self.time_pad, self.space_pad,
-                        self.phase, self.lookahead, self.upsample)
-
-    @property
-    def of_norm(self) -> dict:
-        return dict(norm=self.norm, groups=self.groups, eps=self.eps, act=self.act)
-
-
-_SCHEMA = ("str? norm, int groups, float eps, str? act, int keep, int[] stride, int[] padding, str time_pad, "
-           "str space_pad, SymInt phase, int lookahead, int upsample")
+    s = settings
+    return Geometry(tuple(weight.shape[2:]), tuple(s.stride), tuple(s.padding), s.time_pad, s.space_pad, s.phase,
+                    s.lookahead, s.upsample)
 
 
 def _config(kernel: str, gpu: str, *launch) -> configs.Found:
@@ -73,43 +45,24 @@ def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings
     """[y], then cache_out where ``keep``, then the statistics of a group norm."""
     from ..kernels import convolution, norm_convolution
 
-    s = _Settings(*settings)
+    s = Settings(*settings)
     common = dict(tf32=_tf32(), config=_config_of_call("forward", weight, s))
     if s.norm is None:
-        y = convolution.forward(x, weight, bias, cache, residual, s.geometry(weight), **common)
+        y = convolution.forward(x, weight, bias, cache, residual, _geometry(s, weight), **common)
         made = [y, reference.next_cache(x, cache, s.keep) if s.keep else None]
     else:
         made = norm_convolution.forward(
-            x, weight, bias, cache, residual, norm_weight, norm_bias, s.geometry(weight), settings=s.of_norm, keep=s.keep,
+            x, weight, bias, cache, residual, norm_weight, norm_bias, _geometry(s, weight), settings=s.of_norm, keep=s.keep,
             norm_config=normalization.config_of_call("forward", x, s.norm, s.act, weight.dtype), **common)
     return [t for t in made if t is not None]
-
-
-def _video(like, dtype, batch, channels, *sizes):
-    return like.new_empty((batch, *sizes, channels), dtype=dtype).permute(0, 4, 1, 2, 3)
-
-
-def _fake_forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings):
-    s = _Settings(*settings)
-    batch, channels, frames, height, width = x.shape
-    made = [_video(x, weight.dtype, batch, weight.shape[0], *s.geometry(weight).out_sizes(frames, height, width))]
-    if s.keep:
-        seen = frames + (0 if cache is None else cache.shape[2])
-        if s.norm is None:
-            made.append(reference.next_cache(x, cache, s.keep))
-        else:
-            made.append(_video(x, weight.dtype, batch, channels, min(seen, s.keep), height, width))
-    if s.norm == "group":
-        made.append(x.new_empty((2, batch, s.groups), dtype=torch.float32))
-    return made
 
 
 def _backward(dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bias, stats, wanted, *settings):
     """The gradients that ``wanted`` asks for of (x, weight, bias, cache, norm_weight, norm_bias)."""
     from ..kernels import convolution, norm_convolution
 
-    s = _Settings(*settings)
-    geometry = s.geometry(weight)
+    s = Settings(*settings)
+    geometry = _geometry(s, weight)
     want_x, want_weight, want_bias, want_cache, want_norm_weight, want_norm_bias = wanted
     dgrad, wgrad = (_config_of_call(kernel, weight, s) for kernel in ("dgrad", "wgrad"))
     cached = 0 if cache is None else cache.shape[2]
@@ -135,19 +88,17 @@ def _backward(dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bias, st
 
 
 def _fake_backward(dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bias, stats, wanted, *settings):
-    video = lambda t, dtype: _video(t, dtype, t.shape[0], t.shape[1], *t.shape[2:])
-    made = (lambda: video(x, x.dtype), lambda: video(weight, weight.dtype), lambda: bias.new_empty(bias.shape),
-            lambda: video(cache, cache.dtype), lambda: norm_weight.new_empty(norm_weight.shape),
+    like = lambda t: video(t, t.dtype, *t.shape)
+    made = (lambda: like(x), lambda: like(weight), lambda: bias.new_empty(bias.shape),
+            lambda: like(cache), lambda: norm_weight.new_empty(norm_weight.shape),
             lambda: norm_bias.new_empty(norm_bias.shape))
     return [make() for make, want in zip(made, wanted, strict=True) if want]
 
 
-_TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? cache"
-_NORM = "Tensor? norm_weight, Tensor? norm_bias"
-triton_backend.define(f"convolution_forward({_TENSORS}, Tensor? residual, {_NORM}, {_SCHEMA}) -> Tensor[]", _forward,
-                      _fake_forward)
-triton_backend.define(f"convolution_backward(Tensor dy, Tensor? dcache_out, {_TENSORS}, {_NORM}, Tensor? stats, "
-                      f"bool[] wanted, {_SCHEMA}) -> Tensor[]", _backward, _fake_backward)
+triton_backend.define(f"convolution_forward({TENSORS}, Tensor? residual, {NORM}, {SCHEMA}) -> Tensor[]", _forward,
+                      fake_forward)
+triton_backend.define(f"convolution_backward(Tensor dy, Tensor? dcache_out, {TENSORS}, {NORM}, Tensor? stats, "
+                      f"bool[] wanted, {SCHEMA}) -> Tensor[]", _backward, _fake_backward)
 
 
 class _Convolution(torch.autograd.Function):
@@ -156,7 +107,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, cache, residual, norm_weight, norm_bias, save, settings):
         made = torch.ops.sora_fast.convolution_forward(x, weight, bias, cache, residual, norm_weight, norm_bias,
-                                                       *settings.tuple())
+                                                       *settings.values())
         stats = made.pop() if settings.norm == "group" else None
         if save:
             ctx.save_for_backward(x, weight, bias, cache, norm_weight, norm_bias, stats)
@@ -174,7 +125,7 @@ class _Convolution(torch.autograd.Function):
             dy = weight.new_zeros(ctx.shape)
         with torch.no_grad():
             found = iter(torch.ops.sora_fast.convolution_backward(
-                dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bias, stats, wanted, *ctx.settings.tuple()))
+                dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bias, stats, wanted, *ctx.settings.values()))
         dx, dweight, dbias, dcache, *of_norm = [next(found) if want else None for want in wanted]
         return dx, dweight, dbias, dcache, given if need_residual else None, *of_norm, None, None
 
@@ -182,7 +133,7 @@ class _Convolution(torch.autograd.Function):
 def _run(x, weight, bias, *, norm_weight=None, norm_bias=None, norm=None, groups=1, eps=0.0, act=None, cache, residual,
          return_cache, stride, padding, time_pad, space_pad, phase, lookahead, upsample):
     frames = weight.shape[2] - 1 if return_cache else 0
-    settings = _Settings(norm, groups, eps, act, frames, stride, tuple(padding), time_pad, space_pad, phase, lookahead,
+    settings = Settings(norm, groups, eps, act, frames, stride, tuple(padding), time_pad, space_pad, phase, lookahead,
                          upsample)
     tensors = (x, weight, bias, cache, residual, norm_weight, norm_bias)
     made = triton_backend.apply(_Convolution, *tensors, needs_grad(*tensors), settings)

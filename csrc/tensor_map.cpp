@@ -1,0 +1,79 @@
+#include "tensor_map.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <iterator>
+#include <list>
+#include <mutex>
+
+#include "host.h"
+
+namespace sf {
+
+bool BoxedTensor::operator==(const BoxedTensor& other) const {
+  return base == other.base && rank == other.rank && std::equal(sizes, sizes + rank, other.sizes) &&
+         std::equal(strides, strides + rank, other.strides) && std::equal(box, box + rank, other.box);
+}
+
+CUresult encode(Encoder encoder, const BoxedTensor& tensor, CUtensorMap* map) {
+  const CUtensorMapSwizzle swizzle = row_bytes(tensor) == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : row_bytes(tensor) == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                               : CU_TENSOR_MAP_SWIZZLE_NONE;
+  const cuuint32_t steps[BoxedTensor::kMost] = {1, 1, 1, 1, 1};  // every number of a box, none skipped
+  // bfloat16 and float16 are moved alike; the type matters only for what the driver fills in out of bounds, zeros here
+  return encoder(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, tensor.rank, const_cast<void*>(tensor.base), tensor.sizes,
+                 tensor.strides + 1, tensor.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+namespace {
+
+int find_encoder(Encoder* encoder) {
+  static Encoder found = nullptr;  // guarded by tensor_map's lock
+  if (found == nullptr) {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+    if (status != cudaSuccess) return status;
+    if (result != cudaDriverEntryPointSuccess)
+      return refuse(say("expected a driver with tensor maps (CUDA 12), got one without; update the driver"));
+    found = reinterpret_cast<Encoder>(entry);
+  }
+  *encoder = found;
+  return cudaSuccess;
+}
+
+struct Entry {
+  BoxedTensor tensor;
+  CUtensorMap map;
+};
+
+constexpr size_t kKept = 256;  // a model's layers come back to the same addresses step after step
+
+}  // namespace
+
+int tensor_map(const BoxedTensor& tensor, CUtensorMap* map) {
+  static std::mutex lock;
+  static std::list<Entry> entries;  // the one used last comes first
+  const std::lock_guard<std::mutex> locked(lock);
+  const auto same = std::find_if(entries.begin(), entries.end(), [&](const Entry& e) { return e.tensor == tensor; });
+  if (same != entries.end()) {
+    entries.splice(entries.begin(), entries, same);
+    *map = same->map;
+    return cudaSuccess;
+  }
+  Encoder encoder = nullptr;
+  if (const int status = find_encoder(&encoder)) return status;
+  Entry made{tensor, {}};
+  if (const CUresult status = encode(encoder, tensor, &made.map); status != CUDA_SUCCESS)
+    return refuse(say("expected a tensor that the copy engine takes, got CUresult %d from cuTensorMapEncodeTiled; "
+                      "strides must be multiples of 16 bytes and boxes of 256 at most", int(status)));
+  if (entries.size() == kKept) entries.pop_back();
+  entries.push_front(made);
+  *map = made.map;
+  return cudaSuccess;
+}
+
+}  // namespace sf
