@@ -3,8 +3,8 @@
 #
 #   benchmarks/gpu_run.sh [--device cuda|cpu] [--quick] [--out DIR] [--peers DIR] [--minutes M] [STEP...]
 #
-# Steps: build, validate, bench (roofs, peers and ours in turns), tune, model, parity, sanitize, report. All, where none is
-# named.
+# Steps: build, primitives (of the CUDA kernels, on Hopper), validate, bench (roofs, peers and ours in turns), tune, model,
+# parity, sanitize, report. All, where none is named.
 # --device cpu --quick goes through all of it at small sizes: the check that the script itself works.
 # --peers DIR: wheels (and .tar.xz trees) of packages to measure against; they are unpacked beside the results, not installed.
 # --minutes M: begin no further work after M minutes of this call (default 8); the same command goes on with what is left,
@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 named=${#steps[@]}
-[ "$named" -gt 0 ] || steps=(build validate bench tune model parity sanitize report)
+[ "$named" -gt 0 ] || steps=(build primitives validate bench tune model parity sanitize report)
 
 python=${PYTHON:-python3}
 work=$out.work
@@ -69,10 +69,22 @@ spare() { awk "BEGIN { print $(left) / 60 - 0.5 }"; } # minutes, with half a one
 fast() { "$python" -m sora_fast.cli "$@"; }
 
 # Each step returns 0 when it is done, 3 when it has stopped with work left, anything else when it has failed.
-step_build() { "$python" -m pip install --quiet --no-build-isolation --no-deps -e . && fast info; }
+step_build() {
+  SORA_FAST_BUILD_CUDA=$([ "$device" = cpu ] && echo auto || echo 1) \
+    "$python" -m pip install --quiet --no-build-isolation --no-deps -e . && fast info
+}
+
+# what the CUDA kernels are made of, before they are judged
+step_primitives() {
+  rm -f "$work/primitives.jsonl"
+  "$python" -m sora_fast.benchmarks.primitives --device "$device" --jsonl "$work/primitives.jsonl"
+}
 
 step_validate() {
-  fast validate --device "$device" --jsonl "$out/validate.jsonl"
+  local status=0
+  fast validate --device "$device" --jsonl "$out/validate.jsonl" || status=$?
+  [ ! -e "$work/primitives.jsonl" ] || cat "$work/primitives.jsonl" >>"$out/validate.jsonl"
+  return "$status"
 }
 
 measure() { # SUITE FOLDER FILE [FAMILY...]: what there is after any ending is kept
@@ -115,15 +127,22 @@ step_sanitize() {
     echo "UNSUPPORTED: compute-sanitizer needs a GPU and the CUDA toolkit" | tee "$out/sanitize.log"
   else
     local status=0
-    timeout 560 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m sora_fast.cli validate --device cuda \
-      --backend triton --dtype bfloat16 >"$out/sanitize.log" 2>&1 || status=$?
+    : >"$out/sanitize.log"
+    sanitize 340 memcheck -m sora_fast.cli validate --device cuda --backend triton --backend cuda --dtype bfloat16 || status=$?
+    sanitize 100 memcheck -m sora_fast.benchmarks.primitives --device cuda || status=$?
+    sanitize 120 racecheck -m sora_fast.cli validate --device cuda --backend cuda --dtype bfloat16 || status=$?
     if grep -q "Device not supported" "$out/sanitize.log"; then
       echo "UNSUPPORTED: compute-sanitizer does not run on this machine" | tee -a "$out/sanitize.log"
       return 0
     fi
-    tail -n 5 "$out/sanitize.log"
+    grep -E "^=== |ERROR SUMMARY|RACECHECK SUMMARY" "$out/sanitize.log"
     return "$status"
   fi
+}
+
+sanitize() { # SECONDS TOOL ARGUMENT...: of Python
+  echo "=== $2: ${*:3}" >>"$out/sanitize.log"
+  timeout "$1" compute-sanitizer --tool "$2" --error-exitcode 9 "$python" "${@:3}" >>"$out/sanitize.log" 2>&1
 }
 
 step_report() {
@@ -136,7 +155,7 @@ step_report() {
 failed=0
 for step in "${steps[@]}"; do
   if ! declare -F "step_$step" >/dev/null; then
-    echo "gpu_run.sh: expected steps among build validate bench tune model parity sanitize report, got $step" >&2
+    echo "gpu_run.sh: expected steps among build primitives validate bench tune model parity sanitize report, got $step" >&2
     exit 2
   fi
   if [ "$named" -eq 0 ] && [ "$step" != report ] && grep -q "^$step done" "$out/steps.log"; then

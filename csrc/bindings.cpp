@@ -9,8 +9,10 @@
 #include <string>
 #include <type_traits>
 
+#include "convolution.cuh"
 #include "host.h"
 #include "normalization.cuh"
+#include "product.cuh"
 
 namespace py = pybind11;
 
@@ -103,4 +105,6 @@ void bind(py::module_& m, const char* op, int (*launch)(const Args&, cudaStream_
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels of sora_fast on raw addresses; the public functions are in sora_fast.ops.";
   bind<sf::NormActArgs>(m, "norm_act", sf_norm_act, "norm, activation, padding and cache refresh in one pass");
+  bind<sf::CausalConv3dArgs>(m, "causal_conv3d", sf_causal_conv3d, "causal 3-D convolution, forward, on sm_90a");
+  bind<sf::ProductArgs>(m, "product", sf_product, "a matrix product that proves the primitives of sm_90a");
 }

@@ -11,8 +11,6 @@
 // No channel is padded: the last slice of 96 or 160 channels is 32 wide, with rows of 64 bytes instead of 128.
 #pragma once
 
-#include <cuda.h>
-
 #include <cstdint>
 #include <type_traits>
 
@@ -65,6 +63,7 @@ struct ConvolutionPlan {
 int sf_causal_conv3d(const sf::CausalConv3dArgs& args, CUstream_st* stream);
 
 #ifdef __CUDACC__
+#include <cuda.h>
 #include <cuda_bf16.h>
 
 #include "sm90.cuh"
@@ -95,29 +94,6 @@ struct Turn {
     }
   }
 };
-
-// Of the four lanes that share a row, each has 2 columns of 4 blocks of 8. Afterwards lane q has the 8 columns of block q.
-__device__ __forceinline__ void gather_columns(float (&sums)[8], int lane) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = lane & bit;
-#pragma unroll
-    for (int low = 0; low < 4; ++low) {
-      if (low & bit) continue;
-      const int high = low | bit;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float sent = upper ? sums[2 * low + i] : sums[2 * high + i];
-        const float received = __shfl_xor_sync(0xffffffff, sent, bit);
-        if (upper) {
-          sums[2 * low + i] = received;
-        } else {
-          sums[2 * high + i] = received;
-        }
-      }
-    }
-  }
-}
 
 template <int channels>
 using Width = std::integral_constant<int, channels>;
@@ -153,8 +129,8 @@ __global__ void __launch_bounds__(384, 1)
         const Tile tile = tile_at(shape, index);
         const Taps taps = taps_seeing(shape, tile.frame);
         const int steps = steps_of(shape, taps);
-        for (int i = 0; i < steps; ++i) {
-          const Step step = step_at(shape, tile, taps, i);
+        Step step = first_step(shape, tile, taps);
+        for (int i = 0; i < steps; ++i, next_step(shape, tile, &step)) {
           const bool rest = FULL >= 0 && step.channel == 64 * FULL;
           const CUtensorMap* x = step.from_cache ? (rest ? &maps.cache_rest : &maps.cache) : (rest ? &maps.x_rest : &maps.x);
           uint8_t* const slot = slots + turn.slot * Plan::kSlot;
@@ -225,7 +201,7 @@ __global__ void __launch_bounds__(384, 1)
             float eight[8];
 #pragma unroll
             for (int i = 0; i < 8; ++i) eight[i] = sums[block][column / 2 + i / 2 * 4 + half * 2 + i % 2];
-            gather_columns(eight, lane);
+            gather_columns(eight, lane, [](float number, int bit) { return __shfl_xor_sync(0xffffffff, number, bit); });
             if (!pixel.inside) continue;
             if (tensors.bias != nullptr) {
               const float4* bias = reinterpret_cast<const float4*>(tensors.bias + tile.out_tile * N + column + lane % 4 * 8);

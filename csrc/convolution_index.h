@@ -88,25 +88,45 @@ struct Step {
   bool from_cache;
   int channel, column, row, frame;  // where the input's box begins; rows and columns past the frame's edges are zeros
   int tap;                          // of all kt * kh * kw; the weight's box begins at (channel, tap, first output channel)
+  int slice, kx, ky, kz;            // slices change fastest, then columns, rows and frames
 };
 
 SF_HOST_DEVICE constexpr int steps_of(const ConvolutionShape& s, const Taps& taps) {
   return (taps.last - taps.first) * s.kh * s.kw * s.slices;
 }
 
-// Slices change fastest, then columns, rows and frames.
-SF_HOST_DEVICE constexpr Step step_at(const ConvolutionShape& s, const Tile& tile, const Taps& taps, int index) {
+SF_HOST_DEVICE constexpr void see_frame(const ConvolutionShape& s, const Tile& tile, Step* step) {
+  const int frame = frame_seen(s, tile.frame, step->kz);
+  step->from_cache = frame < 0;
+  step->frame = frame < 0 ? frame + s.cached : frame;
+}
+
+SF_HOST_DEVICE constexpr Step first_step(const ConvolutionShape& s, const Tile& tile, const Taps& taps) {
   Step step{};
-  step.channel = index % s.slices * 64;
-  index /= s.slices;
-  step.tap = index + taps.first * s.kh * s.kw;
-  const int kx = index % s.kw, ky = index / s.kw % s.kh, kz = index / (s.kw * s.kh) + taps.first;
-  step.column = tile.column + kx - s.left;
-  step.row = tile.row + ky - s.top;
-  const int frame = frame_seen(s, tile.frame, kz);
-  step.from_cache = frame < 0;
-  step.frame = frame < 0 ? frame + s.cached : frame;
+  step.column = tile.column - s.left;
+  step.row = tile.row - s.top;
+  step.kz = taps.first;
+  step.tap = taps.first * s.kh * s.kw;
+  see_frame(s, tile, &step);
   return step;
+}
+
+// Counts on without a division: one thread must be faster at this than the multiplying warpgroups at their products.
+SF_HOST_DEVICE constexpr void next_step(const ConvolutionShape& s, const Tile& tile, Step* step) {
+  step->channel += 64;
+  if (++step->slice < s.slices) return;
+  step->slice = step->channel = 0;
+  ++step->tap;
+  ++step->column;
+  if (++step->kx < s.kw) return;
+  step->kx = 0;
+  step->column -= s.kw;
+  ++step->row;
+  if (++step->ky < s.kh) return;
+  step->ky = 0;
+  step->row -= s.kh;
+  ++step->kz;
+  see_frame(s, tile, step);
 }
 
 // The box of pixels x columns with the fewest pixels outside the output; wide ones first, for the copy engine's sake.

@@ -35,4 +35,24 @@ SF_HOST_DEVICE constexpr uint64_t advanced(uint64_t factor, int bytes) { return 
 SF_HOST_DEVICE constexpr int sum_row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
 SF_HOST_DEVICE constexpr int sum_column(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
+// Of the four lanes that share a row of sums, each has 2 columns of 4 blocks of 8: `sums` block by block. Afterwards lane q
+// has the 8 columns of block q, to be written at once. exchange(number, bit) gives what the lane that differs in `bit` gave.
+template <class Exchange>
+SF_HOST_DEVICE void gather_columns(float (&sums)[8], int lane, Exchange exchange) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = lane & bit;
+#pragma unroll
+    for (int low = 0; low < 4; ++low) {
+      if (low & bit) continue;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float &here = sums[2 * low + i], &there = sums[2 * (low | bit) + i];
+        const float received = exchange(upper ? here : there, bit);
+        (upper ? here : there) = received;
+      }
+    }
+  }
+}
+
 }  // namespace sf

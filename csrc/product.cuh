@@ -5,8 +5,6 @@
 // expected bytes in both phases, products of every width, the place of every sum; and a box on its way back.
 #pragma once
 
-#include <cuda.h>
-
 #include <cstdint>
 
 struct CUstream_st;
@@ -43,6 +41,7 @@ struct ProductPlan {
 int sf_product(const sf::ProductArgs& args, CUstream_st* stream);
 
 #ifdef __CUDACC__
+#include <cuda.h>
 #include <cuda_bf16.h>
 
 #include "sm90.cuh"

@@ -31,14 +31,15 @@ class Tile(ctypes.Structure):
 
 class Step(ctypes.Structure):
     _fields_ = [("from_cache", ctypes.c_bool)]
-    _fields_ += [(name, ctypes.c_int) for name in "channel column row frame tap".split()]
+    _fields_ += [(name, ctypes.c_int) for name in "channel column row frame tap slice kx ky kz".split()]
 
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
     """csrc/convolution_index.h, compiled for the host."""
     built = tmp_path_factory.mktemp("index") / "index.so"
-    subprocess.run([CXX, "-O1", "-shared", "-fPIC", "-std=c++17", "-Wall", "-Werror", "-I", ROOT / "csrc",
+    subprocess.run([CXX, "-O1", "-shared", "-fPIC", "-std=c++17", "-pthread", "-Wall",
+                    "-Wno-unknown-pragmas", "-Werror", "-I", ROOT / "csrc",
                     ROOT / "tests/csrc/convolution_index.cpp", "-o", built], check=True)
     library = ctypes.CDLL(str(built))
     library.tiles.restype = library.place.restype = ctypes.c_int64
@@ -67,11 +68,12 @@ def as_the_kernel_does(index, x, weight, cache, shape, pixels, out_channels):
         index.tile(ctypes.byref(shape), number, ctypes.byref(tile))
         outputs = slice(tile.out_tile * out_channels, (tile.out_tile + 1) * out_channels)
         sums = np.zeros((pixels, out_channels))
-        for at in range(index.steps(ctypes.byref(shape), ctypes.byref(tile))):
-            index.step(ctypes.byref(shape), ctypes.byref(tile), at, ctypes.byref(step))
+        index.first(ctypes.byref(shape), ctypes.byref(tile), ctypes.byref(step))
+        for _ in range(index.steps(ctypes.byref(shape), ctypes.byref(tile))):
             channels = min(64, x.shape[-1] - step.channel)
             loaded = box(cache if step.from_cache else x, step, tile.sample, channels, shape.rows, shape.columns)
             sums += loaded @ weight[outputs, step.tap, step.channel:step.channel + channels].T
+            index.next(ctypes.byref(shape), ctypes.byref(tile), ctypes.byref(step))
         for pixel in range(pixels):
             place = index.place(ctypes.byref(shape), ctypes.byref(tile), pixel)
             if place >= 0:
@@ -132,16 +134,16 @@ def test_every_combination_in_time(index):
 
 def test_a_wrong_walk_is_found(index):
     """Each step with the weight of a neighbouring tap."""
-    class Forgetful:
+    class Wrong:
         def __getattr__(self, name):
             return getattr(index, name)
 
-        def step(self, shape, tile, at, step):
-            index.step(shape, tile, at, step)
-            step._obj.tap ^= 1
+        def first(self, shape, tile, step):
+            index.first(shape, tile, step)
+            step._obj.tap += 1
 
     with pytest.raises((AssertionError, IndexError)):
-        compare(Forgetful(), kernel=(1, 3, 2), inputs=64)
+        compare(Wrong(), kernel=(1, 3, 2), inputs=64)
 
 
 def test_tiles_cover_with_little_waste(index):
@@ -152,3 +154,11 @@ def test_tiles_cover_with_little_waste(index):
         rows = 256 // columns
         covered = -(-height // rows) * rows * -(-width // columns) * columns
         assert 1 - height * width / covered <= allowed, (height, width, rows, columns)
+
+
+def test_a_lane_gathers_eight_columns_in_a_row(index):
+    """Sums as products leave them: of a row of 32 columns, lane q has 2 columns of each block of 8."""
+    column = [[block * 8 + lane * 2 + i for block in range(4) for i in range(2)] for lane in range(4)]
+    numbers = (ctypes.c_float * 32)(*sum(column, []))
+    index.gather(numbers)
+    assert list(numbers) == list(range(32))

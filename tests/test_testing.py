@@ -1,5 +1,6 @@
 """The error rule, the cases and the report judge rightly."""
 
+import importlib
 import json
 
 import op_checks
@@ -253,3 +254,16 @@ def test_progress_names_each_case():
     said = []
     validate("kl_sample", dtypes=(torch.float32,), progress=said.append)
     assert said == [f"kl_sample, auto, float32: {label}" for label, _ in cases("kl_sample", torch.float32)]
+
+
+@pytest.mark.parametrize("op", ("causal_conv3d", "norm_act_conv3d", "norm_act"))
+def test_cases_of_a_gpu_are_calls_that_work(op, monkeypatch):
+    """Cases with the channels of models, which only a GPU is given, and no other machine would try."""
+    few = [label for label, _ in cases(op, torch.float32)]
+    monkeypatch.setattr(importlib.import_module("sora_fast.testing.cases")._Draw, "on_gpu", True)
+    more = dict(cases(op, torch.float32))
+    assert len(more) > len(few) and few == list(more)[:len(few)]
+    for label, inputs in more.items():
+        outputs = getattr(ops, op)(**inputs, backend="torch")
+        first = outputs[0] if isinstance(outputs, tuple) else outputs
+        assert first.numel() and first.isfinite().all(), label

@@ -20,6 +20,10 @@ class _Draw:
         self.dtype, self.device = dtype, device
         self.generator = torch.Generator().manual_seed(seed)
 
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
     def __call__(self, *shape, dtype=None):
         numbers = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         return numbers.to(device=self.device, dtype=dtype or self.dtype)
@@ -145,7 +149,7 @@ def _convolution(op, draw) -> Iterator[tuple[str, dict]]:
             arguments["residual"] = draw(*residual)
         if op == "norm_act_conv3d":
             arguments |= dict(norm_weight=draw(channels), norm_bias=draw(channels) if bias else None)
-            if channels % 4 == 0:
+            if channels % 4 == 0 and channels < 96:
                 arguments |= dict(norm="group", groups=4, act=None)
         return label, arguments
 
@@ -166,6 +170,24 @@ def _convolution(op, draw) -> Iterator[tuple[str, dict]]:
     yield make("upsampled by 3, (1, 3, 3), reflect, stride 2", (1, 11, 2, 2, 3), (1, 3, 3), 4, stride=(1, 2, 2),
                space_pad="reflect", upsample=3)
     yield make("1x1x1", (2, 12, 2, 3, 3), (1, 1, 1), 3, return_cache=True)
+    if draw.on_gpu:
+        yield from _model_convolutions(make)
+
+
+def _model_convolutions(make) -> Iterator[tuple[str, dict]]:
+    """Channels of models, which other kernels take than a dozen does; minutes of a CPU's interpreter."""
+    for channels, out in ((96, 96), (128, 128), (160, 160), (192, 192), (256, 256), (384, 384), (96, 192), (160, 128)):
+        yield make(f"{channels} to {out}, cache, residual, cache_out", (1, channels, 3, 17, 34), (3, 3, 3), out, cache=2,
+                   residual=(1, out, 3, 17, 34), return_cache=True)
+    yield make("96, an image", (2, 96, 1, 31, 16), (3, 3, 3), 96, return_cache=True)
+    yield make("96, cache of 1, replicate", (2, 96, 2, 9, 20), (3, 3, 3), 96, cache=1, time_pad="replicate",
+               space_pad="replicate", return_cache=True)
+    yield make("128, reflect, no bias", (1, 128, 4, 8, 9), (3, 3, 3), 128, space_pad="reflect", bias=False)
+    yield make("192, (3, 1, 1), stride 2 in time, phase 1", (1, 192, 5, 6, 20), (3, 1, 1), 192, cache=2, stride=(2, 1, 1),
+               phase=1, return_cache=True)
+    yield make("384 to 192, (1, 3, 3), uneven padding", (1, 384, 2, 12, 33), (1, 3, 3), 192, padding=(0, 1, 2, 1))
+    yield make("160, lookahead", (1, 160, 4, 5, 65), (3, 3, 3), 160, lookahead=1, time_pad="replicate")
+    yield make("256, 1x1x1", (3, 256, 2, 3, 3), (1, 1, 1), 512)
 
 
 def _normalization(op, draw) -> Iterator[tuple[str, dict]]:
@@ -173,6 +195,9 @@ def _normalization(op, draw) -> Iterator[tuple[str, dict]]:
     yield "rms, Wan's eps, no act", dict(x=draw(1, 7, 2, 3, 3), weight=draw(7), bias=draw(7), eps=1e-24, act=None)
     yield "group", dict(x=draw(2, 12, 3, 5, 4), weight=draw(12), bias=draw(12), norm="group", groups=4)
     yield "group without weight, strided", dict(x=draw(2, 6, 3, 5, 8)[..., ::2], norm="group", groups=3)
+    if draw.on_gpu:
+        for channels in (8, 48, 96, 160, 384, 1024):
+            yield f"rms, {channels} channels", dict(x=draw(2, channels, 3, 7, 9), weight=draw(channels), bias=draw(channels))
 
 
 def _latents(op, draw) -> Iterator[tuple[str, dict]]:

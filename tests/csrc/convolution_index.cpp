@@ -1,5 +1,9 @@
-// csrc/convolution_index.h for ctypes: g++ -shared -fPIC -std=c++17 -I csrc
+// csrc/convolution_index.h for ctypes: g++ -shared -fPIC -std=c++17 -pthread -I csrc
 #include "convolution_index.h"
+
+#include <pthread.h>
+
+#include <thread>
 
 using namespace sf;
 
@@ -13,12 +17,37 @@ void tile(const ConvolutionShape* shape, int64_t index, Tile* found) { *found = 
 
 int steps(const ConvolutionShape* shape, const Tile* tile) { return steps_of(*shape, taps_seeing(*shape, tile->frame)); }
 
-void step(const ConvolutionShape* shape, const Tile* tile, int index, Step* found) {
-  *found = step_at(*shape, *tile, taps_seeing(*shape, tile->frame), index);
+void first(const ConvolutionShape* shape, const Tile* tile, Step* step) {
+  *step = first_step(*shape, *tile, taps_seeing(*shape, tile->frame));
 }
+
+void next(const ConvolutionShape* shape, const Tile* tile, Step* step) { next_step(*shape, *tile, step); }
 
 int64_t place(const ConvolutionShape* shape, const Tile* tile, int pixel) {  // -1: outside
   const Pixel found = pixel_of(*shape, *tile, pixel);
   return found.inside ? found.at : -1;
+}
+
+// gather_columns by four lanes at once: `numbers` (4, 8) in and out.
+void gather(float* numbers) {
+  pthread_barrier_t together;
+  pthread_barrier_init(&together, nullptr, 4);
+  float given[4];
+  const auto lane_work = [&](int lane) {
+    float mine[8];
+    for (int i = 0; i < 8; ++i) mine[i] = numbers[8 * lane + i];
+    gather_columns(mine, lane, [&](float number, int bit) {
+      given[lane] = number;
+      pthread_barrier_wait(&together);
+      const float received = given[lane ^ bit];
+      pthread_barrier_wait(&together);
+      return received;
+    });
+    for (int i = 0; i < 8; ++i) numbers[8 * lane + i] = mine[i];
+  };
+  std::thread lanes[4];
+  for (int lane = 0; lane < 4; ++lane) lanes[lane] = std::thread(lane_work, lane);
+  for (auto& each : lanes) each.join();
+  pthread_barrier_destroy(&together);
 }
 }
