@@ -12,7 +12,7 @@ from .. import checks, env
 from ..dispatch import Backend, Op, Problem, autocast, autocast_dtype, device_name, needs_grad
 from ..reference import convolution as reference
 from ..reference.precision import holds_numbers, wide_dtype
-from . import convolution_call, convolution_triton, normalization
+from . import convolution_call, convolution_cuda, convolution_triton, normalization
 
 
 @dataclass(frozen=True)
@@ -227,10 +227,12 @@ def _torch_norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=
 
 
 CAUSAL_CONV3D = Op("causal_conv3d", "convolution", _example, [
-    convolution_triton.CAUSAL_CONV3D, Backend("torch", _torch_norm_act_conv3d, _torch_unsupported),
+    convolution_cuda.CAUSAL_CONV3D, convolution_triton.CAUSAL_CONV3D,
+    Backend("torch", _torch_norm_act_conv3d, _torch_unsupported),
     Backend("reference", reference.causal_conv3d, _reference_unsupported)])
 NORM_ACT_CONV3D = Op("norm_act_conv3d", "convolution", _example, [
-    convolution_triton.NORM_ACT_CONV3D, Backend("torch", _torch_norm_act_conv3d, _torch_unsupported),
+    convolution_cuda.NORM_ACT_CONV3D, convolution_triton.NORM_ACT_CONV3D,
+    Backend("torch", _torch_norm_act_conv3d, _torch_unsupported),
     Backend("reference", reference.norm_act_conv3d, _reference_unsupported)])
 OPS = (CAUSAL_CONV3D, NORM_ACT_CONV3D)
 

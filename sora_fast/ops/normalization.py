@@ -9,7 +9,7 @@ from .. import checks, configs
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
 from ..reference import normalization as reference
 from ..reference.precision import wide_dtype, widen
-from . import triton_backend
+from . import normalization_cuda, triton_backend
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ def _triton_unsupported(problem: NormalizationProblem) -> list[str]:
 
 
 NORM_ACT = Op("norm_act", "normalization", _example, [
+    normalization_cuda.NORM_ACT,
     Backend("triton", _triton, _triton_unsupported, kernel="normalization", config=_typical_config),
     Backend("torch", torch_norm_act), Backend("reference", reference.norm_act)])
 OPS = (NORM_ACT,)

@@ -1,0 +1,95 @@
+"""Backend "cuda" of causal_conv3d and norm_act_conv3d: the forward on Hopper, in bfloat16."""
+
+import torch
+
+from ..dispatch import Backend
+from ..reference import convolution as reference
+from . import cuda_backend, normalization_cuda
+from .convolution_call import NORM, SCHEMA, TENSORS, Settings, fake_forward, video
+
+AT_ONCE = (256, 192, 160, 128, 96)  # output channels of a tile; csrc/convolution.cu
+
+
+def _dense(tensor):
+    return None if tensor is None else cuda_backend.aligned(tensor.contiguous(memory_format=torch.channels_last_3d))
+
+
+def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings):
+    """[y], then cache_out where ``keep``.
+
+    Workspace: where there is a norm, or pixels are padded with other than zeros, what is convolved, of x's size in weight's
+    dtype (with its padding, and the cache's frames before it).
+    """
+    s = Settings(*settings)
+    batch, channels, frames, height, width = x.shape
+    kt, kh, kw = weight.shape[2:]
+    left, right, top, bottom = s.padding
+    y = video(x, weight.dtype, batch, weight.shape[0], *s.out_sizes(weight, x))
+    cache = None if cache is None or cache.shape[2] == 0 else _dense(cache)
+    cached = 0 if cache is None else cache.shape[2]
+    halo = s.space_pad != "zeros" and any(s.padding)
+    cache_out = None
+    if s.norm is not None or halo and y.numel():
+        # frames of the cache come along where they must be padded too
+        h, cache_out = normalization_cuda.launch(
+            x, norm_weight, norm_bias, norm=s.norm, eps=s.eps, act=s.act, dtype=weight.dtype, cache=cache,
+            keep=s.keep if s.norm is not None else 0, front=cached if halo else 0,
+            padding=s.padding if halo else (0, 0, 0, 0), space_pad=s.space_pad)
+    else:
+        h = _dense(x)
+    if s.norm is None and s.keep:
+        cache_out = reference.next_cache(x, cache, s.keep)
+    if y.numel():
+        frame = h.shape[1] * h.shape[3] * h.shape[4]
+        if halo:
+            top = left = 0
+            earlier, start, earlier_stride = h, cached * frame, h.shape[2] * frame
+        else:
+            earlier, start, earlier_stride = cache, 0, cached * frame
+        cuda_backend.launch(
+            "causal_conv3d", y, x=h.data_ptr() + start * h.element_size(), cache=earlier if cached else None,
+            weight=_dense(weight), bias=None if bias is None else cuda_backend.aligned(bias.float().contiguous()),
+            residual=_dense(residual), y=y, samples=batch, frames=frames, height=h.shape[3], width=h.shape[4],
+            in_channels=channels, cached=cached, x_stride=h.shape[2] * frame, cache_stride=earlier_stride,
+            out_frames=y.shape[2], out_height=y.shape[3], out_width=y.shape[4], out_channels=y.shape[1], kt=kt, kh=kh, kw=kw,
+            stride_t=s.stride[0], phase=s.phase, lookahead=s.lookahead, top=top, left=left,
+            replicate=s.time_pad == "replicate")
+    return [y] if cache_out is None else [y, cache_out]
+
+
+cuda_backend.define(f"convolution_cuda_forward({TENSORS}, Tensor? residual, {NORM}, {SCHEMA}) -> Tensor[]", _forward,
+                    fake_forward)
+
+
+def _run(x, weight, bias, *, norm_weight=None, norm_bias=None, norm=None, groups=1, eps=0.0, act=None, cache, residual,
+         return_cache, stride, padding, time_pad, space_pad, phase, lookahead, upsample):
+    keep = weight.shape[2] - 1 if return_cache else 0
+    settings = Settings(norm, groups, eps, act, keep, stride, tuple(padding), time_pad, space_pad, phase, lookahead,
+                        upsample)
+    made = torch.ops.sora_fast.convolution_cuda_forward(x, weight, bias, cache, residual, norm_weight, norm_bias,
+                                                        *settings.values())
+    if return_cache and keep == 0:  # a kernel of one frame remembers none
+        return made[0], x[:, :, :0].to(weight.dtype).clone()
+    return tuple(made) if return_cache else made[0]
+
+
+def _unsupported(problem) -> list[str]:
+    reasons = cuda_backend.unsupported(problem, "convolution", problem.wide)
+    if problem.dtype != torch.bfloat16:
+        reasons.append(f"Its kernel convolves bfloat16, and not {str(problem.dtype).removeprefix('torch.')}.")
+    if problem.norm or problem.space_pad != "zeros":
+        reasons += normalization_cuda.unsupported(problem.norm, problem.in_channels, problem.dtype)
+    if problem.in_channels % 64 and problem.in_channels not in (96, 160):
+        reasons.append(f"Its kernel takes 96, 160 or a multiple of 64 input channels, and not {problem.in_channels:,}.")
+    if not any(problem.out_channels and problem.out_channels % n == 0 for n in AT_ONCE):
+        reasons.append(f"Its kernel makes a multiple of 96, 128, 160, 192 or 256 output channels, and not "
+                       f"{problem.out_channels:,}.")
+    if problem.stride[1:] != (1, 1):
+        reasons.append(f"Its kernel does not stride in space, and the stride is {problem.stride}.")
+    if problem.upsample != 1:
+        reasons.append(f"Its kernel does not upsample, and upsample is {problem.upsample}.")
+    return reasons
+
+
+CAUSAL_CONV3D = Backend("cuda", _run, _unsupported, kernel="convolution")
+NORM_ACT_CONV3D = Backend("cuda", _run, _unsupported, kernel="convolution")

@@ -1,0 +1,113 @@
+"""What the CUDA backends of all families share: the extension sora_fast._C, where it can run, and its launches."""
+
+import functools
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .. import env
+from ..dispatch import Problem
+
+BUILD_INFO = Path(__file__).parents[1] / "_build_info.json"
+AGAIN = "SORA_FAST_BUILD_CUDA=1 pip install -e . builds it, or says why it cannot"
+
+
+@functools.cache
+def build_info() -> dict:
+    """What setup.py wrote beside the extension: nvcc, architectures, hashes of the kernels; or "skipped", the reason."""
+    try:
+        return json.loads(BUILD_INFO.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {"skipped": "this copy was installed without a build"}
+
+
+@functools.cache
+def _extension():
+    """(sora_fast._C or None, why it is not there). Nothing is imported before a backend is asked for."""
+    if "skipped" in build_info():
+        return None, f"The CUDA extension was not built: {build_info()['skipped']}; {AGAIN}."
+    try:
+        return importlib.import_module("sora_fast._C"), ""
+    except ImportError as error:
+        return None, f"The CUDA extension does not load: {error}; {AGAIN}."
+
+
+def unsupported(problem: Problem, kernel: str, wide: torch.dtype) -> list[str]:
+    """Sentences: why no CUDA kernel of the source ``kernel`` can run ``problem``. ``wide``: what it must be computed in."""
+    reasons = list(_reasons(problem.device, kernel))
+    if problem.grad:
+        reasons.append("Its kernel has no backward yet, and a gradient is needed.")
+    if wide == torch.float64:
+        reasons.append("Its kernels compute in float32, and float64 tensors ask for more.")
+    return reasons
+
+
+def cannot_run(device: torch.device, kernel: str) -> list[str]:
+    """The same of a device alone."""
+    name = device.type
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            return ["There is no CUDA GPU here."]
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"cuda:sm{major}{minor}"
+    return list(_reasons(name, kernel))
+
+
+@env.constant_in_graphs
+def _reasons(device: str, kernel: str) -> tuple[str, ...]:
+    reasons = []
+    _, missing = _extension()
+    if missing:
+        reasons.append(missing)
+    kind, _, architecture = device.partition(":")
+    if kind != "cuda":
+        reasons.append(f"It is a kernel for CUDA GPUs, and these tensors are on {'a CPU' if kind == 'cpu' else kind}.")
+    elif architecture and not missing:
+        built = build_info()["architectures"].get(kernel, [])
+        if not any(_runs_on(each, int(architecture.removeprefix("sm"))) for each in built):
+            reasons.append(f"Its kernel was built for {', '.join(built) or 'no GPU'}, and this GPU is {architecture}.")
+    return tuple(reasons)
+
+
+def _runs_on(built: str, capability: int) -> bool:
+    """sm_90a runs on 9.0 alone, sm_80 on 8.x, compute_90 (PTX) on 9.0 and later."""
+    kind, _, number = built.partition("_")
+    if number.endswith("a"):
+        return int(number[:-1]) == capability
+    if kind == "compute":
+        return int(number) <= capability
+    return int(number) // 10 == capability // 10 and int(number) <= capability
+
+
+_library = torch.library.Library("sora_fast", "FRAGMENT")
+
+
+def define(schema: str, run: Callable, fake: Callable) -> None:
+    """Make ``torch.ops.sora_fast.<name>``, opaque to torch.compile, of ``run``, which launches kernels.
+
+    ``schema`` as in ``"scale(Tensor x, float factor) -> Tensor"``; ``fake`` gives outputs without numbers. The CPU is there
+    for stand-ins of the kernels: a backend refuses its tensors before.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"sora_fast::{name}", fake, lib=_library)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` from a multiple of 16 bytes on, copied where it is not."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def launch(name: str, like: torch.Tensor, **fields) -> None:
+    """Start sora_fast._C.<name> on ``like``'s device and its current stream; tensors among ``fields`` become addresses."""
+    extension, missing = _extension()
+    if missing:
+        raise RuntimeError(f"{name}: {missing}")
+    given = {key: value.data_ptr() if isinstance(value, torch.Tensor) else value for key, value in fields.items()}
+    stream = torch.cuda.current_stream(like.device).cuda_stream
+    getattr(extension, name)(device=like.device.index or 0, stream=stream, **given)

@@ -1,0 +1,79 @@
+"""Backend "cuda" of norm_act, and the producer of what the CUDA convolution reads."""
+
+import torch
+
+from ..dispatch import Backend
+from . import cuda_backend
+from .convolution_call import video
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/normalization.cuh
+PADS = ("zeros", "replicate", "reflect")
+WIDEST = 1024
+
+
+def _dense(tensor):
+    return cuda_backend.aligned(tensor.contiguous(memory_format=torch.channels_last_3d))
+
+
+def launch(x, weight, bias, *, norm, eps, act, dtype, cache=None, keep=0, front=0, padding=(0, 0, 0, 0), space_pad="zeros"):
+    """``(y, cache_out)``: x (B, C, T, H, W) after norm and act in ``dtype``, with its padding. Outside autograd.
+
+    Args:
+        norm: "rms", or None: x is copied. cache: (B, C, n, H, W) in ``dtype``, normed, the frames before x.
+        keep: frames of cache_out, the last of the cache's and y's; 0: it is None. front: 0, or n: they come first in y.
+        padding: (left, right, top, bottom) around every frame of y. No workspace but float32 copies of weight and bias.
+    """
+    batch, channels, frames, height, width = x.shape
+    left, right, top, bottom = padding
+    cached = 0 if cache is None else cache.shape[2]
+    y = video(x, dtype, batch, channels, front + frames, top + height + bottom, left + width + right)
+    cache_out = video(x, dtype, batch, channels, min(keep, cached + frames), height, width) if keep else None
+    if y.numel() or cache_out is not None and cache_out.numel():
+        x = _dense(x if x.dtype == torch.float32 else x.to(dtype))
+        wide = lambda numbers: None if numbers is None else numbers.float().contiguous()
+        cuda_backend.launch(
+            "norm_act", y, x=x, cache=_dense(cache) if cached else None, weight=wide(weight), bias=wide(bias), y=y,
+            cache_out=cache_out, samples=batch, frames=frames, height=height, width=width, channels=channels, cached=cached,
+            kept=0 if cache_out is None else cache_out.shape[2], front=front, left=left, right=right, top=top, bottom=bottom,
+            space_pad=PADS.index(space_pad), x_dtype=DTYPES.index(x.dtype), y_dtype=DTYPES.index(dtype), rms=norm == "rms",
+            silu=act == "silu", eps=eps)
+    return y, cache_out
+
+
+def _forward(x, weight, bias, eps, act):
+    return launch(x, weight, bias, norm="rms", eps=eps, act=act, dtype=x.dtype)[0]
+
+
+def _fake_forward(x, weight, bias, eps, act):
+    return video(x, x.dtype, *x.shape)
+
+
+cuda_backend.define("norm_act_cuda_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, str? act) -> Tensor",
+                    _forward, _fake_forward)
+
+
+def _run(x, weight=None, bias=None, *, norm, groups, eps, act):
+    return torch.ops.sora_fast.norm_act_cuda_forward(x, weight, bias, eps, act)
+
+
+def unsupported(norm: str | None, channels: int, dtype: torch.dtype) -> list[str]:
+    """Sentences: what of a norm its kernel does not do."""
+    reasons = []
+    if norm not in (None, "rms"):
+        reasons.append(f"Its norm is rms, and not {norm}.")
+    vector = 4 if dtype == torch.float32 else 8
+    if channels % vector or not 0 < channels <= WIDEST:
+        reasons.append(f"Its kernel takes multiples of {vector} channels up to {WIDEST:,} in "
+                       f"{str(dtype).removeprefix('torch.')}, and x has {channels:,}.")
+    return reasons
+
+
+def _unsupported(problem) -> list[str]:
+    reasons = cuda_backend.unsupported(problem, "normalization", problem.wide)
+    if problem.wide != torch.float64 and problem.dtype not in DTYPES:
+        reasons.append(f"Its kernel takes float32, bfloat16 and float16, and not "
+                       f"{str(problem.dtype).removeprefix('torch.')}.")
+    return reasons + unsupported(problem.norm, problem.channels, problem.dtype)
+
+
+NORM_ACT = Backend("cuda", _run, _unsupported, kernel="normalization")
