@@ -54,7 +54,8 @@ def test_the_loss_is_the_sum_of_its_terms(regularisation, frames):
     perceptual = lambda got, wanted: (got - wanted).square().flatten(1).mean(1)  # (B,)
     got = VAELoss(modules, reconstruction="l2", kl=0.01, vq=0.7, perceptual=perceptual, perceptual_weight=0.3)(video, noise)
     error = (reconstruction - video).square().mean()
-    wanted = 1.3 * error + (0.01 if regularisation == "kl" else 0.7) * regulariser.mean()
+    per_number = 0.01 / video[0].numel()  # of a sum over the clip's latents
+    wanted = 1.3 * error + (per_number if regularisation == "kl" else 0.7) * regulariser.mean()
     assert float(got.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     assert regulariser.mean() > 0
 
@@ -108,13 +109,13 @@ def test_the_adversary_enters_with_its_weight_when_it_has_begun():
     modules = make(0.5)
     video, vae = draw(1, 3, 5, 16, 16).tanh(), modules["vae"]
     noise = draw(1, *vae.latent_shape(5, 16, 16), seed=2)
-    measure = VAELoss(modules, adversarial=0.5)
+    measure = VAELoss(modules, kl=0.1, adversarial=0.5)
     early, late = measure(video, noise, begun=False), measure(video, noise)
     reconstruction, kl = vae(video, noise)
     pixels = (reconstruction - video).abs().mean()
     for_vae, for_discriminator = adversary_losses(modules["discriminator"], reconstruction, video)
     weight = adaptive_weight(pixels, for_vae, vae.decoder.head.weight)
-    assert float(early) == pytest.approx(float(pixels + 1e-6 * kl.mean()), rel=1e-5)
+    assert float(early) == pytest.approx(float(pixels + 0.1 * kl.mean() / video[0].numel()), rel=1e-5)
     assert float(late) == pytest.approx(float(early + 0.5 * weight * for_vae + for_discriminator), rel=1e-4)
     with torch.no_grad():
         assert float(measure(video, noise)) == pytest.approx(float(early), rel=1e-5)  # held-out data: no adversary
@@ -178,14 +179,14 @@ def test_a_run_with_everything_resumes_bit_for_bit(tmp_path, items, monkeypatch)
 
 def test_settings_reach_the_loss(tmp_path, items):
     """What the command line sets, batch by batch, before and after the adversary begins."""
-    trainer = make_run(config(tmp_path, reconstruction="l2", kl=1e-4, adversarial=5.0, adversarial_start=2,
+    trainer = make_run(config(tmp_path, reconstruction="l2", kl=3.0, adversarial=5.0, adversarial_start=2,
                               perceptual=f"{__name__}:brightness", perceptual_weight=30.0), items)
     vae, judge = trainer.modules["vae"], trainer.modules["discriminator"]
     for number in range(4):
         batch = trainer.drawn(trainer.batches.plan(number))
         reconstruction, kl = vae(batch.video, batch.noise)
         pixels = (reconstruction - batch.video).square().mean() + 30 * brightness(reconstruction, batch.video).mean()
-        wanted = pixels + 1e-4 * kl.mean()
+        wanted = pixels + 3 * kl.mean() / batch.video[0].numel()
         if number >= 2:
             for_vae, for_judge = adversary_losses(judge, reconstruction, batch.video)
             wanted = wanted + 5 * adaptive_weight(pixels, for_vae, vae.decoder.head.weight) * for_vae + for_judge

@@ -72,7 +72,7 @@ class VAETraining(LoopConfig):
     reconstruction: str = option("l1", "error of the pixels", ("l1", "l2"), fixed=True)
     regularisation: str = option("kl", "of the latents: kl (a posterior near the unit normal) or vq (a codebook)",
                                  ("kl", "vq"), fixed=True)
-    kl: float = option(1e-6, "weight of the posterior's KL, summed over a clip's latents (pixels are a mean)", least=0)
+    kl: float = option(1e-6, "weight of the posterior's KL, per number of the clip as the pixels' error is", least=0)
     codes: int = option(1024, "codes of the codebook, with vq", least=1, fixed=True)
     perceptual: str = option("", "package.module:function, called as f(reconstruction, video) -> (B,); default: none",
                              fixed=True)

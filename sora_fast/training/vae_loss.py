@@ -72,8 +72,8 @@ class VAELoss:
 
     Args:
         modules: ``vae``, and ``discriminator`` where there is an adversary.
-        reconstruction: "l1" or "l2". kl: weight of the posterior's KL, a sum over a clip's latents, beside a mean over its
-            pixels: it grows with the clip; vq: of the codebook's loss, a mean.
+        reconstruction: "l1" or "l2". kl: weight of the posterior's KL; both count per number of the clip, so that the weight
+            means the same for every size (it is LDM's, whose both are sums); vq: of the codebook's loss, a mean.
         perceptual: ``perceptual(reconstruction, video) -> (B,) or scalar``, both (B, 3, T, H, W) in [-1, 1].
         adversarial: weight of the adversary, on top of the adaptive one; 0 for none.
     """
@@ -90,7 +90,8 @@ class VAELoss:
         pixels = reconstruction_error(self.reconstruction, reconstruction, video)
         if self.perceptual is not None:
             pixels = pixels + self.perceptual_weight * self.perceptual(reconstruction, video).float().mean()
-        total = pixels + (self.kl if vae.quantizer is None else self.vq) * regulariser.mean()
+        weight = self.kl / video[0].numel() if vae.quantizer is None else self.vq
+        total = pixels + weight * regulariser.mean()
         if not (self.adversarial and begun and torch.is_grad_enabled()):
             return total
         for_vae, for_discriminator = adversary_losses(self.modules["discriminator"], reconstruction, video)
