@@ -31,10 +31,13 @@ def uneven(trainer):
 
 def runs(root: Path):
     """name -> (out, **settings) -> Trainer, of each task."""
+    of_vae = dict(image_share=0.5, heldout=0.2)
     return {
         "little": lambda out, **more: uneven(little(out, **STEPS | dict(accumulate=4, weight_decay=0.1) | more)),
         "dit": lambda out, **more: tiny_dit(out, latent_clips(), **STEPS | dict(heldout=0.25, heldout_every=2) | more),
-        "vae": lambda out, **more: tiny_vae(out, root / "media", **STEPS | dict(image_share=0.5, heldout=0.2) | more),
+        "vae": lambda out, **more: tiny_vae(out, root / "media", **STEPS | of_vae | more),
+        "adversary": lambda out, **more: tiny_vae(out, root / "media", adversarial=0.5, adversarial_start=1,
+                                                  **STEPS | of_vae | more),
     }
 
 
