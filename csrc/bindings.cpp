@@ -91,6 +91,10 @@ void bind(py::module_& m, const char* op, int (*launch)(const Args&, cudaStream_
       OnDevice on(device);
       status = on.status == cudaSuccess ? launch(args, stream) : on.status;
     }
+    if (status == cudaErrorInsufficientDriver)
+      throw std::runtime_error(op + ": expected a driver for CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
+                               std::to_string(CUDART_VERSION % 1000 / 10) + " or newer, got none or an older one; update it, or "
+                               "build the extension with an older nvcc");
     if (status == sf::kRefused) throw std::runtime_error(op + ": " + sf::said());
     if (status != cudaSuccess)
       throw std::runtime_error(op + ": expected its kernel to start, got " +

@@ -43,7 +43,7 @@ const char* wrong(const NormActArgs& a) {
                a.height, a.width, a.left, a.right, a.top, a.bottom);
 
   const int64_t frame = int64_t(a.samples) * a.height * a.width;
-  const bool any_y = norm_act_places(norm_act_walk(a)) > 0 && a.front + a.frames > 0;
+  const bool any_y = int64_t(a.samples) * (a.front + a.frames) * norm_act_rows(a) * norm_act_columns(a) > 0;
   struct Named {
     const char* name;
     const void* pointer;

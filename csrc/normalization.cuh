@@ -2,7 +2,8 @@
 // convolution reads. Pixels are C numbers side by side (channels last). Everything is computed in float32.
 //
 // A group of L lanes of a warp has a pixel, mostly 8 to 24 numbers a lane, which stay in registers between the one read and the
-// one write. A warp takes 32 / L pixels of a row at once, and walks over the video in strides of the grid.
+// one write. A block takes as many pixels of a row as it has such groups, and walks over the video in strides of the grid: where
+// it stands is the same for all its threads, which spares them registers.
 #pragma once
 
 #include <cstdint>
@@ -64,26 +65,26 @@ constexpr int norm_act_shared(int channels) {
 }
 
 // ------------------------------------------------------------------------------------------------ what stands where
-// What a warp takes at a time: a run of pixels of a row of y. Runs change fastest; frames are counted from first_frame.
+// What a block takes at a time: a run of pixels of a row of y. Runs change fastest; frames are counted from first_frame.
 struct NormActPlace {
   int run, row, frame, sample;
 };
 
 struct NormActWalk {
-  int lanes, runs, rows, frames, samples;
-  int first_frame;  // of the clip's frames, which begin at 0; -cached .. -1 are the cache's
+  int lanes, pixels;  // of a pixel; of a run
+  int runs, rows, frames, samples;
+  int first_frame;    // of the clip's frames, which begin at 0; -cached .. -1 are the cache's
 };
-
-constexpr int kNormActRun = 4;  // times 32 / L pixels: for as many, a row's addresses are worked out once
 
 SF_HOST_DEVICE constexpr int norm_act_rows(const NormActArgs& a) { return a.top + a.height + a.bottom; }
 SF_HOST_DEVICE constexpr int norm_act_columns(const NormActArgs& a) { return a.left + a.width + a.right; }
 
-// Over every frame that y has or that goes from cache to cache_out.
-SF_HOST_DEVICE constexpr NormActWalk norm_act_walk(const NormActArgs& a) {
-  const int lanes = norm_act_lanes(a.channels), pixels = kNormActRun * 32 / lanes;
+// Over every frame that y has or that goes from cache to cache_out, in blocks of `threads`.
+SF_HOST_DEVICE constexpr NormActWalk norm_act_walk(const NormActArgs& a, int threads) {
+  const int lanes = norm_act_lanes(a.channels), pixels = threads / lanes;
   const int before = a.front > a.kept - a.frames ? a.front : a.kept - a.frames;
-  return {lanes, (norm_act_columns(a) + pixels - 1) / pixels, norm_act_rows(a), before + a.frames, a.samples, -before};
+  const int runs = (norm_act_columns(a) + pixels - 1) / pixels;
+  return {lanes, pixels, runs, norm_act_rows(a), before + a.frames, a.samples, -before};
 }
 
 SF_HOST_DEVICE constexpr int64_t norm_act_places(const NormActWalk& w) {
@@ -137,7 +138,8 @@ SF_HOST_DEVICE constexpr NormActRow norm_act_row(const NormActArgs& a, int sampl
     const int64_t to_frame = int64_t(sample) * (a.front + a.frames) + a.front + frame;
     found.y = (to_frame * norm_act_rows(a) + row) * norm_act_columns(a);
   }
-  if (kept >= 0 && from == row - a.top) found.cache_out = ((int64_t(sample) * a.kept + kept) * a.height + from) * a.width;
+  if (kept >= 0 && from >= 0 && from == row - a.top)
+    found.cache_out = ((int64_t(sample) * a.kept + kept) * a.height + from) * a.width;
   return found;
 }
 
@@ -316,10 +318,10 @@ __device__ __forceinline__ void norm_act(const NormActArgs& args, const NormActS
   for (int i = 0; i < vectors; ++i) y->bytes[i] = NormActVector<Y, count>::round(numbers[i]);
 }
 
-// Threads of a block, the blocks of them that a multiprocessor has registers for (80 a thread, 128 of more than 24 numbers;
-// nothing spills), and the most a grid has for each: more than run at once, so that all end at about the same time.
-constexpr int kNormActThreads = 256, kNormActBlocks = 16;
-constexpr int norm_act_resident(int numbers) { return numbers <= 24 ? 3 : 2; }
+// Threads of a block, and the blocks of them that a multiprocessor has registers for: 64 a thread, 80 of more than 16 numbers,
+// 96 of more than 24, and nothing spills. The grid has at most 28 for each, more than run at once, so that all end at about the same time.
+constexpr int kNormActThreads = 128, kNormActBlocks = 28;
+constexpr int norm_act_resident(int numbers) { return numbers <= 16 ? 8 : numbers <= 24 ? 6 : 5; }
 
 // X, Y: types of x and y. A lane has `vectors` vectors of `count` numbers.
 template <class X, class Y, int count, int vectors>
@@ -334,37 +336,32 @@ __global__ void __launch_bounds__(kNormActThreads, norm_act_resident(vectors * c
   }
   __syncthreads();
 
-  const int lane = threadIdx.x % 32, first = lane % lanes, pixel = lane / lanes;
-  NormActPlace at = norm_act_place(walk, int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32);
-  for (; at.sample < walk.samples; at = norm_act_next(walk, at, stride)) {  // a warp's lanes have the same place
+  const int first = threadIdx.x % lanes, pixel = threadIdx.x / lanes;
+  NormActPlace at = norm_act_place(walk, blockIdx.x);
+  for (; at.sample < walk.samples; at = norm_act_next(walk, at, stride)) {
     const int frame = at.frame + walk.first_frame;
     const NormActRow row = norm_act_row(args, at.sample, frame, at.row);
-#pragma unroll 1
-    for (int i = 0; i < kNormActRun; ++i) {
-      const NormActColumn column = norm_act_column(args, (at.run * kNormActRun + i) * (32 / lanes) + pixel);
-      NormActShare<Y, count, vectors> y;
-      if (frame < 0) {
-        y.load(args.cache, row.from, column.from, first, lanes, there);
-      } else {
-        NormActShare<X, count, vectors> x;
-        x.load(args.x, row.from, column.from, first, lanes, there);
-        norm_act(args, x, affine, first, lanes, &y);
-        if (row.from < 0 || column.from < 0) y = {};  // padding is zeros, not what a norm makes of them
-      }
-      y.store(args.y, row.y, column.y, first, lanes, there);
-      y.store(args.cache_out, row.cache_out, column.cache_out, first, lanes, there);
+    const NormActColumn column = norm_act_column(args, at.run * walk.pixels + pixel);
+    NormActShare<Y, count, vectors> y;
+    if (frame < 0) {
+      y.load(args.cache, row.from, column.from, first, lanes, there);
+    } else {
+      NormActShare<X, count, vectors> x;
+      x.load(args.x, row.from, column.from, first, lanes, there);
+      norm_act(args, x, affine, first, lanes, &y);
+      if (row.from < 0 || column.from < 0) y = {};  // padding is zeros, not what a norm makes of them
     }
+    y.store(args.y, row.y, column.y, first, lanes, there);
+    if (row.cache_out >= 0) y.store(args.cache_out, row.cache_out, column.cache_out, first, lanes, there);
   }
 }
 
 template <class X, class Y, int count, int vectors>
 void norm_act_start(const NormActArgs& args, int threads, int64_t most_blocks, CUstream_st* stream) {
-  const NormActWalk walk = norm_act_walk(args);
-  const int64_t warps = threads / 32, needed = (norm_act_places(walk) + warps - 1) / warps;
-  const int64_t blocks = needed < most_blocks ? needed : most_blocks;
-  const NormActPlace stride = norm_act_place(walk, blocks * warps);
+  const NormActWalk walk = norm_act_walk(args, threads);
+  const int64_t blocks = norm_act_places(walk) < most_blocks ? norm_act_places(walk) : most_blocks;
   const auto kernel = norm_act_kernel<X, Y, count, vectors>;
-  SF_LAUNCH(kernel, int(blocks), threads, norm_act_shared(args.channels), stream, args, walk, stride);
+  SF_LAUNCH(kernel, int(blocks), threads, norm_act_shared(args.channels), stream, args, walk, norm_act_place(walk, blocks));
 }
 
 // The kernel for as many numbers a lane as the channels need: 8, 16, 24 or 32.
@@ -380,7 +377,7 @@ void norm_act_start(const NormActArgs& args, int threads, int64_t most_blocks, C
 }
 
 inline void norm_act_start(const NormActArgs& args, int threads, int64_t most_blocks, CUstream_st* stream) {
-  if (norm_act_places(norm_act_walk(args)) == 0 || args.channels == 0) return;
+  if (norm_act_places(norm_act_walk(args, threads)) == 0) return;
   if (args.x_dtype == kBFloat16) return norm_act_start<__nv_bfloat16, __nv_bfloat16>(args, threads, most_blocks, stream);
   if (args.x_dtype == kFloat16) return norm_act_start<__half, __half>(args, threads, most_blocks, stream);
   if (args.y_dtype == kBFloat16) return norm_act_start<float, __nv_bfloat16>(args, threads, most_blocks, stream);

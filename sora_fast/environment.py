@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -28,7 +29,7 @@ def environment(device: torch.device) -> dict:
     found = dict(
         device=device_label(device), kind=device.type, sm=None, sms=None, memory_bytes=None, l2_bytes=None,
         **_nvidia_smi(device), cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(),
-        torch=torch.__version__, triton=version("triton"), python=platform.python_version(),
+        torch=torch.__version__, triton=version("triton"), nvcc=build_info().get("nvcc"), python=platform.python_version(),
         os=f"{platform.system()} {platform.release()}", cpu=_cpu(), cores=os.cpu_count(),
         threads=torch.get_num_threads(), tf32=_tf32(),
         **_commit(), version=__version__, variables=env.settings(),
@@ -55,6 +56,15 @@ def version(package: str) -> str | None:
 
 def _tf32() -> bool:
     return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+
+
+@functools.cache
+def build_info() -> dict:
+    """What setup.py wrote beside the CUDA extension: its nvcc, architectures, hashes of kernels; or why not: "skipped"."""
+    try:
+        return json.loads(Path(__file__).with_name("_build_info.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {"skipped": "this copy was installed without a build"}
 
 
 @functools.cache

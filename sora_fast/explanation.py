@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, env, ops, records
+from . import __version__, env, environment, ops, records
 from .dispatch import ORDER, Backend, Op, Problem
+from .ops import cuda_backend
 
 # The ops that a model calls, in the order of its forward.
 MODELS = {
@@ -150,14 +151,26 @@ def info() -> str:
     table = all_ops()
     lines.append("backends: " + ", ".join(f"{name} ({KINDS[name]})" if name in KINDS else name
                                             for name in _backends(table)))
-    kernels = sorted({backend.kernel for op in table.values() for backend in op.backends.values() if backend.kernel})
-    lines.append(f"kernels: {', '.join(kernels) or 'none in this version'}")
+    for kind, of in (("Triton", "triton"), ("CUDA", "cuda")):
+        kernels = sorted({op.backends[of].kernel for op in table.values() if of in op.backends})
+        lines.append(f"{kind} kernels: {', '.join(kernels)}")
+    lines.append(f"CUDA extension: {_extension()}")
     lines.append(f"validation records of this user: {records.user_file()}"
                  + ("" if records.user_file().is_file() else ", none yet"))
     lines.append(f"SORA_FAST_BACKEND={env.backend()}" if env.backend() else "SORA_FAST_BACKEND is not set")
     lines.append("")
     lines.append(explain("all", device="cuda" if torch.cuda.is_available() else "cpu"))
     return "\n".join(lines)
+
+
+def _extension() -> str:
+    """How the CUDA extension was built, or why it is not there."""
+    _, missing = cuda_backend.extension()
+    if missing:
+        return missing.removeprefix("The CUDA extension ")
+    built = environment.build_info()
+    archs = "; ".join(f"{kernel} for {', '.join(archs)}" for kernel, archs in built["architectures"].items())
+    return f"built by nvcc {built['nvcc']}: {archs}"
 
 
 def _version(module: str, package: str) -> str:

@@ -91,12 +91,15 @@ def _judge(op: str, backend: str, kernel: str, device: str, dtype: str, directio
         found = mine
     if not found:
         return None, f"there is no validation record of {arch if backend == 'cuda' and arch else 'any NVIDIA GPU'}"
-    code = kernel_hash(kernel)
+    code = kernel_hash(kernel, backend)
     if code is None:
-        return None, f"the source of sora_fast.kernels.{kernel} cannot be read, and no record be matched with it"
+        missing = (f"the CUDA kernel {kernel} is not in this build" if backend == "cuda" else
+                   f"the source of sora_fast.kernels.{kernel} cannot be read")
+        return None, f"{missing}, and no record be matched with it"
     same = [r for r in found if r["kernel_hash"] == code]
     if not same:
-        return None, f"the kernel has changed since it was validated on {_place(found[-1])}"
+        return None, (f"the kernel{', or the nvcc that builds it,' if backend == 'cuda' else ''} has changed since it was "
+                      f"validated on {_place(found[-1])}")
     if backend == "triton":
         here, validated = triton_minor(), minor(same[-1]["environment"].get("triton"))
         current = [r for r in same if minor(r["environment"].get("triton")) == here]
@@ -207,11 +210,14 @@ def triton_minor() -> str | None:
 
 
 @functools.cache
-def kernel_hash(module: str) -> str | None:
+def kernel_hash(module: str, backend: str = "triton") -> str | None:
     """Hash of what ``sora_fast.kernels.<module>`` and the kernel modules it imports say, comments and docstrings aside.
 
-    It is the same for every Python version that parses the source alike. None: there is no such file, or no reading it.
+    It is the same for every Python version that parses the source alike. None: there is no such file, or no reading it. Of
+    backend "cuda" it is what setup.py took of the sources that it compiled.
     """
+    if backend == "cuda":
+        return environment.build_info().get("kernels", {}).get(module)
     trees: dict[str, str] = {}
     waiting = [module]
     while waiting:

@@ -28,6 +28,12 @@ class Kernel:
     stack: int  # bytes of local memory
     code: list[sass.Instruction]
 
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers among its template's arguments."""
+        words = self.name.partition("<")[2].rstrip(">").split(", ")
+        return [int(word) for word in words if word.lstrip("-").isdecimal()]
+
     def count(self, *bases: str) -> int:
         return sum(i.base in bases for i in self.code)
 
@@ -78,11 +84,11 @@ def kernels(family: str) -> list[Kernel]:
                     codes[function.split()[0]] = sass.functions("Function :" + function)[0]
         for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", part):
             found.append(Kernel(_short(name), arch, int(registers), int(stack), codes[name]))
-    return sorted(found, key=lambda k: (k.name.partition("<")[0], [int(n) for n in re.findall(r"-?\d+", k.name)], k.arch))
+    return sorted(found, key=lambda k: (re.sub(r"-?\b\d+\b", "", k.name), k.numbers, k.arch))
 
 
 def shared_memory() -> dict[str, int]:
-    """Bytes that each kernel's plan asks for at its launch, where that is fixed when it is compiled."""
+    """Bytes that each kernel's plan asks for at its launch, at most."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "plans")
         subprocess.run(["g++", "-std=c++17", "-I", ROOT / "csrc", ROOT / "tests/csrc/plans.cpp", "-o", program], check=True)
@@ -103,16 +109,19 @@ def table() -> str:
     rows = [head, ("---",) * len(head)]
     for family in FAMILIES:
         for k in kernels(family):
-            rows.append((k.name, k.arch, k.registers, f"{shared[k.name]:,}" if k.name in shared else "by channels", k.spills,
+            rows.append((k.name, k.arch, k.registers, f"{shared[k.name]:,}", k.spills,
                          k.count("HGMMA"), k.count("UTMALDG"), " ".join(map(str, k.waits)) or "-"))
     lines = "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
     return ("# What the kernels are compiled to\n\n"
             f"By nvcc {nvcc_version()}; `python tests/cuda_resources.py` writes this file after a build, and "
-            "`tests/test_cuda_sass.py` compares it. Products are HGMMA instructions, box loads UTMALDG, in all of a "
-            "kernel's code; a kernel that shares its registers out by `setmaxnreg` shows what a block starts with.\n\n"
+            "`tests/test_cuda_sass.py` compares it. Shared memory is the most that any channels need. Products are HGMMA "
+            "instructions, box loads UTMALDG, in all of a kernel's code; a kernel that shares its registers out by "
+            "`setmaxnreg` shows what a block starts with.\n\n"
             + lines)
 
 
 if __name__ == "__main__":
+    if not all((BUILT / f"{family}.o").exists() for family in FAMILIES):
+        raise SystemExit(f"expected a build in {BUILT}, got none; SORA_FAST_BUILD_CUDA=1 pip install -e . makes one")
     TABLE.write_text(table(), encoding="utf-8")
     print(f"wrote {TABLE}")

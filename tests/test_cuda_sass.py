@@ -28,7 +28,7 @@ def violations(kernel) -> list[str]:
         found.append(f"{kernel.name}, {kernel.arch}: expected no spills, got {kernel.spills} and a stack of {kernel.stack}")
     if kernel.arch != "sm_90a":
         return found
-    family, numbers = kernel.name.partition("<")[0], [int(n) for n in re.findall(r"-?\d+", kernel.name)]
+    family, numbers = kernel.name.partition("<")[0], kernel.numbers
     if family == "causal_conv3d_kernel":
         width, full = numbers
         blocks = 2 if width <= 192 else 1
@@ -70,6 +70,8 @@ def test_objects_are_of_these_sources():
             name = waiting.pop()
             seen.add(name)
             source = cuda_resources.ROOT / "csrc" / name
+            if name == "simt.h":  # of tests/csrc
+                continue
             assert source.stat().st_mtime <= path.stat().st_mtime, f"{path} is older than {name}: pip install -e . again"
             waiting |= set(re.findall(r'#include "(.+)"', source.read_text())) - seen
 

@@ -1,4 +1,5 @@
-"""The install matrix: editable, plain, and the sdist's wheel, each used from the root and from elsewhere.
+"""The install matrix: editable, plain, and the sdist's wheel, each used from the root and from elsewhere; with the CUDA
+extension, without it, and where there is no nvcc.
 
 Everything happens in a copy of the checkout, so that no build/ or egg-info is left in it. The fresh
 environments see the packages of the current one (torch is too large to install three times) through a folder
@@ -26,10 +27,10 @@ SHIPPED = (
 SHIMS = {"sora_fast/kernels/__init__.py", "sora_fast/benchmarks/__init__.py"}
 
 
-def run(*command, cwd: Path) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def run(*command, cwd: Path, stderr: int = subprocess.PIPE, **variables: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
     command = [str(word) for word in command]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=170)
     assert done.returncode == 0, f"{command} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -39,7 +40,7 @@ def checkout(tmp_path_factory) -> Path:
     """A clean copy of what is shipped, without what earlier builds may have left."""
     copy = tmp_path_factory.mktemp("checkout") / "sora"
     copy.mkdir()
-    built = shutil.ignore_patterns("__pycache__", "*.so")
+    built = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
     for name in SHIPPED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=built)
@@ -72,10 +73,15 @@ class Environment:
         self.packages = Path(run(self.python, "-c", code, cwd=folder).strip())
         (self.packages / "neighbours.pth").write_text(f"{neighbours}\n")
 
-    def pip(self, verb: str, *what, cwd: Path) -> None:
-        """pip is a neighbour too; without dependencies and isolation nothing is fetched."""
-        alone = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index")
-        run(self.python, "-m", "pip", verb, *alone, *what, cwd=cwd)
+    def pip(self, verb: str, *what, cwd: Path, **variables: str) -> str:
+        """pip is a neighbour too; without dependencies and isolation nothing is fetched. Returns all that was said."""
+        alone = ("--verbose", "--no-deps", "--no-build-isolation", "--no-index")
+        return run(self.python, "-m", "pip", verb, *alone, *what, cwd=cwd, stderr=subprocess.STDOUT, **variables)
+
+    def extension(self, cwd: Path) -> str:
+        """What `sora-fast info` says of the CUDA extension."""
+        (line,) = [line for line in run(self.script, "info", cwd=cwd).splitlines() if line.startswith("CUDA extension:")]
+        return line
 
 
 # Where the copy in use, its mapped rooms, and a spawned worker's copy lie.
@@ -89,8 +95,10 @@ print(json.dumps([os.path.realpath(sora_fast.__file__), *rooms, os.path.realpath
 
 
 def files(checkout: Path, *folders: str) -> set[str]:
+    """What the sources hold, without what an install wrote beside them."""
     paths = [path for folder in folders for path in (checkout / folder).rglob("*")]
-    return {p.relative_to(checkout).as_posix() for p in paths if p.is_file() and p.suffix != ".pyc"}
+    return {p.relative_to(checkout).as_posix() for p in paths
+            if p.is_file() and p.suffix not in (".pyc", ".so") and p.name != "_build_info.json"}
 
 
 def places(folder: Path, *, installed: bool) -> list[str]:
@@ -116,13 +124,28 @@ def check(environment: Environment, checkout: Path, elsewhere: Path, editable: b
 
 def test_editable(checkout, neighbours, tmp_path):
     environment = Environment(tmp_path / "venv", neighbours)
-    environment.pip("install", "-e", ".", cwd=checkout)
+    said = environment.pip("install", "-e", ".", cwd=checkout)
     check(environment, checkout, tmp_path, editable=True)
+    if not shutil.which("nvcc"):
+        assert "was not built: there was no nvcc" in environment.extension(tmp_path)
+        return
+    assert "[7/7]" in said and "built by nvcc" in environment.extension(tmp_path)
+    run(environment.python, "-c", "import sora_fast._C", cwd=tmp_path)
+
+    said = environment.pip("install", "-e", ".", cwd=checkout)
+    assert "ninja: no work to do." in said and "[1/" not in said
+    with open(checkout / "csrc" / "host.cpp", "a") as file:
+        file.write("// more\n")
+    assert "[2/2]" in environment.pip("install", "-e", ".", cwd=checkout)  # one object, and the link
+
+    environment.pip("install", "-e", ".", cwd=checkout, SORA_FAST_BUILD_CUDA="0")
+    assert "was not built: SORA_FAST_BUILD_CUDA was 0" in environment.extension(tmp_path)
 
 
 def test_plain(checkout, neighbours, tmp_path):
     environment = Environment(tmp_path / "venv", neighbours)
-    environment.pip("install", ".", cwd=checkout)
+    environment.pip("install", ".", cwd=checkout, CUDA_HOME=str(tmp_path))
+    assert "was not built: there was no nvcc" in environment.extension(tmp_path)
     check(environment, checkout, tmp_path, editable=False)
 
 
@@ -130,7 +153,7 @@ def test_wheel_from_sdist(checkout, neighbours, tmp_path):
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", tmp_path, ".", cwd=checkout)
     (sdist,) = tmp_path.glob("*.tar.gz")
     environment = Environment(tmp_path / "venv", neighbours)
-    environment.pip("wheel", "--wheel-dir", tmp_path, sdist, cwd=tmp_path)
+    environment.pip("wheel", "--wheel-dir", tmp_path, sdist, cwd=tmp_path, SORA_FAST_BUILD_CUDA="0")
     (wheel,) = tmp_path.glob("*.whl")
 
     with tarfile.open(sdist) as archive:
@@ -142,6 +165,7 @@ def test_wheel_from_sdist(checkout, neighbours, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     mapped = {name if name.startswith("sora_fast/") else f"sora_fast/{name}" for name in code - SHIMS}
+    mapped.add("sora_fast/_build_info.json")
     needed = {name for name in mapped if name.endswith((".py", ".jsonl", ".json", "py.typed"))}
     assert needed <= held, f"not in the wheel: {sorted(needed - held)}"
     assert held <= mapped, f"not to be in the wheel: {sorted(held - mapped)}"

@@ -180,12 +180,21 @@ def test_a_failure_of_the_own_architecture_counts_most(op):
 
 def test_a_cuda_kernel_needs_a_record_of_its_own_architecture(op, monkeypatch):
     monkeypatch.setitem(op.backends, "cuda", Backend("cuda", op.backends["reference"].run, kernel="planted"))
+    built = {"kernels": {"planted": "of csrc"}}
+    monkeypatch.setattr(records.environment, "build_info", lambda: built)
+    of_cuda = dict(backend="cuda", kernel_hash="of csrc", environment=dict(triton=None))
     assert "no validation record of sm90" in reasons(op, "cuda")
-    records.save([record(backend="cuda", arch="sm80", environment=dict(triton=None))])
+    records.save([record(arch="sm80", **of_cuda)])
     assert taken(op) == "torch" and taken(op, device="cuda:sm80") == "cuda"
     assert "record of its own architecture, sm90, and the last is of NVIDIA H200 (sm80)" in reasons(op, "cuda")
-    records.save([record(backend="cuda", environment=dict(triton=None))])
+    records.save([record(**of_cuda)])
     assert taken(op) == "cuda"  # whichever Triton there is
+
+    changed = "the kernel, or the nvcc that builds it, has changed since it was validated on NVIDIA H200 (sm90)"
+    for now, reason in (({"planted": "changed"}, changed), ({}, "the CUDA kernel planted is not in this build")):
+        built["kernels"] = now
+        records.forget()
+        assert taken(op) == "torch" and reason in reasons(op, "cuda")
 
 
 def test_shipped_records_count_and_bad_lines_do_not(op, tmp_path):

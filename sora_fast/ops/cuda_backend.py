@@ -2,31 +2,20 @@
 
 import functools
 import importlib
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from .. import env
 from ..dispatch import Problem
+from ..environment import build_info
 
-BUILD_INFO = Path(__file__).parents[1] / "_build_info.json"
 AGAIN = "SORA_FAST_BUILD_CUDA=1 pip install -e . builds it, or says why it cannot"
 
 
 @functools.cache
-def build_info() -> dict:
-    """What setup.py wrote beside the extension: nvcc, architectures, hashes of the kernels; or "skipped", the reason."""
-    try:
-        return json.loads(BUILD_INFO.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {"skipped": "this copy was installed without a build"}
-
-
-@functools.cache
-def _extension():
-    """(sora_fast._C or None, why it is not there). Nothing is imported before a backend is asked for."""
+def extension():
+    """(sora_fast._C or None, why it is not there). Nothing is imported before it is asked for."""
     if "skipped" in build_info():
         return None, f"The CUDA extension was not built: {build_info()['skipped']}; {AGAIN}."
     try:
@@ -59,7 +48,7 @@ def cannot_run(device: torch.device, kernel: str) -> list[str]:
 @env.constant_in_graphs
 def _reasons(device: str, kernel: str) -> tuple[str, ...]:
     reasons = []
-    _, missing = _extension()
+    _, missing = extension()
     if missing:
         reasons.append(missing)
     kind, _, architecture = device.partition(":")
@@ -105,9 +94,9 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 def launch(name: str, like: torch.Tensor, **fields) -> None:
     """Start sora_fast._C.<name> on ``like``'s device and its current stream; tensors among ``fields`` become addresses."""
-    extension, missing = _extension()
+    built, missing = extension()
     if missing:
         raise RuntimeError(f"{name}: {missing}")
     given = {key: value.data_ptr() if isinstance(value, torch.Tensor) else value for key, value in fields.items()}
     stream = torch.cuda.current_stream(like.device).cuda_stream
-    getattr(extension, name)(device=like.device.index or 0, stream=stream, **given)
+    getattr(built, name)(device=like.device.index or 0, stream=stream, **given)

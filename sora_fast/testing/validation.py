@@ -9,7 +9,8 @@
     error, allowed, tensor, case: of the tensor closest to its limit, or furthest past it; null where nothing was compared
     failed: every failed comparison in full; raised: {case, reason} where the call raised or wrote into its arguments;
         refused: {case, reason} where the backend says that it cannot
-    kernel, kernel_hash: module of sora_fast.kernels and its hash, or null; arch: "sm90", or null off NVIDIA GPUs
+    kernel, kernel_hash: module of sora_fast.kernels, or family of csrc, and its hash, or null
+    arch: "sm90", or null off NVIDIA GPUs
     environment: as sora_fast.environment gives it
 
 A number that is not finite is null. Those of a kernel on a CUDA GPU are the records of sora_fast.records.
@@ -168,7 +169,8 @@ def validate(op: str, fn: Callable | None = None, *, backend: str = "auto", devi
         fn = lambda **arguments: public(**arguments, backend=backend)
         chosen = all_ops()[op].backends.get(backend)
         kernel = chosen.kernel if chosen else ""
-        facts |= dict(backend=backend, kernel=kernel or None, kernel_hash=records.kernel_hash(kernel) if kernel else None)
+        facts |= dict(backend=backend, kernel=kernel or None,
+                      kernel_hash=records.kernel_hash(kernel, backend) if kernel else None)
     else:
         name = getattr(fn, "__name__", type(fn).__name__)
     device = torch.device(device)

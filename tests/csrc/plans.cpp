@@ -1,8 +1,10 @@
 // Shared memory of every instantiation, as its plan says: g++ -std=c++17 -I csrc; prints "kernel bytes".
+#include <algorithm>
 #include <cstdio>
 #include <initializer_list>
 
 #include "convolution.cuh"
+#include "normalization.cuh"
 #include "product.cuh"
 
 template <int N>
@@ -12,7 +14,18 @@ void plans() {
   std::printf("product_kernel<%d, 32> %d\n", N, sf::ProductPlan<N, 32>::kShared);
 }
 
+// The most that channels which need so many numbers a lane ask for.
+void norm_act_plan(int numbers) {
+  int most = 0;
+  for (int channels = 1; channels <= sf::kMostChannels; ++channels)
+    if (sf::norm_act_numbers(channels) == numbers) most = std::max(most, sf::norm_act_shared(channels));
+  for (const char* y : {"float", "__nv_bfloat16", "__half"})
+    std::printf("norm_act_kernel<float, %s, 4, %d> %d\n", y, numbers / 4, most);
+  for (const char* x : {"__nv_bfloat16", "__half"}) std::printf("norm_act_kernel<%s, %s, 8, %d> %d\n", x, x, numbers / 8, most);
+}
+
 int main() {
+  for (const int numbers : {8, 16, 24, 32}) norm_act_plan(numbers);
   plans<96>(), plans<128>(), plans<160>(), plans<192>(), plans<256>();
   return 0;
 }
