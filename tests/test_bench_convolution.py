@@ -141,6 +141,7 @@ def test_the_truth_of_every_case_fits_a_gpu():
 
 
 # --------------------------------------------------------------------------------------------------------- the peers
+@pytest.mark.usefixtures("sums_of_real_clips")
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.id)
 def test_every_provider_passes_the_gate(case):
     found, passed = case.truth(case.inputs(CPU, 0), 0), set()
@@ -248,6 +249,7 @@ def test_a_bias_added_after_a_rounding_of_its_own_is_a_convolution():
     assert result.passed, result
 
 
+@pytest.mark.usefixtures("sums_of_real_clips")
 def test_shortened_factors_are_no_float32_convolution():
     inputs = random(torch.float32)
     found = truth("causal_conv3d", inputs, grads=False)

@@ -99,6 +99,7 @@ def test_providers_pass_their_gate_and_their_step_repeats(op, name):
         assert all(torch.equal(first[key], again[key]) for key in first)
 
 
+@pytest.mark.usefixtures("sums_of_real_clips")
 @pytest.mark.parametrize("op", ["wan_vae_decode", "vae_training_step"])
 def test_the_vae_and_its_peer_pass_and_a_peer_with_one_other_weight_fails(op, monkeypatch):
     """One truth for all; the peers are diffusers' own class with our weights, in both layouts."""

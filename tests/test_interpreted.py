@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path.name for path in (ROOT / "tests" / "interpreted").glob("test_*.py"))
 
 
-def interpreted(*arguments: str, seconds: int = 700) -> subprocess.CompletedProcess:
+def interpreted(*arguments: str, seconds: int = 1500) -> subprocess.CompletedProcess:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments], cwd=ROOT,
                           env=environment, capture_output=True, text=True, timeout=seconds)
@@ -20,11 +20,11 @@ def interpreted(*arguments: str, seconds: int = 700) -> subprocess.CompletedProc
 
 @pytest.fixture(scope="module")
 def runs(request):
-    """The modules that were asked for, two at a time: they take a third of all tests' time, on one core each."""
+    """The modules that were asked for, two at a time where no other tests run beside them: each takes one core."""
     pytest.importorskip("triton")
     asked = [item.callspec.params["module"] for item in request.session.items
              if getattr(item, "originalname", "") == "test_in_the_interpreter"]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(1 if "PYTEST_XDIST_WORKER" in os.environ else 2) as pool:
         yield {module: pool.submit(interpreted, f"tests/interpreted/{module}") for module in asked}
 
 
