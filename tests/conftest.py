@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: E402
 from sora_fast import reference  # noqa: E402
 from sora_fast.cli.__main__ import main  # noqa: E402
 
-LONGEST = ("test_interpreted.py", "test_aot.py", "test_install.py", "test_distributed.py", "test_accelerate_wan_vae.py")
+LONGEST = ("test_interpreted.py", "test_aot.py")
 
 
 def pytest_collection_modifyitems(items):
