@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path.name for path in (ROOT / "tests" / "interpreted").glob("test_*.py"))
 
 
-def interpreted(*arguments: str, seconds: int = 1500) -> subprocess.CompletedProcess:
+def interpreted(*arguments: str, seconds: int = 3000) -> subprocess.CompletedProcess:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments], cwd=ROOT,
                           env=environment, capture_output=True, text=True, timeout=seconds)
