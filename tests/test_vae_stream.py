@@ -349,8 +349,9 @@ def peak(vae, side, chunk, height, width, dtype):
 @pytest.mark.parametrize("name", SMALL)
 def test_the_memory_of_a_chunk_is_foretold(name, side, dtype):
     """Three latent frames more per chunk take 0.55 to 1.05 of what is foretold; a forgotten level would halve that."""
-    vae = VideoVAE.preset(name, width=16).to(dtype)
-    more = peak(vae, side, 4, 64, 96, dtype) - peak(vae, side, 1, 64, 96, dtype)
+    with torch.device("meta"):  # tensors without numbers have all their sizes
+        vae = VideoVAE.preset(name, width=16).to(dtype)
+        more = peak(vae, side, 4, 64, 96, dtype) - peak(vae, side, 1, 64, 96, dtype)
     foretold = 3 * vae_stream.bytes_per_latent_frame(vae.config, 64, 96, dtype)
     assert 0.55 * foretold <= more <= 1.05 * foretold, more / foretold
 
