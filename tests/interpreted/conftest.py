@@ -5,3 +5,25 @@ beside this folder runs them in one of their own, and no other process collects 
 from sora_fast import env
 
 collect_ignore_glob = [] if env.interpreted() else ["test_*.py"]
+
+
+def _patch_once():
+    """Triton's interpreter patches triton.language when a launch starts, and searches it all again for each device function
+    that is called, a third of these tests' time. The launch's patch holds until it has ended, so that search is left out.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def once(fn):
+        languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        if languages and not any(tl.core.is_builtin(language.load) for language in languages):
+            return interpreter._LangPatchScope()
+        return patch(fn)
+
+    interpreter._patch_lang = once
+
+
+if env.interpreted():
+    _patch_once()
