@@ -24,7 +24,6 @@ def truth(case):
     return case.truth(case.inputs(DEVICE, seed=0), seed=0)
 
 
-@pytest.mark.usefixtures("sums_of_real_clips")
 @pytest.mark.parametrize("case, provider, direction", WORK,
                          ids=[f"{case.id} / {direction} / {provider.name}" for case, provider, direction in WORK])
 def test_speed(benchmark, case, provider, direction):

@@ -1,12 +1,17 @@
 """What every test starts from: the same random numbers, no chosen backend, a cache of the tests' own.
 
-With ``-n`` processes, each takes whole files, those that take longest first.
+With ``-n`` processes, each has one thread and takes whole files, those that take longest first.
 """
 
-import pytest
-import torch
+import os
 
-from sora_fast.cli.__main__ import main
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it once, when imported; children inherit it
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from sora_fast.cli.__main__ import main  # noqa: E402
 
 LONGEST = ("test_interpreted.py", "test_aot.py")
 
@@ -46,3 +51,12 @@ def cli(capsys):
             main([str(a) for a in argv])
         return done.value.code, *capsys.readouterr()
     return run
+
+
+@pytest.fixture
+def sums_of_real_clips():
+    """As the benchmarks let the definition sum: see the function of this name."""
+    from sora_fast.benchmarks.specs import convolution
+
+    with convolution.sums_of_real_clips():
+        yield
