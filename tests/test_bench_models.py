@@ -227,7 +227,7 @@ def test_a_compiled_step_is_traced_whole_and_once(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: real(function, backend=counting, fullgraph=True))
     shallow = replace(QUICK["wan_vae_decode"].config, multipliers=(1, 1), encoder_blocks=1, decoder_blocks=1, space_factor=2,
                       time_factor=2, attention=False)
-    decode = replace(QUICK["wan_vae_decode"], config=shallow)
+    decode = replace(QUICK["wan_vae_decode"], config=shallow, frames=9)
     for case, expected in ((QUICK["dit_block_training_step"], 1), (decode, 4)):
         torch._dynamo.reset()
         graphs.clear()

@@ -456,3 +456,25 @@ def test_wrong_kernels_fail():
             assert_matches("causal_conv3d", kernel, inputs)
     with pytest.raises(AssertionError, match="norm_act_conv3d"):
         assert_matches("norm_act_conv3d", lambda **a: ops.norm_act_conv3d(**a, act=None), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cpu_without_16_bit_convolutions_rounds_float32_ones(dtype, monkeypatch):
+    monkeypatch.setattr(convolution, "emulated_on_cpu", lambda asked: asked == dtype)
+    seen, plain = [], torch.ops.aten.convolution_backward
+
+    def backward(dy, *arguments):
+        seen.append(dy.dtype)
+        return plain(dy, *arguments)
+    monkeypatch.setattr(F, "conv3d", None)  # these loops are what it goes around
+    monkeypatch.setattr(torch.ops.aten, "convolution_backward", backward)
+    x, weight, bias = (torch.randn(shape, dtype=dtype, requires_grad=True)
+                       for shape in ((1, 8, 5, 9, 11), (16, 8, 3, 3, 3), (16,)))
+    y = ops.causal_conv3d(x, weight, bias, backend="torch")
+    wide = [t.detach().float().requires_grad_() for t in (x, weight, bias)]
+    expected = ops.causal_conv3d(*wide, backend="torch")
+    dy = torch.randn_like(y)
+    got = (y, *torch.autograd.grad(y, (x, weight, bias), dy))
+    want = (expected, *torch.autograd.grad(expected, wide, dy.float()))
+    assert all(a.dtype == dtype and torch.equal(a, b.to(dtype)) for a, b in zip(got, want, strict=True))
+    assert set(seen) == {torch.float32}

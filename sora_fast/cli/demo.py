@@ -21,6 +21,7 @@ from ..data.frames import Frames
 from ..diffusion import MediaPrompt
 from ..evaluation import psnr, ssim
 from ..models import VideoVAE
+from ..reference.precision import emulated_on_cpu
 from ..training import dit as dit_task
 from ..training import memory
 from ..training import vae as vae_task
@@ -122,12 +123,15 @@ def run(arguments) -> int:
     torch.manual_seed(arguments.seed)
     threads = arguments.threads or fastest_threads()
     torch.set_num_threads(threads)
-    common = dict(seed=arguments.seed, device=arguments.device, threads=threads, tensorboard=False, save_every=10**9)
+    precision = "fp32" if pick_device(arguments.device).type == "cpu" and emulated_on_cpu(torch.bfloat16) else "bf16"
+    common = dict(seed=arguments.seed, device=arguments.device, threads=threads, precision=precision, tensorboard=False,
+                  save_every=10**9)
 
     with watch.stage("find the clips and photos"):
         items = demo_media()
         clips, photos = [i for i in items if i.kind == "clip"], [i for i in items if i.kind == "image"]
-        print(f"  {len(clips)} clips, {len(photos)} photos; {threads} CPU threads; everything goes to {out}")
+        print(f"  {len(clips)} clips, {len(photos)} photos; {threads} CPU threads; {precision}; everything "
+              f"goes to {out}")
     with watch.stage("train the VAE"):
         trainer = vae_task.make_trainer(
             VAETraining(out=str(out / "vae"), steps=arguments.vae_steps, minutes=0.5 * arguments.minutes, fps=FPS,
@@ -293,7 +297,8 @@ def facts(arguments, threads: int, vae: VideoVAE, trainer: Trainer) -> dict[str,
         "command": f"sora-fast demo --out {arguments.out} --vae-steps {arguments.vae_steps} --dit-steps "
                    f"{arguments.dit_steps} --minutes {arguments.minutes:g} --seed {arguments.seed}",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {threads} threads, Python "
-                   f"{platform.python_version()}, torch {torch.__version__}, device {trainer.device}",
+                   f"{platform.python_version()}, torch {torch.__version__}, device {trainer.device}, "
+                   f"{trainer.config.precision}",
         "VAE": f"preset tiny, {millions(vae)}, {vae.config.time_factor} x {vae.config.space_factor} x "
                f"{vae.config.space_factor}, {vae.config.latent_channels} channels",
         "DiT": f"preset tiny with byte-level text encoder, {millions(trainer.modules)}; {trainer.samples:,} samples, "

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from .. import checks, env
 from ..dispatch import Backend, Op, Problem, autocast, autocast_dtype, device_name, needs_grad
 from ..reference import convolution as reference
-from ..reference.precision import holds_numbers, wide_dtype
+from ..reference.precision import emulated_on_cpu, holds_numbers, wide_dtype
 from . import convolution_call, convolution_cuda, convolution_triton, normalization
 
 
@@ -140,20 +140,8 @@ def _convolve(spec: _Spec, h, weight, bias, cache, residual):
     return y if residual is None else y + residual
 
 
-@env.constant_in_graphs
-def _emulated(dtype: torch.dtype) -> bool:
-    """Whether oneDNN does not convolve in this 16-bit dtype on this CPU (it does with AVX-512).
-
-    PyTorch's own loops take over there, thirty times slower than a float32 convolution that is rounded at its end.
-    """
-    if not torch.backends.mkldnn.is_available():
-        return False
-    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return dtype in supported and not getattr(torch.ops.mkldnn, supported[dtype])()
-
-
 def _conv3d(x, weight, bias, stride, padding):
-    if x.device.type == "cpu" and _emulated(x.dtype):
+    if x.device.type == "cpu" and emulated_on_cpu(x.dtype):  # by loops thirty times slower than this
         wide = (None if t is None else t.float() for t in (x, weight, bias))
         return _conv3d(*wide, stride, padding).to(x.dtype)
     # On a CPU F.conv3d takes oneDNN only above 20,480 = B * C * T * H numbers and unfolds smaller clips into a copy per
@@ -206,7 +194,7 @@ class _SavesInput(torch.autograd.Function):
                 # a CPU, they are not rounded before that sum.
                 on_cpu = dy.device.type == "cpu"
                 dtype = h.dtype if spec.repeats and on_cpu else spec.dtype
-                if on_cpu and _emulated(dtype):
+                if on_cpu and emulated_on_cpu(dtype):
                     dtype = torch.float32
                 # dy in the memory format of what was convolved: a copy otherwise, and on CUDA all of NCDHW's
                 layout = torch.contiguous_format if padded.is_contiguous() else torch.channels_last_3d

@@ -1,6 +1,10 @@
-"""At least float32 inside, one rounding where a tensor of the contract is produced; and whether numbers can be read."""
+"""At least float32 inside, one rounding where a tensor of the contract is produced; whether numbers can be read; and which
+dtypes a CPU has no instructions for.
+"""
 
 import torch
+
+from ..env import constant_in_graphs
 
 
 def wide_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
@@ -18,3 +22,12 @@ def widen(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """``tensors`` in their common wide dtype; None stays None."""
     dtype = wide_dtype(*tensors)
     return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+@constant_in_graphs
+def emulated_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has no products and convolutions in this 16-bit dtype for this CPU: it has them from AVX-512 on, and
+    elsewhere PyTorch's own loops take over, ten to forty times slower than float32.
+    """
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return supported is not None and torch.backends.mkldnn.is_available() and not getattr(torch.ops.mkldnn, supported)()

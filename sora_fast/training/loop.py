@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ..reference.precision import emulated_on_cpu
 from . import checkpoint, culprits, distributed, heldout, throughput
 from .config import LoopConfig
 from .progress import Events, Progress, Table
@@ -172,6 +173,8 @@ class Trainer:
             print(f"{self.run_folder}: already trained to step {self.step:,}; raise --steps or --minutes to go on",
                   flush=True)
         writes = distributed.first()
+        if writes and self.device.type == "cpu" and self.config.precision == "bf16" and emulated_on_cpu(torch.bfloat16):
+            print("this CPU has no bfloat16: --precision fp32 is several times faster", flush=True)
         self.events = Events(self.run_folder / "tensorboard", self.step, self.config.tensorboard and writes)
         progress, text = Progress(self.run_folder.name, self.config.steps, self.step, quiet=not writes), ""
         self.since, stop = time.perf_counter(), False

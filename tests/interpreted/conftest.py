@@ -26,8 +26,8 @@ def _patch_once():
 
 
 def _no_unheard_overflow_checks():
-    """Each integer operation is worked out again in int64, in a dozen operations of the interpreter, for an assertion that it
-    drops outside debug mode: a fifth of these tests' time for nothing.
+    """Each integer operation is worked out again in int64, in a dozen operations of the interpreter, for an assertion that
+    it drops outside debug mode: a third of these tests' time for nothing.
     """
     from triton.runtime import interpreter
 
