@@ -13,7 +13,7 @@ import pytest
 import torch
 from training_checks import Count, Numbers, Rows, Stop, little, rows_of, same_files, same_rows, stop_at, weights
 
-from sora_fast.training import checkpoint
+from sora_fast.training import checkpoint, loop
 from sora_fast.training.config import VAETraining
 from sora_fast.training.loop import pick_device
 
@@ -196,6 +196,13 @@ def test_resume_is_bit_for_bit(tmp_path, log_every):
     resumed.run()
     same_files(checkpoint.newest(tmp_path / "whole"), checkpoint.newest(tmp_path / "parts"))
     same_rows(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("emulated, precision, said", [(True, "bf16", True), (True, "fp32", False), (False, "bf16", False)])
+def test_a_cpu_without_bfloat16_is_told_the_faster_setting(emulated, precision, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "emulated_on_cpu", lambda dtype: emulated and dtype == torch.bfloat16)
+    little(tmp_path, steps=1, precision=precision).run()
+    assert ("--precision fp32 is several times faster" in capsys.readouterr().out) == said
 
 
 def test_resume_of_a_finished_run_says_so(tmp_path, capsys):
