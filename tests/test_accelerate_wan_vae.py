@@ -169,6 +169,18 @@ def test_an_altered_class_and_an_odd_layer_are_left_alone_and_said_so():
     handle.remove()
 
 
+@pytest.mark.parametrize("name", ["2.1", "2.2", "qwen"])
+def test_a_changed_encoder_or_decoder_takes_its_own_caches(name):
+    """A hook on a first or last layer, a subclass: the whole part is left, and the model goes on with what is inside it."""
+    vae = make(name).eval()
+    vae.encoder.conv_in.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    vae.decoder.__class__ = type("Altered", (type(vae.decoder),), {})
+    assert {"encoder", "decoder"} <= {row.name for row in sora_fast.accelerate(copy.deepcopy(vae)).left}
+    for grads in (True, False):
+        checks.assert_accelerates(vae, encode, dict(video=draw(1, 3, 5, 16, 16)), grads=grads)
+        checks.assert_accelerates(vae, decode, dict(z=draw(1, 4, 2, 2, 2)), grads=grads)
+
+
 def test_a_child_replaced_afterwards_acts():
     """An adapter put on a convolution after accelerate: what it adds is in the result, with chunks and whole."""
     vae = make("2.1")
