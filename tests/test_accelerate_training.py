@@ -4,6 +4,8 @@ import copy
 
 import accelerate_checks as checks
 import pytest
+import test_accelerate_transformers as transformers
+import test_accelerate_wan_vae as vaes
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -236,3 +238,24 @@ def test_a_copy_of_an_accelerated_model_is_fast_and_its_own():
     with torch.no_grad():
         other.blocks[0].scale_shift_table.add_(1)
         assert not torch.equal(loss_of(other, batch()), loss_of(fast, batch()))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", ["cast", "offload"])
+@pytest.mark.parametrize("name", ["2.1", "wan", "hunyuan", "cogvideox"])
+def test_hooks_that_bring_weights_only_inside_a_forward(name, kind, when):
+    """Layerwise casting and sequential offloading replace forward on an object: such a child's weights are not read."""
+    offload = pytest.importorskip("accelerate").cpu_offload
+    plain = (vaes if name == "2.1" else transformers).make(name).eval()
+    given = dict(z=draw(1, 4, 2, 2, 2)) if name == "2.1" else transformers.inputs_of(name)
+    given = {key: value.float() if value.is_floating_point() else value for key, value in given.items()}
+    run = lambda model: model.decode(**given).sample if name == "2.1" else transformers.run(model, **given)[0]
+    cast = lambda model: model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    hook = cast if kind == "cast" else lambda model: offload(model, torch.device("cpu"))
+    fast = copy.deepcopy(plain)
+    for step in (hook, sora_fast.accelerate) if when == "before" else (sora_fast.accelerate, hook):
+        step(fast)
+    hook(plain)
+    with torch.no_grad():
+        wanted, got = run(plain), run(fast)
+    assert (got - wanted).norm() <= 1e-5 * wanted.norm()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .swapping import Fast, as_built, original_of
+from .swapping import Fast, as_built, has_own_forward, is_fast, original_of
 from .transformer import (
     Places,
     add,
@@ -179,7 +179,8 @@ def _prepare(model: nn.Module) -> None:
     """Tables are left out where no attention will read them."""
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
     suited = all(original_of(type(block)).__module__ == _HUNYUAN and original_of(type(block.attn)).__name__ == "Attention"
-                 and Attention.unsuited(block.attn) is None for block in blocks)
+                 and (is_fast(block.attn) or not has_own_forward(block.attn)) and Attention.unsuited(block.attn) is None
+                 for block in blocks)
     model.rope._sora_fast_places = suited
 
 

@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import nn
 
-from .swapping import Fast, original_of
+from .swapping import Fast, has_own_forward, original_of
 from .transformer import add, add_norm_modulate, is_plain_norm, norm_modulate
 
 _TRIED: dict[type, str | None] = {}  # class -> why it is not what its name says, or None
@@ -79,7 +79,7 @@ def _plain(module) -> bool:
     norms = [getattr(module, name) for name in ("norm1", "norm2", "norm_final") if hasattr(module, name)]
     scales = [getattr(module, name) for name in ("ls1", "ls2") if hasattr(module, name)]
     return (all(is_plain_norm(norm) for norm in norms)
-            and all(not (scale._forward_hooks or scale._forward_pre_hooks) for scale in scales))
+            and all(not (scale._forward_hooks or scale._forward_pre_hooks or has_own_forward(scale)) for scale in scales))
 
 
 def _drops(module) -> bool:

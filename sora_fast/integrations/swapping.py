@@ -153,9 +153,14 @@ def is_fast(module: nn.Module) -> bool:
 
 def as_built(module: nn.Module | None, kind: str) -> bool:
     """Whether a child is still a plain ``kind`` whose weights may be read past it: no adapter, subclass or hook."""
-    if module is None or original_of(type(module)).__name__ != kind:
+    if module is None or original_of(type(module)).__name__ != kind or has_own_forward(module):
         return False
     return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether forward was replaced on the object itself, as by hooks that bring its weights only while it runs."""
+    return "forward" in module.__dict__
 
 
 # ------------------------------------------------------------------------------------------------ deciding
@@ -178,6 +183,8 @@ def _decide(module: nn.Module) -> tuple[type[Fast] | None, str]:
     if mixin is None:
         mixin, reason = importlib.import_module("sora_fast.integrations.structures").mixin_of(module)
         return (None, reason or _why_left(original)) if mixin is None else (mixin, "")
+    if has_own_forward(module) and not is_fast(module) and "forward" in vars(mixin):
+        return None, "its forward was replaced, as hooks that offload or cast do; accelerate before they come"
     package, version = _version(original)
     if package in PROVEN and not version.startswith(PROVEN[package]):
         return None, (f"{package} {version} has not been compared with, only {', '.join(PROVEN[package])}x; its "

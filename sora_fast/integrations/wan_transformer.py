@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from .swapping import Fast, as_built, original_of
+from .swapping import Fast, as_built, has_own_forward, is_fast, original_of
 from .transformer import Places, grid_places, is_plain_norm, norm_rotate, rotate_by_tables, rows_of, table_is, tables
 
 _MODULE = "diffusers.models.transformers.transformer_wan"
@@ -124,7 +124,8 @@ class Block(Fast):
 def _prepare(model) -> None:
     """Tables are left out where no block will read them."""
     blocks = [original_of(type(block)).__name__ == "WanTransformerBlock"
-              and original_of(type(block.attn1)).__name__ == "WanAttention" for block in model.blocks]
+              and original_of(type(block.attn1)).__name__ == "WanAttention"
+              and (is_fast(block.attn1) or not has_own_forward(block.attn1)) for block in model.blocks]
     model.rope._sora_fast_places = all(blocks)
 
 
