@@ -1,5 +1,7 @@
 """AutoencoderKLHunyuanVideo and AutoencoderKLCogVideoX of diffusers, and plain nn.Sequential pairs, accelerated."""
 
+import copy
+
 import accelerate_checks as checks
 import pytest
 import torch
@@ -98,6 +100,21 @@ def test_what_is_swapped():
         notes = {row.name: row.note for row in sora_fast.accelerate(vae).left}
         assert f"an altered {prefix}" in notes["encoder.mid_block.resnets.0"]
         assert "hook" in notes["encoder.mid_block.resnets.1"]
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "cogvideox"])
+def test_a_hook_on_an_activation_acts(name):
+    """Before and after accelerate: what is fused into a convolution is computed apart again."""
+    wan = lambda: checks.randomise(diffusers.AutoencoderKLWan(base_dim=4, z_dim=4, num_res_blocks=1))
+    vae = wan() if name == "wan" else make(name)
+    fast, early = checks.accelerated(vae)[0], copy.deepcopy(vae)
+    for model in (vae, fast, early):
+        model.encoder.mid_block.resnets[0].nonlinearity.register_forward_hook(lambda module, inputs, output: 2 * output)
+    sora_fast.accelerate(early)
+    video = draw(1, 3, 1, 16, 16).float()
+    with torch.no_grad():
+        wanted, *got = (model.eval().encode(video).latent_dist.parameters for model in (vae, fast, early))
+    assert all((each - wanted).norm() <= 1e-5 * wanted.norm() for each in got)
 
 
 def test_pairs_in_a_sequential():

@@ -102,7 +102,7 @@ class ResnetBlock(Fast):
         """Norm, SiLU and convolution ``place``; its cache goes into ``now``."""
         norm, conv = getattr(self, f"norm{place}"), getattr(self, f"conv{place}")
         name = f"conv{place}"
-        if zq is None and as_built(norm, "GroupNorm"):
+        if zq is None and as_built(norm, "GroupNorm") and as_built(self.nonlinearity, "SiLU"):
             y, now[name] = _convolve(conv, x, past.get(name), norm=norm, residual=residual)
             return y
         if zq is None:

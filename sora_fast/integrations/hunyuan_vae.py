@@ -66,8 +66,9 @@ class ResnetBlock(Fast):
         return _norm_act_convolve(self.norm2, self.conv2, h, shortcut)
 
     def _intact(self) -> bool:
-        norms = as_built(self.norm1, "GroupNorm") and as_built(self.norm2, "GroupNorm")
-        return norms and all(conv is None or _plain(conv) for conv in (self.conv1, self.conv2, self.conv_shortcut))
+        plain = all(as_built(layer, kind) for layer, kind in (
+            (self.norm1, "GroupNorm"), (self.norm2, "GroupNorm"), (self.nonlinearity, "SiLU")))
+        return plain and all(conv is None or _plain(conv) for conv in (self.conv1, self.conv2, self.conv_shortcut))
 
     @staticmethod
     def unsuited(module):
@@ -150,7 +151,7 @@ class Ends(Fast):
         return _norm_act_convolve(self.conv_norm_out, self.conv_out, x)
 
     def _intact(self) -> bool:
-        return as_built(self.conv_norm_out, "GroupNorm") and _plain(self.conv_out)
+        return as_built(self.conv_norm_out, "GroupNorm") and as_built(self.conv_act, "SiLU") and _plain(self.conv_out)
 
     @staticmethod
     def unsuited(module):

@@ -114,8 +114,9 @@ class ResidualBlock(Fast):
     def _intact(self) -> bool:
         conv, norm = _kind(self, "CausalConv3d"), _kind(self, "RMS_norm")
         shortcut = isinstance(self.conv_shortcut, torch.nn.Identity) or as_built(self.conv_shortcut, conv)
-        return shortcut and all(as_built(getattr(self, f"{kind}{n}"), of) for n in (1, 2)
-                                for kind, of in (("norm", norm), ("conv", conv)))
+        act = as_built(self.nonlinearity, "SiLU")
+        return act and shortcut and all(as_built(getattr(self, f"{kind}{n}"), of) for n in (1, 2)
+                                        for kind, of in (("norm", norm), ("conv", conv)))
 
     @staticmethod
     def unsuited(module):
@@ -227,7 +228,7 @@ class Encoder(Fast):
                 (("conv_in", "CausalConv3d"), ("conv_out", "CausalConv3d"), ("norm_out", "RMS_norm"))]
         if not _is_silu(module.nonlinearity):
             return _SILU
-        return None if all(ends) else "a child was replaced or has a hook"
+        return None if all(ends) and as_built(module.nonlinearity, "SiLU") else "a child was replaced or has a hook"
 
 
 class Decoder(Fast):
