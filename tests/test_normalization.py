@@ -36,6 +36,8 @@ test_refusals = op_checks.refusals([
     ("norm_act", "no groups", dict(norm="group", groups=0), ("groups", "got 0")),
     ("norm_act", "half a group", dict(norm="group", groups=1.5), ("groups", "1.5")),
     ("norm_act", "eps None", dict(eps=None), ("eps", "None")),
+    ("norm_act", "eps below 0", dict(eps=-1.0), ("eps of 0 or more", "-1.0")),
+    ("norm_act", "eps not a number", dict(eps=float("nan")), ("eps of 0 or more", "nan")),
 ], good)
 
 

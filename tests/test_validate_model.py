@@ -61,6 +61,7 @@ def test_nothing_swapped_is_no_pass(monkeypatch):
 
 def test_errors(capsys):
     for flags, words in ((["--model", "UNet"], "expected a folder or the name of one of AutoencoderKLWan"),
+                         (["--model", ""], "got ''"),
                          (["--model", "AutoencoderKLWan", "--op", "norm_act"], "expected no --op beside it")):
         assert exit_code("validate", *flags) == 2
         assert words in capsys.readouterr().err

@@ -35,7 +35,7 @@ def run(arguments) -> int:
 
     What was named (--backend, --impl) and refuses every case of a dtype and direction has not passed.
     """
-    if arguments.model:
+    if arguments.model is not None:
         return _model(arguments)
     table = all_ops()
     unknown = [name for name in arguments.op or () if name not in table]

@@ -60,6 +60,9 @@ class VAEConfig:
     time_levels: tuple[bool, ...] | None = None
 
     def __post_init__(self):
+        for name in ("in_channels", "latent_channels", "width", "encoder_blocks", "decoder_blocks", "codes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"VAEConfig: expected {name} of 1 or more, got {getattr(self, name)}; pass a larger one")
         for name in ("space_factor", "time_factor", "patch"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):

@@ -169,6 +169,7 @@ def check(op: str, x, weight, bias, norm: str, groups: int, eps: float, act, pre
         if value is not None:
             checks.shape(op, name, value, (x.shape[1],), "a norm has one number per channel of x")
     checks.number(op, "eps", eps)
+    checks.require(eps >= 0, op, "eps of 0 or more", eps, "pass a small positive number")  # NaN is not
     if norm == "group":
         checks.whole(op, "groups", groups, 1)
         if x.shape[1] % groups:
