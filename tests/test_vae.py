@@ -378,6 +378,10 @@ def test_other_errors_are_one_sentence():
         r"latents \(B, 3, t, h, w\)": lambda: vae.decode(torch.zeros(1, 3, 0, 1, 1)),
         r"got \(1, 4, 1, 1, 1\)": lambda: vae.decode(torch.zeros(1, 4, 1, 1, 1)),
         "chunk of 1 or more, got 0": lambda: list(vae.decode_stream(draw(1, 3, 1, 1, 1), chunk=0)),
+        r"alike in all but their frames, \(1, C, T, 16, 16\), got \(1, 3, 4, 32, 16\)": lambda: list(vae.encode_stream(
+            iter([draw(1, 3, 1, 16, 16), draw(1, 3, 4, 32, 16)]))),
+        r"\(2, C, T, 1, 1\), got \(1, 3, 1, 1, 1\)": lambda: list(vae.decode_stream(
+            iter([draw(2, 3, 1, 1, 1), draw(1, 3, 1, 1, 1)]))),
         "chunk of 1 or more, got -1": lambda: list(vae.encode_stream(draw(1, 3, 1, 8, 8), chunk=-1)),
     }
     for words, call in calls.items():

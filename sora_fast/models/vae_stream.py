@@ -199,7 +199,14 @@ def _chunks(name: str, clip, first: int, size: int) -> Iterator[torch.Tensor]:
         raise ValueError(f"VideoVAE.{name}: expected chunk of 1 or more, got {size}; pass the frames per step")
     if isinstance(clip, torch.Tensor):
         clip = (clip[:, :, :first], *clip[:, :, first:].split(size, dim=2))
+    sizes = None  # of the stream: what its state holds has them too
     for part in clip:
+        if part.dim() == 5:
+            sizes = sizes or (part.shape[0], *part.shape[3:])
+            if sizes != (part.shape[0], *part.shape[3:]):
+                batch, height, width = sizes
+                raise ValueError(f"VideoVAE.{name}: expected chunks of one stream to be alike in all but their frames, "
+                                 f"({batch}, C, T, {height}, {width}), got {tuple(part.shape)}; start a new stream")
         if part.dim() != 5 or part.shape[2]:  # a chunk without frames changes nothing; a wrong shape is told later
             yield part
 
