@@ -82,8 +82,8 @@ template <class Args>
 void bind(py::module_& m, const char* op, int (*launch)(const Args&, cudaStream_t), const char* doc) {
   auto call = [op = std::string(op), launch](const py::kwargs& given) {
     const Args args = collect<Args>(op, given);
-    const auto stream = read<cudaStream_t>(op, "stream", given.contains("stream") ? given["stream"] : py::none());
-    const auto device = read<int>(op, "device", given.contains("device") ? given["device"] : py::int_(0));
+    const cudaStream_t stream = given.contains("stream") ? read<cudaStream_t>(op, "stream", given["stream"]) : nullptr;
+    const int device = given.contains("device") ? read<int>(op, "device", given["device"]) : 0;
     if (const char* reason = wrong(args)) throw py::value_error(op + ": " + reason);
     int status;
     {

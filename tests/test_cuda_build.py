@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import setuptools
 import torch
 
+from sora_fast import ops
 from sora_fast.environment import build_info
 from sora_fast.ops import cuda_backend
 
@@ -51,6 +53,8 @@ def extension():
     ("causal_conv3d", dict(in_channels=97), ValueError, "expected .*channels.*got 97"),
     ("causal_conv3d", dict(out_channels=80), ValueError, "expected .*channels.*got 80"),
     ("product", dict(tile_columns=64), ValueError, "expected .*got 64"),
+    ("product", dict(stream="main"), TypeError, r"expected stream to be an address \(an int, or None\), got 'main'"),
+    ("product", dict(device="cuda"), TypeError, "expected device to be an int in range, got 'cuda'"),
 ], ids=lambda value: str(value) if isinstance(value, (str, dict)) else "")
 def test_a_wrong_argument_raises_a_sentence(extension, op, change, error, sentence):
     given = {name: value for name, value in (CALLS[op] | change).items() if value is not ...}
@@ -61,9 +65,23 @@ def test_a_wrong_argument_raises_a_sentence(extension, op, change, error, senten
 @needs_extension
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
 @pytest.mark.parametrize("op", CALLS)
-def test_a_launch_without_a_driver_raises_a_sentence(extension, op):
+@pytest.mark.parametrize("where", (dict(), dict(stream=0, device=0), dict(stream=2**47, device=1)), ids=str)
+def test_a_launch_without_a_driver_raises_a_sentence(extension, op, where):
     with pytest.raises(RuntimeError, match=f"^{op}: expected a driver for CUDA .* got none or an older one; update it"):
-        getattr(extension, op)(**CALLS[op])
+        getattr(extension, op)(**CALLS[op], **where)
+
+
+@needs_extension
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
+def test_the_ops_calls_are_those_that_the_extension_takes(monkeypatch):
+    """Every field, the device and the stream: what a stand-in of the kernels does not see."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(cuda_backend, "unsupported", lambda problem, kernel, wide: [])
+    x, weight = torch.zeros(1, 96, 1, 2, 2, dtype=torch.bfloat16), torch.zeros(96, 96, 3, 3, 3, dtype=torch.bfloat16)
+    for op, kernel, call in (("norm_act", "norm_act", (x,)), ("causal_conv3d", "causal_conv3d", (x, weight)),
+                             ("norm_act_conv3d", "norm_act", (x, weight))):
+        with pytest.raises(RuntimeError, match=f"^{kernel}: expected a driver for CUDA"):
+            getattr(ops, op)(*call, backend="cuda")
 
 
 @pytest.fixture
