@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from cli_checks import refused
 import sora_fast
 from sora_fast.cli.__main__ import is_sentence, main, parser
 from sora_fast.cli.options import read_options
-from sora_fast.explanation import explain
+from sora_fast.explanation import all_ops, explain
 from sora_fast.training.config import DiTTraining, VAETraining
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -417,6 +418,20 @@ def test_validate_of_what_refuses_everything(cli, planted):
     assert code == 0 and "every case was refused" in out and "It takes no float64." in out
     code, out, _ = cli("validate", "--op", "gate_residual", "--dtype", "float64", "--backend", "triton")
     assert code == 1 and "validate: FAILED" in out
+
+
+def test_validate_of_a_kernel_without_a_backward(cli, planted, monkeypatch):
+    """What it does is judged; a dtype that was named must be done all the same."""
+    backends = all_ops()["gate_residual"].backends
+    refuses = lambda problem: ["It has no backward."] * problem.grad + ["No float64."] * (problem.dtype == torch.float64)
+    monkeypatch.setitem(backends, "triton", replace(backends["triton"], unsupported=refuses))
+    ask = ("validate", "--op", "gate_residual", "--backend", "triton")
+    for more in ((), ("--dtype", "bfloat16")):
+        code, out, _ = cli(*ask, *more)
+        assert code == 0 and "It has no backward." in out and "every case was refused" in out
+    for more in (("--dtype", "float64"), ("--dtype", "float64", "--dtype", "bfloat16")):
+        code, out, _ = cli(*ask, *more)
+        assert code == 1 and out.endswith("validate: FAILED\n")
 
 
 def test_validate_says_where_records_cannot_go(cli, planted, monkeypatch):
