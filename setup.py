@@ -94,7 +94,7 @@ def kernel_hash(family: str) -> str:
 
 
 def build() -> Path:
-    """Compile what has changed into build/cuda; beside an object lies what its assembler reported, <source>.log."""
+    """Compile what has changed, or all by another nvcc, into build/cuda; an assembler's report lies beside its object."""
     import pybind11
 
     folder = ROOT / "build" / "cuda"
@@ -105,7 +105,7 @@ def build() -> Path:
     headers.symlink_to(pybind11.get_include())
     lines = ["rule compile", "  depfile = $out.d", "  deps = gcc",
              f"  command = {shlex.quote(NVCC)} {' '.join(FLAGS)} -isystem {headers.name} -isystem {shlex.quote(PYTHON)} "
-             "$gpus -MMD -MF $out.d -c $in -o $out > $log 2>&1 || { cat $log; exit 1; }",
+             f"-DSF_NVCC={VERSION} $gpus -MMD -MF $out.d -c $in -o $out > $log 2>&1 || {{ cat $log; exit 1; }}",
              "rule link", f"  command = {shlex.quote(NVCC)} -shared -cudart static $in -o $out"]
     gpus = {f"{name}.cu": architectures(kind) for name, (kind, _) in KERNELS.items()}
     stems = {source: source.partition(".")[0] for source in (*HOST, *gpus)}

@@ -127,6 +127,19 @@ def test_a_hash_is_of_what_the_sources_say(setup, tmp_path):
     assert not set(first.items()) & set(hashes().items())
 
 
+def test_another_nvcc_in_the_same_place_compiles_anew(setup, tmp_path, monkeypatch):
+    """What the hash and _build_info.json say of nvcc must be true of the objects."""
+    monkeypatch.setattr(subprocess, "run", lambda *command, **how: SimpleNamespace(returncode=0))
+    told = setup["build"].__globals__
+    commands = []
+    for version in ("13.0.88", "13.0.88", "13.1.0"):
+        told.update(ROOT=tmp_path, NVCC="/cuda/bin/nvcc", VERSION=version)
+        setup["build"]()
+        written = (tmp_path / "build" / "cuda" / "build.ninja").read_text()
+        commands.append(re.search("rule compile.*?command = ([^\n]*)", written, re.DOTALL)[1])
+    assert commands[0] == commands[1] != commands[2]
+
+
 def test_architectures(setup, monkeypatch):
     architectures = setup["architectures"]
     assert architectures("any") == ["sm_80", "sm_90", "compute_90"] and architectures("hopper") == ["sm_90a"]
