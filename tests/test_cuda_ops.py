@@ -63,6 +63,14 @@ def test_strided_views_and_float32_under_autocast(stand_ins):
     assert (got.float() - expected.float()).abs().max() <= 2 ** -7 * expected.float().abs().max()
 
 
+def test_float16_under_bfloat16_autocast_is_rounded_once(stand_ins):
+    x, weight = video(1, 96, 2, 4, 4, dtype=torch.float16), video(96, 96, 3, 3, 3)
+    with torch.autocast("cpu", dtype=BF16):
+        _, cache = ops.norm_act_conv3d(x, weight, act=None, return_cache=True, backend="cuda")
+    expected = ops.norm_act(x.double(), act=None, backend="reference")
+    assert ((cache - expected).abs() <= expected.abs() * 2**-8 * 1.001).all()
+
+
 def test_norm_act(stand_ins):
     for dtype in (torch.float32, BF16, torch.float16):
         for label, inputs in cases("norm_act", dtype):

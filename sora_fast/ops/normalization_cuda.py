@@ -21,7 +21,8 @@ def launch(x, weight, bias, *, norm, eps, act, dtype, cache=None, keep=0, front=
     Args:
         norm: "rms", or None: x is copied. cache: (B, C, n, H, W) in ``dtype``, normed, the frames before x.
         keep: frames of cache_out, the last of the cache's and y's; 0: it is None. front: 0, or n: they come first in y.
-        padding: (left, right, top, bottom) around every frame of y. No workspace but float32 copies of weight and bias.
+        padding: (left, right, top, bottom) around every frame of y. No workspace but float32 copies of weight and bias, and
+            of an x of another 16-bit type, which is so rounded once, after the norm.
     """
     batch, channels, frames, height, width = x.shape
     left, right, top, bottom = padding
@@ -29,7 +30,7 @@ def launch(x, weight, bias, *, norm, eps, act, dtype, cache=None, keep=0, front=
     y = video(x, dtype, batch, channels, front + frames, top + height + bottom, left + width + right)
     cache_out = video(x, dtype, batch, channels, min(keep, cached + frames), height, width) if keep else None
     if y.numel() or cache_out is not None and cache_out.numel():
-        x = _dense(x if x.dtype == torch.float32 else x.to(dtype))
+        x = _dense(x if x.dtype in (torch.float32, dtype) else x.float())
         wide = lambda numbers: None if numbers is None else numbers.float().contiguous()
         cuda_backend.launch(
             "norm_act", y, x=x, cache=_dense(cache) if cached else None, weight=wide(weight), bias=wide(bias), y=y,
