@@ -8,7 +8,7 @@
 # --device cpu --quick goes through all of it at small sizes: the check that the script itself works.
 # --peers DIR: wheels (and .tar.xz trees) of packages to measure against; they are unpacked beside the results, not installed.
 # --minutes M: begin no further work after M minutes of this call (default 8); the same command goes on with what is left,
-#   and skips the steps that DIR/steps.log calls done.
+#   and skips the steps that DIR/steps.log calls done with a build; only build comes again each time, for another machine.
 # DIR (default out/gpu) ends up with at most 8 files: rows (*.jsonl), steps.log, sanitize.log, report.html. Then
 #   sora-fast bench collect DIR
 # keeps the rows in benchmarks/results/<gpu>/, and sora-fast tune --from DIR/tune.jsonl --ship the configs that won.
@@ -20,6 +20,8 @@ cd "$(dirname "$0")/.."
 device=cuda quick="" out=out/gpu peers="" minutes=8 steps=()
 while [ $# -gt 0 ]; do
   case $1 in
+    --device|--out|--peers|--minutes)
+      [ $# -gt 1 ] || { echo "gpu_run.sh: expected a value after $1, got none; --help shows which" >&2; exit 2; } ;;&
     --device) device=$2; shift 2 ;;
     --quick) quick=1; shift ;;
     --out) out=$2; shift 2 ;;
@@ -30,6 +32,13 @@ while [ $# -gt 0 ]; do
     *) steps+=("$1"); shift ;;
   esac
 done
+if ! [[ $minutes =~ ^[1-9][0-9]*$ ]]; then
+  echo "gpu_run.sh: expected --minutes as a whole number from 1 on, got $minutes; give one" >&2
+  exit 2
+elif [ -n "$peers" ] && [ ! -d "$peers" ]; then
+  echo "gpu_run.sh: expected --peers to be a folder, got $peers; check the path" >&2
+  exit 2
+fi
 named=${#steps[@]}
 [ "$named" -gt 0 ] || steps=(build primitives validate bench tune model parity sanitize report)
 
@@ -125,11 +134,13 @@ step_sanitize() {
     echo "SKIPPED: this version has no kernels of its own" | tee "$out/sanitize.log"
   elif [ "$device" = cpu ] || ! command -v compute-sanitizer >/dev/null; then
     echo "UNSUPPORTED: compute-sanitizer needs a GPU and the CUDA toolkit" | tee "$out/sanitize.log"
+  elif [ $((SECONDS - began)) -gt 60 ] && [ "$(left)" -lt 420 ]; then
+    return 3 # what follows may take 500 s, so it begins another call
   else
     local status=0
     : >"$out/sanitize.log"
-    sanitize 340 memcheck -m sora_fast.cli validate --device cuda --backend triton --backend cuda --dtype bfloat16 || status=$?
-    sanitize 100 memcheck -m sora_fast.benchmarks.primitives --device cuda || status=$?
+    sanitize 300 memcheck -m sora_fast.cli validate --device cuda --backend triton --backend cuda --dtype bfloat16 || status=$?
+    sanitize 80 memcheck -m sora_fast.benchmarks.primitives --device cuda || status=$?
     sanitize 120 racecheck -m sora_fast.cli validate --device cuda --backend cuda --dtype bfloat16 || status=$?
     if grep -q "Device not supported" "$out/sanitize.log"; then
       echo "UNSUPPORTED: compute-sanitizer does not run on this machine" | tee -a "$out/sanitize.log"
@@ -152,13 +163,19 @@ step_report() {
   fast bench report "${rows[@]}" --out "$work/report" && cp "$work/report/report.html" "$out/report.html"
 }
 
+# Whether it was done, and not beside a build that had failed: without the extension there was nothing of ours to look at.
+done_before() {
+  awk -v step="$1" 'BEGIN { built = 1 } $1 == "build" { built = $2 == "done" } $1 == step && $2 == "done" && built { found = 1 }
+    END { exit !found }' "$out/steps.log"
+}
+
 failed=0
 for step in "${steps[@]}"; do
   if ! declare -F "step_$step" >/dev/null; then
     echo "gpu_run.sh: expected steps among build primitives validate bench tune model parity sanitize report, got $step" >&2
     exit 2
   fi
-  if [ "$named" -eq 0 ] && [ "$step" != report ] && grep -q "^$step done" "$out/steps.log"; then
+  if [ "$named" -eq 0 ] && [ "$step" != build ] && [ "$step" != report ] && done_before "$step"; then
     echo "=== $step was done before"
     continue
   fi

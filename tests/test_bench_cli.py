@@ -1,6 +1,8 @@
 """sora-fast bench from the command line: rows, report, resume, compare, collect, exit codes."""
 
 import json
+import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -177,8 +179,32 @@ def test_every_suite_has_every_family_and_every_case_a_name_of_its_own():
 
 def test_gpu_run_refuses_what_it_does_not_know(tmp_path):
     script = str(ROOT / "benchmarks" / "gpu_run.sh")
-    for arguments in (["--no-such-flag"], ["no-such-step", "--out", str(tmp_path / "out")]):
+    for arguments in (["--no-such-flag"], ["no-such-step", "--out", str(tmp_path / "out")], ["build", "--minutes"],
+                      ["build", "--minutes", "eight"], ["build", "--peers", str(tmp_path / "nowhere")]):
         done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2 and "expected" in done.stderr and "gpu_run.sh" in done.stderr
+    assert not (tmp_path / "out").exists() or not (tmp_path / "out" / "steps.log").read_text()
     done = subprocess.run(["bash", script, "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "--peers" in done.stdout
+
+
+def test_gpu_run_goes_on_with_what_was_not_done(tmp_path):
+    """With a Python that does nothing but fail as it is told: a build that failed makes what came after it void."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nfor part in $(cat {tmp_path}/fails); do case "$*" in *$part*) exit 1;; esac; done\n')
+    python.chmod(0o755)
+    (tmp_path / "compute-sanitizer").write_text("#!/bin/sh\necho ERROR SUMMARY: 0 errors\n")
+    (tmp_path / "compute-sanitizer").chmod(0o755)
+    places = dict(PYTHON=str(python), PATH=f"{tmp_path}:{os.environ['PATH']}")
+
+    def run(fails):
+        (tmp_path / "fails").write_text(fails)
+        done = subprocess.run(["bash", str(ROOT / "benchmarks" / "gpu_run.sh"), "--out", str(tmp_path / "out")],
+                              capture_output=True, text=True, env=os.environ | places)
+        return done.returncode, re.findall(r"^=== (\w+)$", done.stdout, re.M)
+
+    steps = ["build", "primitives", "validate", "bench", "tune", "model", "parity", "sanitize", "report"]
+    assert run("install parity report") == (1, steps)
+    assert run("parity report") == (1, steps)
+    assert run("report") == (1, ["build", "parity", "report"])
+    assert run("report") == (1, ["build", "report"])
