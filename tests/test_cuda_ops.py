@@ -1,6 +1,7 @@
 """The backends "cuda" of norm_act, causal_conv3d and norm_act_conv3d, with stand-ins for their kernels."""
 
 import itertools
+from dataclasses import fields
 
 import cuda_stand_ins
 import pytest
@@ -10,6 +11,7 @@ import sora_fast
 from sora_fast import ops
 from sora_fast.explanation import all_ops
 from sora_fast.ops import cuda_backend
+from sora_fast.ops.convolution_call import Settings
 from sora_fast.testing import assert_matches, cases
 
 BF16 = torch.bfloat16
@@ -124,3 +126,8 @@ def test_traced_without_a_break(stand_ins):
     torch.library.opcheck(torch.ops.sora_fast.convolution_cuda_forward,
                           (x, weight, None, cache, None, None, None, *settings),
                           test_utils=("test_schema", "test_faketensor"))
+
+
+def test_settings_are_given_in_their_order():
+    """PyTorch 2.11 traces values() only where it names each of them."""
+    assert Settings(*range(len(fields(Settings)))).values() == tuple(range(len(fields(Settings))))

@@ -33,7 +33,9 @@ class Settings:
     upsample: int
 
     def values(self) -> tuple:
-        return tuple(vars(self).values())
+        # each by its name: torch.compile of PyTorch 2.11 does not go through vars()
+        return (self.norm, self.groups, self.eps, self.act, self.keep, self.stride, self.padding, self.time_pad,
+                self.space_pad, self.phase, self.lookahead, self.upsample)
 
     @property
     def of_norm(self) -> dict:
