@@ -395,7 +395,7 @@ def aot_cases():
                 wants |= {name: dict(expected_drains=count * links) for name, count in
                           (("forward_kernel", 1), ("dq_kernel", 2), ("dkdv_kernel", 2))}
             if (head_dim, gpu) == (128, "sm90"):
-                # up to 27 before and behind the main loop, none in it (tests/test_kernels_attention.py), where a tile that
+                # up to 27 before and behind the main loop, none in it (tests/test_machine_code.py), where a tile that
                 # 1,000 queries see runs through 7,000 instructions
                 wants["dkdv_kernel"] |= dict(allowed_spills=32)
             if (head_dim, dtype, gpu) == (64, bf16, "sm80"):

@@ -18,6 +18,7 @@ Works with Triton 3.6 to 3.9. Nothing here runs a kernel or needs a driver.
 import contextlib
 import io
 import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
@@ -316,7 +317,9 @@ def check_all(cases: Iterable[AotCase], ccs: tuple[int, ...] = CCS) -> tuple[lis
     else:
         # Triton compiles under Python's lock, hence processes; forks, because kernels cannot be sent to another.
         _work[:] = work
-        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        # beside other tests, one at a time: they have the other core
+        processes = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
             found = pool.map(_judge_at, range(len(work)))
             results = [Result(*each, *parts) for each, parts in zip(work, found, strict=True)]
     return results, [f"{result.case.name}, sm_{result.cc}: {sentence}"

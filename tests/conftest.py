@@ -1,9 +1,12 @@
 """What every test starts from: the same random numbers, no chosen backend, a cache of the tests' own.
 
-With ``-n`` processes, each has one thread and takes whole files, those that take longest first.
+With ``-n`` processes, each has one thread and takes whole files, those that take longest first (durations.txt).
 """
 
 import os
+import time
+from collections import Counter
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it once, when imported; children inherit it
@@ -13,11 +16,24 @@ import torch  # noqa: E402
 
 from sora_fast.cli.__main__ import main  # noqa: E402
 
-LONGEST = ("test_interpreted.py", "test_aot.py")
+HERE = Path(__file__).parent
+LIMIT = 600  # seconds that the default tests may take on two slow cores: eight minutes, and two for the slowest machine
+BEGAN = time.monotonic()
+
+
+def _seconds_of_files() -> Counter:
+    """Of the files of the longest tests, as durations.txt has them: ``seconds  path::test``."""
+    found = Counter()
+    for line in (HERE / "durations.txt").read_text("utf-8").splitlines():
+        if line and not line.startswith("#"):
+            seconds, _, test = line.partition(" ")
+            found[test.strip().partition("::")[0]] += float(seconds)
+    return found
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))  # stable
+    seconds = _seconds_of_files()
+    items.sort(key=lambda item: -seconds[f"tests/{item.path.name}"])  # stable: the other files keep their order
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -27,6 +43,16 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
+
+
+def pytest_sessionfinish(session):
+    """The default tests fail where they take too long: every contributor waits for them."""
+    config = session.config
+    if config.args_source.name == "TESTPATHS" and config.option.markexpr == "not full" and not config.option.keyword:
+        took = time.monotonic() - BEGAN
+        if took > LIMIT:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            print(f"\nthe default tests took {took:.0f} s, and may take {LIMIT}: make them faster, or mark modules full")
 
 
 @pytest.fixture(autouse=True)

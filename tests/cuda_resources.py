@@ -3,6 +3,7 @@
 python tests/cuda_resources.py writes csrc/RESOURCES.md anew from build/cuda, after a build.
 """
 
+import functools
 import re
 import shutil
 import subprocess
@@ -67,6 +68,7 @@ def _short(mangled: str) -> str:
     return re.sub(r"\bsf::|\(.*$", "", name)
 
 
+@functools.cache
 def kernels(family: str) -> list[Kernel]:
     """Everything in the object of a family, in the order of its names."""
     with tempfile.TemporaryDirectory() as folder:

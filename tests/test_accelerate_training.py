@@ -7,14 +7,10 @@ import pytest
 import test_accelerate_transformers as transformers
 import test_accelerate_wan_vae as vaes
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate_checks import draw
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 import sora_fast
-from sora_fast.integrations import register_attention_backend
 from sora_fast.integrations.attention_backend import attend
 from sora_fast.integrations.swapping import is_fast
 
@@ -23,11 +19,6 @@ peft = pytest.importorskip("peft")
 
 WAN = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16,
            freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32)
-HUNYUAN = dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
-               num_single_layers=1, num_refiner_layers=1, patch_size=2, text_embed_dim=16, pooled_projection_dim=8,
-               rope_axes_dim=(4, 6, 6), guidance_embeds=False)
-
-
 def wan(seed=0):
     torch.manual_seed(seed)
     return checks.randomise(diffusers.WanTransformer3DModel(**WAN), seed)
@@ -85,53 +76,6 @@ def test_adapters_act_and_train_and_frozen_weights_cost_no_gradient(when):
 
 
 # ------------------------------------------------------------------------------------------------ FSDP2
-def _rank(rank, where, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{where}", rank=rank, world_size=2)
-    try:
-        model = wan()
-        if where == "before":
-            sora_fast.accelerate(model)
-        for block in model.blocks:
-            fully_shard(block)
-        fully_shard(model)
-        if where == "after":
-            sora_fast.accelerate(model)
-        assert is_fast(model.blocks[0]) and type(model.blocks[0]).__name__ == "FSDPWanTransformerBlock"
-        optimizer, losses = torch.optim.SGD(model.parameters(), 1e-2), []
-        for step in range(3):
-            given = {name: value[rank : rank + 1] for name, value in batch(seed=step).items()}
-            optimizer.zero_grad()
-            loss = loss_of(model, given)
-            loss.backward()
-            optimizer.step()
-            loss = loss.detach()
-            dist.all_reduce(loss)
-            losses.append(float(loss) / 2)
-        if where == "after":
-            assert sora_fast.restore(model) and not is_fast(model.blocks[0])
-            assert type(model.blocks[0]).__name__ == "FSDPWanTransformerBlock"
-        if rank == 0:
-            torch.save(losses, f"{folder}/losses-{where}.pt")
-        dist.barrier()  # neither leaves while the other still talks
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("where", ["before", "after"])
-def test_fsdp2_on_two_processes_gives_the_single_process_s_loss(where, tmp_path):
-    mp.spawn(_rank, (where, str(tmp_path)), nprocs=2)
-    model, wanted = wan(), []
-    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
-    for step in range(3):
-        optimizer.zero_grad()
-        loss = loss_of(model, batch(seed=step))
-        loss.backward()
-        optimizer.step()
-        wanted.append(float(loss.detach()))
-    assert torch.load(f"{tmp_path}/losses-{where}.pt") == pytest.approx(wanted, rel=1e-5)
-
-
 def test_selective_checkpointing_around_blocks():
     """torch.utils.checkpoint by hand around every second block, with a policy that keeps the matrix products."""
     from functools import partial
@@ -171,42 +115,6 @@ def test_save_and_load(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ attention backend
-def hunyuan_batch():
-    mask = torch.ones(2, 7, dtype=torch.int64)
-    mask[1, 4:] = 0
-    return dict(hidden_states=draw(2, 4, 3, 4, 4).float(), timestep=torch.tensor([300, 600]), encoder_attention_mask=mask,
-                encoder_hidden_states=draw(2, 7, 16, seed=1).float(), pooled_projections=draw(2, 8, seed=2).float())
-
-
-@pytest.mark.parametrize("kind", ["wan", "hunyuan"])
-@pytest.mark.parametrize("fast", [False, True])
-def test_diffusers_attention_backend(kind, fast):
-    """The same numbers as the native backend, padded text included, in plain and in accelerated models; one graph."""
-    register_attention_backend()
-    register_attention_backend()
-    model = wan() if kind == "wan" else checks.randomise(diffusers.HunyuanVideoTransformer3DModel(**HUNYUAN))
-    given = batch() if kind == "wan" else hunyuan_batch()
-    if fast:
-        sora_fast.accelerate(model)
-    wanted = model(return_dict=False, **given)[0]
-    calls = []
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-
-    member = AttentionBackendName("sora_fast")
-    registered = _AttentionBackendRegistry._backends[member]
-    _AttentionBackendRegistry._backends[member] = lambda **arguments: calls.append(1) or registered(**arguments)
-    try:
-        model.set_attention_backend("sora_fast")
-        got = model(return_dict=False, **given)[0]
-    finally:
-        _AttentionBackendRegistry._backends[member] = registered
-        _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)  # the call above has set it for all
-    assert len(calls) >= 2 and (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    torch._dynamo.reset()
-    traced = torch.compile(model, fullgraph=True, backend="eager")(return_dict=False, **given)[0]
-    assert (traced - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-
-
 def test_the_attention_backend_by_itself():
     """Against SDPA in float64: masks of keys, causal, GQA, a scale; what it cannot do is one sentence."""
     q, k, v = draw(2, 5, 4, 16), draw(2, 6, 2, 16, seed=1), draw(2, 6, 2, 16, seed=2)

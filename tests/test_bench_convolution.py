@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sora_fast import ops
-from sora_fast.benchmarks import gate
 from sora_fast.benchmarks.case import nbytes
 from sora_fast.benchmarks.specs import convolution, normalization, spec
 from sora_fast.testing import truth
@@ -141,27 +140,6 @@ def test_the_truth_of_every_case_fits_a_gpu():
 
 
 # --------------------------------------------------------------------------------------------------------- the peers
-@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.id)
-def test_every_provider_passes_the_gate(case):
-    found, passed = case.truth(case.inputs(CPU, 0), 0), set()
-    for peer in providers(case):
-        assert json.dumps(peer.details(case, CPU))
-        if not peer.compiled and not peer.unavailable(case, "forward", CPU):
-            verdicts = gate.check(case, peer, found, CPU, tuple(case.directions()))
-            assert {v.status for v in verdicts.values()} == {"PASSED"}, (peer.name, verdicts)
-            passed.add(peer.name)
-    assert {"torch", "reference"} < passed
-
-
-def test_the_compiled_composition_passes_the_gate():
-    case = next(replace(case, return_cache=True) for case in QUICK if case.norm == "group" and case.op == "norm_act_conv3d")
-    peer = provider("compile", case.op)
-    assert not peer.unavailable(case, "forward", CPU)
-    results = case.truth(case.inputs(CPU, 0), 0).compare(peer.run)
-    assert {"output 0", "output 1", "d x", "d weight", "d norm_bias"} < {r.name for r in results}
-    assert all(r.passed for r in results), results
-
-
 def test_what_a_peer_cannot_do_is_a_sentence():
     cases = {case.label: case for case in QUICK if case.op == "causal_conv3d"}
     returns, flat = cases["3x3x3, 96 channels, cache in and out"], cases["(1, 3, 3), stride 2, uneven padding"]

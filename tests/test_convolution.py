@@ -21,10 +21,6 @@ from sora_fast.testing import assert_matches
 OPS = ("causal_conv3d", "norm_act_conv3d")
 
 test_error_rule = op_checks.error_rule(OPS)
-test_traces_whole = op_checks.traces_whole(OPS)
-test_second_backward_is_refused = op_checks.second_backward(OPS)
-test_one_gradient_at_a_time = op_checks.one_gradient_at_a_time(OPS)
-test_checkpoint = op_checks.checkpointed(OPS)
 
 
 def good(op):
@@ -88,42 +84,6 @@ def _table():
 
 
 test_refusals = op_checks.refusals(_table(), good)
-
-
-# ------------------------------------------------------------------------------------------------------ compile
-def _compiled(op, label, axis, **options):
-    def fn(backend, **tensors):
-        return getattr(ops, op)(**tensors, **options, backend=backend)
-
-    def inputs_of(size):
-        sizes = dict(T=3, H=5, W=6)
-        sizes[axis] = size
-        inputs = good(op) | dict(x=torch.randn(1, 4, *sizes.values()), cache=torch.randn(1, 4, 2, *sizes.values())[
-            :, :, :, 0])
-        return {name: value.double() for name, value in inputs.items() if name != "residual"}
-
-    # the reference's other axes differ in nothing that is traced
-    return f"{op} {label}", fn, inputs_of, ("torch", "reference") if axis == "T" else ("torch",)
-
-
-test_compile = op_checks.compiles([
-    _compiled("causal_conv3d", "T", "T", return_cache=True),
-    _compiled("norm_act_conv3d", "T", "T", return_cache=True, norm="group", groups=2),
-    _compiled("norm_act_conv3d", "H", "H", stride=(1, 2, 2), padding=(0, 1, 1, 1)),
-    _compiled("causal_conv3d", "W", "W", time_pad="replicate", space_pad="replicate"),
-    _compiled("norm_act_conv3d", "upsampled, W", "W", upsample=2, return_cache=True),
-])
-
-
-@pytest.mark.parametrize("backend", ("torch", "reference"))
-def test_compiled_phases(backend):
-    """phase is a number of the call, not of the graph: 0, the frames in between, and those past the end."""
-    weight = torch.randn(2, 3, 3, 1, 1, dtype=torch.float64)
-    fn = lambda x, phase: ops.causal_conv3d(x, weight, stride=(2, 1, 1), phase=phase, padding=(0, 0, 0, 0),
-                                            backend=backend)
-    inputs_of = lambda phase: dict(x=torch.randn(1, 3, 8, 2, 3, dtype=torch.float64), phase=phase)
-    counts = op_checks.graphs(fn, inputs_of, (0, 1, 2, 3, 4, 5, 8, 9, 10), None)
-    assert counts[1] == counts[5] and counts[6] == counts[8], counts
 
 
 # ---------------------------------------------------------------------------------------------------- gradcheck
@@ -200,7 +160,7 @@ def _plans(frames):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("time_pad", ("zeros", "replicate"))
 @pytest.mark.parametrize("stride", (1, 2))
-@pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("backend", op_checks.BACKENDS)
 def test_every_chunk_plan_equals_one_shot(backend, stride, time_pad, op):
     """All 63 plans of 1 to 6 frames, an empty chunk among them, with cache and phase carried; gradients too."""
     weight = torch.randn(2, 3, 3, 1, 1, dtype=torch.float64).requires_grad_()
@@ -225,7 +185,7 @@ def test_every_chunk_plan_equals_one_shot(backend, stride, time_pad, op):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("backend", op_checks.BACKENDS)
 def test_cache_out_is_a_tensor_of_its_own(backend, op):
     weight = torch.randn(2, 3, 3, 1, 1)
     for frames, cached, grad in itertools.product((0, 1, 2, 5), (None, 0, 1, 2), (False, True)):
@@ -245,7 +205,7 @@ def test_cache_out_is_a_tensor_of_its_own(backend, op):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("backend", op_checks.BACKENDS)
 def test_causality_and_prefix_stability(backend, op):
     weight, x = torch.randn(4, 4, 3, 3, 3), torch.randn(1, 4, 6, 5, 4)
     fn = lambda clip: getattr(ops, op)(clip, weight, stride=(2, 1, 1), backend=backend)
@@ -262,7 +222,7 @@ def test_causality_and_prefix_stability(backend, op):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("backend", op_checks.BACKENDS)
 @pytest.mark.parametrize("poison", (1.0, float("nan"), float("inf")))
 def test_isolation_in_a_batch(poison, backend, op):
     inputs = good(op) | dict(cache=None, residual=None)
@@ -316,7 +276,7 @@ def test_saves_only_x(norm, cached):
 
 
 @pytest.mark.parametrize("low", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("backend", op_checks.BACKENDS)
 def test_autocast_is_that_of_conv3d(backend, low):
     for dtype in op_checks.DTYPES:
         x, weight, bias = (torch.randn(*s).to(dtype) for s in ((1, 4, 3, 5, 6), (2, 4, 3, 3, 3), (2,)))

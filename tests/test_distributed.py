@@ -16,6 +16,8 @@ from training_checks import Stop, little, rows_of, stop_at, write_media
 
 from sora_fast.training import checkpoint, distributed
 
+pytestmark = [pytest.mark.full, pytest.mark.ci]
+
 for package in ("safetensors", "av", "PIL", "yaml"):
     pytest.importorskip(package, reason="the train extra is not installed")
 if os.name == "nt" or not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):

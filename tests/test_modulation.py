@@ -14,11 +14,6 @@ from sora_fast.testing import assert_matches, cases
 OPS = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
 
 test_error_rule = op_checks.error_rule(OPS)
-test_traces_whole = op_checks.traces_whole(OPS)
-test_second_backward_is_refused = op_checks.second_backward(OPS)
-test_one_gradient_at_a_time = op_checks.one_gradient_at_a_time(OPS)
-test_checkpoint = op_checks.checkpointed(OPS)
-test_autocast_changes_nothing = op_checks.autocast_changes_nothing(OPS)
 
 
 def good(op, tokens=6, width=8):
@@ -67,29 +62,6 @@ def _table():
 
 
 test_refusals = op_checks.refusals(_table(), good)
-
-
-# ------------------------------------------------------------------------------------------------------ compile
-def _compiled(op):
-    def fn(backend, **tensors):
-        norm = {} if op == "gate_residual" else dict(norm="rms")
-        return getattr(ops, op)(**tensors, **norm, backend=backend)
-
-    def inputs_of(size):
-        arguments = good(op)
-        grid = [(1, 1, size)] if size < 3 else [(1, 1, 1), (0, 1, 1), (1, 1, size - 2)][: 2 + size % 2] + [(1, 1, 1)]
-        rows = Pack(grid).rows[:size] if size < 3 else Pack(grid).pad_to(size + 2).rows
-        arguments = {name: value.double() if value.is_floating_point() else value for name, value in arguments.items()}
-        arguments |= {name: torch.randn(rows.shape[0], 8, dtype=torch.float64) for name in ("x", "y")
-                      if name in arguments}
-        arguments |= {name: torch.randn(len(grid), 8, dtype=torch.float64) for name in ("shift", "scale", "gate")
-                      if name in arguments}
-        return arguments | dict(rows=rows)
-
-    return op, fn, inputs_of, ("torch", "reference")
-
-
-test_compile = op_checks.compiles([_compiled(op) for op in OPS])
 
 
 # ---------------------------------------------------------------------------------------------------- gradcheck
@@ -187,7 +159,7 @@ def test_plain_layer_norm():
 
 # ---------------------------------------------------------------------------------------------------- isolation
 @pytest.mark.parametrize("poison", (1.0, float("nan"), float("inf")))
-@pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("backend", op_checks.BACKENDS)
 @pytest.mark.parametrize("op", OPS)
 def test_isolation(op, backend, poison):
     """Another sample's numbers, and its modulation rows, change no output and no input gradient of these samples."""
@@ -225,7 +197,7 @@ def test_isolation(op, backend, poison):
             assert same_bits(a[rows], got_grads[name][rows]), name
 
 
-@pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("backend", op_checks.BACKENDS)
 @pytest.mark.parametrize("op", OPS)
 def test_nan_in_the_tail_is_never_read(op, backend):
     inputs = good(op)
@@ -245,7 +217,7 @@ def test_nan_in_the_tail_is_never_read(op, backend):
             assert not leaf.grad[inputs["rows"] < 0].any()
 
 
-@pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("backend", op_checks.BACKENDS)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("grids, tokens", ([[], 0], [[], 5], [[(0, 1, 1)], 0], [[(1, 1, 1)], 1], [[(0, 2, 2)], 3]))
 def test_empty_packs(grids, tokens, op, backend):

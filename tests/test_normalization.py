@@ -14,11 +14,6 @@ from sora_fast.testing import assert_matches
 OPS = ("norm_act",)
 
 test_error_rule = op_checks.error_rule(OPS)
-test_traces_whole = op_checks.traces_whole(OPS)
-test_second_backward_is_refused = op_checks.second_backward(OPS)
-test_one_gradient_at_a_time = op_checks.one_gradient_at_a_time(OPS)
-test_checkpoint = op_checks.checkpointed(OPS)
-test_autocast_changes_nothing = op_checks.autocast_changes_nothing(OPS)
 
 
 def good(op):
@@ -39,21 +34,6 @@ test_refusals = op_checks.refusals([
     ("norm_act", "eps below 0", dict(eps=-1.0), ("eps of 0 or more", "-1.0")),
     ("norm_act", "eps not a number", dict(eps=float("nan")), ("eps of 0 or more", "nan")),
 ], good)
-
-
-def _compiled(norm, axis):
-    def fn(backend, **tensors):
-        return ops.norm_act(**tensors, norm=norm, groups=2, backend=backend)
-
-    def inputs_of(size):
-        shape = [2, 4, 2, 3, 5]
-        shape[axis] = size
-        return dict(x=torch.randn(shape, dtype=torch.float64), weight=torch.randn(4, dtype=torch.float64))
-
-    return f"{norm} {'BCTHW'[axis]}", fn, inputs_of, ("torch", "reference")
-
-
-test_compile = op_checks.compiles([_compiled("rms", 2), _compiled("group", 4)])
 
 
 def _double(*shape):
@@ -92,7 +72,7 @@ def test_a_zero_pixel_gives_zero(dtype, backend):
     assert y.dtype == dtype and not y[:, :, 1, 2, 0].any() and torch.isfinite(y).all()
 
 
-@pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("backend", op_checks.BACKENDS)
 @pytest.mark.parametrize("poison", (1.0, float("nan"), float("inf")))
 def test_isolation(poison, backend):
     """rms: pixels know nothing of each other (so no frame of the future either); group: samples do not."""
@@ -115,7 +95,7 @@ def test_isolation(poison, backend):
         assert same_bits(want[part], got[part]) and same_bits(dwant[part], dgot[part])
 
 
-@pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("backend", op_checks.BACKENDS)
 @pytest.mark.parametrize("norm", ("rms", "group"))
 @pytest.mark.parametrize("shape", [(0, 4, 2, 3, 3), (2, 4, 0, 3, 3), (1, 4, 1, 1, 1), (1, 4, 2, 0, 3)])
 def test_empty(shape, norm, backend):

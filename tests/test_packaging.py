@@ -280,18 +280,22 @@ def test_everything_loads(hidden):
 
 
 def test_import_is_fast():
-    """Under 2 s beyond torch, for the root and the ops; the best of three fresh processes."""
+    """Under 2 s beyond torch, for the root and the ops; the best of up to three fresh processes. Triton comes with the first
+    launch."""
     code = """
-import time
+import sys, time
 start = time.perf_counter()
 import torch
 middle = time.perf_counter()
 import sora_fast, sora_fast.ops
 print(middle - start, time.perf_counter() - middle)
 assert not torch.cuda.is_initialized(), "importing sora_fast must leave CUDA alone"
+assert "triton" not in sys.modules, "importing sora_fast must leave Triton alone"
 """
-    took = [tuple(map(float, python("-c", code).split())) for _ in range(3)]
-    assert min(ours for _, ours in took) < 2, f"seconds for (torch, sora_fast): {took}"
+    took = []
+    while len(took) < 3 and not any(ours < 2 for _, ours in took):
+        took.append(tuple(map(float, python("-c", code).split())))
+    assert any(ours < 2 for _, ours in took), f"seconds for (torch, sora_fast): {took}"
 
 
 def test_the_checkout_runs_uninstalled():

@@ -16,11 +16,6 @@ OPS = ("patch_embed", "unpatchify")
 GRIDS = ((2, 1, 3), (0, 2, 2), (1, 2, 2))  # 6 + 0 + 4 tokens
 
 test_error_rule = op_checks.error_rule(OPS)
-test_traces_whole = op_checks.traces_whole(OPS)
-test_second_backward_is_refused = op_checks.second_backward(OPS)
-test_one_gradient_at_a_time = op_checks.one_gradient_at_a_time(OPS)
-test_checkpoint = op_checks.checkpointed(OPS)
-test_autocast_changes_nothing = op_checks.autocast_changes_nothing(("unpatchify",))
 
 
 def good(op):
@@ -68,46 +63,7 @@ test_refusals = op_checks.refusals([
 ], good)
 
 
-# ------------------------------------------------------------------------------------------- compile, gradcheck
-PACKS = (Pack([(1, 2, 2), (1, 3, 3)]), Pack([(1, 2, 3), (2, 3, 3), (1, 1, 1)]), Pack([(2, 1, 2), (0, 1, 1)] * 4),
-         Pack([(5, 4, 3), (1, 7, 1)]).pad_to(70), Pack([(1, 1, 1), (1, 4, 4)]))
-
-
-@pytest.mark.parametrize("as_pack", (True, False))
-@pytest.mark.parametrize("op", OPS)
-def test_compiled_packs_make_no_new_graph(op, as_pack):
-    """Grids of other sizes and other sample counts, given as a Pack or as its CPU tensor, are data of one graph."""
-    weight = torch.randn(5, 3, 1, 2, 2, dtype=torch.float64)
-
-    def fn(x, grids):
-        if op == "patch_embed":
-            return ops.patch_embed(x, weight, grids=grids, backend="torch")
-        return ops.unpatchify(x, grids, (1, 2, 2), 3, flat=True, backend="torch")
-
-    def inputs_of(which):
-        pack = PACKS[which]
-        tokens = torch.randn(pack.num_tokens, 12, dtype=torch.float64)
-        return dict(x=tokens.flatten() if op == "patch_embed" else tokens, grids=pack if as_pack else pack.grids_cpu)
-
-    counts = op_checks.graphs(fn, inputs_of, range(len(PACKS)), None)
-    assert counts[1] == counts[-1] <= 2, counts
-
-
-def test_compiled_batches():
-    weight = torch.randn(5, 3, 1, 2, 2, dtype=torch.float64)
-    for backend in ("torch", "reference"):
-        fn = lambda x, backend=backend: ops.patch_embed(x, weight, backend=backend)
-        counts = op_checks.graphs(fn, lambda n: dict(x=torch.randn(2, 3, n, 2 * n, 4).double()), (17, 16, 15, 3), None)
-        assert counts[1] == counts[-1] <= 2, counts
-
-
-def test_traced_grids_that_the_reference_cannot_see():
-    fn = torch.compile(lambda x, g: ops.unpatchify(x, g, (1, 2, 2), 3, flat=True, backend="reference"),
-                       backend="eager")
-    with pytest.raises(Exception, match="cannot see the numbers of a grids tensor"):
-        fn(torch.randn(10, 12), torch.tensor(GRIDS))
-
-
+# --------------------------------------------------------------------------------------------------- gradcheck
 def _double(*shape):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -184,7 +140,7 @@ def test_autocast_is_that_of_linear(low):
 
 # ---------------------------------------------------------------------------------------------------- isolation
 @pytest.mark.parametrize("poison", (1.0, float("nan"), float("inf")))
-@pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("backend", op_checks.BACKENDS)
 @pytest.mark.parametrize("op", OPS)
 def test_isolation_and_tail(op, backend, poison):
     inputs = {**good(op), "grids": GRIDS}

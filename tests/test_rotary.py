@@ -14,11 +14,6 @@ from sora_fast.testing import assert_matches
 OPS = ("qk_norm_rope",)
 
 test_error_rule = op_checks.error_rule(OPS)
-test_traces_whole = op_checks.traces_whole(OPS)
-test_second_backward_is_refused = op_checks.second_backward(OPS)
-test_one_gradient_at_a_time = op_checks.one_gradient_at_a_time(OPS)
-test_checkpoint = op_checks.checkpointed(OPS)
-test_autocast_changes_nothing = op_checks.autocast_changes_nothing(OPS)
 
 PACK = Pack([(2, 1, 2), (0, 1, 1), (1, 2, 1)])
 
@@ -68,25 +63,9 @@ test_refusals = op_checks.refusals([("qk_norm_rope", *row) for row in (
 )], good)
 
 
-# ------------------------------------------------------------------------------------------- compile, gradcheck
+# --------------------------------------------------------------------------------------------------- gradcheck
 def _double(*shape):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def _compiled(label, **options):
-    def inputs_of(size):
-        inputs = dict(q=_double(size, 4, 16), k=_double(size, 4, 16), coords=_double(size, 3),
-                      rows=torch.zeros(size, dtype=torch.int32))
-        inputs["rows"][2:] = -1
-        return inputs | ({"freqs": _double(3, 4, 6)} if label == "freqs" else {})
-
-    return (label, lambda backend, **a: ops.qk_norm_rope(**a, **options, backend=backend), inputs_of,
-            ("torch",) if label == "axes" else ("reference",))
-
-
-test_compile = op_checks.compiles([_compiled("axes", axes=(4, 4, 6)), _compiled("freqs", norm="rms_all",
-                                                                               pairing="half")])
-
 
 
 AT = _double(3, 3)
@@ -193,7 +172,7 @@ def test_autocast_keeps_angles_exact():
 
 # ---------------------------------------------------------------------------------------------------- isolation
 @pytest.mark.parametrize("poison", (1.0, float("nan"), float("inf")))
-@pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("backend", op_checks.BACKENDS)
 @pytest.mark.parametrize("norm", ("rms_head", "rms_all"))
 def test_isolation_and_tail(norm, backend, poison):
     pack = PACK.pad_to(9)
@@ -224,7 +203,7 @@ def test_isolation_and_tail(norm, backend, poison):
             assert same_bits(grad[:4], other_grads[name][:4]) and not grad[6:].any(), name
 
 
-@pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("backend", op_checks.BACKENDS)
 def test_empty(backend):
     for tokens in (0, 1):
         fresh, leaves = with_grad(dict(q=torch.randn(tokens, 4, 16), k=torch.randn(tokens, 2, 16),

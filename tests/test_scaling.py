@@ -19,6 +19,8 @@ from sora_fast.models.vae import PRESETS as VAE_PRESETS  # noqa: E402
 from sora_fast.training import dit as dit_task  # noqa: E402
 from sora_fast.training.latents import load_library  # noqa: E402
 
+pytestmark = pytest.mark.full
+
 SMALL = dict(width=48, depth=2, heads=2, rope_axes=(8, 8, 8))
 
 

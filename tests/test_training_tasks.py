@@ -1,10 +1,6 @@
 """Training the VAE and the DiT on made media: resume, the memory estimate, latents, packs, frames."""
 
 import csv
-import os
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,47 +62,7 @@ def test_dit_training_resumes_bit_for_bit(tmp_path, clips):
         dit_task.make_trainer(DiTTraining(out=str(tmp_path / "parts"), resume=True, budget=40, **TINY), vae, clips)
 
 
-def command(name, out, media, *more):
-    """``sora-fast`` in a process of its own."""
-    settings = ("--data", media, "--out", out, "--device", "cpu", "--short-side", 48, "--log-every", 1, "--save-every", 6,
-                "--warmup", 2, "--no-tensorboard", "--log-samples", "--heldout", 0.2, "--heldout-every", 5,
-                "--accumulate", 2, "--peak-tflops", 1, "--threads", 1, *more)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    return subprocess.Popen([sys.executable, "-m", "sora_fast.cli", name, *map(str, settings)], env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.full  # 40 s
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("task", ["train-vae", "train"])
-def test_kill_and_resume_of_the_commands(tmp_path, media, task):
-    """Twelve steps are six, kill -9, and a resume: weights, averages, moments, losses, held-out losses and samples."""
-    more = ["--crop", 32, "--frames", 5] if task == "train-vae" else ["--vae", tmp_path / "vae", "--budget", 64]
-    if task == "train":
-        trainer = tiny_vae(tmp_path / "vae", media, steps=1)
-        trainer.run()
-        vae_task.finish(trainer)
-    runs = {}
-    for name in ("whole", "parts"):
-        process = command(task, tmp_path / name, media, "--steps", 12, *more)
-        while name == "parts" and not checkpoint.everything(tmp_path / name):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.02)
-        if name == "parts":
-            process.kill()
-        runs[name] = process.communicate()
-        assert process.returncode == (-9 if name == "parts" else 0), runs[name]
-    assert checkpoint.newest(tmp_path / "parts").name == "step-00000006"
-    process = command(task, tmp_path / "parts", media, "--resume")
-    assert process.communicate() and process.returncode == 0
-    same_files(checkpoint.newest(tmp_path / "whole"), checkpoint.newest(tmp_path / "parts"))
-    same_rows(tmp_path / "whole", tmp_path / "parts")
-    for table in ("heldout.csv", "samples.csv"):
-        assert (tmp_path / "whole" / table).read_text() == (tmp_path / "parts" / table).read_text()
-
-
-@pytest.mark.parametrize("settings", [dict(prediction="x0"), dict(prediction="noise", timesteps="uniform", shift="2"),
-                                      dict(objective="ddpm"), dict(objective="ddpm", prediction="velocity")])
+@pytest.mark.parametrize("settings", [dict(prediction="x0"), dict(objective="ddpm")])
 def test_dit_loss_falls(tmp_path, clips, settings):
     trainer = tiny_dit(tmp_path, clips[:2], steps=30, lr=5e-3, ema=0.9, warmup=5, **settings)
     trainer.run()

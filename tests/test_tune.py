@@ -381,16 +381,6 @@ def kept(room, family="planted"):
     return json.loads((room / "cache" / "configs" / "cpu" / f"{family}.json").read_text())["entries"]
 
 
-def test_two_processes_at_once_lose_nothing(room):
-    plant(room / "kernels", [(2.0,)])
-    both = [in_a_process(room, first, 5, others=2) for first in (0, 3)]
-    assert [each.wait(timeout=120) for each in both] == [0, 0]
-    assert set(kept(room, "many")) == {f"{first}, {place}" for first in (0, 3) for place in range(100)}
-    keys = {f"{kernel}: width={8 + place}" for kernel in ("forward", "backward") for place in range(8)}
-    assert set(kept(room)) == keys and {row["key"] for row in rows.read(room / "tune.jsonl")} == keys
-    assert all(entry["config"] == dict(ms=2.0, fault="") for entry in kept(room).values())
-
-
 def test_a_killed_process_leaves_whole_files_and_the_next_goes_on(room, clock):
     plant(room / "kernels", [(2.0,)])
     path, lines = room / "tune.jsonl", lambda: path.read_text().count("\n") if path.exists() else 0

@@ -4,8 +4,6 @@
 """
 
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -204,7 +202,7 @@ def cases(draw_):
     return config, plans
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(cases(), st.integers(1, 2))
 def test_any_config_streams_over_any_plan(case, batch):
     config, (frames_plan, latents_plan) = case
@@ -292,57 +290,6 @@ def test_a_stream_has_the_gradients_of_one_shot_and_can_be_checkpointed():
             out.append(pixels)
         for got, want in zip(torch.autograd.grad((torch.cat(out, 2) * weights).sum(), leaves), wanted, strict=True):
             assert_close(got, want, 1e-12)
-
-
-def test_a_chunk_of_a_stream_compiles_whole():
-    vae, z = make(SMALL["tiny"]), draw(1, 3, 5, 1, 2)
-    compiled = torch.compile(vae.decode, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        wanted = vae.decode(z)
-        assert_close(compiled(z), wanted)
-        state = StreamState()
-        assert_close(torch.cat([compiled(part, state) for part in z.split(1, dim=2)], 2), wanted)
-
-
-# ------------------------------------------------------------------------------------------------ memory
-PEAK = """
-import resource, sys, torch
-from sora_fast.models import VideoVAE
-direction, frames, keep = sys.argv[1], int(sys.argv[2]), len(sys.argv) > 3
-torch.manual_seed(0)
-vae, held = VideoVAE.preset("tiny"), []
-steps = 1 + (frames - 1) // 4
-if direction == "decode":
-    stream = vae.decode_stream(torch.randn(1, 16, 1, 8, 12) for _ in range(steps))
-else:
-    stream = vae.encode_stream(torch.randn(1, 3, 4 if i else 1, 64, 96) for i in range(steps))
-for part in stream:
-    if keep:
-        held.append(part.repeat(1, 40, 1, 1, 1))
-try:  # getrusage starts from the peak of the process that started this one
-    with open("/proc/self/status") as status:
-        print(next(line for line in status if line.startswith("VmHWM")).split()[1])
-except OSError:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-def peak(*arguments):
-    done = subprocess.run([sys.executable, "-c", PEAK, *map(str, arguments)], capture_output=True, text=True, check=True)
-    return int(done.stdout)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="resource is not on Windows")
-@pytest.mark.parametrize("direction", ["encode", "decode"])
-def test_peak_memory_does_not_grow_with_the_length(direction):
-    """257 frames streamed in a fresh process, dropped as they come, against 17: within 5 %."""
-    short, long = peak(direction, 17), peak(direction, 257)
-    assert long <= 1.05 * short, f"{direction}: {long / short - 1:.1%}"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="resource is not on Windows")
-def test_a_stream_that_keeps_frames_fails_the_memory_check():
-    assert peak("decode", 65, "keep") > 1.05 * peak("decode", 17, "keep")
 
 
 # ------------------------------------------------------------------------------------------------ sizes

@@ -1,7 +1,5 @@
 """VideoVAE beside diffusers' AutoencoderKLWan on a CPU: time, peak memory, and what training saves for its backward."""
 
-import statistics
-import sys
 
 import pytest
 import torch
@@ -17,23 +15,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.mark.full
-def test_decoding_is_no_slower_than_diffusers(width=32):
-    """17 frames of 64 x 96 in alternating runs of one process: the median ratio of 5 is at most 1.05."""
-    seconds = vae_peer.decode_seconds(vae_peer.Setting(width), rounds=5)
-    for side in ("ours", "accelerated"):
-        ratios = vae_peer.ratios(seconds, side)
-        assert len(ratios) == 5 and statistics.median(ratios) <= 1.05, (side, ratios)
-
-
-@pytest.mark.full
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-def test_decoding_peaks_lower_than_diffusers(width=32):
-    """Resident memory of a fresh process each, in which both packages are imported."""
-    *others, theirs = (vae_peer.peak_bytes(vae_peer.Setting(width), side) for side in vae_peer.SIDES)
-    assert max(others) < theirs, (others, theirs)
 
 
 def test_other_pixels_are_no_time():
@@ -65,7 +46,7 @@ def test_what_is_counted():
     assert saved.bytes == x.nbytes + y.nbytes + z.nbytes
 
 
-@pytest.mark.parametrize("size", [(17, 256, 256), (17, 480, 832)], ids=str)
+@pytest.mark.parametrize("size", [(17, 256, 256)], ids=str)
 def test_training_saves_a_fourth_of_what_diffusers_does(size):
     """Wan 2.1's graph in bfloat16: one tensor per convolution, where eager PyTorch keeps the norm's and the copies too."""
     ours, swapped, theirs, plain = (vae_peer.training_bytes(side, backend, size=size) for side, backend in (
@@ -74,16 +55,3 @@ def test_training_saves_a_fourth_of_what_diffusers_does(size):
     assert plain * 4 > theirs, "the definition keeps everything, and the check must see it"
     if size == (17, 256, 256):
         assert round(ours / 1e9, 2) == 4.43 and round(theirs / 1e9, 1) == 22.6
-
-
-def test_the_command(monkeypatch, capsys):
-    small = ["--width", "8", "--size", "5", "16", "16"]
-    peaks = {"ours": 3e6, "accelerated": 5e6, "diffusers": 4e6}
-    monkeypatch.setattr(vae_peer, "peak_bytes", lambda setting, side: peaks[side])
-    assert vae_peer.main([*small, "--rounds", "1"]) == 0
-    out = capsys.readouterr().out
-    assert "1.000 of diffusers' time" in out and "4.43 GB" in out and all(f"peak {n} MB" in out for n in (3, 4, 5))
-    if sys.platform == "linux":  # what a fresh process is asked for
-        for side in vae_peer.SIDES:
-            assert vae_peer.main([*small, "--peak", side]) == 0
-            assert int(capsys.readouterr().out) * 1024 > 50e6

@@ -9,6 +9,8 @@ from sora_fast import Pack, ops, use_backend
 from sora_fast.models import DiT, Text
 from sora_fast.models.dit import PRESETS
 
+pytestmark = [pytest.mark.full, pytest.mark.ci]
+
 CONFIGS = {
     "tiny": replace(PRESETS["tiny"], width=64, depth=2, heads=2, in_channels=3, rope_axes=(8, 12, 12), text_width=32),
     "S/2": replace(PRESETS["S/2"], width=48, depth=2, heads=2, in_channels=3, classes=5),

@@ -12,50 +12,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import Guarded
+from kernel_checks import Guarded, Misled
+from kernel_inputs import DTYPES, offsets
+from kernel_inputs import attention as pack_of
+from kernel_inputs import attention_tiles as tiles
 from op_checks import gradients, same_bits, tensors, with_grad
 
-from sora_fast import configs, ops, reference
+from sora_fast import ops, reference
 from sora_fast.kernels import attention as kernels
 from sora_fast.testing import assert_matches, cases
 
+pytestmark = pytest.mark.full
+
 OPS = ("varlen_attention", "varlen_attention_forward", "varlen_attention_backward")
-DTYPES = (torch.float32, torch.float16)
 NAN = float("nan")
 
 
 def on_kernel(op="varlen_attention", **options):
     return partial(getattr(ops, op), backend="triton", **options)
-
-
-def offsets(*lengths):
-    return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0)], dtype=torch.int32)
-
-
-def pack_of(queries, keys, heads=2, key_heads=2, head_dim=16, *, tail=0, dtype=torch.float32, **options):
-    """Inputs of varlen_attention; ``tail`` rows of NaN behind the samples on both sides."""
-    draw = lambda rows, count: torch.randn(rows + tail, count, head_dim, dtype=torch.float64).to(dtype)
-    q, k, v = draw(sum(queries), heads), draw(sum(keys), key_heads), draw(sum(keys), key_heads)
-    if tail:
-        for t in (q, k, v):
-            t[-tail:] = NAN
-    return dict(q=q, k=k, v=v, cu_seqlens_q=offsets(*queries), cu_seqlens_k=offsets(*keys), **options)
-
-
-class tiles:
-    """Tiles of ``m`` queries and ``n`` keys in all three kernels, or of each one's own."""
-
-    def __init__(self, m, n, **options):
-        config = kernels.Config(m, n, 4, 1, **options)
-        self.overrides = [configs.override("attention", kernel, config) for kernel in kernels.HEURISTICS]
-
-    def __enter__(self):
-        for each in self.overrides:
-            each.__enter__()
-
-    def __exit__(self, *error):
-        for each in reversed(self.overrides):
-            each.__exit__(*error)
 
 
 # ------------------------------------------------------------------------------------------------------ error rule
@@ -124,22 +98,6 @@ def test_every_head_dim():
             assert_matches("varlen_attention", on_kernel(), inputs)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim, group, mask, lengths", PRODUCT, ids=str)
-def test_product(head_dim, group, mask, lengths, dtype):
-    """The rule compares the largest errors of two float32 computations, and of 1,980 cases two are over it by 1 and 6 %,
-    at other numbers other ones. Such a case is drawn twice more, and is right where neither is: what is wrong is so again.
-    """
-    try:
-        _agrees(head_dim, group, mask, lengths, dtype)
-    except AssertionError as error:
-        print(error)
-        for seed in (1, 2):
-            torch.manual_seed(seed)
-            _agrees(head_dim, group, mask, lengths, dtype)
-
-
 @pytest.mark.parametrize("head_dim, dtype, options", [
     (72, torch.float32, dict(tma=True)), (96, torch.float16, dict(split=False)), (128, torch.float16, dict(tma=True)),
     (40, torch.float32, dict(tma=True, split=False))], ids=str)
@@ -197,24 +155,6 @@ def test_halves_merge_to_the_whole():
     torch.testing.assert_close(total, want[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mask", [name for name in MASKS if name != "full"])
-def test_masks_equal_the_dense_mask(mask):
-    """Small integers whose softmax is uniform: the sum over what is seen, counted by a mask written out."""
-    queries, keys = 50, 61
-    inputs = pack_of((queries,), (keys,), 1, 1, 16, **MASKS[mask])
-    inputs["q"] = torch.zeros_like(inputs["q"])
-    left, right = inputs.get("window", (-1, -1))
-    right = 0 if inputs.get("causal") else right
-    distance = torch.arange(keys)[None, :] - torch.arange(queries)[:, None] - (keys - queries)
-    seen = ((distance >= -left) | (left < 0)) & ((distance <= right) | (right < 0))
-    with tiles(16, 16):
-        out, lse = on_kernel("varlen_attention_forward")(**inputs)
-    count = seen.sum(1)
-    assert torch.equal(torch.isneginf(lse[0]), count == 0)
-    torch.testing.assert_close(lse[0][count > 0], count[count > 0].float().log())
-    torch.testing.assert_close(out[:, 0], (seen.float() @ inputs["v"][:, 0]) / count.clamp(min=1)[:, None])
-
-
 def test_order_of_keys_does_not_matter():
     inputs = pack_of((21, 30), (45, 33), head_dim=24)
     moved = torch.cat([torch.randperm(45), 45 + torch.randperm(33)])
@@ -236,8 +176,7 @@ def test_any_scale(scale):
 
 
 # -------------------------------------------------------------------------------------------- what is read and written
-@pytest.mark.parametrize("options", ({}, dict(tma=True)), ids=str)
-def test_isolation(options):
+def test_isolation_of_tiles_by_descriptors():
     """NaN and Inf in a sample, in its neighbours' last tiles or behind them, change no bit of the others."""
     inputs = pack_of((13, 21, 5), (30, 11, 9), 2, 1, 40, tail=3, return_lse=True)
     poisoned = dict(inputs)
@@ -248,7 +187,7 @@ def test_isolation(options):
     results = []
     for each in (inputs, poisoned):
         fresh, leaves = with_grad(each)
-        with tiles(16, 16, **options):
+        with tiles(16, 16, tma=True):
             outs = tensors(on_kernel()(**fresh))
             dout = torch.ones_like(outs[0])
             if each is poisoned:
@@ -318,43 +257,6 @@ def test_one_sample_beyond_two_to_the_31_numbers():
 
 
 # ------------------------------------------------------------------------------------------------------- autograd
-def test_one_gradient_at_a_time():
-    inputs = pack_of((11, 7), (9, 12), 2, 1, 16, return_lse=True)
-    fresh, leaves = with_grad(inputs)
-    want = gradients(on_kernel()(**fresh), leaves)
-    for name in leaves:
-        alone, leaf = with_grad(inputs, (name,))
-        got = gradients(on_kernel()(**alone), leaf)
-        assert list(got) == [name] and same_bits(got[name], want[name]), name
-    plain, _ = with_grad(inputs, ())
-    assert not any(o.requires_grad for o in tensors(on_kernel()(**plain)))
-    for output in (0, 1):  # only out, or only lse, is used
-        fresh, leaves = with_grad(inputs)
-        used = on_kernel()(**fresh)[output]
-        other, others = with_grad(inputs)
-        expected = ops.varlen_attention(**other, backend="reference")[output]
-        for a, b in zip(gradients(used, leaves).values(), gradients(expected, others).values(), strict=True):
-            torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-5)
-
-
-def test_second_backward_is_refused():
-    fresh, leaves = with_grad(pack_of((5,), (6,)))
-    out = on_kernel()(**fresh)
-    for grad in torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out), create_graph=True):
-        with pytest.raises(RuntimeError) as caught:
-            torch.autograd.grad(grad.sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
-        op_checks.assert_sentence(str(caught.value), "varlen_attention")
-
-
-def test_what_is_saved():
-    fresh, _ = with_grad(pack_of((11, 6), (9, 8), 2, 1, 24))
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        on_kernel()(**fresh)
-    assert sorted(t.numel() for t in saved if t.dim()) == sorted(
-        [3, 3, 17 * 48, 17 * 24, 17 * 24, 17 * 48, 17 * 2, 2 * 17 * 2])
-
-
 def test_twenty_runs_have_the_same_bits():
     inputs = pack_of((17, 3), (21, 6), 2, 1, 24, return_lse=True, deterministic=True)
     runs = []
@@ -365,43 +267,7 @@ def test_twenty_runs_have_the_same_bits():
     assert all(same_bits(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
-# --------------------------------------------------------------------------------------------------------- compile
-def test_opcheck():
-    inputs = pack_of((5, 3), (4, 6), 2, 1, 16)
-    arguments = tuple(inputs.values())
-    for options in ((None, False, -1, -1), (0.3, True, 4, -1)):
-        torch.library.opcheck(torch.ops.sora_fast.attention_forward.default, (*arguments, *options))
-        out, lse, parts = torch.ops.sora_fast.attention_forward(*arguments, *options)
-        for dlse, also in ((None, parts), (torch.ones_like(lse), None)):
-            torch.library.opcheck(torch.ops.sora_fast.attention_backward.default,
-                                  (torch.ones_like(out), dlse, *arguments[:3], out, lse, also, *arguments[3:], *options))
-
-
-def test_compile():
-    """One graph, and no new one after the second distinct size, nor with another number of samples."""
-    def make(size):
-        queries = {17: (9, 8), 16: (0, 16), 15: (5, 5, 5), 33: (33,)}[size]
-        return pack_of(queries, [n + 1 for n in queries], 2, 1, 16)
-
-    counts = op_checks.graphs(on_kernel(causal=True), make, (17, 16, 15, 33), None)
-    assert max(counts) <= 3 and counts[-1] == counts[-2]
-
-
 # ----------------------------------------------------------------------------------------------------------- wrong
-class _Short:
-    """A kernel whose first program, a tile of the longest sample, is left to do another's work."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        def launch(*arguments, **options):
-            table = next(a for a, name in zip(arguments, self.kernel.arg_names, strict=False) if name == "table")
-            table[0] = -1
-            return self.kernel[grid](*arguments, **options)
-        return launch
-
-
 @pytest.mark.parametrize("wrong", ("last key tile dropped", "another sample's keys", "last tile of queries dropped",
                                    "last tile of keys dropped"))
 def test_wrong_kernels_fail(wrong, monkeypatch):
@@ -416,7 +282,7 @@ def test_wrong_kernels_fail(wrong, monkeypatch):
             wrongly = lambda k, v, **rest: on_kernel()(k=k[order], v=v[order], **rest)
         else:
             kernel = "dq_kernel" if "queries" in wrong else "dkdv_kernel"
-            monkeypatch.setattr(kernels, kernel, _Short(getattr(kernels, kernel)))
+            monkeypatch.setattr(kernels, kernel, Misled(getattr(kernels, kernel)))
             monkeypatch.setattr(kernels, "torch", Guarded())  # what is not written must not hold an earlier call's numbers
             wrongly = on_kernel()
         with pytest.raises(AssertionError, match="varlen_attention"):

@@ -4,8 +4,6 @@ In float32 and float16: the interpreter's bfloat16 arithmetic is wrong.
 """
 
 import itertools
-from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import op_checks
 import pytest
@@ -14,30 +12,19 @@ from convolution_checks import EXACT, integers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import Guarded, Short
-from op_checks import gradients, same_bits, tensors, with_grad
+from kernel_inputs import DTYPES, on_kernel
+from kernel_inputs import convolution as _small
+from kernel_inputs import convolution_tiles as tiles
+from op_checks import same_bits, tensors, with_grad
 
-from sora_fast import configs, nn, ops, use_backend
+from sora_fast import nn, ops, use_backend
 from sora_fast.kernels import convolution as kernels
 from sora_fast.testing import assert_matches, cases
 
+pytestmark = pytest.mark.full
+
 OPS = ("causal_conv3d", "norm_act_conv3d")
-DTYPES = (torch.float32, torch.float16)
 TENSORS = ("x", "weight", "bias", "cache", "residual", "norm_weight", "norm_bias")
-
-
-def on_kernel(op):
-    return partial(getattr(ops, op), backend="triton")
-
-
-@contextmanager
-def tiles(pixels=64, channels=256, block_k=256, more=0, tma=False, wgrad=(256, 256, 0, 64), programs=1):
-    """Large tiles, few programs: a program costs the interpreter what a large tile does."""
-    config = kernels.Config(pixels, channels, more, block_k, 4, 2, tma)
-    with ExitStack() as stack:
-        for kernel in ("forward", "dgrad"):
-            stack.enter_context(configs.override("convolution", kernel, config))
-        stack.enter_context(configs.override("convolution", "wgrad", kernels.WgradConfig(*wgrad, 4, 2, programs)))
-        yield
 
 
 def backward(op, inputs, backend):
@@ -145,19 +132,6 @@ def test_pairs(part):
         op, inputs = _arguments(row)
         with tiles():
             op_checks.assert_close_to_reference(op, on_kernel(op), inputs)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("seed", range(40))
-def test_product(seed):
-    """A thousand rows drawn from the whole product, at the tiles that the heuristics choose."""
-    generator, count = torch.Generator().manual_seed(seed), 0
-    while count < 25:
-        row = {name: values[int(torch.randint(len(values), (), generator=generator))] for name, values in AXES.items()}
-        if _legal(row):
-            op, inputs = _arguments(row)
-            op_checks.assert_close_to_reference(op, on_kernel(op), inputs)
-            count += 1
 
 
 @settings(op_checks.drawn, max_examples=15)
@@ -304,34 +278,6 @@ def test_a_normed_stream_is_one_shot(stride):
 
 
 # ----------------------------------------------------------------------------------------------------- autograd
-def _small(op, **more):
-    draw = lambda *shape: torch.randn(shape)
-    made = dict(x=draw(2, 8, 2, 3, 4), weight=draw(6, 8, 3, 3, 3), bias=draw(6), cache=draw(2, 8, 2, 3, 4),
-                residual=draw(2, 6, 2, 3, 4), return_cache=True)
-    if op == "norm_act_conv3d":
-        made |= dict(norm_weight=draw(8), norm_bias=draw(8))
-    return made | more
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_one_gradient_at_a_time(op):
-    """Only inputs that ask for a gradient get one, with the bits it has when all ask; and two calls agree to the bit."""
-    inputs = _small(op)
-    fresh, leaves = with_grad(inputs)
-    want = gradients(tensors(on_kernel(op)(**fresh)), leaves)
-    again, others = with_grad(inputs)
-    got = gradients(tensors(on_kernel(op)(**again)), others)
-    assert set(want) == set(TENSORS[:7 if op == "norm_act_conv3d" else 5])
-    assert all(same_bits(want[name], got[name]) for name in want)
-    for name in leaves:
-        alone, leaf = with_grad(inputs, (name,))
-        outs = [o for o in tensors(on_kernel(op)(**alone)) if o.requires_grad]
-        if len(outs) == 2:  # of the others cache_out is no function
-            assert same_bits(gradients(outs, leaf)[name], want[name]), name
-    with torch.no_grad():
-        assert not any(o.requires_grad for o in tensors(on_kernel(op)(**fresh)))
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_only_the_cache_is_used(op):
     inputs, leaves = with_grad(_small(op, residual=None))
@@ -345,17 +291,6 @@ def test_only_the_cache_is_used(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_what_is_saved(op):
-    """x as it came, and nothing else of its size."""
-    fresh, _ = with_grad(_small(op, residual=None, cache=None))
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        on_kernel(op)(**fresh)
-    assert {t.data_ptr() for t in saved if t.numel() >= fresh["x"].numel() and t.dim() == 5
-            and t.shape != fresh["weight"].shape} == {fresh["x"].data_ptr()}
-
-
-@pytest.mark.parametrize("op", OPS)
 def test_under_autocast(op):
     """What is convolved is cast as F.conv3d casts it; the norm is of x as it came."""
     inputs = _small(op, cache=None, residual=None)
@@ -366,34 +301,6 @@ def test_under_autocast(op):
     assert got[0].dtype == (torch.float16 if op == "causal_conv3d" else want[0].dtype)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-2)
-
-
-# --------------------------------------------------------------------------------------------------------- compile
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck(op):
-    inputs = _small(op, weight=torch.randn(6, 8, 3, 1, 1))  # few taps: what is checked has none
-    get = inputs.get
-    norm = ("rms", 1, 1e-6, "silu") if op == "norm_act_conv3d" else (None, 1, 0.0, None)
-    settings = (*norm, 2, [1, 1, 1], [0, 0, 0, 0], "zeros", "zeros", 0, 0, 1)
-    tensors_ = [get(name) for name in TENSORS]
-    torch.library.opcheck(torch.ops.sora_fast.convolution_forward.default, (*tensors_, *settings))
-    x, weight, bias, cache, _, *of_norm = tensors_
-    for wanted in ([True] * 4 + [op == "norm_act_conv3d"] * 2, [False, True] + [False] * 4):
-        torch.library.opcheck(torch.ops.sora_fast.convolution_backward.default, (
-            torch.randn(2, 6, 2, 3, 4), torch.randn(2, 8, 2, 3, 4), x, weight, bias, cache, *of_norm, None, wanted,
-            *settings))
-
-
-@pytest.mark.parametrize("op, axis", [("causal_conv3d", "T"), ("norm_act_conv3d", "H")])
-def test_compile(op, axis):
-    """One graph, and no new one after the second distinct size."""
-    def make(size):
-        frames, height = (size, 3) if axis == "T" else (2, size)
-        return _small(op, x=torch.randn(1, 8, frames, height, 4), cache=torch.randn(1, 8, 2, height, 4), residual=None,
-                      weight=torch.randn(6, 8, 3, 1, 1))
-
-    with tiles():
-        assert max(op_checks.graphs(on_kernel(op), make, (4, 3, 5), None)) <= 2
 
 
 # ----------------------------------------------------------------------------------------------------------- wrong

@@ -1,6 +1,5 @@
 """The kernels of norm_act, interpreted. In float32 and float16: the interpreter's bfloat16 arithmetic is wrong."""
 
-from contextlib import contextmanager
 from functools import partial
 
 import op_checks
@@ -9,37 +8,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import Guarded, Short
-from op_checks import gradients, same_bits, with_grad
+from kernel_inputs import DTYPES, draw
+from kernel_inputs import normalization as inputs_of
+from kernel_inputs import normalization_tiles as tiles
+from op_checks import same_bits, with_grad
 
-from sora_fast import configs, ops
+from sora_fast import ops
 from sora_fast.kernels import normalization as kernels
 from sora_fast.ops.normalization import launch_backward, launch_forward
 from sora_fast.testing import assert_matches, cases
 
-DTYPES = (torch.float32, torch.float16)
+pytestmark = [pytest.mark.full, pytest.mark.ci]
+
 norm_act = partial(ops.norm_act, backend="triton")
-
-
-def draw(*shape, dtype=torch.float32):
-    return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-
-def inputs_of(shape, *, norm="rms", groups=1, act="silu", x=torch.float32, weight=torch.float32, bias=None, last=False):
-    """Random inputs; ``weight`` and ``bias`` are dtypes, or None for none; ``last``: x in channels_last_3d."""
-    # few numbers in a norm are all cancellation: keep it away from division by nearly 0
-    inputs = dict(x=draw(*shape, dtype=x), norm=norm, groups=groups, act=act, eps=0.1)
-    if last:
-        inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last_3d)
-    vectors = dict(weight=weight, bias=bias)
-    return inputs | {name: draw(shape[1], dtype=dtype) for name, dtype in vectors.items() if dtype is not None}
-
-
-@contextmanager
-def tiles(pixels):
-    """All kernels with tiles of ``pixels``, and runs of four of them or of a quarter of a sample."""
-    config = kernels.Config(warps=1, pixels=pixels, programs=1)
-    with (configs.override("normalization", "forward", config), configs.override("normalization", "backward", config)):
-        yield
 
 
 # ------------------------------------------------------------------------------------------------------ error rule
@@ -164,25 +145,6 @@ def test_a_gradient_of_another_dtype(norm, dtypes):
 
 
 @pytest.mark.parametrize("norm", ("rms", "group"))
-def test_isolation(norm):
-    """NaN in a pixel (rms) or a sample (group) changes no bit of the others' outputs and gradients."""
-    x = draw(2, 6, 3, 4, 5)
-    place = (slice(None), slice(None), 1, 2, 3) if norm == "rms" else (1,)
-    results = []
-    for poison in (False, True):
-        each = x.clone()
-        if poison:
-            each[place] = float("nan")
-        each.requires_grad_()
-        y = norm_act(each, norm=norm, groups=2)
-        results.append((y.detach(), *torch.autograd.grad(y.sum(), [each])))
-    assert all(torch.isnan(t[place]).all() for t in results[1])
-    for want, got in zip(*results, strict=True):
-        want[place] = got[place] = 0
-        assert same_bits(want, got)
-
-
-@pytest.mark.parametrize("norm", ("rms", "group"))
 @pytest.mark.parametrize("channels", (6, 16))
 def test_nothing_outside_is_read_or_written(channels, norm, monkeypatch):
     inputs = inputs_of((2, channels, 3, 3, 5), norm=norm, groups=2, bias=torch.float32)
@@ -261,73 +223,12 @@ def test_a_cache_beyond_two_to_the_31_numbers():
 
 
 # ------------------------------------------------------------------------------------------------------- autograd
-@pytest.mark.parametrize("norm", ("rms", "group"))
-def test_one_gradient_at_a_time(norm):
-    """Only inputs that ask for a gradient get one, with the bits it has when all ask; and two calls agree to the bit."""
-    inputs = inputs_of((2, 6, 3, 4, 5), norm=norm, groups=3, weight=torch.float16, bias=torch.float32)
-    fresh, leaves = with_grad(inputs)
-    want = gradients(norm_act(**fresh), leaves)
-    again, others = with_grad(inputs)
-    got = gradients(norm_act(**again), others)
-    assert len(want) == 3 and all(same_bits(want[name], got[name]) for name in want)
-    for name in leaves:
-        alone, leaf = with_grad(inputs, (name,))
-        got = gradients(norm_act(**alone), leaf)
-        assert list(got) == [name] and same_bits(got[name], want[name]), name
-    plain, _ = with_grad(inputs, ())
-    assert not norm_act(**plain).requires_grad
-    with torch.no_grad():
-        assert not norm_act(**fresh).requires_grad
-
-
 def test_weight_and_bias_may_be_one_tensor():
     both = draw(6).requires_grad_()
     x = draw(1, 6, 2, 3, 4)
     want, got = (torch.autograd.grad(fn(x, both, both).square().sum(), [both])[0]
                  for fn in (partial(ops.norm_act, backend="reference"), norm_act))
     torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("norm", ("rms", "group"))
-def test_second_backward_is_refused(norm):
-    fresh, leaves = with_grad(inputs_of((1, 4, 1, 2, 2), norm=norm, groups=2, bias=torch.float32))
-    grads = torch.autograd.grad(norm_act(**fresh).sum(), list(leaves.values()), create_graph=True)
-    for grad in grads:
-        with pytest.raises(RuntimeError) as caught:
-            torch.autograd.grad(grad.sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
-        op_checks.assert_sentence(str(caught.value), "norm_act")
-
-
-def test_what_is_saved():
-    """x itself, no copy of it, and besides it nothing of its size."""
-    for norm in ("rms", "group"):
-        fresh, _ = with_grad(inputs_of((2, 6, 3, 4, 5), norm=norm, groups=3))
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
-            norm_act(**fresh)
-        assert [t.data_ptr() for t in saved if t.numel() >= 100] == [fresh["x"].data_ptr()]
-        assert sum(t.numel() for t in saved) - fresh["x"].numel() < 6 + 2 * 2 * 3 + 10
-
-
-# --------------------------------------------------------------------------------------------------------- compile
-@pytest.mark.parametrize("norm", ("rms", "group"))
-def test_opcheck(norm):
-    inputs = inputs_of((2, 6, 2, 3, 4), norm=norm, groups=3, bias=torch.float16)
-    arguments = inputs["x"], inputs["weight"], inputs["bias"]
-    facts = norm, 3, 1e-6, "silu"
-    torch.library.opcheck(torch.ops.sora_fast.norm_act_forward.default, (*arguments, *facts))
-    y, *stats = torch.ops.sora_fast.norm_act_forward(*arguments, *facts)
-    for wanted in ([True] * 3, [True, False, False], [False, True, True]):
-        torch.library.opcheck(torch.ops.sora_fast.norm_act_backward.default,
-                              (torch.ones_like(y), *arguments, stats[0] if stats else None, *facts, wanted))
-
-
-@pytest.mark.parametrize("norm", ("rms", "group"))
-def test_compile(norm):
-    """One graph, and no new one after the second distinct size."""
-    fn = lambda **inputs: norm_act(**inputs)
-    counts = op_checks.graphs(fn, lambda size: inputs_of((1, 4, size, 2, 3), norm=norm, groups=2), (17, 16, 15, 33), None)
-    assert max(counts) <= 2
 
 
 # ----------------------------------------------------------------------------------------------------------- wrong

@@ -3,7 +3,6 @@
 In float32 and float16: the interpreter's bfloat16 arithmetic is wrong.
 """
 
-from functools import partial
 from math import prod
 
 import op_checks
@@ -15,37 +14,22 @@ import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import Guarded, Short
-from op_checks import gradients, same_bits, with_grad
+from kernel_inputs import DTYPES, GRIDS, on_kernel
+from kernel_inputs import patches as inputs_of
+from op_checks import same_bits, with_grad
 
-from sora_fast import Pack, configs, ops, pack
+from sora_fast import Pack, configs, pack
 from sora_fast.kernels import patches as kernels
 from sora_fast.reference import patches as reference
 from sora_fast.testing import assert_matches, cases
 
+pytestmark = [pytest.mark.full, pytest.mark.ci]
+
 OPS = ("patch_embed", "unpatchify")
-DTYPES = (torch.float32, torch.float16)
-GRIDS = ((2, 1, 3), (0, 2, 2), (1, 1, 1), (1, 2, 2))  # 6 + 0 + 1 + 4 tokens
-
-
-def on_kernel(op):
-    return partial(getattr(ops, op), backend="triton")
 
 
 def tokens_of(grids):
     return sum(map(prod, grids))
-
-
-def inputs_of(op, grids, tail=0, channels=3, patch=(1, 2, 2), width=20, bias=True, dtype=torch.float32, small=False):
-    """Random inputs of the flat forms, small integers with ``small``; the tail is NaN."""
-    def draw(*shape):
-        return (torch.randint(-2, 3, shape) if small else torch.randn(shape, dtype=torch.float64)).to(dtype)
-
-    tokens, numbers = tokens_of(grids), channels * prod(patch)
-    whole = torch.cat([draw(tokens, numbers), torch.full((tail, numbers), float("nan"), dtype=dtype)])
-    if op == "unpatchify":
-        return dict(tokens=whole, grids=grids, patch=patch, channels=channels, flat=True)
-    return dict(latents=whole.flatten(), weight=draw(width, channels, *patch), bias=draw(width) if bias else None,
-                grids=grids)
 
 
 def assert_close(op, inputs):
@@ -216,23 +200,6 @@ def test_nan_in_the_tail_is_never_read(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_isolation(op):
-    """NaN in one sample changes no bit of the others' outputs and gradients of latents."""
-    inputs = inputs_of(op, GRIDS)
-    name = "latents" if op == "patch_embed" else "tokens"
-    poisoned = {**inputs, name: inputs[name].clone()}
-    poisoned[name].view(11, -1)[:6] = float("nan")
-    results = []
-    for each in (inputs, poisoned):
-        fresh, leaves = with_grad(each, (name,))
-        out = on_kernel(op)(**fresh)
-        results.append((out.view(11, -1), gradients(out, leaves)[name].view(11, -1)))
-    (want, want_grad), (got, got_grad) = results
-    assert torch.isnan(got[:6]).all()
-    assert same_bits(want[6:], got[6:]) and same_bits(want_grad, got_grad)
-
-
-@pytest.mark.parametrize("op", OPS)
 def test_nothing_outside_is_read_or_written(op, monkeypatch):
     for channels, patch in ((3, (1, 2, 2)), (5, (2, 1, 3))):
         inputs = inputs_of(op, GRIDS, tail=2, channels=channels, patch=patch, width=17)
@@ -278,25 +245,6 @@ def test_numbers_beyond_two_to_the_31():
 
 # ------------------------------------------------------------------------------------------------------- autograd
 @pytest.mark.parametrize("op", OPS)
-def test_one_gradient_at_a_time(op):
-    """Only inputs that ask for a gradient get one, with the bits it has when all ask; and two calls agree to the bit."""
-    inputs = inputs_of(op, GRIDS, width=17)
-    fresh, leaves = with_grad(inputs)
-    want = gradients(on_kernel(op)(**fresh), leaves)
-    again, others = with_grad(inputs)
-    got = gradients(on_kernel(op)(**again), others)
-    assert all(same_bits(want[name], got[name]) for name in want)
-    for name in leaves:
-        alone, leaf = with_grad(inputs, (name,))
-        got = gradients(on_kernel(op)(**alone), leaf)
-        assert list(got) == [name] and same_bits(got[name], want[name]), name
-    plain, _ = with_grad(inputs, ())
-    assert not on_kernel(op)(**plain).requires_grad
-    with torch.no_grad():
-        assert not on_kernel(op)(**fresh).requires_grad
-
-
-@pytest.mark.parametrize("op", OPS)
 def test_gradients_with_strides_of_0(op):
     inputs = inputs_of(op, GRIDS, tail=1)
     results = []
@@ -306,29 +254,6 @@ def test_gradients_with_strides_of_0(op):
         shaped = cotangent.expand(out.shape) if cotangent.dim() == 0 else cotangent.view(out.shape)
         results.append(torch.autograd.grad(out, list(leaves.values()), shaped))
     assert all(map(same_bits, *results)) and results[0][0].any()
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_second_backward_is_refused(op):
-    fresh, leaves = with_grad(inputs_of(op, GRIDS))
-    out = on_kernel(op)(**fresh)
-    grads = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out), create_graph=True)
-    for grad in grads:
-        with pytest.raises(RuntimeError) as caught:
-            torch.autograd.grad(grad.sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
-        op_checks.assert_sentence(str(caught.value), op)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_what_is_saved(op):
-    """The flat latents and the weight, no matrix of patches; and where the samples are."""
-    fresh, _ = with_grad(inputs_of(op, GRIDS))
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        on_kernel(op)(**fresh)
-    floating = [t.data_ptr() for t in saved if t.is_floating_point() and t.dim() > 0]
-    assert floating == ([fresh[name].data_ptr() for name in ("latents", "weight")] if op == "patch_embed" else [])
-    assert sum(t.numel() for t in saved if not t.is_floating_point()) == 3 * len(GRIDS) + len(GRIDS) + 1
 
 
 def test_autocast_is_that_of_linear():
@@ -357,45 +282,6 @@ def test_too_many_tokens():
 
 
 # --------------------------------------------------------------------------------------------------------- compile
-def test_opcheck():
-    inputs = inputs_of("patch_embed", GRIDS, 1, small=True)
-    inputs["latents"].nan_to_num_(0.0)  # opcheck compares NaN with NaN as different
-    grids, cu_seqlens = pack.uploaded_grids(GRIDS, torch.device("cpu"))
-    ops_ = torch.ops.sora_fast
-    check = lambda op, *arguments: torch.library.opcheck(op.default, arguments)
-    check(ops_.patches_grids, inputs["latents"], [1, 2, 3, 0, 1, 1])
-    for bias in (inputs["bias"], None):
-        check(ops_.patch_embed_forward, inputs["latents"], inputs["weight"], bias, grids, cu_seqlens)
-    for wanted in ([True] * 3, [True, False, False], [False, False, True]):
-        check(ops_.patch_embed_backward, torch.ones(12, 20), inputs["latents"], inputs["weight"], grids, cu_seqlens, wanted)
-    check(ops_.patches_permute, torch.ones(12, 12), grids, cu_seqlens, [1, 2, 2], 3, False)
-    check(ops_.patches_permute, torch.ones(144), grids, cu_seqlens, [1, 2, 2], 3, True)
-
-
-PACKS = (Pack([(1, 2, 2), (1, 3, 3)]), Pack([(1, 2, 3), (2, 3, 3), (1, 1, 1)]), Pack([(2, 1, 2), (0, 1, 1)] * 4),
-         Pack([(5, 4, 3), (1, 7, 1)]).pad_to(70), Pack([(1, 1, 1), (1, 4, 4)]))
-
-
-@pytest.mark.parametrize("as_pack", (True, False))
-@pytest.mark.parametrize("op", OPS)
-def test_compiled_packs_make_no_new_graph(op, as_pack):
-    """Grids of other sizes and other sample counts, given as a Pack or as its CPU tensor, are data of one graph."""
-    weight = torch.randn(5, 3, 1, 2, 2)
-
-    def fn(x, grids):
-        if op == "patch_embed":
-            return on_kernel(op)(x, weight, grids=grids)
-        return on_kernel(op)(x, grids, (1, 2, 2), 3, flat=True)
-
-    def inputs_for(which):
-        pack = PACKS[which]
-        tokens = torch.randn(pack.num_tokens, 12)
-        return dict(x=tokens.flatten() if op == "patch_embed" else tokens, grids=pack if as_pack else pack.grids_cpu)
-
-    counts = op_checks.graphs(fn, inputs_for, range(len(PACKS)), None)
-    assert counts[1] == counts[-1] <= 2, counts
-
-
 def test_compiled_batches():
     """Sizes of a batch are symbols: they reach the device when the graph runs."""
     weight = torch.randn(5, 3, 1, 2, 2)

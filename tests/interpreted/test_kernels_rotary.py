@@ -13,14 +13,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import Guarded, Short
-from op_checks import gradients, same_bits, tensors, with_grad
+from kernel_inputs import DTYPES, ints, rotary_tiles
+from kernel_inputs import rotary as inputs_of
+from op_checks import gradients, same_bits, with_grad
 
-from sora_fast import Pack, configs, ops
+from sora_fast import configs, ops
 from sora_fast.kernels import rotary as kernels
 from sora_fast.testing import assert_matches, cases, truth
 
+pytestmark = [pytest.mark.full, pytest.mark.ci]
+
 OP = "qk_norm_rope"
-DTYPES = (torch.float32, torch.float16)
 NORMS = ("rms_head", "rms_all", "layer_head", None)
 
 on_kernel = partial(ops.qk_norm_rope, backend="triton")
@@ -28,37 +31,9 @@ on_kernel = partial(ops.qk_norm_rope, backend="triton")
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """The interpreter takes its time for each program: 16 tokens at once, and runs of more than one step."""
-    with (configs.override("rotary", "forward", kernels.ForwardConfig(warps=1, tokens=16)),
-          configs.override("rotary", "backward", kernels.BackwardConfig(warps=1, tokens=16, programs=1))):
+    """The interpreter takes its time for each program."""
+    with rotary_tiles():
         yield
-
-
-def inputs_of(tokens, heads=4, key_heads=2, head_dim=12, *, norm="rms_head", angles="part", pairing="interleaved",
-              affine="both", dtype=torch.float32, whole=True, rows=None):
-    """Random inputs. ``angles``: "full", "part" (of the head dim), "learned", "per head" or None; ``affine``: "", "weight"
-    or "both"; ``key_heads``: 0 for no k; ``whole``: coords are ints."""
-    draw = lambda *shape, dtype=dtype: torch.randn(*shape, dtype=torch.float64).to(dtype)
-    inputs = dict(q=draw(tokens, heads, head_dim), k=draw(tokens, key_heads, head_dim) if key_heads else None, norm=norm,
-                  pairing=pairing, rows=rows, coords=None)
-    if angles is not None:
-        inputs["coords"] = torch.randint(0, 40, (tokens, 3)) if whole else 20 * draw(tokens, 3, dtype=torch.float32)
-    pairs = head_dim // 2 - 1
-    if angles in ("full", "part"):
-        inputs["axes"] = (2, 0, head_dim // 2 * 2 - 2) if angles == "full" else (0, 2, 2 * pairs - 2)
-        inputs["theta"] = (1e4, 100.0, 77.0)
-    elif angles is not None:
-        inputs["freqs"] = draw(3, *([heads] if angles == "per head" else []), pairs, dtype=torch.float32)
-    if norm is not None:
-        for name in {"": (), "weight": ("weight",), "both": ("weight", "bias")}[affine]:
-            for side, count in (("q", heads), ("k", key_heads)):
-                if count:
-                    inputs[f"{side}_{name}"] = draw(count * head_dim if norm == "rms_all" else head_dim)
-    return inputs
-
-
-def ints(*numbers):
-    return torch.tensor(numbers, dtype=torch.int32)
 
 
 def assert_obeys(inputs, factor=1, floor=0):
@@ -217,42 +192,6 @@ def test_views_are_taken_as_they_are(monkeypatch):
         assert came[0].data_ptr() == cotangent.data_ptr() and came[1].is_contiguous()
 
 
-@pytest.mark.filterwarnings("ignore:divide by zero")  # the rstd of a tail, which is put away
-def test_nan_in_the_tail_is_never_read():
-    """Nor in coords and gradients there; nor is a tail's rstd, infinite where eps is 0, multiplied by 0."""
-    rows = ints(*[0] * 4, -1, *[1] * 6, -1, -1)
-    for norm, angles in itertools.product(NORMS, ("part", "learned")):
-        inputs = inputs_of(13, norm=norm, angles=angles, rows=rows, whole=False) | dict(eps=0.0)
-        for name in ("q", "k", "coords"):
-            inputs[name][rows < 0] = math.nan
-        fresh, leaves = with_grad(inputs, [name for name in inputs if name != "coords"])
-        outs = tensors(on_kernel(**fresh))
-        torch.autograd.backward(outs, [torch.where(rows[:, None, None] < 0, math.nan, torch.ones_like(o)) for o in outs])
-        for out in outs:
-            assert torch.isfinite(out).all() and not out[rows < 0].any()
-        for name, leaf in leaves.items():
-            assert torch.isfinite(leaf.grad).all(), name
-            assert name not in ("q", "k") or not leaf.grad[rows < 0].any()
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_isolation(norm):
-    """NaN in one token changes no bit of the others' outputs and gradients."""
-    inputs = inputs_of(20, norm=norm, whole=False)
-    others = torch.arange(20) != 7
-    results = []
-    for spoilt in (False, True):
-        fresh, leaves = with_grad(inputs, ("q", "k"))
-        with torch.no_grad():
-            for name in ("q", "k", "coords") if spoilt else ():
-                fresh[name][7] = math.nan
-        outs = tensors(on_kernel(**fresh))
-        results.append((outs, gradients(outs, leaves)))
-    (want, want_grads), (got, got_grads) = results
-    for a, b in (*zip(want, got, strict=True), *((want_grads[name], got_grads[name]) for name in want_grads)):
-        assert same_bits(a[others], b[others]) and torch.isnan(b[7]).any()
-
-
 @pytest.mark.parametrize("pairing", ("interleaved", "half"))
 @pytest.mark.parametrize("norm, angles", (("rms_all", "full"), ("layer_head", "learned"), ("rms_head", "per head")))
 def test_nothing_outside_is_read_or_written(norm, angles, pairing, monkeypatch):
@@ -269,23 +208,6 @@ def test_nothing_outside_is_read_or_written(norm, angles, pairing, monkeypatch):
     guarded.assert_whole()
 
 
-@pytest.mark.parametrize("pairing", ("interleaved", "half"))
-def test_indexing_bit_for_bit(pairing):
-    """Small integers and angles of 0: outputs are inputs, and the gradient of freqs is a sum of integers."""
-    coords = Pack([(2, 2, 3), (0, 1, 1), (3, 1, 2)]).pad_to(21)
-    rows, at = coords.rows, coords.coords
-    q, k = (torch.randint(-4, 5, (21, 3, 11)).float() for _ in range(2))
-    d_q, d_k = (torch.randint(-4, 5, (21, 3, 11)).float() for _ in range(2))
-    freqs = torch.zeros(3, 3, 4, requires_grad=True)
-    outs = on_kernel(q, k, at, norm=None, freqs=freqs, pairing=pairing, rows=rows)
-    inside = (rows >= 0)[:, None, None]
-    assert torch.equal(outs[0], torch.where(inside, q, 0)) and torch.equal(outs[1], torch.where(inside, k, 0))
-    torch.autograd.backward(outs, (d_q, d_k))
-    first, second = (slice(0, 8, 2), slice(1, 8, 2)) if pairing == "interleaved" else (slice(0, 4), slice(4, 8))
-    turned = sum(x[..., first] * d[..., second] - x[..., second] * d[..., first] for x, d in ((q, d_q), (k, d_k)))
-    assert torch.equal(freqs.grad, torch.einsum("na,nhp->ahp", at.float(), torch.where(inside, turned, 0)))
-
-
 def test_beyond_two_to_the_31_numbers():
     """Two tokens so far apart; what lies between is never given memory."""
     whole = torch.empty(2**31 + 64, dtype=torch.float16)
@@ -295,28 +217,6 @@ def test_beyond_two_to_the_31_numbers():
 
 
 # ------------------------------------------------------------------------------------------------------- autograd
-@pytest.mark.parametrize("norm, angles", (("rms_all", "full"), ("layer_head", "learned"), ("rms_head", "per head")))
-def test_one_gradient_at_a_time(norm, angles):
-    """Only inputs that ask for a gradient get one, with the bits it has when all ask; and two calls agree to the bit."""
-    inputs = inputs_of(22, 4, 4, norm=norm, angles=angles, rows=ints(*[0] * 20, -1, -1))
-    fresh, leaves = with_grad(inputs)
-    want = gradients(on_kernel(**fresh), leaves)
-    again, others = with_grad(inputs)
-    got = gradients(on_kernel(**again), others)
-    assert all(same_bits(want[name], got[name]) for name in want)
-    for name in leaves:
-        alone, leaf = with_grad(inputs, (name,))
-        got = gradients(on_kernel(**alone), leaf)
-        assert list(got) == [name]
-        # q alone is a launch without k, whose programs have runs of another length
-        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
-        assert name not in ("q", "k") or same_bits(got[name], want[name])
-    plain, _ = with_grad(inputs, ())
-    assert not any(o.requires_grad for o in tensors(on_kernel(**plain)))
-    with torch.no_grad():
-        assert not any(o.requires_grad for o in tensors(on_kernel(**fresh)))
-
-
 @pytest.mark.parametrize("used", (0, 1))
 def test_an_output_that_nobody_uses(used):
     inputs = inputs_of(5, angles="learned")
@@ -329,54 +229,6 @@ def test_an_output_that_nobody_uses(used):
             assert got[name] is None or not got[name].any(), name
         else:
             torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-5)
-
-
-def test_second_backward_is_refused():
-    fresh, leaves = with_grad(inputs_of(3, angles="learned"))
-    outs = on_kernel(**fresh)
-    grads = torch.autograd.grad(outs, list(leaves.values()), [torch.ones_like(o) for o in outs], create_graph=True)
-    for grad in grads:
-        with pytest.raises(RuntimeError) as caught:
-            torch.autograd.grad(grad.sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
-        op_checks.assert_sentence(str(caught.value), OP)
-
-
-@pytest.mark.parametrize("norm, angles, count", (("rms_all", "full", 2), (None, "learned", 2), (None, "full", 0)))
-def test_what_is_saved(norm, angles, count):
-    """q and k themselves, where a formula needs them, and no statistics."""
-    fresh, _ = with_grad(inputs_of(11, 4, 4, norm=norm, angles=angles))
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        on_kernel(**fresh)
-    inputs = {t.data_ptr() for t in fresh.values() if isinstance(t, torch.Tensor)}
-    kept = [t for t in saved if t.dim()]  # without one: the tie that refuses a second derivative
-    assert {t.data_ptr() for t in kept} <= inputs and sum(t.numel() == 11 * 4 * 12 for t in kept) == count
-
-
-# --------------------------------------------------------------------------------------------------------- compile
-@pytest.mark.parametrize("norm, angles", (("rms_all", "full"), ("layer_head", "per head"), (None, None)))
-def test_opcheck(norm, angles):
-    inputs = inputs_of(4, 2, 2, norm=norm, angles=angles, rows=ints(0, 0, 1, -1))
-    get = inputs.get
-    axes, theta = ([], []) if get("axes") is None else (list(get("axes")), list(get("theta")))
-    affine = [get(name) for name in ("q_weight", "k_weight", "q_bias", "k_bias")]
-    settings = (get("coords"), *affine, get("freqs"), get("rows"), norm, axes, theta, get("pairing"), 1e-6)
-    for k in (get("k"), None):
-        torch.library.opcheck(torch.ops.sora_fast.rotary_forward.default, (get("q"), k, *settings))
-    there = [value is not None for value in (get("q"), get("k"), *affine, get("freqs"))]
-    for wanted in (there, [True] + [False] * 6):
-        torch.library.opcheck(torch.ops.sora_fast.rotary_backward.default,
-                              (torch.ones(4, 2, 12), torch.ones(4, 2, 12), get("q"), get("k"), *settings, wanted))
-
-
-@pytest.mark.parametrize("norm, angles", (("rms_all", "full"), ("layer_head", "learned")))
-def test_compile(norm, angles):
-    """One graph, and no new one after the second distinct size."""
-    make = lambda size: inputs_of(size, norm=norm, angles=angles)
-    tensors_of = lambda size: {name: value for name, value in make(size).items() if isinstance(value, torch.Tensor)}
-    settings = {name: value for name, value in make(2).items() if not isinstance(value, (torch.Tensor, type(None)))}
-    counts = op_checks.graphs(partial(on_kernel, **settings), tensors_of, (17, 16, 33), None)
-    assert max(counts) <= 2
 
 
 # ----------------------------------------------------------------------------------------------------------- wrong

@@ -11,6 +11,8 @@ from sora_fast import use_backend
 from sora_fast.models import VAEConfig, VideoVAE
 from sora_fast.nn import StreamState
 
+pytestmark = [pytest.mark.full, pytest.mark.ci]
+
 CONFIG = VAEConfig(width=8, multipliers=(1, 2), encoder_blocks=1, decoder_blocks=1, space_factor=2, time_factor=2,
                    latent_channels=4)
 

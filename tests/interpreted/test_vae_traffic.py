@@ -20,6 +20,7 @@ norm (first: and the shortcut's dy)    dh and x -> dx, dh, x and dy -> dx    6, 
 =====================================  ====================================  ==============
 """
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
@@ -27,6 +28,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from sora_fast import use_backend
 from sora_fast.models.vae import ResidualBlock
 from sora_fast.ops import convolution_triton, normalization
+
+pytestmark = [pytest.mark.full, pytest.mark.ci]
 
 LEAST = 18, 38
 VIDEO = (1, 16, 3, 24, 24)

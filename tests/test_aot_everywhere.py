@@ -1,0 +1,37 @@
+"""Every case of our kernels on every architecture, with the installed Triton and with older ones."""
+
+import os
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import triton
+from test_aot import FAMILIES, assert_passes, ours, run_again
+from test_aot_cases import OTHERS
+
+pytestmark = pytest.mark.full
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_case_passes_elsewhere(family, tmp_path_factory):
+    assert_passes(f"{family}-others", ours(family), OTHERS, tmp_path_factory.getbasetemp())
+
+
+# 3.7 is tried for the harness alone; what is supported is proven with 3.6 and with the one installed.
+@pytest.mark.parametrize("version, tests", [
+    pytest.param("3.6.0", ("-m", "", "tests/test_aot.py", "tests/test_aot_cases.py"), id="3.6"),
+    pytest.param("3.6.0", ("-m", "", "tests/test_aot_everywhere.py", "-k", "every_case_passes"), id="3.6 every_case"),
+    pytest.param("3.7.0", ("tests/test_aot.py", "-k", "not our_kernels"), id="3.7")])
+def test_older_triton(version, tests):
+    if triton.__version__ == version:
+        pytest.skip("this is the Triton installed here")
+    with tempfile.TemporaryDirectory() as folder:  # 600 MB, which pytest's own folders would keep for three runs
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, f"triton=={version}"]
+        installed = subprocess.run(install, capture_output=True, text=True)
+        if installed.returncode:
+            pytest.skip(f"pip cannot install Triton {version}: {installed.stderr.strip().splitlines()[-1]}")
+        seen = subprocess.run([sys.executable, "-c", "import triton; print(triton.__version__)"], capture_output=True,
+                              text=True, env={**os.environ, "PYTHONPATH": folder})
+        assert seen.stdout.strip() == version, seen.stderr
+        assert " passed" in run_again(folder, *tests)
