@@ -46,7 +46,7 @@ def _rank(rank, where, folder):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("where", ["after"])
 def test_fsdp2_on_two_processes_gives_the_single_process_s_loss(where, tmp_path):
     mp.spawn(_rank, (where, str(tmp_path)), nprocs=2)
     model, wanted = wan(), []

@@ -1,5 +1,5 @@
 """What Triton kernels compile to, without a GPU: the gate of tests/aot.py, fed with kernels that must pass and with one of
-each fault it must refuse, and then with the first case of each kernel of ours on sm_90. test_aot_cases.py has the others.
+each fault it must refuse, and then with the first case of each kernel of ours on sm_90. test_aot_elsewhere.py has more.
 
 The table of registers, shared memory and instruction counts is ``aot.md`` in pytest's base folder
 (``--basetemp DIR`` puts it into DIR).

@@ -7,10 +7,19 @@ import tempfile
 
 import pytest
 import triton
-from test_aot import FAMILIES, assert_passes, ours, run_again
-from test_aot_cases import OTHERS
+from test_aot import ARCHITECTURE, FAMILIES, assert_passes, first_of_each, ours, run_again
+from test_aot_elsewhere import OTHERS
 
 pytestmark = pytest.mark.full
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_case_passes_on_sm_90(family, tmp_path_factory):
+    """But those that the default tests have compiled."""
+    cases = ours(family)
+    first = {case.name for case in first_of_each(cases, ARCHITECTURE)}
+    others = [case for case in cases if case.name not in first]
+    assert_passes(f"{family}-sm{ARCHITECTURE}", others, (ARCHITECTURE,), tmp_path_factory.getbasetemp())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -20,7 +29,7 @@ def test_every_case_passes_elsewhere(family, tmp_path_factory):
 
 # 3.7 is tried for the harness alone; what is supported is proven with 3.6 and with the one installed.
 @pytest.mark.parametrize("version, tests", [
-    pytest.param("3.6.0", ("-m", "", "tests/test_aot.py", "tests/test_aot_cases.py"), id="3.6"),
+    pytest.param("3.6.0", ("-m", "", "tests/test_aot.py", "tests/test_aot_elsewhere.py"), id="3.6"),
     pytest.param("3.6.0", ("-m", "", "tests/test_aot_everywhere.py", "-k", "every_case_passes"), id="3.6 every_case"),
     pytest.param("3.7.0", ("tests/test_aot.py", "-k", "not our_kernels"), id="3.7")])
 def test_older_triton(version, tests):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.full, pytest.mark.ci]
+pytestmark = pytest.mark.full
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 

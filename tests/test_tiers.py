@@ -1,0 +1,53 @@
+"""The tiers of the tests themselves: marks on whole modules, a limit that fails, faults that still fit the source."""
+
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+
+import conftest
+import mutations
+import pytest
+
+TESTS = Path(__file__).parent
+MODULES = sorted([*TESTS.glob("test_*.py"), *TESTS.glob("interpreted/test_*.py")])
+
+
+def marks(text: str) -> tuple[set[str], set[str]]:
+    """Tier marks of a module: those of its pytestmark, and those that stand elsewhere in it."""
+    tree = ast.parse(text)
+    whole = [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"]
+    named = lambda nodes: [node for each in nodes for node in ast.walk(each)
+                           if isinstance(node, ast.Attribute) and node.attr in ("full", "ci")
+                           and isinstance(node.value, ast.Attribute) and node.value.attr == "mark"]
+    own = named(whole)
+    return {node.attr for node in own}, {node.attr for node in named([tree]) if node not in own}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+def test_tiers_are_marks_on_whole_modules(path):
+    own, elsewhere = marks(path.read_text("utf-8"))
+    assert own in (set(), {"full"}, {"full", "ci"})
+    assert not elsewhere or path.name == "test_interpreted_full.py"  # which hands marks on
+
+
+def test_a_mark_on_one_test_is_found():
+    assert marks("@pytest.mark.full\ndef test():\n    pass\n") == (set(), {"full"})
+    assert marks("pytestmark = [pytest.mark.full, pytest.mark.ci]\n") == ({"full", "ci"}, set())
+
+
+@pytest.mark.parametrize("took, whole, fails", [(599, True, False), (601, True, True), (601, False, False)])
+def test_default_tests_that_take_too_long_fail(monkeypatch, took, whole, fails):
+    monkeypatch.setattr(conftest, "BEGAN", conftest.time.monotonic() - took)
+    config = SimpleNamespace(args_source=SimpleNamespace(name="TESTPATHS" if whole else "ARGS"),
+                             option=SimpleNamespace(markexpr="not full", keyword=""))
+    session = SimpleNamespace(config=config, exitstatus=0)
+    conftest.pytest_sessionfinish(session)
+    assert (session.exitstatus == 1) == fails
+
+
+@pytest.mark.parametrize("fault", mutations.FAULTS, ids=lambda fault: fault.what)
+def test_a_fault_fits_the_source(fault):
+    """What mutations.py would plant stands where it says, once, and so does the file of its guard."""
+    assert (mutations.ROOT / fault.file).read_text("utf-8").count(fault.old) == 1
+    guards = [word for word in fault.guard.split() if word.startswith("tests/")]
+    assert guards and all((mutations.ROOT / guard).exists() for guard in guards)
