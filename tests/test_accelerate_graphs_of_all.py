@@ -24,5 +24,9 @@ def test_diffusers_attention_backend_of_a_plain_model(kind):
     graphs.test_diffusers_attention_backend(kind, fast=False)
 
 
+def test_gradient_checkpointing_and_one_graph_of_cogvideox_s_vae():
+    graphs.test_gradient_checkpointing_and_one_graph_of_a_vae("cogvideox")
+
+
 def test_fsdp2_around_an_accelerated_model(tmp_path):
     test_accelerate_fsdp.test_fsdp2_on_two_processes_gives_the_single_process_s_loss("before", tmp_path)

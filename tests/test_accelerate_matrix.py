@@ -8,7 +8,7 @@ import test_accelerate_wan_vae as wan
 import torch
 from accelerate_checks import draw
 
-pytestmark = [pytest.mark.full, pytest.mark.ci]
+pytestmark = pytest.mark.full
 
 grads = pytest.mark.parametrize("grads", [True, False], ids=["training", "inference"])
 

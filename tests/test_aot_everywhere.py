@@ -5,12 +5,19 @@ import subprocess
 import sys
 import tempfile
 
+import aot
 import pytest
+import test_aot
 import triton
 from test_aot import ARCHITECTURE, FAMILIES, assert_passes, first_of_each, ours, run_again
-from test_aot_elsewhere import OTHERS
 
 pytestmark = pytest.mark.full
+
+OTHERS = tuple(cc for cc in aot.CCS if cc != ARCHITECTURE)
+
+
+def test_good_kernels_pass_everywhere(tmp_path_factory):
+    test_aot.test_good_kernels_pass(tmp_path_factory, aot.CCS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
