@@ -144,8 +144,9 @@ class Pack:
         """The same samples in a row of ``tokens`` tokens; the new ones are tail (static shapes, CUDA graphs)."""
         checks.whole("Pack.pad_to", "tokens", tokens)
         more = int(tokens) - self.num_tokens
-        checks.require(more >= 0, "Pack.pad_to", f"at least the pack's {self.num_tokens:,} tokens", f"{tokens:,}",
-                       "pass a larger length")
+        if more < 0:
+            raise checks.error("Pack.pad_to", f"at least the pack's {checks.shown(self.num_tokens)} tokens",
+                               checks.shown(tokens), "pass a larger length")
         other = self._copy()
         other.segment_ids = _extend(self.segment_ids, more, -1)
         other.rows = _extend(self.rows, more, -1)

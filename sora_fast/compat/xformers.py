@@ -246,8 +246,8 @@ def _block_diagonal(op: str, rows, bias, batch: int, options: dict):
     queries, keys = bias.q_seqinfo, bias.k_seqinfo
     for name, row, info in (("query", rows[0], queries), ("key", rows[1], keys)):
         if row.shape[0] != info.seqstart_py[-1]:
-            raise checks.error(op, f"{name} of the {info.seqstart_py[-1]:,} rows of attn_bias", f"{row.shape[0]:,}",
-                               "make the mask from these very lengths")
+            raise checks.error(op, f"{name} of the {checks.shown(info.seqstart_py[-1])} rows of attn_bias",
+                               checks.shown(row.shape[0]), "make the mask from these very lengths")
     lengths_q, lengths_k = (torch.tensor(info.seqstart_py).diff().tolist() for info in (queries, keys))
     if diagonal is not None:
         options = dict(options, causal=True, window=(-1 if window_size is None else window_size - 1, -1))

@@ -249,7 +249,8 @@ def _triton_unpatchify(tokens, grids, pack, patch, channels):
 def _triton_unsupported(problem: PatchesProblem) -> list[str]:
     reasons = triton_backend.unsupported(problem, problem.dtype)
     if problem.run > LONGEST_RUN:
-        reasons.append(f"Its kernels take patches of at most {LONGEST_RUN} numbers along w, and these have {problem.run:,}.")
+        reasons.append(f"Its kernels take patches of at most {LONGEST_RUN} numbers along w, and these have "
+                       f"{checks.shown(problem.run)}.")
     return reasons
 
 
@@ -342,12 +343,12 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
         grids = _sizes(op, grids)
         if latents.shape[0] % numel:
             raise checks.error(op, f"a flat buffer of whole patches of {numel} numbers",
-                               f"{latents.shape[0]:,} numbers", "end the buffer (and its tail) on a whole patch")
+                               f"{checks.shown(latents.shape[0])} numbers", "end the buffer (and its tail) on a whole patch")
         if not isinstance(grids, torch.Tensor):
             needed = numel * sum(t * h * w for t, h, w in grids)
             if latents.shape[0] < needed:
-                raise checks.error(op, f"at least the {needed:,} numbers that grids asks for",
-                                   f"{latents.shape[0]:,}", "pass the grids of this very buffer")
+                raise checks.error(op, f"at least the {checks.shown(needed)} numbers that grids asks for",
+                                   checks.shown(latents.shape[0]), "pass the grids of this very buffer")
     checks.floating(op, latents=latents, weight=weight, bias=bias)
     checks.same_device(op, latents=latents, weight=weight, bias=bias)
     if bias is not None:
@@ -381,8 +382,8 @@ def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
     if not isinstance(sizes, torch.Tensor):
         needed = sum(t * h * w for t, h, w in sizes)
         if tokens.shape[0] < needed:
-            raise checks.error(op, f"at least the {needed:,} tokens that grids asks for", f"{tokens.shape[0]:,}",
-                               "pass the grids of these very tokens")
+            raise checks.error(op, f"at least the {checks.shown(needed)} tokens that grids asks for",
+                               checks.shown(tokens.shape[0]), "pass the grids of these very tokens")
     else:
         checks.require(flat, op, "flat=True with a grids tensor in a traced graph", "flat=False",
                        "cut the buffer into clips outside the graph")
