@@ -4,7 +4,8 @@ Shape, dtype and device checks cost nothing and always run. Checks of *values* (
 CPU tensors, and for CUDA tensors only with ``SORA_FAST_CHECK=1``, because there they wait for the GPU.
 
 A sentence that shows a size is formatted only once the check has failed (``if ...: raise error(...)``): formatting a
-size while torch.compile traces would bake that size into the graph.
+size while torch.compile traces would bake that size into the graph. A sentence that is made before (the reasons of a
+backend) shows sizes by ``shown``.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,16 @@ def show_shape(shape: Sequence[object]) -> str:
 def error(op: str, expected: str, got: object, remedy: str) -> ValueError:
     """The sentence as an exception, for the caller to raise."""
     return ValueError(f"{op}: expected {expected}, got {got}; {remedy}")
+
+
+def shown(size: object) -> str:
+    """"1,024" of a size, or of several, in a sentence that may be made while a graph is traced.
+
+    There a size may be a symbol, which takes no format and which a sentence would bake into the graph: it is not shown.
+    """
+    if torch.compiler.is_compiling() or isinstance(size, torch.SymInt):
+        return "<traced>"
+    return f"{size:,}" if isinstance(size, int) else str(size)
 
 
 def require(condition: bool, op: str, expected: str, got: object, remedy: str) -> None:
@@ -175,7 +186,7 @@ def cu_seqlens(op: str, name: str, value: torch.Tensor, total: int, owner: str) 
             )
     if offsets[-1] > total:
         raise ValueError(
-            f"{op}: {name} must not end beyond {owner}'s {total:,} rows, got {offsets[-1]:,}; "
+            f"{op}: {name} must not end beyond {owner}'s {shown(total)} rows, got {shown(offsets[-1])}; "
             f"pass offsets into this very tensor"
         )
 

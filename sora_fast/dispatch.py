@@ -11,8 +11,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from . import configs, env, records
+from .reference.precision import transformed
 
 # The one visible order of "auto": kernels, PyTorch's own best composition, then the definition. An op has some of them.
 ORDER = ("cuda", "triton", "torch", "reference")
@@ -48,6 +50,15 @@ class Backend:
     config: Callable[[Problem], configs.Found] | None = None
 
 
+def _cannot(backend: Backend, problem: Problem) -> list[str]:
+    """Sentences: why ``backend`` cannot run ``problem`` here."""
+    reasons = backend.unsupported(problem)
+    if transformed() and backend.name not in ("torch", "reference"):
+        return [*reasons, "Transforms of torch.func go through plain PyTorch and not through its kernels; "
+                          "torch.autograd.grad does."]
+    return reasons
+
+
 class Op:
     """A public op: its name, its backends, and the choice between them."""
 
@@ -77,7 +88,7 @@ class Op:
             names = ", ".join(repr(name) for name in self.backends)
             raise NotImplementedError(f"{self.name}: backend {wanted!r} was asked for by name and does not implement "
                                       f"this op, expected one of {names}; pass backend='auto'")
-        reasons = self.backends[wanted].unsupported(problem)
+        reasons = _cannot(self.backends[wanted], problem)
         if reasons:
             raise NotImplementedError(
                 f"{self.name}: backend {wanted!r} was asked for by name and cannot run this call: "
@@ -88,7 +99,7 @@ class Op:
     def why_not(self, name: str, problem: Problem, *, assume_validated: bool = False) -> list[str]:
         """Why ``auto`` passes over backend ``name``: what it cannot do, or the record that it lacks."""
         backend = self.backends[name]
-        reasons = backend.unsupported(problem)
+        reasons = _cannot(backend, problem)
         return reasons if reasons or assume_validated else records.why_not(self.name, backend, problem)
 
     def _first(self, problem: Problem, assume_validated: bool) -> Backend:
@@ -115,7 +126,7 @@ class Op:
         if requested != "auto" or (_forced or env.backend() or "auto") != "auto":
             return
         passed_over = [self.backends[name] for name in ORDER[:ORDER.index(backend.name)] if name in self.backends]
-        idle = [other for other in passed_over if other.kernel and not other.unsupported(problem)]
+        idle = [other for other in passed_over if other.kernel and not _cannot(other, problem)]
         if not idle and backend.name != "reference":
             return
         self.told = True
@@ -131,6 +142,8 @@ class Op:
         Ops have cast their tensors by now: autocast is off inside, or it would round the products that a backend
         makes in float32 (the reference's, and the angles of learned frequencies).
         """
+        if not torch.compiler.is_compiling():
+            refuse_transforms(self.name, arguments.values())
         backend = self.choose(problem, requested)
         if not torch.compiler.is_compiling():
             self._tell_if_slow(backend, problem, requested)
@@ -202,12 +215,42 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     )
 
 
+def refuse_transforms(op: str, values: Iterable) -> None:
+    """Raise one sentence if a tensor among ``values`` is a batch of torch.func.vmap or has a forward-mode tangent."""
+    if not transformed() and forward_ad._current_level < 0:
+        return
+    for value in values:
+        for tensor in value if isinstance(value, (tuple, list)) else (value,):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if is_batched(tensor):
+                raise NotImplementedError(f"{op}: expected tensors without a dimension of torch.func.vmap, for which it has "
+                                          f"no rule, got one with it; loop over that dimension, or use "
+                                          f"sora_fast.reference.{op}, which is plain PyTorch")
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError(f"{op}: expected tensors without a tangent, because it has no forward-mode "
+                                          f"derivative, got one with it; use torch.func.vjp, or sora_fast.reference.{op}, "
+                                          f"which is plain PyTorch")
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether torch.func.vmap has added a dimension to ``tensor`` that its shape does not show."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 class _FirstOrder(torch.autograd.Function):
     """The identity, differentiable once: kernels have no second derivative, so no backend pretends to have one.
 
     The second output, which holds nothing, ties gradients to the input: a backend's gradient may look constant to
     autograd, which would then say no more than that nothing requires a gradient.
     """
+
+    generate_vmap_rule = True  # of the backward, as torch.func.jacrev wants it
 
     @staticmethod
     def forward(x, op):
@@ -227,6 +270,8 @@ class _FirstOrder(torch.autograd.Function):
 
 
 class _NoSecond(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, tie, op):
         return x.view_as(x)

@@ -18,6 +18,17 @@ from .reference.precision import wide_dtype
 Grid = tuple[int, int, int]
 
 
+def _lasting(method):
+    """``method`` outside inference mode: a pack that was made there may see training, whose backward saves its tensors."""
+    @functools.wraps(method)
+    def run(*arguments, **options):
+        if not torch.is_inference_mode_enabled():
+            return method(*arguments, **options)
+        with torch.inference_mode(False):
+            return method(*arguments, **options)
+    return run
+
+
 class Pack:
     """Where every token of a row belongs.
 
@@ -44,13 +55,14 @@ class Pack:
         ValueError, TypeError: one sentence saying what was expected, what came and what to do.
     """
 
+    @_lasting
     def __init__(self, grids: Sequence[Sequence[int]] | torch.Tensor, *, modulation: str = "sample",
                  text_lengths: Sequence[int] | None = None, tokens: int | None = None,
                  device: torch.device | str = "cpu"):
         checks.choice("Pack", "modulation", modulation, ("sample", "frame"))
         self.grids = host_grids("Pack", grids)
         self.modulation = modulation
-        self.grids_cpu = torch.tensor(self.grids, dtype=torch.int64).reshape(len(self.grids), 3)
+        self.grids_cpu = torch.tensor(self.grids, dtype=torch.int64, device="cpu").reshape(len(self.grids), 3)
         self.grids_device = self.grids_cpu.to(torch.int32)
         lengths = self.grids_cpu.prod(dim=1)
         needed = int(lengths.sum())
@@ -64,14 +76,14 @@ class Pack:
         cu_seqlens = _running_sum(lengths)
         segment_ids, coords = _layout(self.grids_cpu, lengths, total)
         if modulation == "sample":
-            rows, row_samples = segment_ids, torch.arange(len(self.grids))
+            rows, row_samples = segment_ids, torch.arange(len(self.grids), device="cpu")
         else:
             frames = self.grids_cpu[:, 0]
             first_row = _running_sum(frames)[:-1].to(torch.int64)
             inside = segment_ids >= 0
-            rows = torch.full((total,), -1, dtype=torch.int32)
+            rows = torch.full((total,), -1, dtype=torch.int32, device="cpu")
             rows[inside] = (first_row[segment_ids[inside].long()] + coords[inside, 0]).to(torch.int32)
-            row_samples = torch.repeat_interleave(torch.arange(len(self.grids)), frames)
+            row_samples = torch.repeat_interleave(torch.arange(len(self.grids), device="cpu"), frames)
         self.kept = None
         self._set(cu_seqlens, int(lengths.max()) if len(self.grids) else 0, segment_ids, coords, rows, row_samples)
         self.set_text(text_lengths)
@@ -83,6 +95,7 @@ class Pack:
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
         self.segment_ids, self.coords, self.rows, self.row_samples = segment_ids, coords, rows, row_samples
 
+    @_lasting
     def set_text(self, lengths: Sequence[int] | None) -> "Pack":
         """Give the pack ragged text: ``lengths`` (S,) text tokens of each sample; None takes it away."""
         if lengths is None:
@@ -98,7 +111,7 @@ class Pack:
                        len(lengths), "use 0 for a sample without text")
         for length in lengths:
             checks.whole("Pack", "every length of text_lengths", length, 0)
-        lengths = torch.tensor([int(length) for length in lengths], dtype=torch.int64)
+        lengths = torch.tensor([int(length) for length in lengths], dtype=torch.int64, device="cpu")
         device = self.cu_seqlens.device
         self.text_cu_seqlens = _running_sum(lengths).to(device)
         self.text_max_seqlen = int(lengths.max()) if len(self.grids) else 0
@@ -134,18 +147,21 @@ class Pack:
         other.__dict__.update(self.__dict__)
         return other
 
+    @_lasting
     def to(self, device: torch.device | str) -> "Pack":
         """The same pack with its index tensors on ``device``."""
         other = self._copy()
         other._move(torch.device(device))
         return other
 
+    @_lasting
     def pad_to(self, tokens: int) -> "Pack":
         """The same samples in a row of ``tokens`` tokens; the new ones are tail (static shapes, CUDA graphs)."""
         checks.whole("Pack.pad_to", "tokens", tokens)
         more = int(tokens) - self.num_tokens
-        checks.require(more >= 0, "Pack.pad_to", f"at least the pack's {self.num_tokens:,} tokens", f"{tokens:,}",
-                       "pass a larger length")
+        if more < 0:
+            raise checks.error("Pack.pad_to", f"at least the pack's {checks.shown(self.num_tokens)} tokens",
+                               checks.shown(tokens), "pass a larger length")
         other = self._copy()
         other.segment_ids = _extend(self.segment_ids, more, -1)
         other.rows = _extend(self.rows, more, -1)
@@ -153,6 +169,7 @@ class Pack:
         other.kept = None if self.kept is None else _extend(self.kept, more, -1)
         return other
 
+    @_lasting
     def keep(self, index: torch.Tensor) -> "Pack":
         """The pack of the tokens ``index`` (M,) int64, rising, without the others; they keep their coords.
 
@@ -271,17 +288,18 @@ _captured: dict[int, _Uploaded] = {}
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a backward may save it later
 def _upload(grids: tuple, device: torch.device) -> _Uploaded:
     """Copied once, from pinned memory, so that nobody waits."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("grids: expected grids that were used once before a CUDA graph is captured, got new ones; "
                            "make the call once before the capture, or pass a Pack")
-    lengths = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3).prod(1)
+    lengths = torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 3).prod(1)
     ends = [0, *lengths.cumsum(0).tolist()]
     if ends[-1] > 2**31 - 1:
         raise checks.error("grids", "at most 2,147,483,647 tokens in the samples of a call on backend 'triton'",
                            f"{ends[-1]:,}", "make several calls")
-    table = torch.tensor([*(n for grid in grids for n in grid), *ends], dtype=torch.int32)
+    table = torch.tensor([*(n for grid in grids for n in grid), *ends], dtype=torch.int32, device="cpu")
     if device.type != "cuda":
         stream = event = None
     else:
@@ -319,11 +337,11 @@ def _running_sum(lengths: torch.Tensor) -> torch.Tensor:
 
 def _layout(grids_S3: torch.Tensor, lengths_S: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
     """segment_ids (total,) and coords (total, 3), int32, of samples one after the other."""
-    segment_ids = torch.full((total,), -1, dtype=torch.int32)
-    coords = torch.zeros((total, 3), dtype=torch.int32)
+    segment_ids = torch.full((total,), -1, dtype=torch.int32, device="cpu")
+    coords = torch.zeros((total, 3), dtype=torch.int32, device="cpu")
     inside = int(lengths_S.sum())
-    sample = torch.repeat_interleave(torch.arange(len(lengths_S)), lengths_S)
-    place = torch.arange(inside) - (lengths_S.cumsum(0) - lengths_S)[sample]
+    sample = torch.repeat_interleave(torch.arange(len(lengths_S), device="cpu"), lengths_S)
+    place = torch.arange(inside, device="cpu") - (lengths_S.cumsum(0) - lengths_S)[sample]
     height, width = grids_S3[sample, 1], grids_S3[sample, 2]
     segment_ids[:inside] = sample.to(torch.int32)
     if inside:

@@ -1,5 +1,7 @@
 """Which backend runs, and what is said when none does."""
 
+from dataclasses import replace
+
 import op_checks
 import pytest
 import torch
@@ -142,6 +144,46 @@ def test_problems_hold_no_size():
         for op, _ in watched:
             del op.choose
     assert all(len(problems) == 3 and len(set(problems)) == 1 for problems in seen.values()) and len(seen) == 4
+
+
+class Symbol(int):
+    """A size of a traced graph: it can be compared, and a sentence that shows it bakes it in."""
+
+    def __format__(self, spec):
+        raise AssertionError("a sentence shows a size of the graph")
+
+    __str__ = __repr__ = lambda self: format(self, "")
+
+
+def _each(kind, value):
+    """``kind`` of every int in ``value``, those above 1 beyond what kernels take."""
+    if isinstance(value, tuple):
+        return tuple(_each(kind, part) for part in value)
+    return kind(20_011 if value > 1 else value) if type(value) is int else value
+
+
+@pytest.mark.parametrize("op", [op for family in ops.FAMILIES for op in getattr(ops, family).OPS], ids=lambda op: op.name)
+def test_no_reason_shows_a_size_of_a_traced_graph(op, monkeypatch):
+    found = {}
+    for kind in (Symbol, int):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda kind=kind: kind is Symbol)
+        examples = [op.example(device, torch.float32, True) for device in ("cpu", "cuda:sm80", "cuda:sm120")]
+        large = [replace(plain, **{name: _each(kind, value) for name, value in vars(plain).items()}) for plain in examples]
+        found[kind] = " ".join(reason for problem in large for backend in op.backends.values()
+                               for reason in backend.unsupported(problem))
+    shown = op.family not in ("attention", "latents") or op.name in ("varlen_attention", "varlen_attention_forward")
+    assert ("<traced>" in found[Symbol]) == ("20,011" in found[int]) == shown
+
+
+@pytest.mark.parametrize("op, call", [
+    ("causal_conv3d", lambda c: dict(x=torch.randn(1, c, 3, 5, 7), weight=torch.randn(c, c, 1, 3, 3))),
+    ("norm_act", lambda c: dict(x=torch.randn(1, c, 3, 5, 7), weight=torch.randn(c)))])
+def test_one_graph_of_channels_that_no_kernel_takes(op, call):
+    torch._dynamo.reset()
+    fn = torch.compile(lambda tensors: getattr(ops, op)(**tensors), dynamic=True, fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for channels in (10, 18):
+            torch.testing.assert_close(fn(given := call(channels)), getattr(ops, op)(**given))
 
 
 def test_fake_and_meta_tensors():

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sora_fast import Pack
+from sora_fast import Pack, ops
 
 GRIDS = [(2, 2, 3), (0, 4, 4), (1, 1, 1), (3, 0, 2), (2, 1, 2)]
 
@@ -213,3 +213,29 @@ def test_wrong_layout_is_noticed():
     swapped = Pack([(t, w, h) for t, h, w in GRIDS])
     with pytest.raises(AssertionError):
         assert_is(swapped, brute(GRIDS, "sample"))
+
+
+def test_a_pack_from_inference_mode_is_trained_with():
+    with torch.inference_mode():
+        made = Pack([(2, 1, 3), (1, 2, 2)], modulation="frame", text_lengths=(2, 3), device="cpu")
+        packs = made, made.pad_to(12), made.to("cpu"), made.keep(torch.tensor([0, 4, 9])), Pack(made.grids).set_text((1, 1))
+    for pack in packs:
+        assert not any(value.is_inference() for name, value in vars(pack).items()
+                       if isinstance(value, torch.Tensor) and name != "kept")
+    shift = torch.randn(3, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ops.norm_modulate(torch.randn(10, 8), shift, None, made.rows).sum(), shift)
+    assert torch.equal(gradient, made.rows.bincount(minlength=3)[:, None].float().expand(3, 8))
+
+
+def test_host_data_stays_on_the_host_whatever_the_default_device():
+    """A context of torch.device, or set_default_device, is for tensors that say nothing."""
+    make = lambda modulation: Pack([(2, 1, 3), (0, 2, 2), (1, 2, 2)], modulation=modulation, text_lengths=(2, 0, 3),
+                                   tokens=12, device="cpu")
+    for modulation in ("sample", "frame"):
+        with torch.device("meta"):
+            pack = make(modulation)
+            kept = pack.keep(torch.tensor([0, 4, 9], device="cpu"))
+        want = make(modulation)
+        assert all(torch.equal(value, getattr(want, name)) for name, value in vars(pack).items()
+                   if isinstance(value, torch.Tensor))
+        assert torch.equal(kept.cu_seqlens, torch.tensor([0, 2, 2, 3], dtype=torch.int32)) and kept.max_seqlen == 2

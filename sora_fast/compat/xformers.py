@@ -28,7 +28,7 @@ class SeqLenInfo:
         for place, length in enumerate(seqlens):
             checks.whole("BlockDiagonalMask", f"seqlen {place}", length, 0)
             starts.append(starts[-1] + int(length))
-        return cls(torch.tensor(starts, dtype=torch.int32, device=device), starts, max(seqlens, default=0))
+        return cls(torch.tensor(starts, dtype=torch.int32, device=device or "cpu"), starts, max(seqlens, default=0))
 
     def to(self, device) -> "SeqLenInfo":
         return replace(self, seqstart=self.seqstart.to(device))
@@ -246,9 +246,9 @@ def _block_diagonal(op: str, rows, bias, batch: int, options: dict):
     queries, keys = bias.q_seqinfo, bias.k_seqinfo
     for name, row, info in (("query", rows[0], queries), ("key", rows[1], keys)):
         if row.shape[0] != info.seqstart_py[-1]:
-            raise checks.error(op, f"{name} of the {info.seqstart_py[-1]:,} rows of attn_bias", f"{row.shape[0]:,}",
-                               "make the mask from these very lengths")
-    lengths_q, lengths_k = (torch.tensor(info.seqstart_py).diff().tolist() for info in (queries, keys))
+            raise checks.error(op, f"{name} of the {checks.shown(info.seqstart_py[-1])} rows of attn_bias",
+                               checks.shown(row.shape[0]), "make the mask from these very lengths")
+    lengths_q, lengths_k = (torch.tensor(info.seqstart_py, device="cpu").diff().tolist() for info in (queries, keys))
     if diagonal is not None:
         options = dict(options, causal=True, window=(-1 if window_size is None else window_size - 1, -1))
     if diagonal == "top-left" and lengths_q != lengths_k:
@@ -297,6 +297,6 @@ def _top_left(op: str, rows, lengths_q, lengths_k, options: dict):
 
 def _picked(spans: list[range], device) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows of ``spans`` one after the other, and the cu_seqlens of the pack they make."""
-    places = torch.tensor([place for span in spans for place in span], dtype=torch.int64)
+    places = torch.tensor([place for span in spans for place in span], dtype=torch.int64, device="cpu")
     info = SeqLenInfo.from_seqlens([len(span) for span in spans])
     return places.to(device), info.seqstart.to(device)

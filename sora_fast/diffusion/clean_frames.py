@@ -15,10 +15,10 @@ def draw_clean_frames(grids, share: float, generator: torch.Generator) -> torch.
     ``share`` of the samples with two frames or more have some: the first frame, the first few, the last few, or both ends,
     each as likely, so that the model has met every way that frames are given in when it samples.
     """
-    drawn = torch.rand(len(grids), 4, generator=generator).tolist()
+    drawn = torch.rand(len(grids), 4, generator=generator, dtype=torch.float32, device="cpu").tolist()
     rows = []
     for (frames, _, _), (chosen, kind, one, other) in zip(grids, drawn, strict=True):
-        clean = torch.zeros(frames, dtype=torch.bool)
+        clean = torch.zeros(frames, dtype=torch.bool, device="cpu")
         if frames > 1 and chosen < share:
             kind = ("first", "start", "end", "both")[int((4 if frames > 2 else 3) * kind)]
             if kind == "both":
@@ -30,7 +30,7 @@ def draw_clean_frames(grids, share: float, generator: torch.Generator) -> torch.
             clean[:start] = True
             clean[frames - end :] = True
         rows.append(clean)
-    return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.bool)
+    return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.bool, device="cpu")
 
 
 class FrameTimesteps:
@@ -48,7 +48,7 @@ class FrameTimesteps:
 
     def __init__(self, timesteps: torch.Tensor, clean: torch.Tensor, counts, grids, channels: int,
                  device: torch.device | str = "cpu"):
-        frames = torch.tensor([grid[0] for grid in grids], dtype=torch.int64)
+        frames = torch.tensor([grid[0] for grid in grids], dtype=torch.int64, device="cpu")
         if clean.shape != (int(frames.sum()),) or timesteps.shape != frames.shape:
             raise ValueError(f"FrameTimesteps: expected timesteps of {len(grids)} samples and clean of {int(frames.sum())} "
                              f"frames, got {tuple(timesteps.shape)} and {tuple(clean.shape)}; pass those of these grids")
@@ -76,7 +76,7 @@ def _pieces(counts, grids, channels: int):
     """rows (P,), the modulation row of each piece of the flat buffer, and counts (P,), its numbers."""
     rows, numbers, first = [], [], 0
     for count, (frames, _, _) in zip(counts, grids, strict=True):
-        rows.append(torch.arange(first, first + frames).repeat(channels))
-        numbers.append(torch.full((channels * frames,), int(count) // (channels * frames)))
+        rows.append(torch.arange(first, first + frames, device="cpu").repeat(channels))
+        numbers.append(torch.full((channels * frames,), int(count) // (channels * frames), device="cpu"))
         first += frames
     return torch.cat(rows), torch.cat(numbers)

@@ -20,7 +20,9 @@ ROOM = 0.9
 
 def jumps(clip: torch.Tensor) -> torch.Tensor:
     """(T - 1,) mean absolute difference of neighbouring frames of a uint8 clip, in levels of 255."""
-    return torch.stack([_jump(a, b) for a, b in zip(clip, clip[1:], strict=False)]) if len(clip) > 1 else torch.zeros(0)
+    if len(clip) < 2:
+        return torch.zeros(0, dtype=torch.float32, device=clip.device)
+    return torch.stack([_jump(a, b) for a, b in zip(clip, clip[1:], strict=False)])
 
 
 def _jump(one, other) -> torch.Tensor:

@@ -145,7 +145,7 @@ class Ancestral:
         if not 1 <= steps <= last + 1:
             raise ValueError(f"LearnedVariance: expected 1 to {last + 1:,} steps, got {steps:,}; its schedule has no more")
         # A single step begins, like the first of many, where there is noise alone.
-        times = torch.linspace(0 if steps > 1 else last, last, steps, dtype=torch.float64).round().long()
+        times = torch.linspace(0 if steps > 1 else last, last, steps, dtype=torch.float64, device="cpu").round().long()
         self.timesteps, self._steps = times.flip(0), steps_of(alphas[times])
         self._places = {int(t): place for place, t in enumerate(times)}
         self.generator: torch.Generator | None = None
@@ -158,5 +158,5 @@ class Ancestral:
         mean = posterior_mean(step, denoised(step, eps, x_t), x_t)
         if place == 0:
             return (mean,)
-        noise = torch.randn(x_t.shape, generator=self.generator).to(x_t)
+        noise = torch.randn(x_t.shape, generator=self.generator, dtype=torch.float32, device="cpu").to(x_t)
         return (mean + (0.5 * log_variance(step, v)).exp() * noise,)

@@ -49,7 +49,8 @@ def _diffusers(name: str):
 
 def _stratified(count: int, generator: torch.Generator) -> torch.Tensor:
     """Uniform numbers (S,) in [0, 1), one from each S-th of the range, in random order."""
-    u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / max(count, 1)
+    drawn = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
+    u = (torch.randperm(count, generator=generator, device="cpu") + drawn) / max(count, 1)
     return u.clamp(max=1 - 2**-24)  # the sum above may round up to S
 
 
@@ -89,7 +90,7 @@ class FlowMatching:
         """The shift of samples with ``tokens`` (S,) tokens."""
         if self.shift == "tokens":
             return (tokens.float() / self.base_tokens).sqrt().clamp(min=1.0)
-        return torch.full(tokens.shape, float(self.shift))
+        return torch.full(tokens.shape, float(self.shift), dtype=torch.float32, device=tokens.device)
 
     def draw_timesteps(self, tokens, generator):
         """Timesteps (S,) for samples of ``tokens`` (S,) tokens, stratified: one from each S-th of the range."""
@@ -114,7 +115,7 @@ class FlowMatching:
 
     def scheduler(self, steps, tokens):
         """diffusers' Euler scheduler set to ``steps`` steps for a sample of ``tokens`` tokens."""
-        shift = float(self.shift_of(torch.tensor([tokens]))[0])
+        shift = float(self.shift_of(torch.tensor([tokens], device="cpu"))[0])
         scheduler = _diffusers("FlowMatchEulerDiscreteScheduler")(num_train_timesteps=1000, shift=shift)
         # Its own default ends at s = 0.001 * shift^2, one call of the model for next to nothing.
         scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])

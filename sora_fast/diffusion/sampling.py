@@ -140,17 +140,19 @@ def _begin(sizes, known, objective, schedules, generator):
     x, clean, kept = [], [], []
     for index, (size, k, (scheduler, times)) in enumerate(zip(sizes, known, schedules, strict=True)):
         own = generator[index] if isinstance(generator, Sequence) else generator
-        noise = torch.randn(size, generator=own)  # all of it, whatever is known: others draw the same
+        # all of it, whatever is known: others draw the same
+        noise = torch.randn(size, generator=own, dtype=torch.float32, device="cpu")
         if hasattr(scheduler, "generator"):  # steps draw too: from one of the sample's own, whatever others draw
-            scheduler.generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=own)))
+            seed = int(torch.randint(2**62, (), generator=own, device="cpu"))
+            scheduler.generator = torch.Generator().manual_seed(seed)
         if k is None:
-            x0, stay = torch.zeros(size), torch.zeros(size, dtype=torch.bool)
+            x0, stay = torch.zeros_like(noise), torch.zeros_like(noise, dtype=torch.bool)
         else:
             x0 = k.latents.detach().to("cpu", torch.float32)
-            stay = torch.tensor(k.kept)[None, :, None, None].expand(size)
+            stay = torch.tensor(k.kept, device="cpu")[None, :, None, None].expand(size)
             if k.strength < 1:
                 noise = objective.add_noise(x0.flatten(), noise.flatten(), times[:1].float(),
-                                            torch.tensor([noise.numel()])).view(size)
+                                            torch.tensor([noise.numel()], device="cpu")).view(size)
         x.append(torch.where(stay, x0, noise).flatten())
         clean.append(x0.flatten())
         kept.append(stay.flatten())
@@ -159,7 +161,7 @@ def _begin(sizes, known, objective, schedules, generator):
 
 def _kept_rows(known, grids, pt: int) -> torch.Tensor:
     """(R,) bools: frames of tokens that are kept."""
-    rows = [torch.tensor(k.kept[::pt]) if k else torch.zeros(grid[0], dtype=torch.bool)
+    rows = [torch.tensor(k.kept[::pt], device="cpu") if k else torch.zeros(grid[0], dtype=torch.bool, device="cpu")
             for k, grid in zip(known, grids, strict=True)]
     return torch.cat(rows)
 
@@ -176,8 +178,8 @@ def _of_objective(objective, predicted, sizes):
 
 def _guided(objective, sizes, channels: int | None) -> torch.Tensor:
     """Which numbers are guided: those of the first ``channels`` (None: all) of their sample; a variance never is."""
-    mask = torch.cat([(torch.arange(size[0]) < (channels or size[0])).repeat_interleave(torch.Size(size[1:]).numel())
-                      for size in sizes])
+    guided = lambda size: torch.arange(size[0], device="cpu") < (channels or size[0])
+    mask = torch.cat([guided(size).repeat_interleave(torch.Size(size[1:]).numel()) for size in sizes])
     return torch.stack([mask, torch.zeros_like(mask)], dim=1) if isinstance(objective, LearnedVariance) else mask
 
 

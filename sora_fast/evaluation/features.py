@@ -32,11 +32,13 @@ class Features:
         for clips in self._waiting.values():
             self._call(torch.stack(clips), len(clips))
         self._waiting = {}
-        return torch.cat(self._rows) if self._rows else torch.zeros(0, 0, dtype=torch.float64)
+        return torch.cat(self._rows) if self._rows else torch.zeros(0, 0, dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
     def _call(self, clips: torch.Tensor, count: int) -> None:
-        found = torch.as_tensor(self.function(clips)).detach().cpu().double()
+        found = self.function(clips)
+        found = found if isinstance(found, torch.Tensor) else torch.as_tensor(found, device="cpu")
+        found = found.detach().cpu().double()
         rows = found[None] if found.dim() == 1 and not self.batch else found
         width = self._rows[0].shape[1] if self._rows else None
         if rows.dim() != 2 or rows.shape[0] != count or (width is not None and rows.shape[1] != width):

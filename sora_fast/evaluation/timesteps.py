@@ -60,8 +60,8 @@ def draws(seed: int, clip: int, stratum: int, strata: int, numbers: int, whole: 
     """The timestep and the noise (numbers,) of a clip in a stratum: a function of these arguments alone, so that neither
     the order of the clips nor how they are packed changes what is asked of the model."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + clip) * 1_009 + stratum)
-    t = 1000.0 * (stratum + float(torch.rand((), generator=generator))) / strata
-    noise = torch.randn(numbers, generator=generator)
+    t = 1000.0 * (stratum + float(torch.rand((), generator=generator, dtype=torch.float32, device="cpu"))) / strata
+    noise = torch.randn(numbers, generator=generator, dtype=torch.float32, device="cpu")
     return (float(min(int(t), 999)) if whole else t), noise
 
 
@@ -91,8 +91,8 @@ def loss_by_timestep(dit, text_encoder, objective: Objective, clips: Sequence[Cl
     grids = [token_grid(clip.latent.shape[1:], dit.config.patch) for clip in clips]
     tokens = [t * h * w for t, h, w in grids]
     packs = list(pack_stream(range(len(clips)), tokens.__getitem__, max(budget, *tokens)))
-    losses = torch.zeros(strata, len(clips), dtype=torch.float64)
-    timesteps = torch.zeros(strata, len(clips))
+    losses = torch.zeros(strata, len(clips), dtype=torch.float64, device="cpu")
+    timesteps = torch.zeros(strata, len(clips), dtype=torch.float32, device="cpu")
     device, training = next(dit.parameters()).device, (dit.training, text_encoder is not None and text_encoder.training)
     dit.eval()
     if text_encoder is not None:
@@ -105,7 +105,7 @@ def loss_by_timestep(dit, text_encoder, objective: Objective, clips: Sequence[Cl
             counts = torch.tensor([numbers[k] for k in places], device=device)
             for b in range(strata):
                 drawn = [draws(seed, k, b, strata, numbers[k], whole) for k in places]
-                t = torch.tensor([t for t, _ in drawn], device=device)
+                t = torch.tensor([t for t, _ in drawn], dtype=torch.float32, device=device)
                 noise = torch.cat([noise for _, noise in drawn]).to(device)
                 noisy = objective.add_noise(x0, noise, t, counts)
                 predicted = dit(noisy, t, pack, **({} if text is None else dict(text=text)))
@@ -117,7 +117,7 @@ def loss_by_timestep(dit, text_encoder, objective: Objective, clips: Sequence[Cl
         dit.train(training[0])
         if text_encoder is not None:
             text_encoder.train(training[1])
-    return TimestepLosses(losses, timesteps, torch.tensor(numbers, dtype=torch.float64))
+    return TimestepLosses(losses, timesteps, torch.tensor(numbers, dtype=torch.float64, device="cpu"))
 
 
 def _per_clip(objective: Objective, predicted, x0, noise, timesteps, numbers: Sequence[int]) -> torch.Tensor:

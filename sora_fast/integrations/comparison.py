@@ -106,7 +106,8 @@ def compare(model: nn.Module, calls: list[tuple[str, Callable]] | None = None, *
             raise ValueError(f"compare: expected calls for a {name}, got none; pass [(name, run)] with run(model, cast) -> "
                              f"tensor")
         generator = torch.Generator().manual_seed(0)
-        calls = RECIPES[name].calls(model, lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64))
+        draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        calls = RECIPES[name].calls(model, draw)
     plain = copy.deepcopy(model).to(device, dtype).eval()
     exact, fast = copy.deepcopy(plain).double(), copy.deepcopy(plain)
     report = accelerate(fast)
@@ -159,11 +160,11 @@ def _results(model, run, watched, rounded, device, dtype) -> tuple[dict, dict]:
     finally:
         for handle in handles:
             handle.remove()
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu")
     (out.double().cpu() * weight).sum().backward()
     found = {"output": keep(out)}
     for name, p in model.named_parameters():
-        found[f"gradient of {name}"] = torch.zeros(p.shape, dtype=torch.float64) if p.grad is None else keep(p.grad)
+        found[f"gradient of {name}"] = keep(torch.zeros_like(p) if p.grad is None else p.grad)
     # A clip that passed in chunks is compared with the clip that passed whole.
     return found, {name: torch.cat(parts, dim=2 if parts[0].dim() == 5 else 0) for name, parts in given_by.items()}
 
@@ -179,5 +180,6 @@ def _randomise(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         fan = p[0].numel() if p.dim() > 1 and p.numel() > p.shape[0] else 1
-        p.copy_(torch.randn(p.shape, generator=generator) / (fan**0.5 if fan > 1 else 4) + (0 if fan > 1 else 0.5))
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu")
+        p.copy_(noise / (fan**0.5 if fan > 1 else 4) + (0 if fan > 1 else 0.5))
     return model

@@ -55,7 +55,7 @@ def _transformer(inputs: Callable):
 
 
 def _times(batch: int):
-    return torch.arange(1, 1 + batch) * 300
+    return torch.arange(1, 1 + batch, device="cpu") * 300
 
 
 def _wan(c, draw, batch, frames):
@@ -68,7 +68,7 @@ def _wan(c, draw, batch, frames):
 
 
 def _hunyuan(c, draw, batch, frames):
-    mask = torch.ones(batch, 7, dtype=torch.int64)
+    mask = torch.ones(batch, 7, dtype=torch.int64, device="cpu")
     mask[-1, 4:] = 0
     given = dict(hidden_states=draw(batch, c.in_channels, frames * c.patch_size_t, 4 * c.patch_size, 3 * c.patch_size),
                  timestep=_times(batch), encoder_hidden_states=draw(batch, 7, c.text_embed_dim), encoder_attention_mask=mask,
@@ -91,7 +91,7 @@ def _cogvideox(c, draw, batch, frames):
 
 def _dit(c, draw, batch, frames):
     return dict(hidden_states=draw(batch, c.in_channels, c.sample_size, c.sample_size), timestep=_times(batch),
-                class_labels=torch.arange(batch) % c.num_embeds_ada_norm)
+                class_labels=torch.arange(batch, device="cpu") % c.num_embeds_ada_norm)
 
 
 _WAN_VAE = dict(base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],

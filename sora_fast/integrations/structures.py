@@ -99,10 +99,10 @@ def _try(module, mixin) -> str | None:
     try:
         other = copy.deepcopy(module).cpu().double().eval()
         generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         for p in other.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / max(p.shape[-1], 1) ** 0.5)
+            p.copy_(draw(*p.shape) / max(p.shape[-1], 1) ** 0.5)
         norm = next(m for m in other.modules() if isinstance(m, nn.LayerNorm))
-        draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
         x = draw(2, 5, norm.normalized_shape[0])
         given = (x,) if mixin is Block else (x, draw(2, _linear(other).in_features))
         wanted, got = original_of(type(module)).forward(other, *given), mixin.forward(other, *given)

@@ -144,8 +144,8 @@ def vae_from_state_dict(state: Tensors, config: Mapping | None = None, *, dtype:
     values = convert("load_vae", vae_keys(vae, layout), state, dtype)
     wide = torch.promote_types(values["to_moments.weight"].dtype, torch.float32)
     channels = made.latent_channels
-    values["latent_mean"] = torch.tensor(made.latent_mean or [0.0] * channels, dtype=wide)
-    values["latent_std"] = torch.tensor(made.latent_std or [1.0] * channels, dtype=wide)
+    values["latent_mean"] = torch.tensor(made.latent_mean or [0.0] * channels, dtype=wide, device="cpu")
+    values["latent_std"] = torch.tensor(made.latent_std or [1.0] * channels, dtype=wide, device="cpu")
     fill(vae, values)
     return vae
 
@@ -180,7 +180,7 @@ def _described(vae: VideoVAE) -> dict:
     """``vae_description``, with the statistics that the VAE has been given since it was made."""
     found = vae_description(vae.config)
     for name, now in (("latents_mean", vae.latent_mean.cpu()), ("latents_std", vae.latent_std.cpu())):
-        if not torch.equal(torch.tensor(found[name], dtype=now.dtype), now):
+        if not torch.equal(torch.tensor(found[name], dtype=now.dtype, device="cpu"), now):
             found[name] = now.tolist()
     return found
 

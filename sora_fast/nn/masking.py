@@ -65,7 +65,7 @@ def random_masking(pack: Pack, ratio: float | Sequence[float], *, pattern: str =
                    "choose all tokens in one call")
     ratios = _ratios(ratio, pack.num_samples)
     seen = [_seen(grid, share, pattern, generator) for grid, share in zip(pack.grids, ratios, strict=True)]
-    seen_n = torch.cat([torch.zeros(0, dtype=torch.bool), *seen])
+    seen_n = torch.cat([torch.zeros(0, dtype=torch.bool, device="cpu"), *seen])
     to_device = lambda mask: mask.nonzero()[:, 0].to(pack.device, non_blocking=pack.device.type == "cuda")
     return Masking(to_device(seen_n), to_device(~seen_n), pack.num_tokens)
 
@@ -89,9 +89,9 @@ def _seen(grid, ratio: float, pattern: str, generator) -> torch.Tensor:
     """Which tokens of one sample are visible: (t * h * w,) bool."""
     t, h, w = grid
     places, repeats = (h * w, t) if pattern == "tube" else (t * h * w, 1)
-    seen = torch.zeros(places, dtype=torch.bool)
+    seen = torch.zeros(places, dtype=torch.bool, device="cpu")
     count = max(1, round((1 - ratio) * places))
-    seen[torch.randperm(places, generator=generator)[:count]] = True
+    seen[torch.randperm(places, generator=generator, device="cpu")[:count]] = True
     return seen.repeat(repeats)
 
 
@@ -109,7 +109,8 @@ def continuous_drop_rates(samples: int, mean: float = 0.5, std: float = 0.15, *,
         raise ValueError(f"continuous_drop_rates: expected a mean between 0 and 1 and a std between 0 and "
                          f"sqrt(mean * (1 - mean)), got {mean} and {std}; for example 0.5 and 0.15")
     weight = mean * (1 - mean) / std**2 - 1  # a + b of Beta(a, b)
-    shapes = torch.tensor([[mean * weight], [(1 - mean) * weight]], dtype=torch.float64).expand(2, samples).contiguous()
+    shapes = torch.tensor([[mean * weight], [(1 - mean) * weight]], dtype=torch.float64, device="cpu")
+    shapes = shapes.expand(2, samples).contiguous()
     a, b = torch._standard_gamma(shapes, generator=generator)  # torch.distributions takes no generator
     return (a / (a + b)).nan_to_num(mean).clamp(max=_HIGHEST).tolist()
 
@@ -126,7 +127,7 @@ def size_drop_rates(tokens: Sequence[int], shortest: tuple[int, float] = (64, 0.
     if not (0 < low < high and 0 <= low_rate < 1 and 0 <= high_rate < 1 and std >= 0):
         raise ValueError(f"size_drop_rates: expected (tokens, rate) pairs with rising tokens and rates in [0, 1), and a std "
                          f"of 0 or more, got {shortest}, {longest} and {std}; for example (64, 0.2), (1024, 0.8) and 0.02")
-    share = ((torch.tensor(list(tokens), dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+    share = ((torch.tensor(list(tokens), dtype=torch.float64, device="cpu") - low) / (high - low)).clamp(0, 1)
     noise = torch.zeros_like(share)
     if std:
         nn.init.trunc_normal_(noise, std=std, a=-2 * std, b=2 * std, generator=generator)

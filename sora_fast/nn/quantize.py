@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import checks
 from ..dispatch import no_autocast
-from ..reference.precision import wide_dtype
+from ..reference.precision import transformed, wide_dtype
 
 _ROWS = 4096  # vectors whose distances are held at once: 128 MiB of float32 with 8,192 codes
 
@@ -61,6 +61,9 @@ class VectorQuantizer(nn.Module):
             wide = wide_dtype(z, self.codebook)
             vectors = z.movedim(1, -1).to(wide)
             codes = nearest(vectors.detach().flatten(0, -2), self.codebook.detach().to(wide))
+            if self.training and transformed():
+                raise NotImplementedError("VectorQuantizer: expected evaluation mode in a function that torch.func "
+                                          "transforms, where counts cannot change, got training mode; call .eval() before")
             if self.training:
                 self.counts.scatter_add_(0, codes, torch.ones_like(codes))
             entries = self.codebook.to(wide)[codes].unflatten(0, vectors.shape[:-1])
@@ -94,7 +97,7 @@ class VectorQuantizer(nn.Module):
         if vectors.shape[0] == 0 or vectors.shape[1] != self.codebook.shape[1]:
             raise ValueError(f"VectorQuantizer.restart: expected at least one vector (B, {self.codebook.shape[1]}, ...), "
                              f"got {tuple(z.shape)}; pass what forward takes")
-        order = torch.randperm(vectors.shape[0], generator=generator).to(z.device)
+        order = torch.randperm(vectors.shape[0], generator=generator, device="cpu").to(z.device)
         dead = self.counts < least
         rank = (dead.cumsum(0) - 1).clamp(min=0) % vectors.shape[0]
         drawn = vectors[order[rank]].to(self.codebook.dtype)

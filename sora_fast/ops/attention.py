@@ -110,7 +110,7 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
             continue
         mask = None
         if left >= 0 or right >= 0:
-            distance = torch.arange(c - d, 0)[None, :] - torch.arange(a - b, 0)[:, None]
+            distance = torch.arange(c - d, 0, device=q.device)[None, :] - torch.arange(a - b, 0, device=q.device)[:, None]
             mask = torch.ones_like(distance, dtype=torch.bool)
             mask = mask if left < 0 else mask & (distance >= -left)
             mask = mask if right < 0 else mask & (distance <= right)

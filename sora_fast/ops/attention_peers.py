@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import env
+from .. import checks, env
 from ..dispatch import Backend, Problem
 
 HALF = (torch.float16, torch.bfloat16)
@@ -113,7 +113,7 @@ def _flash_attn_3_more(problem: Problem, sm: int | None) -> list[str]:
 def _flash_attn_4_more(problem: Problem, sm: int | None) -> list[str]:
     found = []
     if sm is not None and sm >= 100 and problem.head_dim > 128 and not (problem.head_dim == 256 and sm < 120):
-        found.append(f"FlashAttention-4 takes no head dim of {problem.head_dim} on sm_{sm}.")
+        found.append(f"FlashAttention-4 takes no head dim of {checks.shown(problem.head_dim)} on sm_{sm}.")
     if sm is not None and sm >= 120 and problem.grad and problem.deterministic:
         found.append("FlashAttention-4 has no deterministic backward on sm_120 and later.")
     return found

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks, env
-from ..dispatch import Backend, Op, Problem, autocast, autocast_dtype, device_name, needs_grad
+from ..dispatch import Backend, Op, Problem, autocast, autocast_dtype, device_name, needs_grad, refuse_transforms
 from ..reference import convolution as reference
-from ..reference.precision import emulated_on_cpu, holds_numbers, wide_dtype
+from ..reference.precision import emulated_on_cpu, holds_numbers, transformed, wide_dtype
 from . import convolution_call, convolution_cuda, convolution_triton, normalization
 
 
@@ -174,6 +174,7 @@ class _SavesInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dcache_out):
         spec, needs = ctx.spec, ctx.needs_input_grad
+        refuse_transforms("causal_conv3d" if spec.norm is None else "norm_act_conv3d", (dy, dcache_out))
         x, weight, cache, norm_weight, norm_bias = (
             None if t is None else t.detach().requires_grad_(need)
             for t, need in zip(ctx.saved_tensors, (needs[1], needs[2], needs[4], needs[6], needs[7]), strict=True))
@@ -224,7 +225,8 @@ def _torch_norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=
                  weight.dtype, return_cache)
     tensors = (x, weight, bias, cache, residual, norm_weight, norm_bias)
     nothing_comes_out = phase >= x.shape[2] or x.shape[0] == 0
-    if needs_grad(*tensors) and not nothing_comes_out and not torch.compiler.is_compiling():
+    plain = nothing_comes_out or torch.compiler.is_compiling() or transformed()  # no autograd inside a function transformed
+    if needs_grad(*tensors) and not plain:
         y, cache_out = _SavesInput.apply(spec, *tensors)
         return (y, cache_out) if return_cache else y
     h = spec.activate(x, norm_weight, norm_bias).to(spec.dtype)
@@ -342,7 +344,7 @@ def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, n
 
     Arguments as in ``norm_act`` (its weight and bias are ``norm_weight``, ``norm_bias``, of any floating dtype) and
     ``causal_conv3d``; ``cache`` and ``cache_out`` hold frames after norm and activation. (The backend ``reference``,
-    and traced graphs, are the plain composition: there PyTorch decides what is saved.)
+    traced graphs and functions that torch.func transforms are the plain composition: there PyTorch decides what is saved.)
     """
     op = "norm_act_conv3d"
     normalization.check(op, x, norm_weight, norm_bias, norm, groups, eps, act, prefix="norm_")

@@ -2,6 +2,7 @@
 
 import torch
 
+from .. import checks
 from ..dispatch import Backend
 from ..reference import convolution as reference
 from . import cuda_backend, normalization_cuda
@@ -80,14 +81,15 @@ def _unsupported(problem) -> list[str]:
     if problem.norm or problem.space_pad != "zeros":
         reasons += normalization_cuda.unsupported(problem.norm, problem.in_channels, problem.dtype)
     if problem.in_channels % 64 and problem.in_channels not in (96, 160):
-        reasons.append(f"Its kernel takes 96, 160 or a multiple of 64 input channels, and not {problem.in_channels:,}.")
+        reasons.append(f"Its kernel takes 96, 160 or a multiple of 64 input channels, and not "
+                       f"{checks.shown(problem.in_channels)}.")
     if not any(problem.out_channels and problem.out_channels % n == 0 for n in AT_ONCE):
         reasons.append(f"Its kernel makes a multiple of 96, 128, 160, 192 or 256 output channels, and not "
-                       f"{problem.out_channels:,}.")
+                       f"{checks.shown(problem.out_channels)}.")
     if problem.stride[1:] != (1, 1):
-        reasons.append(f"Its kernel does not stride in space, and the stride is {problem.stride}.")
+        reasons.append(f"Its kernel does not stride in space, and the stride is {checks.shown(problem.stride)}.")
     if problem.upsample != 1:
-        reasons.append(f"Its kernel does not upsample, and upsample is {problem.upsample}.")
+        reasons.append(f"Its kernel does not upsample, and upsample is {checks.shown(problem.upsample)}.")
     return reasons
 
 

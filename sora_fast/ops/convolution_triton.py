@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import configs
+from .. import checks, configs
 from ..dispatch import Backend, needs_grad
 from ..reference import convolution as reference
 from . import normalization, triton_backend
@@ -146,7 +146,7 @@ def _unsupported(problem) -> list[str]:
     reasons = triton_backend.unsupported(problem, problem.wide)
     if problem.norm and problem.in_channels > normalization.WIDEST:
         reasons.append(f"Its norms hold all channels of a pixel in registers, at most {normalization.WIDEST:,}, and x has "
-                       f"{problem.in_channels:,}.")
+                       f"{checks.shown(problem.in_channels)}.")
     return reasons
 
 

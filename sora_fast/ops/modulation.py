@@ -182,7 +182,7 @@ def _triton_unsupported(problem: ModulationProblem) -> list[str]:
     reasons = triton_backend.unsupported(problem, problem.wide)
     if problem.width > WIDEST:
         reasons.append(f"Its kernels hold a whole row in registers, at most {WIDEST:,} numbers, and x has "
-                       f"{problem.width:,} columns.")
+                       f"{checks.shown(problem.width)} columns.")
     return reasons
 
 

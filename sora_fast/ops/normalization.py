@@ -146,7 +146,7 @@ def _triton_unsupported(problem: NormalizationProblem) -> list[str]:
     reasons = triton_backend.unsupported(problem, problem.wide)
     if problem.channels > WIDEST:
         reasons.append(f"Its kernels hold all channels of a pixel in registers, at most {WIDEST:,}, and x has "
-                       f"{problem.channels:,}.")
+                       f"{checks.shown(problem.channels)}.")
     return reasons
 
 

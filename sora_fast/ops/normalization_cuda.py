@@ -2,6 +2,7 @@
 
 import torch
 
+from .. import checks
 from ..dispatch import Backend
 from . import cuda_backend
 from .convolution_call import video
@@ -65,7 +66,7 @@ def unsupported(norm: str | None, channels: int, dtype: torch.dtype) -> list[str
     vector = 4 if dtype == torch.float32 else 8
     if channels % vector or not 0 < channels <= WIDEST:
         reasons.append(f"Its kernel takes multiples of {vector} channels up to {WIDEST:,} in "
-                       f"{str(dtype).removeprefix('torch.')}, and x has {channels:,}.")
+                       f"{str(dtype).removeprefix('torch.')}, and x has {checks.shown(channels)}.")
     return reasons
 
 

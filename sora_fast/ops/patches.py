@@ -14,6 +14,7 @@ from .. import checks, configs
 from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad, no_autocast
 from ..pack import Pack, host_grids, uploaded_grids
 from ..reference import patches as reference
+from ..reference.precision import holds_numbers
 from . import triton_backend
 
 
@@ -118,17 +119,17 @@ def _fake_copies(like, sizes):
     return [like.new_empty(shape, dtype=torch.int32) for shape in ((samples, 3), (samples + 1,))]
 
 
-def _on_device(grids, pack, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """``grids`` (S, 3) and ``cu_seqlens`` (S + 1,), int32 on ``device``: the pack's own, computed there, or uploaded."""
+def _on_device(grids, pack, like) -> tuple[torch.Tensor, torch.Tensor]:
+    """``grids`` (S, 3) and ``cu_seqlens`` (S + 1,), int32 on the device of ``like``: the pack's, made there, or uploaded."""
+    device = like.device
     if pack is not None and pack.kept is None and pack.device == device:
         return pack.grids_device, pack.cu_seqlens
     if isinstance(grids, torch.Tensor):
         grids = grids.to(device=device, dtype=torch.int32, non_blocking=device.type == "cuda")
         return grids, F.pad(grids.prod(1).cumsum(0), (1, 0)).to(torch.int32)
-    if torch.compiler.is_compiling():
-        # the numbers go to the device when the graph runs: sizes of a batch may be symbols here
-        like = torch.empty(0, device=device)
-        return tuple(torch.ops.sora_fast.patches_grids(like, [n for grid in grids for n in grid]))
+    if not holds_numbers(like):
+        # the numbers go to the device when the graph runs: sizes of a batch may be symbols here, tensors fake
+        return tuple(torch.ops.sora_fast.patches_grids(like.new_empty(0), [n for grid in grids for n in grid]))
     return uploaded_grids(grids, device)
 
 
@@ -239,17 +240,18 @@ class _Unpatchify(torch.autograd.Function):
 
 
 def _triton_patch_embed(latents, weight, bias, *, grids, pack):
-    return triton_backend.apply(_PatchEmbed, latents, weight, bias, *_on_device(grids, pack, latents.device))
+    return triton_backend.apply(_PatchEmbed, latents, weight, bias, *_on_device(grids, pack, latents))
 
 
 def _triton_unpatchify(tokens, grids, pack, patch, channels):
-    return triton_backend.apply(_Unpatchify, tokens, *_on_device(grids, pack, tokens.device), list(patch), channels)
+    return triton_backend.apply(_Unpatchify, tokens, *_on_device(grids, pack, tokens), list(patch), channels)
 
 
 def _triton_unsupported(problem: PatchesProblem) -> list[str]:
     reasons = triton_backend.unsupported(problem, problem.dtype)
     if problem.run > LONGEST_RUN:
-        reasons.append(f"Its kernels take patches of at most {LONGEST_RUN} numbers along w, and these have {problem.run:,}.")
+        reasons.append(f"Its kernels take patches of at most {LONGEST_RUN} numbers along w, and these have "
+                       f"{checks.shown(problem.run)}.")
     return reasons
 
 
@@ -342,12 +344,12 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
         grids = _sizes(op, grids)
         if latents.shape[0] % numel:
             raise checks.error(op, f"a flat buffer of whole patches of {numel} numbers",
-                               f"{latents.shape[0]:,} numbers", "end the buffer (and its tail) on a whole patch")
+                               f"{checks.shown(latents.shape[0])} numbers", "end the buffer (and its tail) on a whole patch")
         if not isinstance(grids, torch.Tensor):
             needed = numel * sum(t * h * w for t, h, w in grids)
             if latents.shape[0] < needed:
-                raise checks.error(op, f"at least the {needed:,} numbers that grids asks for",
-                                   f"{latents.shape[0]:,}", "pass the grids of this very buffer")
+                raise checks.error(op, f"at least the {checks.shown(needed)} numbers that grids asks for",
+                                   checks.shown(latents.shape[0]), "pass the grids of this very buffer")
     checks.floating(op, latents=latents, weight=weight, bias=bias)
     checks.same_device(op, latents=latents, weight=weight, bias=bias)
     if bias is not None:
@@ -381,8 +383,8 @@ def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
     if not isinstance(sizes, torch.Tensor):
         needed = sum(t * h * w for t, h, w in sizes)
         if tokens.shape[0] < needed:
-            raise checks.error(op, f"at least the {needed:,} tokens that grids asks for", f"{tokens.shape[0]:,}",
-                               "pass the grids of these very tokens")
+            raise checks.error(op, f"at least the {checks.shown(needed)} tokens that grids asks for",
+                               checks.shown(tokens.shape[0]), "pass the grids of these very tokens")
     else:
         checks.require(flat, op, "flat=True with a grids tensor in a traced graph", "flat=False",
                        "cut the buffer into clips outside the graph")

@@ -193,8 +193,9 @@ def _triton_unsupported(problem: RotaryProblem) -> list[str]:
     heads = max(problem.heads, problem.key_heads)
     padded = configs.bucket(heads) * configs.bucket(problem.head_dim)
     if padded > WIDEST:
-        reasons.append(f"Its kernels hold all heads of a token in registers, at most {WIDEST:,} numbers, and {heads} heads "
-                       f"of {problem.head_dim} are {padded:,}, both rounded up to powers of two.")
+        reasons.append(f"Its kernels hold all heads of a token in registers, at most {WIDEST:,} numbers, and "
+                       f"{checks.shown(heads)} heads of {checks.shown(problem.head_dim)} are {checks.shown(padded)}, both "
+                       f"rounded up to powers of two.")
     if problem.moves:
         reasons.append("Its kernels give coords no gradient; pass coords.detach() if none is needed.")
     return reasons

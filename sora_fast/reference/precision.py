@@ -13,9 +13,17 @@ def wide_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
 
 
 def holds_numbers(tensor: torch.Tensor) -> bool:
-    """Whether there are numbers to read in ``tensor``: not while a graph is traced, nor in fake and meta tensors."""
+    """Whether there are numbers to read in ``tensor``: not while a graph is traced, nor in fake and meta tensors, nor in
+    those of a transform of torch.func.
+    """
     return not (torch.compiler.is_compiling() or tensor.device.type == "meta"
-                or isinstance(tensor, torch._subclasses.FakeTensor))
+                or isinstance(tensor, torch._subclasses.FakeTensor)
+                or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, ...) is at work, whose tensors stand for others."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def widen(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

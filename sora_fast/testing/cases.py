@@ -25,7 +25,7 @@ class _Draw:
         return torch.device(self.device).type == "cuda"
 
     def __call__(self, *shape, dtype=None):
-        numbers = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        numbers = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
         return numbers.to(device=self.device, dtype=dtype or self.dtype)
 
 
@@ -97,7 +97,7 @@ def _rotary(op, draw) -> Iterator[tuple[str, dict]]:
 
 def _attention(op, draw) -> Iterator[tuple[str, dict]]:
     def lengths(*numbers):
-        return torch.tensor([0, *torch.tensor(numbers).cumsum(0)], dtype=torch.int32, device=draw.device)
+        return torch.tensor([0, *torch.tensor(numbers, device="cpu").cumsum(0)], dtype=torch.int32, device=draw.device)
 
     def make(label, lens_q, lens_k, heads, key_heads, head_dim, tail=0, **options):
         nq, nk = sum(lens_q) + tail, sum(lens_k) + tail

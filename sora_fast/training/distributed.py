@@ -116,7 +116,7 @@ def least(number: float) -> float:
 def _reduced(numbers, operation: str) -> list[float]:
     if size() == 1:
         return [float(number) for number in numbers]
-    values = torch.tensor(numbers, dtype=torch.float64)
+    values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     dist.all_reduce(values, getattr(dist.ReduceOp, operation))
     return values.tolist()
 

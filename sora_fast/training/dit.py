@@ -109,8 +109,9 @@ def make_trainer(config: DiTTraining, vae: VideoVAE, clips: Sequence[LatentClip]
 
     def draw(batch: LatentBatch, generator) -> NoisyBatch:
         timesteps = objective.draw_timesteps(batch.tokens, generator)
-        noise = torch.randn(batch.latents.shape, generator=generator)
-        dropped = torch.rand(len(batch.captions), generator=generator) < config.condition_dropout
+        noise = torch.randn(batch.latents.shape, generator=generator, dtype=torch.float32, device="cpu")
+        drawn = torch.rand(len(batch.captions), generator=generator, dtype=torch.float32, device="cpu")
+        dropped = drawn < config.condition_dropout
         captions = tuple("" if drop else c for c, drop in zip(batch.captions, dropped.tolist(), strict=True))
         clean = draw_clean_frames(batch.grids, config.clean_frames, generator)
         return NoisyBatch(replace(batch, captions=captions), noise, timesteps, clean)

@@ -134,7 +134,7 @@ class LatentBatch:
     @property
     def tokens(self) -> torch.Tensor:
         """Tokens (S,) of each sample."""
-        return torch.tensor([_tokens(grid) for grid in self.grids])
+        return torch.tensor([_tokens(grid) for grid in self.grids], device="cpu")
 
     def pack(self, text_lengths, device) -> Pack:
         """A pack whose frames have timesteps of their own. All of a run have one length: ranks do equal work."""
@@ -181,15 +181,16 @@ def held_out_batches(clips: Sequence[LatentClip], patch, budget: int, timesteps:
     A clip's noise is its own, the same at every timestep and every call.
     """
     chosen = list(clips)[:: -(-len(clips) // most)]
-    noises = [torch.randn(clip.latent.numel(), generator=checkpoint.generator(seed, "held out", index))
-              for index, clip in enumerate(chosen)]
+    noises = [torch.randn(clip.latent.numel(), generator=checkpoint.generator(seed, "held out", index),
+                          dtype=torch.float32, device="cpu") for index, clip in enumerate(chosen)]
     packs = pack_stream(range(len(chosen)), lambda index: chosen[index].tokens(patch), budget)
     for places in packs:
         batch = LatentBatch.of([chosen[i] for i in places], patch, budget)
-        clean = torch.zeros(sum(frames for frames, _, _ in batch.grids), dtype=torch.bool)
+        clean = torch.zeros(sum(frames for frames, _, _ in batch.grids), dtype=torch.bool, device="cpu")
         noise = torch.cat([noises[i] for i in places])
         for t in timesteps:
-            yield f"t{t}", NoisyBatch(batch, noise, torch.full((len(places),), float(t)), clean)
+            alike = torch.full((len(places),), float(t), dtype=torch.float32, device="cpu")
+            yield f"t{t}", NoisyBatch(batch, noise, alike, clean)
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class LatentPacks:
         """The clip of a draw."""
         epoch, place = divmod(draw, len(self.clips))
         if epoch != self._epoch:
-            order = torch.randperm(len(self.clips), generator=checkpoint.generator(self.seed, "epoch", epoch))
+            order = torch.randperm(len(self.clips), generator=checkpoint.generator(self.seed, "epoch", epoch), device="cpu")
             self._epoch, self._order = epoch, order.tolist()
         return self._order[place]
 

@@ -324,7 +324,8 @@ class Trainer:
         there = distributed.sum_of(distributed.first() and folder in checkpoint.everything(self.run_folder))[0]
         if there:
             return folder
-        moments = {f"{name}/{key}": torch.as_tensor(value) for name, parameter in self.parameters.items()
+        tensor = lambda value: value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
+        moments = {f"{name}/{key}": tensor(value) for name, parameter in self.parameters.items()
                    for key, value in self.optimizer.state.get(parameter, {}).items()}
         gathered = distributed.gathered
         model = self.modules.state_dict()

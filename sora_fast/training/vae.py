@@ -90,7 +90,8 @@ class CropBatches:
     def plan(self, number: int) -> CropPlan:
         """Batch ``number``; numbers below 0 are other batches than those of the training."""
         c, generator = self.config, checkpoint.generator(self.config.seed, "crops", number)
-        as_images = not self.clips or float(torch.rand(1, generator=generator)) < c.image_share
+        drawn = torch.rand(1, generator=generator, dtype=torch.float32, device="cpu")
+        as_images = not self.clips or float(drawn) < c.image_share
         count, length = (c.images, 1) if as_images else (c.clips, c.frames)
         items = self.usable if as_images else self.clips
         crops = [self._draw(items, length, generator) for _ in range(count)]
@@ -123,7 +124,7 @@ class CropBatches:
 
     def _draw(self, items: Sequence[int], length: int, generator) -> Crop:
         """A crop of ``length`` frames of one of ``items``."""
-        below = lambda limit: int(torch.randint(limit, (1,), generator=generator))
+        below = lambda limit: int(torch.randint(limit, (1,), generator=generator, device="cpu"))
         item = items[below(len(items))]
         start = below(self.frames.frames(item) - length + 1)
         top, left = (below(size - self.config.crop + 1) for size in self.frames.size(item))
@@ -140,7 +141,7 @@ class CropBatches:
         """A batch of ``copies`` crops, and how many crops the largest batch holds."""
         c = self.config
         clips = bool(self.clips) and c.clips * c.frames >= c.images
-        video = torch.zeros(copies, 3, c.frames if clips else 1, c.crop, c.crop)
+        video = torch.zeros(copies, 3, c.frames if clips else 1, c.crop, c.crop, dtype=torch.float32, device="cpu")
         return Crops(video, ("",) * copies), float(c.clips if clips else c.images)
 
     def state_dict(self) -> dict:
@@ -181,7 +182,8 @@ def make_trainer(config: VAETraining, items: Sequence[MediaItem], *, span: tuple
         vae.linear_path.start(batches.load(batches.plan(-1 - i)).video.to(device) for i in range(200))
 
     def draw(crops: Crops, generator) -> Crops:
-        noise = torch.randn((len(crops.names), *vae.latent_shape(*crops.video.shape[2:])), generator=generator)
+        shape = (len(crops.names), *vae.latent_shape(*crops.video.shape[2:]))
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         return replace(crops, noise=noise)
 
     measure = VAELoss(modules, reconstruction=config.reconstruction, kl=config.kl, perceptual=perceptual,

@@ -11,6 +11,10 @@ import pytest
 import torch
 from kernel_inputs import GRIDS, draw, ints, on_kernel
 from op_checks import gradients, same_bits, tensors, with_grad
+from torch._subclasses import FakeTensorMode
+
+from sora_fast import pack
+from sora_fast.kernels import rotary
 
 ROWS = ints(*[0] * 6, *[1] * 2, *[2] * 3, -1)
 POINTWISE = draw(6, 8, 1, 1, 1)  # what a wrapper promises does not depend on the taps
@@ -90,6 +94,35 @@ def test_second_backward_is_refused(call):
         with pytest.raises(RuntimeError) as caught:
             torch.autograd.grad(grad.sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
         op_checks.assert_sentence(str(caught.value), call.op)
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call.label in ("patches", "no sums")], ids=lambda call: call.op)
+def test_what_inference_mode_left_is_trained_with(call):
+    """Tables that the first call keeps for all later ones."""
+    run = on_kernel(call.op)
+    fresh, leaves = with_grad(call.inputs, [name for name in call.inputs if name != "coords"])
+    want = gradients(run(**fresh), leaves)
+    rotary.frequencies.cache_clear()
+    pack._upload.cache_clear()
+    with torch.inference_mode():
+        run(**call.inputs)
+        assert rotary.frequencies.cache_info().currsize + pack._upload.cache_info().currsize == 1
+    got = gradients(run(**fresh), leaves)
+    assert want and all(same_bits(want[name], got[name]) for name in want)
+
+
+def test_fake_tensors_leave_no_table_behind():
+    pack._upload.cache_clear()
+    with FakeTensorMode():
+        tokens = torch.empty(11, 12)
+        assert on_kernel("unpatchify")(tokens, GRIDS, (1, 2, 2), 3, flat=True).shape == (132,)
+    assert pack._upload.cache_info().currsize == 0
+
+
+def test_fixed_frequencies_are_no_inference_tensor():
+    rotary.frequencies.cache_clear()
+    with torch.inference_mode():
+        assert not rotary.frequencies((4, 2, 2), (1e4,) * 3, torch.device("cpu")).is_inference()
 
 
 @each_call
