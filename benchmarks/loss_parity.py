@@ -25,6 +25,7 @@ from sora_fast.diffusion import FlowMatching
 from sora_fast.dispatch import device_name, use_backend
 from sora_fast.environment import environment
 from sora_fast.explanation import all_ops
+from sora_fast.files import check_folder
 from sora_fast.models import DiT, DiTConfig
 from sora_fast.models.dit import PRESETS
 from sora_fast.pack import Pack
@@ -150,6 +151,7 @@ def run(device: torch.device | str, steps: int = STEPS, out: Path | str = ".", *
     if steps < 2 * WINDOW or steps % WINDOW:
         raise ValueError(f"loss_parity: expected steps as a multiple of {WINDOW}, at least {2 * WINDOW}, got {steps}; pass "
                          f"{max(2, steps // WINDOW) * WINDOW}")
+    check_folder("--out", Path(out))
     device, recipe, curves, start = torch.device(device), QUICK if quick else FULL, {}, time.monotonic()
     for name, (backend, seed) in RUNS.items():
         progress = Progress(name, steps, 0)
@@ -183,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         row = run(pick_device(arguments.device), arguments.steps or (80 if arguments.quick else STEPS), arguments.out,
                   quick=arguments.quick)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{row['status']}: final losses " + ", ".join(f"{name}: {value}" for name, value in row["final"].items()))

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from sora_fast.environment import environment
+from sora_fast.files import check_file
 from sora_fast.ops import cuda_backend
 
 from . import rows
@@ -48,6 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jsonl", type=Path, metavar="FILE", help="append a row for each product to it")
     asked = parser.parse_args(arguments)
     device = torch.device(asked.device)
+    try:
+        if asked.jsonl:
+            check_file("--jsonl", asked.jsonl)
+    except OSError as error:
+        parser.error(str(error))
     reasons = cuda_backend.cannot_run(device, "product")
     if reasons:
         print(f"UNSUPPORTED: {' '.join(reasons)}")

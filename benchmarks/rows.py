@@ -19,9 +19,10 @@ working set), rate, published (null where the chip is not in the table), source,
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from sora_fast import files
 
 SCHEMA = 1
 # Rows that differ in one of these were not measured under the same conditions.
@@ -63,6 +64,4 @@ def append(path: Path, rows: Iterable[Mapping]) -> None:
         kept = file.read()
         if kept and not kept.endswith(b"\n"):
             file.truncate(kept.rfind(b"\n") + 1)
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    files.append(path, text, flush=True)

@@ -26,7 +26,7 @@ from sora_fast.data import FitPolicy, MediaItem, demo_media, scan, to_pixels
 from sora_fast.data.frames import Frames, bar
 from sora_fast.environment import environment
 from sora_fast.evaluation import loss_by_timestep
-from sora_fast.files import replace, save_text
+from sora_fast.files import check_folder, replace, save_text
 from sora_fast.models import VideoVAE
 from sora_fast.training import checkpoint
 from sora_fast.training import dit as dit_task
@@ -231,6 +231,8 @@ def draw(out: Path, rows: list[dict]) -> None:
 def run(arguments) -> int:
     """All rows that are not there yet, then the verdict: 0, or 1 where more compute did not lower the loss."""
     out, work = Path(arguments.out), Path(arguments.work)
+    check_folder("--out", out)
+    check_folder("--work", work)
     plotter()
     recipe = Recipe(steps=arguments.steps, vae_steps=arguments.vae_steps, stride=arguments.stride,
                     **(dict(data=arguments.data) if arguments.data else {}),

@@ -1,7 +1,9 @@
 """Files that are whole or not there, also where several processes write them at once."""
 
+import errno
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,23 +16,97 @@ except ImportError:  # Windows
     fcntl = None
 
 WAIT_S = 60.0  # for another process's lock: an edit of a cache takes milliseconds
+# Errors that end where there is room: the disk, somebody's quota or a file at its limit (Windows has no quotas).
+FULL = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, whatever cannot be written for the disk's sake is an OSError that has its number and names ``path``.
+
+    safetensors and PyTorch raise errors of their own for a full disk, and the system names the unfinished file, or none.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise OSError(*reason, str(path)) from error
+
+
+def _reason(error: BaseException | None) -> tuple[int, str] | None:
+    """The system's number and words of an error that a disk is the reason of, else None."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno, error.strerror
+    text = str(error)
+    if type(error).__name__ == "SafetensorError" and (found := re.search(r"(?:os error|code:) (\d+)", text)):
+        return int(found[1]), os.strerror(int(found[1]))
+    if isinstance(error, RuntimeError) and "inline_container" in text:  # PyTorch's, whose file raised what stands behind it
+        return _reason(error.__context__)
+    return None
+
+
+def check_folder(flag: str, folder: Path) -> None:
+    """One sentence where files could not be written to ``folder``, which need not be there yet; nothing is made.
+
+    Raises:
+        OSError: a file or a link to nothing stands in its place or above it, or it may not be written.
+    """
+    place = Path(folder).absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        what = "the file" if place.exists() else "a link to nothing,"
+        raise FileExistsError(f"{flag}: expected a folder that is there or can be made, got {what} {place}; pass another "
+                              f"{flag}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"{flag}: expected a folder that can be written, got {place}, which may not be; pass another "
+                              f"{flag}")
+
+
+def check_file(flag: str, path: Path) -> None:
+    """One sentence where ``path`` could not be written as a file; nothing is made."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{flag}: expected a file, got the folder {path}; pass the name of a file in it")
+    check_folder(flag, path.parent)
+    if path.is_file() and not os.access(path, os.W_OK):
+        raise PermissionError(f"{flag}: expected a file that can be written, got {path}, which may not be; pass another "
+                              f"{flag}")
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """``write(temporary)``, flushed to the disk, then renamed to ``path``; nothing is left of a write that fails.
 
     Raises:
-        OSError: a folder that is missing or cannot be written. On Windows also a ``path`` that somebody has open.
+        OSError: a full disk, a folder that is missing or cannot be written. On Windows also a ``path`` that somebody has
+            open.
     """
     # a name of its own: two writers of one file must not share the unfinished one
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            write(temporary)
+            with open(temporary, "r+b") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, data: bytes, *, flush: bool = False) -> None:
+    """Add ``data`` to the end of a file, all of it or nothing; ``flush``: and wait until it is on the disk."""
+    with writing(path), open(path, "ab", buffering=0) as file:
+        whole, left = file.tell(), memoryview(data)
+        try:
+            while left:  # a disk that fills up takes a part without an error
+                left = left[file.write(left):]
+            if flush:
+                os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(whole)
+            raise
 
 
 def save_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import accelerate_checks as checks
 import pytest
+import test_accelerate_caches as caches
 import test_accelerate_other_vaes as others
 import test_accelerate_transformers as transformers
 import test_accelerate_wan_vae as wan
@@ -41,6 +42,12 @@ def test_transformers(name, batch, frames):
 @pytest.mark.parametrize("name", [name for name in transformers.MODELS if name not in ("wan", "dit")])
 def test_transformers_in_bfloat16(name):
     transformers.test_it_is_as_right_in_bfloat16(name)
+
+
+@pytest.mark.parametrize("cache, name", [(cache, name) for cache in caches.CACHES for name in ("wan", "hunyuan", "cogvideox")
+                                         if (cache, name) not in caches.CASES])
+def test_step_caches_of_diffusers(cache, name):
+    caches.test_a_cache_gives_what_it_gives_on_the_plain_model(cache, name)
 
 
 @pytest.mark.parametrize("name", ["2.1", "2.2", "qwen"])

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from ..files import FULL
+
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -342,10 +344,19 @@ def main(argv: list[str] | None = None) -> None:
         foreign = isinstance(error, OSError) or isinstance(error, ImportError) and not _is_ours(error.name)
         if not foreign and not is_sentence(error):
             raise
-        missing = isinstance(error, ModuleNotFoundError) and not is_sentence(error)
-        print(f"sora-fast: {error}" + ("; run pip install 'sora_fast[train]'" if missing else ""), file=sys.stderr)
+        print(f"sora-fast: {_told(error)}", file=sys.stderr)
         code = 2
     sys.exit(code)
+
+
+def _told(error: BaseException) -> str:
+    """An error's own words; what to do besides where they do not say it."""
+    if isinstance(error, ModuleNotFoundError) and not is_sentence(error):
+        return f"{error}; run pip install 'sora_fast[train]'"
+    if isinstance(error, OSError) and error.errno in FULL:
+        return (f"expected room for {error.filename or 'what is written'}, got {error.strerror!r}; free some, or write to "
+                f"another disk")
+    return str(error)
 
 
 def _is_ours(module: str | None) -> bool:

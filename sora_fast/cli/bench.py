@@ -9,6 +9,7 @@ import torch
 
 from ..dispatch import ORDER
 from ..environment import device_label
+from ..files import check_folder, save_text
 from ..training.loop import pick_device
 from .validate import load_function
 
@@ -46,6 +47,7 @@ def run(arguments) -> int:
             print(f"{case.id}: {', '.join(provider.name for provider in providers)}")
         return 0
     out = Path(arguments.out)
+    check_folder("--out", out)
     if arguments.fresh:
         (out / "bench.jsonl").unlink(missing_ok=True)
     settings = Settings(device, suite, l2, out, arguments.minutes, timing.GPU if device.type == "cuda" else timing.CPU)
@@ -120,6 +122,7 @@ def report(arguments) -> int:
     from ..benchmarks import report as reporting
     from ..benchmarks import rows
 
+    check_folder("--out", Path(arguments.out))
     runs: dict[str, list] = {}
     for path in arguments.files:
         found = rows.read(path)
@@ -135,8 +138,6 @@ def collect(arguments) -> int:
     """Copy the result files of a GPU run into benchmarks/results/<gpu>/ of this checkout."""
     from .. import benchmarks
     from ..benchmarks import rows
-    from ..files import save_text
-
     folder = Path(arguments.folder)
     files = {path.name: rows.read(path) for path in sorted(folder.glob("*.jsonl"))}
     if not files:

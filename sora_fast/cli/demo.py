@@ -20,6 +20,7 @@ from ..data import FitPolicy, MediaItem, demo_media, read_clip, to_pixels, to_ui
 from ..data.frames import Frames
 from ..diffusion import MediaPrompt
 from ..evaluation import psnr, ssim
+from ..files import check_folder, save_text
 from ..models import VideoVAE
 from ..reference.precision import emulated_on_cpu
 from ..training import dit as dit_task
@@ -118,6 +119,7 @@ class Sample:
 
 def run(arguments) -> int:
     out, watch = Path(arguments.out), Stopwatch()
+    check_folder("--out", out)
     for name in ("vae", "dit"):  # a demo starts from nothing; longer work has train --resume
         shutil.rmtree(out / name, ignore_errors=True)
     torch.manual_seed(arguments.seed)
@@ -311,4 +313,4 @@ def save_figures(out: Path, reconstructions: list[Reconstruction], watch: Stopwa
     rows = [dict(clip=r.name, frames=r.real.shape[0], lines=r.real.shape[1], columns=r.real.shape[2], psnr=r.psnr,
                  ssim=r.ssim, baseline_psnr=r.baseline_psnr, baseline_ssim=r.baseline_ssim,
                  start_psnr=r.start_psnr) for r in reconstructions]
-    (out / "figures.json").write_text(json.dumps(dict(reconstructions=rows, seconds=watch.stages), indent=1))
+    save_text(out / "figures.json", json.dumps(dict(reconstructions=rows, seconds=watch.stages), indent=1))

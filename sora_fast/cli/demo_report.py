@@ -3,13 +3,13 @@
 import base64
 import html
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ..explanation import explain
+from ..files import save_text
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #2a78d6; }
@@ -145,6 +145,5 @@ path), so it is a fair codec before its first step; the last column of the table
 </body></html>
 """
     path = out / "report.html"
-    path.with_suffix(".tmp").write_text(page, encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
+    save_text(path, page)
     return path

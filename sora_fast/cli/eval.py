@@ -20,7 +20,7 @@ from ..data.media import shown
 from ..evaluation import ClipQuality, TimestepLosses, frechet, loss_by_timestep
 from ..evaluation.features import Features, sentence
 from ..evaluation.reconstruction import length_of, reconstruct
-from ..files import replace, save_text
+from ..files import check_folder, replace, save_text
 from ..training import checkpoint
 from ..training.dit import Generator, load_run, policy_for
 from ..training.latents import LatentClip, encode_library, held_out
@@ -61,7 +61,8 @@ def run(arguments) -> int:
         if getattr(a, name) < least:
             raise ValueError(f"eval: expected --{name.replace('_', '-')} of {least} or more, got {getattr(a, name):g}; see "
                              f"sora-fast eval --help")
-    function = _features(a.features)  # before any work: a wrong name is told at once
+    check_folder("--out", out)  # before any work, as a wrong name
+    function = _features(a.features)
     kind, described = _description(a.model)
     training = described.get("training", {})
     library = _library(a, training)

@@ -10,6 +10,7 @@ import torch
 from ..data import MediaItem, probe, read_clip, to_uint8, write_image, write_video
 from ..data.frames import bar
 from ..diffusion import MediaPrompt, generate
+from ..files import check_folder
 from ..models import VideoVAE
 from ..training.dit import Generator, load_run, policy_for
 from ..training.loop import pick_device
@@ -209,6 +210,7 @@ def spread_out(lists: dict[str, list]) -> list[list]:
 def run(arguments) -> int:
     a = arguments
     check_flags(a)
+    check_folder("--out", Path(a.out))
     flag = "--image" if a.image else "--clip"
     lists = {"--prompt": a.prompt, "--size": a.size or [], flag: a.image or a.clip or [], "--to": a.to or []}
     prompts, sizes, files, others = spread_out(lists)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .. import configs, env
 from ..environment import device_label
+from ..files import check_file
 from ..ops import FAMILIES
 from ..training.loop import pick_device
 from ..training.progress import Progress
@@ -19,6 +20,7 @@ def run(arguments) -> int:
     root = _shipped() if arguments.ship else None
     if arguments.source:
         return _keep(arguments.source, root)
+    check_file("--out", Path(arguments.out))
     from ..benchmarks import timing
     from ..tuning.tuner import Settings, Tuner
 

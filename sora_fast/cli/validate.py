@@ -8,7 +8,7 @@ import torch
 
 from .. import records
 from ..explanation import all_ops
-from ..files import save_text
+from ..files import check_file, save_text
 from ..testing import Report, validate
 from ..testing.validation import Row
 from ..training.loop import pick_device
@@ -52,6 +52,8 @@ def run(arguments) -> int:
     for backend in arguments.backend or ():
         if backend not in known:
             raise ValueError(f"--backend: expected one of {', '.join(known)}, got {backend!r}; choose one of them")
+    if arguments.jsonl:
+        check_file("--jsonl", Path(arguments.jsonl))
     device = str(pick_device(arguments.device))
     dtypes = [getattr(torch, name) for name in arguments.dtype or ("float32", "bfloat16", "float16")]
     function = load_function(arguments.impl) if arguments.impl else None

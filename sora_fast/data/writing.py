@@ -6,6 +6,7 @@ then moved onto it, so a run that stops half-way leaves the old file or none.
 
 from __future__ import annotations
 
+import io
 import os
 import uuid
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from sora_fast.data.packages import require
+from sora_fast.files import writing
 
 
 def write_video(path: str | os.PathLike, frames, fps: float, crf: int = 17) -> Path:
@@ -44,12 +46,20 @@ def write_image(path: str | os.PathLike, picture) -> Path:
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
         raise ValueError(f"write_image: the name must end in .png, .jpg, .webp or .bmp, got {path.name!r}")
     picture_HWC = _array(picture, 3, "write_image: the picture must be uint8 of shape (H, W, 3)")
-    image = require("PIL.Image", "Pillow").fromarray(picture_HWC)
+    require("PIL.Image", "Pillow")
+    quality = {"quality": 95} if path.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
     with _replacing(path) as temporary:
-        image.save(
-            temporary, **({"quality": 95} if path.suffix.lower() in (".jpg", ".jpeg", ".webp") else {})
-        )
+        temporary.write_bytes(_encoded([picture_HWC], path.suffix, **quality))
     return path
+
+
+def _encoded(pictures_HWC, suffix: str, **settings) -> bytes:
+    """A file of one or more pictures. Pillow itself would take a disk that fills up for a file that is finished."""
+    image = require("PIL.Image", "Pillow")
+    first, *more = [image.fromarray(picture_HWC) for picture_HWC in pictures_HWC]
+    data = io.BytesIO()
+    first.save(data, image.registered_extensions()[suffix.lower()], **(dict(append_images=more) if more else {}), **settings)
+    return data.getvalue()
 
 
 @contextmanager
@@ -57,11 +67,12 @@ def _replacing(path: Path) -> Iterator[Path]:
     """A name in the same folder (a move is atomic only there), moved onto `path` when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")  # hidden: scan passes it over
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _array(frames, dimensions: int, expected: str):
@@ -97,10 +108,8 @@ def _write_mp4(path: Path, frames_THWC, fps: float, crf: int) -> None:
 
 
 def _write_gif(path: Path, frames_THWC, fps: float) -> None:
-    image = require("PIL.Image", "Pillow")
-    pictures = [image.fromarray(picture_HWC) for picture_HWC in frames_THWC]
     # The format counts in 1/100 s: rounding the ends, not the durations, keeps the mean rate. Below 2/100 s
     # players show frames for a default of 10/100 s.
-    ends = [round(100 * number / fps) for number in range(len(pictures) + 1)]
+    ends = [round(100 * number / fps) for number in range(len(frames_THWC) + 1)]
     shown = [10 * max(2, end - begin) for begin, end in zip(ends, ends[1:], strict=False)]
-    pictures[0].save(path, format="GIF", save_all=True, append_images=pictures[1:], duration=shown, loop=0)
+    path.write_bytes(_encoded(frames_THWC, ".gif", save_all=True, duration=shown, loop=0))

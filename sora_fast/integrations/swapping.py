@@ -20,6 +20,7 @@ from torch import nn
 
 from .. import env
 from .attention_backend import register_attention_backend
+from .step_caches import register_block
 
 # Each may hold SWAPS, {"module.Class": mixin}, KNOWN, {"module.Class": why it is left}, and PREPARES, {"module.Class": what
 # is noted on the children of such a module before they are looked at, in attributes that begin with _sora_fast_}.
@@ -159,8 +160,15 @@ def as_built(module: nn.Module | None, kind: str) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether forward was replaced on the object itself, as by hooks that bring its weights only while it runs."""
-    return "forward" in module.__dict__
+    """Whether forward was replaced on the object itself, as by hooks that bring its weights only while it runs.
+
+    Hooks that go leave the class's own forward there, bound, which replaces nothing.
+    """
+    if "forward" not in module.__dict__:
+        return False
+    forward = module.__dict__["forward"]
+    bound_to = getattr(forward, "__self__", None)
+    return bound_to is not module or forward.__func__ is not type(module).forward
 
 
 # ------------------------------------------------------------------------------------------------ deciding
@@ -229,11 +237,15 @@ def fast_class(original: type, mixin: type[Fast]) -> type:
     """``original`` with ``mixin`` in front, under the original's own names, which checkpoints and pipelines write down."""
     namespace = dict(__module__=original.__module__, __qualname__=original.__qualname__, __doc__=original.__doc__,
                      _sora_fast_original=original, __reduce_ex__=_reduce)
-    return type(original)(original.__name__, (mixin, original), namespace)
+    made = type(original)(original.__name__, (mixin, original), namespace)
+    register_block(original, made)
+    return made
 
 
 def _change_class(module: nn.Module, change: Callable[[type], type]) -> None:
     """``change`` the class that ``module`` was built with, under FSDP2's wrapper where it has one."""
+    if not has_own_forward(module):
+        module.__dict__.pop("forward", None)  # the old class's, left by a hook that went: it would hide the new one's
     cls = type(module)
     wanted = change(original_of(cls))
     if _is_fsdp(cls):

@@ -131,9 +131,15 @@ def write(op: str, path: str | Path, tensors: Tensors, config: dict | None) -> N
         path = path / WEIGHTS
     values = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     if path.suffix in PICKLED:
-        return replace(path, lambda temporary: torch.save(values, temporary))
+        return replace(path, lambda temporary: _pickle(values, temporary))
     safetensors = _safetensors(op)
     return replace(path, lambda temporary: safetensors.save_file(values, temporary, metadata={"format": "pt"}))
+
+
+def _pickle(values: Tensors, path: Path) -> None:
+    """``torch.save`` through a file of Python's, which says why it cannot be written."""
+    with open(path, "wb") as file:
+        torch.save(values, file)
 
 
 def _tensors(op: str, path: Path) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import replace, save_text
+from ..files import replace, save_text, writing
 
 
 def _safetensors():
@@ -107,13 +107,18 @@ def write(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], sta
     folder = final.parent
     building = folder / f".building-{final.name}"
     shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    for name, values in tensors.items():
-        save_tensors(building / f"{name}.safetensors", values)
-    save_json(building / "state.json", state)
-    if final.exists():
-        _set_aside(final)
-    os.replace(building, final)
+    with writing(final):
+        try:
+            building.mkdir(parents=True)
+            for name, values in tensors.items():
+                save_tensors(building / f"{name}.safetensors", values)
+            save_json(building / "state.json", state)
+            if final.exists():
+                _set_aside(final)
+            os.replace(building, final)
+        except BaseException:  # a full disk, a second Ctrl-C: what is half written would only fill the disk
+            shutil.rmtree(building, ignore_errors=True)
+            raise
     _sync_folder(folder)  # the new one is on the disk before an old one goes
     for old in everything(run)[:-keep]:
         _set_aside(old)

@@ -53,7 +53,10 @@ class LatentCache:
 
     def read(self, path: Path | None, item: MediaItem) -> list[tuple[torch.Tensor, dict]] | None:
         """(latent, what is known of it) of each window of an entry; None where there is none, or none that is whole."""
-        if path is None or not path.is_file():
+        try:
+            if path is None or not path.is_file():
+                return None
+        except OSError:  # may not be looked into, which is told where the entry cannot be written
             return None
         try:
             tensors, metadata = checkpoint.load_with_metadata(path)

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ..files import check_folder
 from ..reference.precision import emulated_on_cpu
 from . import checkpoint, culprits, distributed, heldout, throughput
 from .config import LoopConfig
@@ -368,6 +369,7 @@ class Trainer:
 def check_start(config: LoopConfig) -> None:
     """One sentence where a run may not begin in config.out, or not go on with these settings; before any work."""
     run = Path(config.out)
+    check_folder("--out", run)
     found = checkpoint.everything(run)
     if not config.resume:
         if found:

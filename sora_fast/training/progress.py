@@ -4,10 +4,10 @@ import csv
 import io
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ..files import save_text
+from .. import files
 
 LOG_SECONDS = 10.0
 
@@ -58,7 +58,7 @@ class Table:
     def begin(self, step: int) -> list[dict]:
         """Keep rows up to ``step`` (of step 0 none: a table that a run without a checkpoint left) and return them."""
         try:
-            with open(self.path, newline="") as file:
+            with open(self.path, newline="", encoding="utf-8", errors="surrogateescape") as file:
                 rows = [row for row in csv.DictReader(file) if all(row.values()) and int(row["step"]) <= step]
         except FileNotFoundError:
             return []
@@ -68,29 +68,31 @@ class Table:
         if not rows:
             self.path.unlink(missing_ok=True)
             return []
-        text = io.StringIO()
-        table = csv.DictWriter(text, fieldnames=list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-        save_text(self.path, text.getvalue())
+        files.replace(self.path, lambda temporary: temporary.write_bytes(_lines(rows, header=True)))
         return rows
 
     def append(self, rows: Sequence[Mapping]) -> None:
         if self.quiet or not rows:
             return
-        fresh = not self.path.exists()
-        with open(self.path, "a", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=list(rows[0]))
-            if fresh:
-                table.writeheader()
-            table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        rows = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+        files.append(self.path, _lines(rows, header=not self.path.exists() or not self.path.stat().st_size))
+
+
+def _lines(rows: Sequence[Mapping], header: bool) -> bytes:
+    """CSV in UTF-8; names of files may hold bytes that are none, which stay as they are."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, fieldnames=list(rows[0]))
+    if header:
+        table.writeheader()
+    table.writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 class Events:
     """TensorBoard scalars of a run; nothing where they are not wanted, or tensorboard is not installed (which is said)."""
 
     def __init__(self, folder: Path, step: int, wanted: bool):
-        self.writer = None
+        self.writer, self.folder = None, folder
         if not wanted:
             return
         try:
@@ -102,10 +104,18 @@ class Events:
         self.writer = SummaryWriter(folder, purge_step=step + 1)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        self._call(lambda writer: [writer.add_scalar(name, value, step) for name, value in values.items()])
 
     def close(self) -> None:
-        if self.writer:
-            self.writer.close()
+        self._call(lambda writer: writer.close())
+
+    def _call(self, act: Callable) -> None:
+        """``act`` on the writer; one that cannot write says so once, and not again when it is closed."""
+        if self.writer is None:
+            return
+        try:
+            with files.writing(self.folder):
+                act(self.writer)
+        except OSError:
+            self.writer = None
+            raise
