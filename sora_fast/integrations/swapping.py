@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules import module as every
 
 from .. import env
 from .attention_backend import register_attention_backend
@@ -153,14 +154,21 @@ def is_fast(module: nn.Module) -> bool:
 
 def as_built(module: nn.Module | None, kind: str) -> bool:
     """Whether a child is still a plain ``kind`` whose weights may be read past it: no adapter, subclass or hook."""
-    if module is None or original_of(type(module)).__name__ != kind or has_own_forward(module):
-        return False
-    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    return module is not None and original_of(type(module)).__name__ == kind and runs_alone(module)
 
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether forward was replaced on the object itself, as by hooks that bring its weights only while it runs."""
     return "forward" in module.__dict__
+
+
+def runs_alone(module: nn.Module) -> bool:
+    """Whether a call is the class's forward and nothing else: no forward of its own, no hook on it or on all modules."""
+    if "forward" in module.__dict__ or (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                                        or module._backward_pre_hooks):
+        return False
+    return not (every._global_forward_hooks or every._global_forward_pre_hooks or every._global_backward_hooks
+                or every._global_backward_pre_hooks)
 
 
 # ------------------------------------------------------------------------------------------------ deciding
