@@ -40,6 +40,11 @@ class Fast:
     runs = ""
     reads: tuple[str, ...] = ()
 
+    @classmethod
+    def reads_of(cls, module: nn.Module) -> tuple[str, ...] | list[str]:
+        """``reads`` of one object, where it depends on what is in it."""
+        return cls.reads
+
     @staticmethod
     def unsuited(module: nn.Module) -> str | None:
         return None
@@ -127,7 +132,7 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
             _change_class(module, lambda original, mixin=mixin: fast_class(original, mixin))
             if progress is not None and hasattr(mixin, "streams"):
                 module._sora_fast_progress = progress
-            readers |= {inner: kind for child in mixin.reads for inner in _modules(module, child)}
+            readers |= {inner: kind for child in mixin.reads_of(module) for inner in _modules(module, child)}
     return Report(tuple(rows))
 
 
