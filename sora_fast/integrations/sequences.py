@@ -64,11 +64,13 @@ def _why_not(first, second) -> str | None:
 
 
 def _why_not_causal(pad, conv) -> str | None:
-    name, padding = type(pad).__name__, tuple(pad.padding)
+    name, padding, weight = type(pad).__name__, tuple(pad.padding), conv._parameters.get("weight")
     if _PADS[type(pad)] == "zeros" and pad.value != 0:
         return f"{name} fills with {pad.value:g}, not with 0"
-    if padding[4:] != (conv.weight.shape[2] - 1, 0):
-        return f"{name} does not stand towards the past alone, {conv.weight.shape[2] - 1} frames of it"
+    if weight is None:
+        return "its convolution has no weight of its own"
+    if padding[4] != weight.shape[2] - 1 or padding[5] != 0:
+        return f"{name} does not stand towards the past alone, {weight.shape[2] - 1} frames of it"
     if min(padding) < 0:
         return f"{name} cuts off what is at the border"
     if conv.groups != 1 or conv.dilation != (1, 1, 1):

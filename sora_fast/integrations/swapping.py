@@ -17,7 +17,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.modules import module as every
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from .. import env
 from .attention_backend import register_attention_backend
@@ -169,11 +174,10 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def runs_alone(module: nn.Module) -> bool:
     """Whether a call is the class's forward and nothing else: no forward of its own, no hook on it or on all modules."""
-    if "forward" in module.__dict__ or (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                                        or module._backward_pre_hooks):
-        return False
-    return not (every._global_forward_hooks or every._global_forward_pre_hooks or every._global_backward_hooks
-                or every._global_backward_pre_hooks)
+    own = module.__dict__
+    return not ("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
+                or own["_backward_pre_hooks"] or _global_forward_hooks or _global_forward_pre_hooks
+                or _global_backward_hooks or _global_backward_pre_hooks)
 
 
 # ------------------------------------------------------------------------------------------------ deciding

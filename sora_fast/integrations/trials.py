@@ -36,17 +36,13 @@ _MOST_TRIALS = 8  # of one object: one whose attributes change with every step i
 
 # ------------------------------------------------------------------------------------------------ what was found
 @dataclass(frozen=True)
-class Child:
-    """A child that the forward read. ``settings`` is None where ours calls it too: its hooks and attributes are its own."""
-
-    name: str
-    kind: type
-    settings: tuple[tuple[str, object], ...] | None
-
-
-@dataclass(frozen=True)
 class Proof:
-    """What one trial found and on what it rests; ``reason``: why the forward is not ours, or None."""
+    """What one trial found and on what it rests, in flat tuples since every call goes through them.
+
+    ``reason``: why the forward is not ours, or None. ``own``, ``shared``: attributes of the object and of its class that
+    were read. ``kinds``: children and their classes; ``passed``: those of them that ours does not call; ``settings``: of
+    those, (child, attribute, value).
+    """
 
     reason: str | None
     original: type
@@ -54,7 +50,9 @@ class Proof:
     names: tuple[str, ...]  # of the forward's first arguments
     own: tuple[tuple[str, object], ...]
     shared: tuple[tuple[str, object], ...]
-    children: tuple[Child, ...]
+    kinds: tuple[tuple[str, type], ...]
+    passed: tuple[str, ...]
+    settings: tuple[tuple[str, str, object], ...]
 
     def holds(self, module: nn.Module) -> bool:
         """Whether nothing has changed of what the trial rests on."""
@@ -68,16 +66,13 @@ class Proof:
         for name, value in self.shared:
             if name in own or not _same(getattr(self.original, name, _MISSING), value):
                 return False
-        for child in self.children:
-            now = inner.get(child.name, _MISSING)
-            if type(now) is not child.kind:
+        for name, kind in self.kinds:
+            if type(inner.get(name)) is not kind:
                 return False
-            if child.settings:
-                attributes = now.__dict__
-                for name, value in child.settings:
-                    got = attributes.get(name, _MISSING)
-                    if got is not value and not _same(got, value):
-                        return False
+        for name, attribute, value in self.settings:
+            now = inner[name].__dict__.get(attribute, _MISSING)
+            if now is not value and not _same(now, value):
+                return False
         return True
 
     def _has(self, module: nn.Module, name: str) -> bool:
@@ -88,8 +83,8 @@ class Proof:
     def alone(self, module: nn.Module) -> bool:
         """Whether no child that ours does not call has hooks or a forward that would be passed by."""
         inner = module._modules
-        for child in self.children:
-            if child.settings is not None and not runs_alone(inner[child.name]):
+        for name in self.passed:
+            if not runs_alone(inner[name]):
                 return False
         return True
 
@@ -144,7 +139,7 @@ class Watch:
     def __init__(self, module: nn.Module, form: type, training: bool):
         self.module, self.form, self.training = module, form, training
         self.original = original_of(type(module))
-        self.own, self.shared, self.children, self.twins = {}, {}, {}, {}
+        self.own, self.shared, self.kinds, self.settings, self.twins = {}, {}, {}, {}, {}
         self.calls, self.weights, self.numbers, self.refused = [], {}, 0, None
         self.twin = _blank(_watched(self.original), _sora_fast_watch=self)
 
@@ -180,8 +175,9 @@ class Watch:
             child = self.module._modules[name]
             called = name in self.form.calls
             self.twins[name] = child if child is None else (self._stand_in if called else self._copy)(name, child)
-            settings = None if called or child is None else tuple(_settings(child).items())
-            self.children[name] = Child(name, type(child), settings)
+            self.kinds[name] = type(child)
+            if not (called or child is None):
+                self.settings[name] = _settings(child)
         return self.twins[name]
 
     def _stand_in(self, name: str, child):
@@ -263,7 +259,7 @@ def _watched(original: type) -> type:
 def attempt(module: nn.Module, form: type) -> Proof:
     """Try ``module`` against ``form``, one of structures.py."""
     original, reason = original_of(type(module)), None
-    own, shared, children = {}, {}, {name: Child(name, type(module._modules.get(name)), None) for name in form.parts}
+    own, shared, settings, kinds = {}, {}, {}, {name: type(module._modules.get(name)) for name in form.parts}
     with _aside():
         for training in (False, True):
             theirs = ours = None
@@ -274,12 +270,14 @@ def attempt(module: nn.Module, form: type) -> Proof:
                 said = " ".join(str(error).split())[:120] or type(error).__name__
                 reason = theirs and theirs.refused or f"its forward could not be tried: {said}"
             if theirs is not None:
-                own, shared, children = own | theirs.own, shared | theirs.shared, children | theirs.children
+                own, shared = own | theirs.own, shared | theirs.shared
+                kinds, settings = kinds | theirs.kinds, settings | theirs.settings
             if reason is not None:
                 break
     names = tuple(inspect.signature(original.forward).parameters)[1 : len(inspect.signature(form.compute).parameters)]
+    flat = tuple((name, attribute, value) for name, of in settings.items() for attribute, value in of.items())
     return Proof(reason, original, original.forward, names, tuple(own.items()), tuple(shared.items()),
-                 tuple(children.values()))
+                 tuple(kinds.items()), tuple(settings), flat)
 
 
 def _compare(theirs: Watch, ours: Watch) -> str | None:
