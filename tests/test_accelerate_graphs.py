@@ -3,8 +3,10 @@
 import accelerate_checks as checks
 import pytest
 import test_accelerate_other_vaes as others
+import test_accelerate_structures as forms
 import test_accelerate_training as training
 import test_accelerate_transformers as transformers
+import test_accelerate_trials as trials
 import test_accelerate_wan_vae as wan
 import torch
 from accelerate_checks import draw
@@ -99,3 +101,25 @@ def test_diffusers_attention_backend(kind, fast):
     torch._dynamo.reset()
     traced = torch.compile(model, fullgraph=True, backend="eager")(return_dict=False, **given)[0]
     assert (traced - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_blocks_known_by_trying_are_one_graph_that_notices_a_change():
+    plain = checks.randomise(forms.DiT(lambda: trials.Scaled(1.0)))
+    fast, _ = checks.accelerated(plain)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    trials.close(compiled(*trials.given()), plain(*trials.given()))
+    for scale in (0.5, 1.0):
+        fast.blocks[0].res_scale = plain.blocks[0].res_scale = scale
+        trials.close(compiled(*trials.given()), plain(*trials.given()))
+
+
+def test_pairs_in_a_sequence_are_one_graph():
+    plain = checks.randomise(torch.nn.Sequential(torch.nn.GroupNorm(2, 4), torch.nn.SiLU(), torch.nn.ConstantPad3d(
+        (0, 0, 0, 0, 2, 0), 0), torch.nn.Conv3d(4, 4, 3, padding=(0, 1, 1)), torch.nn.Conv3d(4, 4, 1)))
+    fast, _ = checks.accelerated(plain)
+    torch._dynamo.reset()
+    compiled, x = torch.compile(fast, fullgraph=True, backend="eager"), draw(2, 4, 4, 6, 5).float()
+    trials.close(compiled(x), plain(x))
+    fast[2].value = plain[2].value = 1.0
+    trials.close(compiled(x), plain(x))

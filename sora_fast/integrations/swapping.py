@@ -17,6 +17,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from .. import env
 from .attention_backend import register_attention_backend
@@ -39,6 +45,11 @@ class Fast:
 
     runs = ""
     reads: tuple[str, ...] = ()
+
+    @classmethod
+    def reads_of(cls, module: nn.Module) -> tuple[str, ...] | list[str]:
+        """``reads`` of one object, where it depends on what is in it."""
+        return cls.reads
 
     @staticmethod
     def unsuited(module: nn.Module) -> str | None:
@@ -127,7 +138,7 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
             _change_class(module, lambda original, mixin=mixin: fast_class(original, mixin))
             if progress is not None and hasattr(mixin, "streams"):
                 module._sora_fast_progress = progress
-            readers |= {inner: kind for child in mixin.reads for inner in _modules(module, child)}
+            readers |= {inner: kind for child in mixin.reads_of(module) for inner in _modules(module, child)}
     return Report(tuple(rows))
 
 
@@ -154,9 +165,7 @@ def is_fast(module: nn.Module) -> bool:
 
 def as_built(module: nn.Module | None, kind: str) -> bool:
     """Whether a child is still a plain ``kind`` whose weights may be read past it: no adapter, subclass or hook."""
-    if module is None or original_of(type(module)).__name__ != kind or has_own_forward(module):
-        return False
-    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    return module is not None and original_of(type(module)).__name__ == kind and runs_alone(module)
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -169,6 +178,14 @@ def has_own_forward(module: nn.Module) -> bool:
     forward = module.__dict__["forward"]
     bound_to = getattr(forward, "__self__", None)
     return bound_to is not module or forward.__func__ is not type(module).forward
+
+
+def runs_alone(module: nn.Module) -> bool:
+    """Whether a call is the class's forward and nothing else: no forward of its own, no hook on it or on all modules."""
+    own = module.__dict__
+    return not ("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
+                or own["_backward_pre_hooks"] or _global_forward_hooks or _global_forward_pre_hooks
+                or _global_backward_hooks or _global_backward_pre_hooks)
 
 
 # ------------------------------------------------------------------------------------------------ deciding

@@ -1,0 +1,345 @@
+"""Trying one block of somebody else's class: is its forward ours, on this very object, in evaluation and in training?
+
+The trial runs on a twin in float64: norms, layer scales and what has no weights are copied with random weights, and each
+large part that both forwards merely call (attention, MLP) is one cheap function in both. So it takes a few rows of the
+width, whatever the block weighs, reads no weight and runs no hook. What the twin's forward reads of itself is written down;
+a later call looks whether that is still so, and where it is not, the block is tried again.
+
+B batch, N tokens, D width.
+"""
+
+import enum
+import functools
+import inspect
+import pickle
+import random
+import sys
+import types
+import zlib
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..dispatch import use_backend
+from .swapping import original_of, runs_alone
+
+_MISSING = object()
+_INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
+# Values that cannot change without the attribute being set anew.
+_FIXED = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, type,
+          types.FunctionType, types.BuiltinFunctionType)
+_MOST_NUMBERS = 2**20  # of all that is copied of one block: 8 MB
+_MOST_TRIALS = 8  # of one object: one whose attributes change with every step is left to its own forward
+
+
+# ------------------------------------------------------------------------------------------------ what was found
+@dataclass(frozen=True)
+class Proof:
+    """What one trial found and on what it rests, in flat tuples since every call goes through them.
+
+    ``reason``: why the forward is not ours, or None. ``own``, ``shared``: attributes of the object and of its class that
+    were read. ``kinds``: children and their classes; ``passed``: those of them that ours does not call; ``settings``: of
+    those, (child, attribute, value).
+    """
+
+    reason: str | None
+    original: type
+    forward: object
+    names: tuple[str, ...]  # of the forward's first arguments
+    own: tuple[tuple[str, object], ...]
+    shared: tuple[tuple[str, object], ...]
+    kinds: tuple[tuple[str, type], ...]
+    passed: tuple[str, ...]
+    settings: tuple[tuple[str, str, object], ...]
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether nothing has changed of what the trial rests on."""
+        own, inner = module.__dict__, module._modules
+        if self.original.forward is not self.forward:
+            return False
+        for name, value in self.own:
+            now = own.get(name, _MISSING)
+            if now is not value and not _same(now, value) or value is _MISSING and self._has(module, name):
+                return False
+        for name, value in self.shared:
+            if name in own or not _same(getattr(self.original, name, _MISSING), value):
+                return False
+        for name, kind in self.kinds:
+            if type(inner.get(name)) is not kind:
+                return False
+        for name, attribute, value in self.settings:
+            now = inner[name].__dict__.get(attribute, _MISSING)
+            if now is not value and not _same(now, value):
+                return False
+        return True
+
+    def _has(self, module: nn.Module, name: str) -> bool:
+        """Whether a module has an attribute that is not in its __dict__."""
+        return (name in module._modules or name in module._parameters or name in module._buffers
+                or hasattr(self.original, name))
+
+    def alone(self, module: nn.Module) -> bool:
+        """Whether no child that ours does not call has hooks or a forward that would be passed by."""
+        inner = module._modules
+        for name in self.passed:
+            if not runs_alone(inner[name]):
+                return False
+        return True
+
+
+class Proofs:
+    """Those of one object. A pickle has none: what is loaded may be of another version of its class."""
+
+    def __init__(self, form: type, found: tuple[Proof, ...] = ()):
+        self.form, self.found = form, found
+
+    def of(self, module: nn.Module) -> Proof | None:
+        """The proof for ``module`` as it is now, after a trial where there is none; None where it was tried too often.
+
+        A graph is traced with the proofs that there are.
+        """
+        for proof in self.found:
+            if proof.holds(module):
+                return proof
+        if torch.compiler.is_compiling() or len(self.found) >= _MOST_TRIALS:
+            return None
+        proof = attempt(module, self.form)
+        # One that failed may rest on less than all that the forward reads, and must not hide one that did not.
+        self.found = (proof, *self.found) if proof.reason is None else (*self.found, proof)
+        return proof
+
+    def __deepcopy__(self, memo):
+        return Proofs(self.form, self.found)
+
+    def __reduce__(self):
+        return Proofs, (self.form,)
+
+
+def _same(a, b) -> bool:
+    """Values of what is fixed, by value."""
+    return a is b or type(a) is type(b) and a == b
+
+
+def _is_fixed(value) -> bool:
+    if isinstance(value, tuple | frozenset):
+        return all(_is_fixed(each) for each in value)
+    return isinstance(value, _FIXED)
+
+
+# ------------------------------------------------------------------------------------------------ the twin
+class _Refused(Exception):
+    pass
+
+
+class Watch:
+    """A twin of ``module``, of its own class, that notes what is read of it and refuses what it cannot look after."""
+
+    def __init__(self, module: nn.Module, form: type, training: bool):
+        self.module, self.form, self.training = module, form, training
+        self.original = original_of(type(module))
+        self.own, self.shared, self.kinds, self.settings, self.twins = {}, {}, {}, {}, {}
+        self.calls, self.weights, self.numbers, self.refused = [], {}, 0, None
+        self.twin = _blank(_watched(self.original), _sora_fast_watch=self)
+
+    def refuse(self, reason: str) -> _Refused:
+        self.refused = self.refused or reason
+        return _Refused(reason)
+
+    def read(self, name: str):
+        """What ``twin.name`` is; _MISSING: look on the class."""
+        module, own = self.module, self.module.__dict__
+        if name == "training":
+            return self.training
+        if name in module._parameters or name in module._buffers:
+            raise self.refuse(f"its forward reads its own {name}")
+        if name in own:
+            if not _is_fixed(own[name]):
+                raise self.refuse(f"its forward reads {name}, a {type(own[name]).__name__}, which may change unseen")
+            self.own[name] = own[name]
+            return own[name]
+        found = inspect.getattr_static(self.original, name, _MISSING)
+        if found is _MISSING and name in module._modules:
+            return self.child(name)
+        if found is _MISSING:
+            self.own[name] = _MISSING
+        elif not (_is_fixed(found) or hasattr(type(found), "__get__")):
+            raise self.refuse(f"its forward reads {name}, a {type(found).__name__}, which may change unseen")
+        elif not hasattr(nn.Module, name):
+            self.shared[name] = getattr(self.original, name)
+        return _MISSING
+
+    def child(self, name: str):
+        if name not in self.twins:
+            child = self.module._modules[name]
+            called = name in self.form.calls
+            self.twins[name] = child if child is None else (self._stand_in if called else self._copy)(name, child)
+            self.kinds[name] = type(child)
+            if not (called or child is None):
+                self.settings[name] = _settings(child)
+        return self.twins[name]
+
+    def _stand_in(self, name: str, child):
+        """One cheap function of its first argument; any other must have its default, for ours passes none."""
+        layers = [layer for layer in child.modules() if hasattr(layer, "out_features")] if self.form.calls[name] else []
+        signature = inspect.signature(child.forward)
+
+        def call(*args, **kwargs):
+            x, *more = signature.bind(*args, **kwargs).arguments.items()
+            for argument, value in more:
+                kind, default = signature.parameters[argument].kind, signature.parameters[argument].default
+                several = kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+                given = value if kind is inspect.Parameter.VAR_POSITIONAL else value.values() if several else ()
+                if not (all(each is None for each in given) if several else _same(value, default)):
+                    raise self.refuse(f"its forward gives {argument} to its {name}")
+            self.calls.append(name)
+            x, numbers = x[1], _draws(name)
+            width = layers[-1].out_features if layers else x.shape[-1]
+            spread = x[..., torch.arange(width) % x.shape[-1]] + x.mean(-1, keepdim=True)
+            return torch.sin(numbers(width) * spread + numbers(width))
+
+        return _blank(original_of(type(child)), _compiled_call_impl=call)
+
+    def _copy(self, name: str, child):
+        """The child with random weights in float64, without hooks."""
+        for attribute, value in _settings(child).items():
+            if not _is_fixed(value):
+                raise self.refuse(f"its {name} has {attribute}, a {type(value).__name__}, which may change unseen")
+        self.numbers += sum(p.numel() for p in child.parameters())
+        if self.numbers > _MOST_NUMBERS:
+            raise self.refuse(f"its {name} is too large to be tried")
+        if child._modules or child._buffers:
+            raise self.refuse(f"its forward calls {name}, which has {'children' if child._modules else 'buffers'}")
+        kind, numbers = original_of(type(child)), _draws(name)
+        twin = _blank(kind, **_settings(child))
+        twin.__dict__.update(training=self.training, _compiled_call_impl=functools.partial(kind.forward, twin))
+        for key, p in child._parameters.items():
+            twin._parameters[key] = None if p is None else nn.Parameter(numbers(*p.shape))
+            if p is not None:
+                self.weights[name, key] = twin._parameters[key]
+        return twin
+
+
+def _settings(child: nn.Module) -> dict:
+    """All that a child has besides nn.Module's own attributes."""
+    return {name: value for name, value in vars(child).items() if name not in _INTERNAL}
+
+
+def _blank(kind: type, **attributes) -> nn.Module:
+    """An object of ``kind`` that has nothing else. With a _compiled_call_impl, no hook on all modules sees its calls."""
+    twin = object.__new__(kind)
+    twin.__dict__.update(vars(nn.Module()), **attributes)
+    return twin
+
+
+def _draws(name: str):
+    """Random numbers in float64 that are the same for the same name, and never those of PyTorch's own generator."""
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
+    return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+@functools.cache
+def _watched(original: type) -> type:
+    def get(self, name):
+        if name.startswith("__") or name == "_sora_fast_watch":
+            return object.__getattribute__(self, name)
+        value = self._sora_fast_watch.read(name)
+        return object.__getattribute__(self, name) if value is _MISSING else value
+
+    def change(self, name, *value):
+        raise self._sora_fast_watch.refuse(f"its forward changes its {name}")
+
+    return type(original)(original.__name__, (original,), dict(
+        __module__=original.__module__, __qualname__=original.__qualname__, __getattribute__=get, __setattr__=change,
+        __delattr__=change))
+
+
+# ------------------------------------------------------------------------------------------------ the trial
+def attempt(module: nn.Module, form: type) -> Proof:
+    """Try ``module`` against ``form``, one of structures.py."""
+    original, reason = original_of(type(module)), None
+    own, shared, settings, kinds = {}, {}, {}, {name: type(module._modules.get(name)) for name in form.parts}
+    with _aside():
+        for training in (False, True):
+            theirs = ours = None
+            try:
+                theirs, ours = Watch(module, form, training), Watch(module, form, training)
+                reason = _compare(theirs, ours)
+            except Exception as error:  # whatever a stranger's forward raises
+                said = " ".join(str(error).split())[:120] or type(error).__name__
+                reason = theirs and theirs.refused or f"its forward could not be tried: {said}"
+            if theirs is not None:
+                own, shared = own | theirs.own, shared | theirs.shared
+                kinds, settings = kinds | theirs.kinds, settings | theirs.settings
+            if reason is not None:
+                break
+    names = tuple(inspect.signature(original.forward).parameters)[1 : len(inspect.signature(form.compute).parameters)]
+    flat = tuple((name, attribute, value) for name, of in settings.items() for attribute, value in of.items())
+    return Proof(reason, original, original.forward, names, tuple(own.items()), tuple(shared.items()),
+                 tuple(kinds.items()), tuple(settings), flat)
+
+
+def _compare(theirs: Watch, ours: Watch) -> str | None:
+    """Why the forward of ``theirs`` is not that of the form; None where outputs and gradients agree to 1e-10."""
+    mode = "in training" if theirs.training else "in evaluation"
+    (wanted, drew), (got, _) = _run(theirs, theirs.original.forward), _run(ours, ours.form.compute)
+    if theirs.refused:
+        return theirs.refused
+    if drew:
+        return f"its forward draws random numbers {mode}"
+    if not _agree(wanted, got):
+        return f"its forward is not that of the {theirs.original.__name__} known here ({mode})"
+    return None if theirs.calls == ours.calls else "its forward calls its parts in another order, or several times"
+
+
+def _run(watch: Watch, forward):
+    """The output and, by name, all gradients of a weighted sum of it; and whether random numbers were drawn."""
+    numbers, before = _draws("inputs"), _states()
+    given = [numbers(*shape).requires_grad_() for shape in watch.form.shapes(watch.module)]
+    out = forward(watch.twin, *(x.clone() for x in given))  # copies, for it may write into them
+    drew = _states() != before
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"it returns a {type(out).__name__}")
+    leaves = watch.weights | dict(enumerate(given))
+    gradients = torch.autograd.grad((out * numbers(*out.shape)).sum(), list(leaves.values()), allow_unused=True)
+    return (out.detach(), dict(zip(leaves, gradients, strict=True))), drew
+
+
+def _agree(wanted, got) -> bool:
+    """Two outputs with their gradients; one that is None, or of a weight that was never read, is zero."""
+    (out, theirs), (other, ours) = wanted, got
+    if out.shape != other.shape or out.dtype != other.dtype:
+        return False
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
+    pairs = [(theirs.get(name), ours.get(name)) for name in theirs | ours]
+    pairs = [(out, other), *((zero if a is None else a, zero if b is None else b) for a, b in pairs)]
+    return all((a - b).abs().max() <= 1e-10 * a.abs().max() for a, b in pairs)
+
+
+# ------------------------------------------------------------------------------------------------ leaving no trace
+def _states() -> tuple:
+    numpy = sys.modules.get("numpy")
+    return (torch.default_generator.get_state().numpy().tobytes(), random.getstate(),
+            pickle.dumps(numpy.random.get_state()) if numpy else None)
+
+
+@contextmanager
+def _aside():
+    """Run on the CPU, in float64, with gradients, without autocast, and leave the generators as they were."""
+    numpy = sys.modules.get("numpy")
+    kept = torch.default_generator.get_state(), random.getstate(), numpy.random.get_state() if numpy else None
+    with ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False),
+                        use_backend("torch")):
+            stack.enter_context(context)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        torch.default_generator.manual_seed(0)
+        try:
+            yield
+        finally:
+            torch.default_generator.set_state(kept[0])
+            random.setstate(kept[1])
+            if numpy:
+                numpy.random.set_state(kept[2])
