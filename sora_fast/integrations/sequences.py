@@ -43,43 +43,48 @@ class Sequence(Fast):
 
     @staticmethod
     def unsuited(module):
-        reasons = [_why_not(*pair) for pair in pairwise(module)]
-        if None in reasons:
-            return None
-        told = [reason for reason in reasons if reason]
+        told = []
+        for first, second in pairwise(module):
+            reason = _why_not(first, second)
+            if reason is None:
+                return None
+            told += [reason.format(first, second, type(first).__name__, type(second).__name__)] if reason else []
         return f"a container; {told[0]}" if told else "a container"
 
 
 def _why_not(first, second) -> str | None:
-    """Why two modules in a row are not one op here, None where they are; "" where nothing says that they might be."""
+    """Why two modules in a row are not one op here, None where they are; "" where nothing says that they might be.
+
+    A reason is still to be formatted with both and their classes' names: a traced graph has no numbers to write out.
+    """
     if type(first) is nn.GroupNorm and type(second) is nn.SiLU or type(first) in _PADS and type(second) is nn.Conv3d:
         if not (runs_alone(first) and runs_alone(second)):
-            return f"its {type(first).__name__} or {type(second).__name__} has a hook or a forward of its own"
+            return "its {2} or {3} has a hook or a forward of its own"
         return None if type(first) is nn.GroupNorm else _why_not_causal(first, second)
     if type(first) is nn.GroupNorm:
-        return f"{type(second).__name__} behind GroupNorm is not SiLU"
+        return "{3} behind {2} is not SiLU"
     if type(second) is nn.Conv3d and "Pad" in type(first).__name__:
-        return f"{type(first).__name__} is not a pad this library knows"
+        return "{2} is not a pad this library knows"
     return ""
 
 
 def _why_not_causal(pad, conv) -> str | None:
-    name, padding, weight = type(pad).__name__, tuple(pad.padding), conv._parameters.get("weight")
+    padding, weight = tuple(pad.padding), conv._parameters.get("weight")
     if _PADS[type(pad)] == "zeros" and pad.value != 0:
-        return f"{name} fills with {pad.value:g}, not with 0"
+        return "{2} fills with {0.value:g}, not with 0"
     if weight is None:
         return "its convolution has no weight of its own"
     if padding[4] != weight.shape[2] - 1 or padding[5] != 0:
-        return f"{name} does not stand towards the past alone, {weight.shape[2] - 1} frames of it"
+        return "{2} does not stand towards the past alone, before a kernel of {1.weight.shape[2]} frames"
     if min(padding) < 0:
-        return f"{name} cuts off what is at the border"
+        return "{2} cuts off what is at the border"
     if conv.groups != 1 or conv.dilation != (1, 1, 1):
         return "its convolution has groups or dilation"
     own = _own_padding(conv)
     if own is None or own[0] != 0:
         return "its convolution pads in time itself"
     if conv.padding_mode != "zeros" or any(own) and _PADS[type(pad)] != "zeros" and any(padding[:4]):
-        return f"its convolution pads with {conv.padding_mode} around {name}"
+        return "its convolution pads with {1.padding_mode} around {2}"
     return None
 
 
