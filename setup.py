@@ -46,7 +46,8 @@ def find_nvcc() -> tuple[str | None, str]:  # and its version
     home = os.environ.get("CUDA_HOME")
     places = [f"{home}/bin"] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     found = shutil.which("nvcc", path=os.pathsep.join(places))
-    told = subprocess.run([found, "--version"], capture_output=True, text=True).stdout if found else ""
+    said = dict(capture_output=True, encoding="utf-8", errors="replace")
+    told = subprocess.run([found, "--version"], **said).stdout if found else ""
     version = re.search(r"V(\d+\.\d+\.\d+)", told)
     return (found, version[1]) if version else (None, "")
 

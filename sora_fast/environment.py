@@ -70,7 +70,7 @@ def build_info() -> dict:
 @functools.cache
 def _cpu() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
@@ -101,7 +101,8 @@ def _query(device: torch.device, fields: str) -> list[str]:
     try:
         identity = str(torch.cuda.get_device_properties(device).uuid)
         out = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits",
-                              f"--id=GPU-{identity}"], capture_output=True, check=True, text=True, timeout=20).stdout
+                              f"--id=GPU-{identity}"], capture_output=True, check=True, encoding="utf-8", errors="replace",
+                             timeout=20).stdout
     except (OSError, AttributeError, subprocess.SubprocessError):
         return []
     return [value.strip() for value in out.strip().split(",")]

@@ -110,8 +110,8 @@ def append(path: Path, data: bytes, *, flush: bool = False) -> None:
 
 
 def save_text(path: Path, text: str) -> None:
-    """Write text atomically, in UTF-8, its line ends as they are."""
-    replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))
+    """Write text atomically, in UTF-8, its line ends as they are, and bytes of file names that are no text as they are."""
+    replace(path, lambda temporary: temporary.write_bytes(text.encode("utf-8", "surrogateescape")))
 
 
 def read_text(path: Path) -> str:

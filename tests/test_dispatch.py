@@ -1,5 +1,6 @@
 """Which backend runs, and what is said when none does."""
 
+import gc
 from dataclasses import replace
 
 import op_checks
@@ -8,7 +9,7 @@ import torch
 
 from sora_fast import dispatch, ops, use_backend
 from sora_fast.dispatch import Backend, Op, Problem
-from sora_fast.ops import attention
+from sora_fast.ops import attention, operators
 
 PROBLEM = Problem("cpu", torch.float32, False)
 
@@ -217,3 +218,13 @@ def test_a_slow_path_on_a_gpu_is_told_once(caplog):
         assert op.run(on_gpu, "auto") == op.run(on_gpu, "auto") == "slow"
     (record,) = caplog.records
     assert "made_up runs on its reference on cuda:sm90" in record.message and "It cannot today." in record.message
+
+
+def test_an_operator_that_is_defined_anew_takes_the_old_ones_place():
+    """As by a package that was deleted and imported again; what was made first goes, and takes nothing along."""
+    x = torch.ones(3)
+    for factor in (2.0, 3.0):
+        operators.define("times(Tensor x) -> Tensor", lambda x, factor=factor: factor * x, torch.empty_like)
+        gc.collect()
+        assert torch.equal(torch.ops.sora_fast.times(x), factor * x)
+        assert torch.ops.sora_fast.times(x.to("meta")).shape == (3,)

@@ -93,7 +93,7 @@ def peak_bytes(setting: Setting, side: str) -> int:
     """Peak resident memory of a fresh process that decodes twice on one thread; Linux only."""
     command = [sys.executable, "-m", "sora_fast.benchmarks.model.vae_peer", "--peak", side, "--width", str(setting.width),
                "--size", *map(str, setting.size)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     return int(done.stdout) * 1024
 
 
@@ -103,7 +103,7 @@ def _own_peak(setting: Setting, side: str) -> str:
     (decode,) = setting.decoders([side]).values()
     decode()
     decode()
-    status = Path("/proc/self/status").read_text().splitlines()
+    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     return next(line for line in status if line.startswith("VmHWM")).split()[1]
 
 

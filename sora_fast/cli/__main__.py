@@ -1,7 +1,9 @@
 """sora-fast: demo, train-vae, train, generate, eval, info, explain, validate, bench, tune."""
 
 import argparse
+import codecs
 import dis
+import io
 import os
 import sys
 from pathlib import Path
@@ -131,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
                   "is pulled below that over the same frames. --decoded writes the decoder's frames alone. mp4 and gif\n"
                   "are not lossless, --png is. An image to end with (--to, --extend before) is held for a latent frame.")
     sub.add_argument("model", help="run folder of sora-fast train")
-    sub.add_argument("--prompt", action="append", required=True, help="caption; repeat for several samples")
+    sub.add_argument("--prompt", type=typed, action="append", required=True, help="caption; repeat for several samples")
     sub.add_argument("--size", action="append", metavar="TxHxW",
                      help="frames x lines x columns; T = 1 is an image. This flag, --image, --clip and --to: once for all "
                           "samples or once for each (default: that of --image or --clip, fitted as in training)")
@@ -192,8 +194,8 @@ def parser() -> argparse.ArgumentParser:
                                                             "else the clips' own (default: %(default)s)")
     sub.add_argument("--strata", type=int, default=10, metavar="N", help="DiT: equal parts of the timesteps, each met once "
                                                                          "by every window (default: %(default)s)")
-    sub.add_argument("--prompt", action="append", help="DiT: a caption of the sheet; repeat for more rows (default: the "
-                                                       "first three of the data)")
+    sub.add_argument("--prompt", type=typed, action="append",
+                     help="DiT: a caption of the sheet; repeat for more rows (default: the first three of the data)")
     sub.add_argument("--size", action="append", metavar="TxHxW", help="DiT: a size of the sheet; repeat for more columns "
                                                                       "(default: that of a window, and an image)")
     sub.add_argument("--steps", type=int, default=25, help="DiT: sampling steps (default: %(default)s)")
@@ -307,6 +309,11 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def typed(text: str) -> str:
+    """A flag's text as it was typed, also where Python took its bytes for no letters of the system's encoding."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def join_words(argv: list[str]) -> list[str]:
     """``bench compare a b`` names the command "bench compare"; argparse takes one word for a command."""
     two = argv[:1] == ["bench"] and argv[1:2] and argv[1] in ("compare", "report", "collect", "readme")
@@ -328,6 +335,7 @@ def is_sentence(error: BaseException) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command and exit: 0, 1 for a failed validation, 2 with one sentence for what is wrong, 130 for Ctrl-C."""
+    _print_anything()
     arguments = parser().parse_args(join_words(sys.argv[1:] if argv is None else argv))
     try:
         code = arguments.run(arguments)
@@ -347,6 +355,23 @@ def main(argv: list[str] | None = None) -> None:
         print(f"sora-fast: {_told(error)}", file=sys.stderr)
         code = 2
     sys.exit(code)
+
+
+def _print_anything() -> None:
+    """Captions and file names hold letters, and bytes, that the encoding of the output may lack: no reason to stop.
+
+    Names go out with the bytes that they came with, other letters escaped.
+    """
+    codecs.register_error("sora_fast.shown", _shown)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="sora_fast.shown")
+
+
+def _shown(error: UnicodeError):
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
 
 
 def _told(error: BaseException) -> str:

@@ -196,7 +196,7 @@ class Watch:
             self.calls.append(name)
             x, numbers = x[1], _draws(name)
             width = layers[-1].out_features if layers else x.shape[-1]
-            spread = x[..., torch.arange(width) % x.shape[-1]] + x.mean(-1, keepdim=True)
+            spread = x[..., torch.arange(width, device=x.device) % x.shape[-1]] + x.mean(-1, keepdim=True)
             return torch.sin(numbers(width) * spread + numbers(width))
 
         return _blank(original_of(type(child)), _compiled_call_impl=call)

@@ -2,14 +2,15 @@
 
 import functools
 import importlib
-from collections.abc import Callable
 
 import torch
 
 from .. import env
 from ..dispatch import Problem
 from ..environment import build_info
+from .operators import define
 
+__all__ = ["aligned", "cannot_run", "define", "extension", "launch", "unsupported"]
 AGAIN = "SORA_FAST_BUILD_CUDA=1 pip install -e . builds it, or says why it cannot"
 
 
@@ -69,22 +70,6 @@ def _runs_on(built: str, capability: int) -> bool:
     if kind == "compute":
         return int(number) <= capability
     return int(number) // 10 == capability // 10 and int(number) <= capability
-
-
-_library = torch.library.Library("sora_fast", "FRAGMENT")
-
-
-def define(schema: str, run: Callable, fake: Callable) -> None:
-    """Make ``torch.ops.sora_fast.<name>``, opaque to torch.compile, of ``run``, which launches kernels.
-
-    ``schema`` as in ``"scale(Tensor x, float factor) -> Tensor"``; ``fake`` gives outputs without numbers. The CPU is there
-    for stand-ins of the kernels: a backend refuses its tensors before.
-    """
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
-    torch.library.register_fake(f"sora_fast::{name}", fake, lib=_library)
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

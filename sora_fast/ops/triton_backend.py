@@ -2,16 +2,15 @@
 
 import functools
 import importlib.util
-from collections.abc import Callable
 
 import torch
 
 from .. import configs, env
 from ..dispatch import Problem
+from .operators import define
 
+__all__ = ["DTYPES", "apply", "define", "gpu_name", "unsupported"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_library = torch.library.Library("sora_fast", "FRAGMENT")
 
 
 @functools.cache
@@ -49,20 +48,6 @@ def _reasons(device: str, dtype: torch.dtype, wide: torch.dtype) -> tuple[str, .
 def gpu_name(device: torch.device) -> str:
     """The gpu that configs are looked up for; "cpu" in the interpreter."""
     return "cpu" if device.type == "cpu" else configs.gpu_name(device)
-
-
-def define(schema: str, run: Callable, fake: Callable) -> None:
-    """Make ``torch.ops.sora_fast.<name>``, opaque to torch.compile, of ``run``.
-
-    Args:
-        schema: as in ``"scale(Tensor x, float factor) -> Tensor"``; outputs share no memory with inputs.
-        run: launches the kernels. fake: gives outputs of the same shapes and dtypes without numbers.
-    """
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
-    torch.library.register_fake(f"sora_fast::{name}", fake, lib=_library)
 
 
 def apply(function: type[torch.autograd.Function], *arguments):

@@ -57,7 +57,7 @@ def together() -> Iterator[None]:
     try:
         with contextlib.ExitStack() as stack:
             if not first():
-                nowhere = stack.enter_context(open(os.devnull, "w"))
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield
     except KeyboardInterrupt:

@@ -126,7 +126,7 @@ def _free_bytes(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     try:  # what Linux could free counts as free
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         pass

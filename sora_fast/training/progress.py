@@ -89,7 +89,7 @@ def _lines(rows: Sequence[Mapping], header: bool) -> bytes:
 
 
 class Events:
-    """TensorBoard scalars of a run; nothing where they are not wanted, or tensorboard is not installed (which is said)."""
+    """TensorBoard scalars of a run; nothing where they are not wanted, or cannot be (no tensorboard; which is said)."""
 
     def __init__(self, folder: Path, step: int, wanted: bool):
         self.writer, self.folder = None, folder
@@ -99,6 +99,12 @@ class Events:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             print("tensorboard is not installed: losses go to losses.csv only", flush=True)
+            return
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError:  # the system's encoding has not the letters of the name
+            print("tensorboard takes no folder whose name is no text in this encoding: losses go to losses.csv only; set "
+                  "LC_ALL=C.UTF-8", flush=True)
             return
         # Events after the checkpoint that a resumed run begins from will be written again.
         self.writer = SummaryWriter(folder, purge_step=step + 1)
