@@ -7,6 +7,7 @@ import accelerate_checks as checks
 import pytest
 import torch
 from accelerate_checks import draw
+from op_checks import assert_sentence
 from torch.utils.checkpoint import checkpoint
 
 import sora_fast
@@ -269,3 +270,12 @@ def test_save_and_load(tmp_path):
     z = draw(1, 4, 2, 2, 2).float()
     with torch.no_grad():
         assert torch.equal(loaded.decode(z).sample, vae.decode(z).sample)
+
+
+@torch.no_grad()
+def test_clips_of_no_frames_are_refused():
+    fast, _ = checks.accelerated(make("2.1"))
+    for name, clip in (("encode", torch.randn(1, 3, 0, 16, 16)), ("decode", torch.randn(1, 4, 0, 2, 2))):
+        with pytest.raises(ValueError) as caught:
+            getattr(fast, name)(clip)
+        assert_sentence(str(caught.value), f"AutoencoderKLWan.{name}")

@@ -399,6 +399,14 @@ def test_fractional_positions_place_a_token_by_its_share_of_the_picture():
     assert not torch.allclose(model(clips, **given)[0], shares)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8], ids=str)
+def test_timesteps_of_any_dtype(dtype):
+    model, given = make(SMALL["tiny"]), conditions(SMALL["tiny"], 2)
+    clips, steps = clips_of("tiny")[:2], torch.tensor([96.0, 200.0])  # whole in all of them
+    got, want = (model(clips, times, text=given["text"]) for times in (steps.to(dtype), steps))
+    assert all(map(torch.equal, got, want))
+
+
 # ------------------------------------------------------------------------------------------------ errors
 def test_errors_are_one_sentence():
     tiny, classes = make(SMALL["tiny"]), make(SMALL["S/2"])
@@ -412,6 +420,8 @@ def test_errors_are_one_sentence():
         "text to be None": lambda: classes(clips, steps, text=text, labels=torch.tensor([1, 2])),
         r"one timestep per sample \(2\) .* got shape \(3,\)": lambda: tiny(clips, torch.zeros(3), text=text),
         r"got shape \(\)": lambda: tiny(clips, torch.tensor(3.0), text=text),
+        r"\(2\), got 3\.5; pass a tensor": lambda: tiny(clips, 3.5, text=text),
+        r"got \[300, 800\]; pass a tensor": lambda: tiny(clips, [300, 800], text=text),
         "labels of 2 samples, got 1": lambda: classes(clips, steps, labels=torch.tensor([1])),
         "text_lengths": lambda: tiny(clips, steps, text=conditions(SMALL["tiny"], 3)["text"]),
         "H is a multiple of the patch's 2, got 5; crop or pad to 4 or 6$": lambda: tiny([draw(3, 1, 5, 4)] * 2, steps,

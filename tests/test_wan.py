@@ -255,6 +255,7 @@ def test_errors_are_one_sentence(tmp_path):
         "one of 1.3B, 14B, got '5B'": lambda: WanDiT.preset("5B"),
         "heads of an even width": lambda: WanDiT(replace(OURS, heads=16)),
         r"one timestep per sample \(3\) or modulation row \(3\), got": lambda: model(clips, steps[:2], text=text),
+        r"\(3\), got 3\.5; pass a tensor": lambda: model(clips, 3.5, text=text),
         "a pack with text_lengths": lambda: one(),
         "text of 1 samples, got 3": lambda: one(text_lengths=[5]),
         "texts of at most 8 tokens, got one of 9": lambda: pad_text(text, 8),

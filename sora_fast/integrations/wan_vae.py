@@ -251,6 +251,12 @@ class Decoder(Fast):
         return _convolve(self.conv_out, x, state, norm=_norm(self.norm_out))
 
 
+def _some_frames(model, name: str, clip) -> None:
+    if clip.shape[2] == 0:
+        raise ValueError(f"{original_of(type(model)).__name__}.{name}: expected a clip of one frame or more, got none; "
+                         f"leave clips without frames out")
+
+
 def _is_attention(layer) -> bool:
     return original_of(type(layer)).__name__.endswith("AttentionBlock")
 
@@ -263,6 +269,7 @@ class Autoencoder(Fast):
     _supports_gradient_checkpointing = True
 
     def _encode(self, x):
+        _some_frames(self, "encode", x)
         if self._tiled(x, 1) or not is_fast(self.encoder):  # a changed encoder takes diffusers' lists of caches
             return super()._encode(x)
         patch = getattr(self.config, "patch_size", None)
@@ -277,6 +284,7 @@ class Autoencoder(Fast):
         return self.quant_conv(moments)
 
     def _decode(self, z, return_dict=True):
+        _some_frames(self, "decode", z)
         if self._tiled(z, self.spatial_compression_ratio) or not is_fast(self.decoder):
             return super()._decode(z, return_dict=return_dict)
         patch = getattr(self.config, "patch_size", None)

@@ -154,7 +154,8 @@ class DiT(nn.Module):
 
         Args:
             latents: (B, C, T, H, W), a list of (C, T, H, W), or, with ``pack``, one flat buffer of all samples.
-            timesteps: (S,) in [0, 1000], 0 clean, or (R,), one per modulation row of the pack (per frame).
+            timesteps: (S,) in [0, 1000], 0 clean, or (R,), one per modulation row of the pack (per frame); of any float or
+                int dtype.
             pack: the samples' sizes in tokens; with text it holds the text's lengths.
             labels: (S,) int64 class labels; ``config.classes`` stands for none.
             text: a TextEncoder's result for the S samples.
@@ -193,10 +194,7 @@ class DiT(nn.Module):
 
     def _conditions(self, timesteps, pack, labels, text):
         """c (R, D): timestep of the row, class and text of its sample."""
-        if timesteps.dim() != 1 or timesteps.shape[0] not in (pack.num_samples, pack.num_rows):
-            raise ValueError(f"DiT: expected one timestep per sample ({pack.num_samples}) or modulation row "
-                             f"({pack.num_rows}), got shape {tuple(timesteps.shape)}; pass a tensor of one of these "
-                             f"lengths")
+        check_timesteps("DiT", timesteps, pack)
         of_row = lambda values_S: values_S if pack.modulation == "sample" else values_S[pack.row_samples]
         per_sample = timesteps.shape[0] == pack.num_samples
         c = of_row(self.t_embedder(timesteps)) if per_sample else self.t_embedder(timesteps)
@@ -259,6 +257,15 @@ class DiT(nn.Module):
         nn.init.zeros_(self.x_embedder.proj.bias)
         if self.config.classes:
             nn.init.normal_(self.y_embedder.weight, std=0.02)
+
+
+def check_timesteps(op: str, timesteps, pack: Pack) -> None:
+    """Timesteps are a tensor (S,) or (R,); one number for all is none of these, and would have no device."""
+    tensor = isinstance(timesteps, torch.Tensor)
+    if not tensor or timesteps.dim() != 1 or timesteps.shape[0] not in (pack.num_samples, pack.num_rows):
+        came = f"shape {tuple(timesteps.shape)}" if tensor else repr(timesteps)
+        raise ValueError(f"{op}: expected one timestep per sample ({pack.num_samples}) or modulation row ({pack.num_rows}), "
+                         f"got {came}; pass a tensor of one of these lengths")
 
 
 def token_grid(sizes, patch) -> tuple[int, int, int]:

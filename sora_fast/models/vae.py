@@ -319,7 +319,7 @@ class VideoVAE(Streaming):
             x = video.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # B C T h q w r
             x = x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
         moments = self.to_moments(self.encoder(x, state))
-        if self.linear_path is not None:
+        if self.linear_path is not None and video.shape[2]:
             mean = self.linear_path.down(self.linear_path.fold(video, state))
             if mean.shape[2]:
                 moments = moments + F.pad(mean, (0, 0, 0, 0, 0, 0, 0, moments.shape[1] - mean.shape[1]))

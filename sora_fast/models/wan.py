@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..nn import PatchEmbed3d, Residual
 from ..pack import Pack
-from .dit import DiT, Mlp, TimestepEmbedder
+from .dit import DiT, Mlp, TimestepEmbedder, check_timesteps
 from .text import Text
 
 
@@ -145,7 +145,8 @@ class WanDiT(nn.Module):
 
         Args:
             latents: (B, C, T, H, W), a list of (C, T, H, W), or, with ``pack``, one flat buffer of all samples.
-            timesteps: (S,) in [0, 1000], 0 clean, or (R,), one per modulation row of the pack (per frame).
+            timesteps: (S,) in [0, 1000], 0 clean, or (R,), one per modulation row of the pack (per frame); of any float or
+                int dtype.
             pack: the samples' sizes in tokens, with the text's lengths.
             text: a TextEncoder's result for the S samples, or a batch (S, L, W) of texts of one length. Every token
                 given is attended to; the published models were trained on texts padded with zeros (``pad_text``).
@@ -174,9 +175,7 @@ class WanDiT(nn.Module):
 
     def _times(self, timesteps, pack):
         """Of every modulation row: its timestep's embedding (R, D) and the blocks' modulation (R, 6, D), in float32."""
-        if timesteps.dim() != 1 or timesteps.shape[0] not in (pack.num_samples, pack.num_rows):
-            raise ValueError(f"WanDiT: expected one timestep per sample ({pack.num_samples}) or modulation row "
-                             f"({pack.num_rows}), got shape {tuple(timesteps.shape)}; pass a tensor of one of these lengths")
+        check_timesteps("WanDiT", timesteps, pack)
         time = self.t_embedder(timesteps)
         if timesteps.shape[0] == pack.num_samples and pack.modulation == "frame":
             time = time[pack.row_samples]

@@ -68,7 +68,7 @@ def causal_conv3d(x, weight, bias=None, *, stride=(1, 1, 1), padding, time_pad="
     width = (padded.shape[4] - weight.shape[4]) // stride[2] + 1
     if frames == 0 or x.shape[0] == 0:
         # Nothing to compute, but the result stays part of the graph: gradients of 0 frames are zeros, not None.
-        nothing = padded.sum() * 0 + weight.to(wide).sum() * 0 + (0 if bias is None else bias.to(wide).sum() * 0)
+        nothing = sum(t.to(wide).sum() * 0 for t in (x, padded, weight, bias) if t is not None)
         y = nothing.expand(x.shape[0], weight.shape[0], frames, height, width)
     else:
         y = F.conv3d(padded[:, :, phase:], weight.to(wide), None if bias is None else bias.to(wide), stride=stride)
