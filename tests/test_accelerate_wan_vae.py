@@ -144,7 +144,7 @@ def test_an_altered_class_and_an_odd_layer_are_left_alone_and_said_so():
     report = sora_fast.accelerate(copy.deepcopy(vae))
     notes = {row.name: row.note for row in report.left}
     assert "altered WanResidualBlock" in notes["decoder.mid_block.resnets.0"]
-    assert "dropout of 0.5" in notes["encoder.down_blocks.0"] and "hook" in notes["encoder.down_blocks.2"]
+    assert "dropout" in notes["encoder.down_blocks.0"] and "hook" in notes["encoder.down_blocks.2"]
     assert "altered WanResample" in notes["encoder.down_blocks.3"]
     vae.eval()
     for grads in (True, False):

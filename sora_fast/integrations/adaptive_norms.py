@@ -3,24 +3,19 @@
 B batch, N tokens of a sample, D width.
 """
 
+from .known import LAYER_NORM
 from .swapping import Fast
-from .transformer import add, add_norm_modulate, is_plain_norm, norm_modulate
-
-_CHANGED = "its norm was replaced or has a hook"
+from .transformer import add, add_norm_modulate, norm_modulate
 
 
 class AdaNorm(Fast):
     runs = "norm_modulate"
-    reads = ("norm",)
-
-    @staticmethod
-    def unsuited(module):
-        return None if is_plain_norm(module.norm) else _CHANGED
+    reads = dict(norm=LAYER_NORM)
 
 
 class AdaLayerNormZero(AdaNorm):
     def forward(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
-        if AdaNorm.unsuited(self):
+        if AdaLayerNormZero.unsuited(self):
             return super().forward(x, timestep, class_labels, hidden_dtype, emb)
         if self.emb is not None:
             emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
@@ -31,7 +26,7 @@ class AdaLayerNormZero(AdaNorm):
 
 class AdaLayerNormZeroSingle(AdaNorm):
     def forward(self, x, emb=None):
-        if AdaNorm.unsuited(self):
+        if AdaLayerNormZeroSingle.unsuited(self):
             return super().forward(x, emb)
         shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
         return norm_modulate(self.norm, x, shift, scale), gate
@@ -39,7 +34,7 @@ class AdaLayerNormZeroSingle(AdaNorm):
 
 class AdaLayerNormContinuous(AdaNorm):
     def forward(self, x, conditioning_embedding):
-        if AdaNorm.unsuited(self):
+        if AdaLayerNormContinuous.unsuited(self):
             return super().forward(x, conditioning_embedding)
         scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
         return norm_modulate(self.norm, x, shift, scale)
@@ -47,7 +42,7 @@ class AdaLayerNormContinuous(AdaNorm):
 
 class CogVideoXLayerNormZero(AdaNorm):
     def forward(self, hidden_states, encoder_hidden_states, temb):
-        if AdaNorm.unsuited(self):
+        if CogVideoXLayerNormZero.unsuited(self):
             return super().forward(hidden_states, encoder_hidden_states, temb)
         shift, scale, gate, text_shift, text_scale, text_gate = self.linear(self.silu(temb)).chunk(6, dim=1)
         return (norm_modulate(self.norm, hidden_states, shift, scale),
@@ -58,7 +53,7 @@ class DiTBlock(Fast):
     """BasicTransformerBlock as DiTTransformer2DModel builds it; other uses of that class are left alone."""
 
     runs = "gate_residual_norm_modulate, gate_residual"
-    reads = ("norm3",)
+    reads = dict(norm3=LAYER_NORM)
 
     def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None,
                 timestep=None, cross_attention_kwargs=None, class_labels=None, added_cond_kwargs=None):
@@ -70,13 +65,13 @@ class DiTBlock(Fast):
         x, h = add_norm_modulate(self.norm3, hidden_states, y, gate, shift, scale)
         return add(x, self.ff(h), ff_gate)
 
-    @staticmethod
-    def unsuited(module):
+    @classmethod
+    def unsuited(cls, module):
         plain = (module.norm_type == "ada_norm_zero" and module.attn2 is None and module.pos_embed is None
                  and not module.only_cross_attention and module._chunk_size is None)
         if not plain:
             return "it is not of the form that DiT has"
-        return None if is_plain_norm(module.norm3) else _CHANGED
+        return super().unsuited(module)
 
 
 _NORMS = "diffusers.models.normalization"

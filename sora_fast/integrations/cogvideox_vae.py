@@ -6,13 +6,12 @@ B batch, C channels, T frames, H height, W width. Its caches are dictionaries by
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .. import ops
-from .swapping import Fast, as_built
+from .known import CONV2D, DROPOUT, GROUP_NORM, SILU, STRIDED_CONV2D, Kind, anything
+from .swapping import Fast
 
-_CONV = "CogVideoXCausalConv3d"
-_CHANGED = "a child was replaced or has a hook"
+_VAE = "diffusers.models.autoencoders.autoencoder_kl_cogvideox"
 
 
 def _convolve(conv, x, cache=None, *, norm=None, residual=None):
@@ -34,43 +33,52 @@ def _convolve(conv, x, cache=None, *, norm=None, residual=None):
     return y, seen
 
 
-def _plain(conv) -> bool:
-    return as_built(conv, _CONV) and CausalConv.unsuited(conv) is None
+def _reads_as_causal(conv) -> bool:
+    """Its convolution pads in space what ours does, and it repeats the frames that its kernel needs in front."""
+    inner, space, behind = conv.conv, (conv.width_pad,) * 2 + (conv.height_pad,) * 2, conv.time_kernel_size - 1
+    if conv.pad_mode not in ("first", "constant", "replicate") or not _SAFE(inner) or inner.weight.shape[2] != behind + 1:
+        return False
+    if conv.pad_mode == "replicate":
+        return inner.padding == (0, 0, 0) and tuple(conv.time_causal_padding) == (*space, behind, 0)
+    return inner.padding == (0, conv.height_pad, conv.width_pad)
+
+
+# It cuts what is above 2 GB by its kernel_size.
+_SAFE = Kind(f"{_VAE}.CogVideoXSafeConv3d", methods=("forward", "_conv_forward"), read="weight bias stride padding",
+             groups=1, dilation=(1, 1, 1), padding_mode="zeros", rule=lambda conv: conv.kernel_size == conv.weight.shape[2:])
+_POINTS = _SAFE.but(kernel=(1, 1, 1), stride=(1, 1, 1), padding=(0, 0, 0))
+_CONV = Kind(f"{_VAE}.CogVideoXCausalConv3d", methods=("forward", "fake_context_parallel_forward"), rule=_reads_as_causal,
+             read="conv pad_mode width_pad height_pad time_kernel_size time_causal_padding")
+_POINTS_IN_CONV = _CONV.but(time_kernel_size=1, rule=lambda conv: _reads_as_causal(conv) and _POINTS(conv.conv))
 
 
 class CausalConv(Fast):
     runs = "causal_conv3d, the first frame repeated by address"
-    reads = ("conv",)
+    reads = dict(conv=_SAFE)
 
     def forward(self, inputs, conv_cache=None):
-        if not as_built(self.conv, "CogVideoXSafeConv3d"):
+        if not _CONV.settled(self):
             return super().forward(inputs, conv_cache)
         return _convolve(self, inputs, conv_cache)
 
-    @staticmethod
-    def unsuited(module):
-        conv = module.conv
-        if module.pad_mode not in ("first", "constant", "replicate") or conv.dilation != (1, 1, 1) or conv.groups != 1:
-            return "its padding, groups or dilation are none that CogVideoX has"
-        return None if as_built(conv, "CogVideoXSafeConv3d") else _CHANGED
+    @classmethod
+    def unsuited(cls, module):
+        if _CONV.settled(module):
+            return None
+        return super().unsuited(module) or "its padding, groups or dilation are none that CogVideoX has"
 
 
 class SpatialNorm(Fast):
     runs = "norm_act; its 1x1x1 convolutions see the latent before it is enlarged, which commutes"
-    reads = ("norm_layer", "conv_y", "conv_b")
+    reads = dict(norm_layer=GROUP_NORM, conv_y=_POINTS_IN_CONV, conv_b=_POINTS_IN_CONV)
 
     def forward(self, f, zq, conv_cache=None):
-        if SpatialNorm.unsuited(self) is not None:
+        if SpatialNorm.unsuited(self):
             return super().forward(f, zq, conv_cache)
         norm = self.norm_layer
         h = ops.norm_act(f, norm.weight, norm.bias, norm="group", groups=norm.num_groups, eps=norm.eps, act=None)
         scale, shift = (_enlarge(_convolve(conv, zq)[0], f.shape) for conv in (self.conv_y, self.conv_b))
         return h * scale + shift, {"conv_y": None, "conv_b": None}
-
-    @staticmethod
-    def unsuited(module):
-        plain = as_built(module.norm_layer, "GroupNorm") and _plain(module.conv_y) and _plain(module.conv_b)
-        return None if plain else _CHANGED
 
 
 def _enlarge(z, shape):
@@ -83,10 +91,10 @@ def _enlarge(z, shape):
 
 class ResnetBlock(Fast):
     runs = "norm_act_conv3d twice (causal_conv3d behind a spatial norm), the shortcut added in the second"
-    reads = ("conv1", "conv2", "conv_shortcut", "nonlinearity", "dropout")
+    reads = dict(conv1=_CONV, conv2=_CONV, conv_shortcut=anything, nonlinearity=anything, dropout=DROPOUT)
 
     def forward(self, inputs, temb=None, zq=None, conv_cache=None):
-        if temb is not None or not self._intact():
+        if temb is not None or ResnetBlock.unsuited(self):
             return super().forward(inputs, temb, zq, conv_cache)
         past, now = conv_cache or {}, {}
         h = self._half(1, inputs, zq, past, now)
@@ -102,7 +110,7 @@ class ResnetBlock(Fast):
         """Norm, SiLU and convolution ``place``; its cache goes into ``now``."""
         norm, conv = getattr(self, f"norm{place}"), getattr(self, f"conv{place}")
         name = f"conv{place}"
-        if zq is None and as_built(norm, "GroupNorm") and as_built(self.nonlinearity, "SiLU"):
+        if zq is None and GROUP_NORM(norm) and SILU(self.nonlinearity):
             y, now[name] = _convolve(conv, x, past.get(name), norm=norm, residual=residual)
             return y
         if zq is None:
@@ -112,61 +120,41 @@ class ResnetBlock(Fast):
         y, now[name] = _convolve(conv, self.nonlinearity(x), past.get(name), residual=residual)
         return y
 
-    def _intact(self) -> bool:
-        shortcut = getattr(self, "conv_shortcut", None)
-        kind = _plain if self.use_conv_shortcut else lambda conv: as_built(conv, "CogVideoXSafeConv3d")
-        return (shortcut is None or kind(shortcut)) and _plain(self.conv1) and _plain(self.conv2)
-
-    @staticmethod
-    def unsuited(module):
-        if type(module.nonlinearity) is not nn.SiLU:
-            return "its activation is not SiLU"
-        if module.dropout.p:
-            return f"dropout of {module.dropout.p:g} stands between norm and convolution"
-        return None if ResnetBlock._intact(module) else _CHANGED
+    @classmethod
+    def unsuited(cls, module):
+        if module.in_channels != module.out_channels:
+            may_be_read = _CONV if module.use_conv_shortcut else _POINTS
+            if not may_be_read(module.conv_shortcut):
+                return "its conv_shortcut was replaced, has a hook, or is set to what is not read past it"
+        return super().unsuited(module)
 
 
 class Upsample(Fast):
     runs = "causal_conv3d, upsampling in space by address"
-    reads = ("conv",)
+    reads = dict(conv=CONV2D)
 
     def forward(self, inputs):
-        if not as_built(self.conv, "Conv2d"):
+        if Upsample.unsuited(self):
             return super().forward(inputs)
         if self.compress_time and inputs.shape[2] > 1:
             odd = inputs.shape[2] % 2
             inputs = torch.cat([inputs[:, :, :odd], inputs[:, :, odd:].repeat_interleave(2, dim=2)], dim=2)
         return ops.causal_conv3d(inputs, self.conv.weight[:, :, None], self.conv.bias, padding=(1, 1, 1, 1), upsample=2)
 
-    @staticmethod
-    def unsuited(module):
-        conv = module.conv
-        if conv.kernel_size != (3, 3) or conv.stride != (1, 1) or conv.padding != (1, 1):
-            return "its convolution is none that CogVideoX has"
-        return None if as_built(conv, "Conv2d") else _CHANGED
-
 
 class Downsample(Fast):
     runs = "causal_conv3d with stride"
-    reads = ("conv",)
+    reads = dict(conv=STRIDED_CONV2D)
 
     def forward(self, x):
-        if not as_built(self.conv, "Conv2d"):
+        if Downsample.unsuited(self):
             return super().forward(x)
         if self.compress_time:
             odd = x.shape[2] % 2
             x = torch.cat([x[:, :, :odd], (x[:, :, odd::2] + x[:, :, odd + 1 :: 2]) / 2], dim=2)
         return ops.causal_conv3d(x, self.conv.weight[:, :, None], self.conv.bias, stride=(1, 2, 2), padding=(0, 1, 0, 1))
 
-    @staticmethod
-    def unsuited(module):
-        conv = module.conv
-        if conv.kernel_size != (3, 3) or conv.stride != (2, 2) or conv.padding != (0, 0):
-            return "its convolution is none that CogVideoX has"
-        return None if as_built(conv, "Conv2d") else _CHANGED
 
-
-_VAE = "diffusers.models.autoencoders.autoencoder_kl_cogvideox"
 SWAPS = {f"{_VAE}.CogVideoX{name}": mixin for name, mixin in {
     "CausalConv3d": CausalConv, "SpatialNorm3D": SpatialNorm, "ResnetBlock3D": ResnetBlock}.items()}
 SWAPS |= {"diffusers.models.upsampling.CogVideoXUpsample3D": Upsample,

@@ -5,14 +5,13 @@ B batch, C channels, T frames, H height, W width.
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .. import ops
-from .swapping import Fast, as_built
+from .known import CONV3D, DROPOUT, GROUP_NORM, SILU, Kind, absent, either
+from .swapping import Fast
 
-_CONV = "HunyuanVideoCausalConv3d"
+_MODULE = "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video"
 _PADS = {"replicate": "replicate", "constant": "zeros"}
-_CHANGED = "a child was replaced or has a hook"
 
 
 def _settings(conv) -> dict:
@@ -31,77 +30,73 @@ def _norm_act_convolve(norm, conv, x, residual=None):
                                **_settings(conv))
 
 
-def _plain(conv) -> bool:
-    """A convolution of that class whose own nn.Conv3d may be read past it."""
-    return as_built(conv, _CONV) and as_built(conv.conv, "Conv3d") and CausalConv.unsuited(conv) is None
+def _reads_as_causal(conv) -> bool:
+    """Its border and the nn.Conv3d in it are those of a causal convolution, whose nn.Conv3d may be read past it."""
+    pad = conv.time_causal_padding
+    return (conv.pad_mode in _PADS and CONV3D(conv.conv) and len(pad) == 6
+            and tuple(pad[4:]) == (conv.conv.weight.shape[2] - 1, 0))
+
+
+_CONV = Kind(f"{_MODULE}.HunyuanVideoCausalConv3d", read="conv pad_mode time_causal_padding", rule=_reads_as_causal)
+_ATTENTION = Kind("diffusers.models.attention_processor.Attention", methods=("forward", "prepare_attention_mask"),
+                  read="processor heads group_norm to_q to_k to_v to_out rescale_output_factor", spatial_norm=None,
+                  norm_q=None, norm_k=None, residual_connection=True,
+                  rule=lambda attention: _PROCESSOR.is_of(attention.processor))
+_PROCESSOR = Kind("diffusers.models.attention_processor.AttnProcessor2_0", methods=())
 
 
 class CausalConv(Fast):
     runs = "causal_conv3d, its borders by address"
-    reads = ("conv",)
+    reads = dict(conv=CONV3D)
 
     def forward(self, hidden_states):
-        return _convolve(self, hidden_states) if as_built(self.conv, "Conv3d") else super().forward(hidden_states)
+        return _convolve(self, hidden_states) if _CONV.settled(self) else super().forward(hidden_states)
 
-    @staticmethod
-    def unsuited(module):
-        conv = module.conv
-        causal = module.time_causal_padding[4:] == (conv.kernel_size[0] - 1, 0)
-        if not causal or module.pad_mode not in _PADS or conv.padding != (0, 0, 0):
-            return "its padding is none that HunyuanVideo has"
-        if conv.groups != 1 or conv.dilation != (1, 1, 1):
-            return "its groups or dilation are none that HunyuanVideo has"
-        return None if as_built(conv, "Conv3d") else _CHANGED
+    @classmethod
+    def unsuited(cls, module):
+        if _CONV.settled(module):
+            return None
+        return super().unsuited(module) or "its padding, groups or dilation are none that HunyuanVideo has"
 
 
 class ResnetBlock(Fast):
     runs = "norm_act_conv3d twice, the shortcut added in the second"
-    reads = ("norm1", "conv1", "norm2", "conv2", "conv_shortcut", "nonlinearity", "dropout")
+    reads = dict(norm1=GROUP_NORM, conv1=_CONV, norm2=GROUP_NORM, conv2=_CONV, conv_shortcut=either(absent, _CONV),
+                 nonlinearity=SILU, dropout=DROPOUT)
 
     def forward(self, hidden_states):
-        if not self._intact():
+        if ResnetBlock.unsuited(self):
             return super().forward(hidden_states)
         h = _norm_act_convolve(self.norm1, self.conv1, hidden_states)
         shortcut = hidden_states if self.conv_shortcut is None else _convolve(self.conv_shortcut, hidden_states)
         return _norm_act_convolve(self.norm2, self.conv2, h, shortcut)
 
-    def _intact(self) -> bool:
-        plain = all(as_built(layer, kind) for layer, kind in (
-            (self.norm1, "GroupNorm"), (self.norm2, "GroupNorm"), (self.nonlinearity, "SiLU")))
-        return plain and all(conv is None or _plain(conv) for conv in (self.conv1, self.conv2, self.conv_shortcut))
-
-    @staticmethod
-    def unsuited(module):
-        if type(module.nonlinearity) is not nn.SiLU:
-            return "its activation is not SiLU"
-        if module.dropout.p:
-            return f"dropout of {module.dropout.p:g} stands between norm and convolution"
-        return None if ResnetBlock._intact(module) else _CHANGED
-
 
 class Upsample(Fast):
     runs = "causal_conv3d, upsampling in space by address"
-    reads = ("conv",)
+    reads = dict(conv=_CONV)
 
     def forward(self, hidden_states):
-        if not _plain(self.conv):
+        if Upsample.unsuited(self):
             return super().forward(hidden_states)
         if self.upsample_factor[0] == 2:  # every frame but the first twice
             first, rest = hidden_states[:, :, :1], hidden_states[:, :, 1:]
             hidden_states = torch.cat([first, rest.repeat_interleave(2, dim=2)], dim=2)
         return _convolve(self.conv, hidden_states, upsample=self.upsample_factor[1])
 
-    @staticmethod
-    def unsuited(module):
+    @classmethod
+    def unsuited(cls, module):
         if tuple(module.upsample_factor) not in ((1, 2, 2), (2, 2, 2), (2, 1, 1)):
             return f"it upsamples by {tuple(module.upsample_factor)}"
-        return None if _plain(module.conv) else _CHANGED
+        return super().unsuited(module)
 
 
 class MidBlock(Fast):
     runs = "frame by frame over the frames before it, without diffusers' mask of all pixels by all pixels"
 
     def forward(self, hidden_states):
+        if MidBlock.unsuited(self):
+            return super().forward(hidden_states)
         recompute = torch.is_grad_enabled() and self.gradient_checkpointing
         block = self._gradient_checkpointing_func if recompute else lambda layer, x: layer(x)
         x = block(self.resnets[0], hidden_states)
@@ -110,12 +105,9 @@ class MidBlock(Fast):
             x = block(resnet, x)
         return x
 
-    @staticmethod
-    def unsuited(module):
-        plain = all(attention is None or as_built(attention, "Attention")
-                    and type(attention.processor).__name__ == "AttnProcessor2_0" and attention.spatial_norm is None
-                    and attention.norm_q is None and attention.norm_k is None and attention.residual_connection
-                    for attention in module.attentions)
+    @classmethod
+    def unsuited(cls, module):
+        plain = all(attention is None or _ATTENTION(attention) for attention in module.attentions)
         return None if plain else "its attention has been given another processor, a norm or a hook"
 
 
@@ -138,10 +130,10 @@ class Ends(Fast):
     """Encoder and decoder: their last norm, activation and convolution are one op."""
 
     runs = "norm_act_conv3d at its end, its children for the rest"
-    reads = ("conv_norm_out", "conv_act", "conv_out")
+    reads = dict(conv_norm_out=GROUP_NORM, conv_act=SILU, conv_out=_CONV)
 
     def forward(self, hidden_states):
-        if not self._intact():
+        if Ends.unsuited(self):
             return super().forward(hidden_states)
         x = self.conv_in(hidden_states)
         recompute = torch.is_grad_enabled() and self.gradient_checkpointing
@@ -150,15 +142,7 @@ class Ends(Fast):
             x = self._gradient_checkpointing_func(layer, x) if recompute else layer(x)
         return _norm_act_convolve(self.conv_norm_out, self.conv_out, x)
 
-    def _intact(self) -> bool:
-        return as_built(self.conv_norm_out, "GroupNorm") and as_built(self.conv_act, "SiLU") and _plain(self.conv_out)
 
-    @staticmethod
-    def unsuited(module):
-        return None if Ends._intact(module) else _CHANGED
-
-
-_MODULE = "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video"
 SWAPS = {f"{_MODULE}.HunyuanVideo{name}": mixin for name, mixin in {
     "CausalConv3d": CausalConv, "ResnetBlockCausal3D": ResnetBlock, "UpsampleCausal3D": Upsample, "MidBlock3D": MidBlock,
     "Encoder3D": Ends, "Decoder3D": Ends}.items()}

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .swapping import Fast, as_built, has_own_forward, is_fast, original_of
+from .known import DIFFUSERS_RMS_NORM, LAYER_NORM, QK_LAYER_NORM, RMS_NORM, Kind, anything, either
+from .swapping import Fast, has_hooks, has_own_forward, is_fast, original_of, takes_what_is_ours
 from .transformer import (
     Places,
     add,
     add_norm_modulate,
     grid_places,
-    is_plain_norm,
     norm_rotate,
     rotate_by_tables,
     tables,
@@ -25,16 +25,23 @@ from .transformer import (
 
 _HUNYUAN = "diffusers.models.transformers.transformer_hunyuan_video"
 _COG = "diffusers.models.transformers.cogvideox_transformer_3d"
-_CHANGED = "a child was replaced or has a hook"
+_PROCESSORS = "diffusers.models.attention_processor"
+_ATTENTION = Kind(f"{_PROCESSORS}.Attention")
+_HUNYUAN_PROCESSOR = Kind(f"{_HUNYUAN}.HunyuanVideoAttnProcessor2_0")
+_COG_PROCESSOR = Kind(f"{_PROCESSORS}.CogVideoXAttnProcessor2_0")
+_COG_NORM = Kind("diffusers.models.normalization.CogVideoXLayerNormZero", read="silu linear norm",
+                 rule=lambda module: LAYER_NORM(module.norm))
+_HEAD_NORMS = ((either(RMS_NORM, DIFFUSERS_RMS_NORM), "rms_head"), (QK_LAYER_NORM, "layer_head"))
 
 
 def _norm_settings(norm_q, norm_k) -> dict | None:
     """Keywords of ops.qk_norm_rope for a pair of norms per head, or None where it has none like these."""
     if norm_q is None and norm_k is None:
         return dict(norm=None)
-    for kind, norm in (("RMSNorm", "rms_head"), ("LayerNorm", "layer_head")):
-        if as_built(norm_q, kind) and as_built(norm_k, kind) and norm_q.eps == norm_k.eps:
-            return dict(norm=norm, q_weight=norm_q.weight, k_weight=norm_k.weight, q_bias=norm_q.bias, k_bias=norm_k.bias,
+    for may_be_read, norm in _HEAD_NORMS:
+        if may_be_read(norm_q) and may_be_read(norm_k) and norm_q.eps == norm_k.eps:
+            q_bias, k_bias = getattr(norm_q, "bias", None), getattr(norm_k, "bias", None)  # PyTorch's rms norm has none
+            return dict(norm=norm, q_weight=norm_q.weight, k_weight=norm_k.weight, q_bias=q_bias, k_bias=k_bias,
                         eps=norm_q.eps)
     return None
 
@@ -43,14 +50,14 @@ class Attention(Fast):
     """diffusers' Attention with the processor of HunyuanVideo or CogVideoX; with any other it is left alone."""
 
     runs = "qk_norm_rope; attention on diffusers' own backend"
-    reads = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    reads = dict(norm_q=anything, norm_k=anything, norm_added_q=anything, norm_added_k=anything)
 
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
         rope = kwargs.pop("image_rotary_emb", None)
         if Attention.unsuited(self) or kwargs or encoder_hidden_states is None:
             rope = tables(rope) if isinstance(rope, Places) else rope
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=rope, **kwargs)
-        run = self._hunyuan if type(self.processor).__name__.startswith("Hunyuan") else self._cogvideox
+        run = self._hunyuan if _HUNYUAN_PROCESSOR.is_of(self.processor) else self._cogvideox
         return run(hidden_states, encoder_hidden_states, attention_mask, rope)
 
     def _project(self, x, *layers):
@@ -85,12 +92,13 @@ class Attention(Fast):
         out = self.to_out[1](self.to_out[0](out.transpose(1, 2).flatten(2)))
         return out[:, length:], out[:, :length]
 
-    @staticmethod
-    def unsuited(module):
-        if type(module.processor).__name__ not in ("HunyuanVideoAttnProcessor2_0", "CogVideoXAttnProcessor2_0"):
+    @classmethod
+    def unsuited(cls, module):
+        if not (_HUNYUAN_PROCESSOR.is_of(module.processor) or _COG_PROCESSOR.is_of(module.processor)):
             return f"its processor is a {type(module.processor).__name__}"
         pairs = ((module.norm_q, module.norm_k), (module.norm_added_q, module.norm_added_k))
-        return _CHANGED if any(_norm_settings(*pair) is None for pair in pairs) else None
+        changed = any(_norm_settings(*pair) is None for pair in pairs)
+        return "a norm was replaced, has a hook, or is set to what is not read past it" if changed else None
 
 
 def _rotate(q, k, rope, text: tuple[int, int], norm: dict, only_q: bool = False):
@@ -107,18 +115,23 @@ class HunyuanRotary(Fast):
     runs = "places of tokens instead of tables: angles are made in the kernel"
 
     def forward(self, hidden_states):
+        if has_hooks(self) or not takes_what_is_ours(self) or not all(
+                takes_what_is_ours(block.attn) for blocks in self._sora_fast_readers for block in blocks):
+            return super().forward(hidden_states)
         _, _, frames, height, width = hidden_states.shape
         grid = (frames // self.patch_size_t, height // self.patch_size, width // self.patch_size)
         return grid_places(grid, self.rope_dim, self.theta, hidden_states.device)
 
-    @staticmethod
-    def unsuited(module):
-        return None if module.__dict__.get("_sora_fast_places") else "an attention that reads its tables was left"
+    @classmethod
+    def unsuited(cls, module):
+        if has_hooks(module):
+            return "a hook may look at its tables"
+        return None if module.__dict__.get("_sora_fast_readers") else "an attention that reads its tables was left"
 
 
 class HunyuanBlock(Fast):
     runs = "gate_residual_norm_modulate and gate_residual, for video and text"
-    reads = ("norm2", "norm2_context")
+    reads = dict(norm2=LAYER_NORM, norm2_context=LAYER_NORM)
 
     def forward(self, hidden_states, encoder_hidden_states, temb, attention_mask=None, freqs_cis=None, *args, **kwargs):
         if HunyuanBlock.unsuited(self):
@@ -130,10 +143,6 @@ class HunyuanBlock(Fast):
         x, h = add_norm_modulate(self.norm2, hidden_states, video, gate, shift, scale)
         t, th = add_norm_modulate(self.norm2_context, encoder_hidden_states, text, text_gate, text_shift, text_scale)
         return add(x, self.ff(h), ff_gate), add(t, self.ff_context(th), text_ff_gate)
-
-    @staticmethod
-    def unsuited(module):
-        return None if is_plain_norm(module.norm2) and is_plain_norm(module.norm2_context) else _CHANGED
 
 
 class HunyuanSingleBlock(Fast):
@@ -153,7 +162,7 @@ class HunyuanSingleBlock(Fast):
 
 class CogVideoXBlock(Fast):
     runs = "gate_residual_norm_modulate and gate_residual, for video and text"
-    reads = ("norm2",)
+    reads = dict(norm2=_COG_NORM)
 
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None):
         if CogVideoXBlock.unsuited(self):
@@ -169,19 +178,14 @@ class CogVideoXBlock(Fast):
         y = self.ff(torch.cat([th, h], dim=1))
         return add(x, y[:, length:], ff_gate), add(t, y[:, :length], text_ff_gate)
 
-    @staticmethod
-    def unsuited(module):
-        known = as_built(module.norm2, "CogVideoXLayerNormZero")
-        return None if known and is_plain_norm(module.norm2.norm) else _CHANGED
-
 
 def _prepare(model: nn.Module) -> None:
     """Tables are left out where no attention will read them."""
-    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-    suited = all(original_of(type(block)).__module__ == _HUNYUAN and original_of(type(block.attn)).__name__ == "Attention"
+    lists = [model.transformer_blocks, model.single_transformer_blocks]
+    suited = all(original_of(type(block)).__module__ == _HUNYUAN and _ATTENTION.built(block.attn)
                  and (is_fast(block.attn) or not has_own_forward(block.attn)) and Attention.unsuited(block.attn) is None
-                 for block in blocks)
-    model.rope._sora_fast_places = suited
+                 for blocks in lists for block in blocks)
+    model.rope._sora_fast_readers = lists if suited else None
 
 
 SWAPS = {"diffusers.models.attention_processor.Attention": Attention,

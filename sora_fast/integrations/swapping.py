@@ -12,7 +12,7 @@ that people copy from file to file are in structures.py.
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,20 +40,38 @@ class Fast:
     """What every mixin is: a forward for a class of somebody else's.
 
     ``runs``: what it runs on, for the report. ``reads``: children whose parameters it reads itself instead of calling
-    them; ``unsuited(module)``: why this very object cannot be swapped, or None.
+    them, each with a check that all it computes with is read (see known.py); ``unsuited(module)``: why this very object
+    cannot be swapped, or None.
     """
 
     runs = ""
-    reads: tuple[str, ...] = ()
+    reads: Mapping[str, Callable[[nn.Module | None], bool]] | tuple[str, ...] = {}
 
     @classmethod
-    def reads_of(cls, module: nn.Module) -> tuple[str, ...] | list[str]:
-        """``reads`` of one object, where it depends on what is in it."""
-        return cls.reads
+    def reads_of(cls, module: nn.Module) -> list[str]:
+        """The names in ``reads`` of one object, where they depend on what is in it."""
+        return list(cls.reads)
 
-    @staticmethod
-    def unsuited(module: nn.Module) -> str | None:
+    @classmethod
+    def unsuited(cls, module: nn.Module) -> str | None:
+        """Asked when a model is swapped, and by each call, since a child may change after."""
+        for name, may_be_read in cls.reads.items():
+            if not may_be_read(getattr(module, name, None)):
+                return f"its {name} was replaced, has a hook, or is set to what is not read past it"
         return None
+
+
+class Progress:
+    """What a caller wants to be told: one object for all copies of a model, and not for its pickles."""
+
+    def __init__(self, tell: Callable[[int, int], None] | None = None):
+        self.tell = tell
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return Progress, ()
 
 
 @dataclass(frozen=True)
@@ -120,6 +138,7 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
         raise TypeError(f"accelerate: expected an nn.Module, got {type(model).__name__}; pass one part of a pipeline after "
                         f"the other, such as pipeline.vae")
     on, rows, readers = env.accelerate(), [], {}
+    _known().resolve()
     if on and "diffusers.models.attention_dispatch" in sys.modules:
         register_attention_backend()
     for name, module in model.named_modules():
@@ -137,13 +156,15 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
         if row.state == "swapped":
             _change_class(module, lambda original, mixin=mixin: fast_class(original, mixin))
             if progress is not None and hasattr(mixin, "streams"):
-                module._sora_fast_progress = progress
+                module._sora_fast_progress = Progress(progress)
             readers |= {inner: kind for child in mixin.reads_of(module) for inner in _modules(module, child)}
     return Report(tuple(rows))
 
 
 def restore(model: nn.Module) -> int:
     """Give every swapped module of ``model`` its own class back; the model computes what it did before, bit for bit.
+
+    A module of a subclass that somebody has made of a swapped class since stays as it is, and is not counted.
 
     Returns:
         How many modules were restored; 0 where nothing had been swapped.
@@ -152,7 +173,7 @@ def restore(model: nn.Module) -> int:
     for module in model.modules():
         if is_fast(module):
             _change_class(module, original_of)
-            count += 1
+            count += not is_fast(module)
         for name in [name for name in vars(module) if name.startswith("_sora_fast_")]:
             delattr(module, name)
     return count
@@ -163,9 +184,27 @@ def is_fast(module: nn.Module) -> bool:
     return isinstance(module, Fast)
 
 
-def as_built(module: nn.Module | None, kind: str) -> bool:
-    """Whether a child is still a plain ``kind`` whose weights may be read past it: no adapter, subclass or hook."""
-    return module is not None and original_of(type(module)).__name__ == kind and runs_alone(module)
+def takes_what_is_ours(module: nn.Module) -> bool:
+    """Whether ``module`` may be called with arguments that mixins alone know: its class has no subclass made since."""
+    return is_fast(module) and not issubclass(original_of(type(module)), Fast)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 holds ``module`` as such."""
+    return _is_fsdp(type(module))
+
+
+def as_built(module: nn.Module | None, classes: tuple[type, ...]) -> bool:
+    """Whether a child is still of one of these very classes, called as they are: no adapter, subclass or hook."""
+    return isinstance(module, nn.Module) and original_of(type(module)) in classes and runs_alone(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` is more than its forward, by hooks of its own or of all modules."""
+    own = module.__dict__
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+                or _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks
+                or _global_backward_pre_hooks)
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -182,10 +221,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def runs_alone(module: nn.Module) -> bool:
     """Whether a call is the class's forward and nothing else: no forward of its own, no hook on it or on all modules."""
-    own = module.__dict__
-    return not ("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
-                or own["_backward_pre_hooks"] or _global_forward_hooks or _global_forward_pre_hooks
-                or _global_backward_hooks or _global_backward_pre_hooks)
+    return not ("forward" in module.__dict__ or has_hooks(module))
 
 
 # ------------------------------------------------------------------------------------------------ deciding
@@ -197,6 +233,10 @@ def _table(what: str) -> dict:
     return found
 
 
+def _known():
+    return importlib.import_module("sora_fast.integrations.known")
+
+
 def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -204,7 +244,11 @@ def _path(cls: type) -> str:
 def _decide(module: nn.Module) -> tuple[type[Fast] | None, str]:
     """The mixin for ``module``, or None and why it is left."""
     original = original_of(type(module))
+    if issubclass(original, Fast):
+        return None, "a subclass of a swapped class, as parametrizations make one; it stays as it is"
     mixin = _table("SWAPS").get(_path(original))
+    if mixin is not None and not genuine(original, tuple(vars(mixin))):
+        return None, f"not the {original.__name__} that its names lead to, or one whose methods were replaced"
     if mixin is None:
         mixin, reason = importlib.import_module("sora_fast.integrations.structures").mixin_of(module)
         return (None, reason or _why_left(original)) if mixin is None else (mixin, "")
@@ -216,6 +260,19 @@ def _decide(module: nn.Module) -> tuple[type[Fast] | None, str]:
                       f"{original.__name__} may compute something else")
     reason = mixin.unsuited(module)
     return (None, reason) if reason else (mixin, "")
+
+
+def genuine(cls: type, methods: tuple[str, ...]) -> bool:
+    """Whether the names ``cls`` bears lead to it and its ``methods`` were written there: neither a subclass that took its
+    base's names over, nor a class into which others were put."""
+    if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+        return False
+    for method in methods:
+        owner = next((base for base in cls.__mro__ if method in vars(base)), object)
+        written = getattr(vars(owner).get(method), "__globals__", None)
+        if written is not None and written.get("__name__") != owner.__module__:
+            return False
+    return True
 
 
 def _why_left(original: type) -> str:
@@ -244,7 +301,10 @@ def _modules(module: nn.Module, name: str) -> list[nn.Module]:
 
 # ------------------------------------------------------------------------------------------------ classes
 def original_of(cls: type) -> type:
-    """The class that a swapped one was made of, else ``cls`` itself; FSDP2's wrapper is looked through."""
+    """The class that a swapped one was made of, else ``cls`` itself; FSDP2's wrapper is looked through.
+
+    A subclass of a swapped class, as parametrizations make one, is itself: it computes something else.
+    """
     inner = cls.__bases__[1] if _is_fsdp(cls) else cls
     return inner.__dict__.get("_sora_fast_original", inner)
 
@@ -252,6 +312,7 @@ def original_of(cls: type) -> type:
 @functools.cache
 def fast_class(original: type, mixin: type[Fast]) -> type:
     """``original`` with ``mixin`` in front, under the original's own names, which checkpoints and pipelines write down."""
+    _known().resolve()  # a pickle is read without ``accelerate``
     namespace = dict(__module__=original.__module__, __qualname__=original.__qualname__, __doc__=original.__doc__,
                      _sora_fast_original=original, __reduce_ex__=_reduce)
     made = type(original)(original.__name__, (mixin, original), namespace)
@@ -260,15 +321,27 @@ def fast_class(original: type, mixin: type[Fast]) -> type:
 
 
 def _change_class(module: nn.Module, change: Callable[[type], type]) -> None:
-    """``change`` the class that ``module`` was built with, under FSDP2's wrapper where it has one."""
+    """``change`` the class that ``module`` was built with, under what others have made of it since."""
     if not has_own_forward(module):
         module.__dict__.pop("forward", None)  # the old class's, left by a hook that went: it would hide the new one's
-    cls = type(module)
-    wanted = change(original_of(cls))
+    module.__class__ = _changed(type(module), change)
+
+
+def _changed(cls: type, change: Callable[[type], type]) -> type:
+    """FSDP2's wrapper and a parametrization's are made anew on the changed class; a subclass made by hand stays, since its
+    methods may hold it."""
     if _is_fsdp(cls):
-        own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-        wanted = type(cls)(cls.__name__, (cls.__bases__[0], wanted), own)
-    module.__class__ = wanted
+        bases = (cls.__bases__[0], _changed(cls.__bases__[1], change))
+    elif cls.__module__ == "torch.nn.utils.parametrize":
+        bases = (_changed(cls.__bases__[0], change),)
+    else:
+        return cls if _is_subclass_of_swapped(cls) else change(original_of(cls))
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, own)
+
+
+def _is_subclass_of_swapped(cls: type) -> bool:
+    return issubclass(original_of(cls), Fast)
 
 
 def _is_fsdp(cls: type) -> bool:
@@ -279,6 +352,8 @@ def _is_fsdp(cls: type) -> bool:
 def _reduce(self, protocol):
     """Copies and pickles are swapped too: by the original class, since a class made here can be found under no name."""
     original = original_of(type(self))
+    if issubclass(original, Fast):  # somebody's subclass of a class made here
+        return object.__reduce_ex__(self, protocol)
     mixin = next(base for base in type(self).__mro__ if issubclass(base, Fast) and not issubclass(base, nn.Module))
     return _new, (original, mixin), vars(self)
 

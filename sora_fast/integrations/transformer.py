@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import ops
-from .swapping import as_built
+from .known import LAYER_NORM
 
 
 class Places(NamedTuple):
@@ -45,11 +45,12 @@ def rotate_by_tables(x_BNHE, cos, sin):
     return torch.cat([(turned * cos + other * sin).to(x_BNHE.dtype), rest], dim=-1)
 
 
-def table_is(module_tables, axes, theta: float) -> bool:
-    """Whether ``module_tables`` (M, R), cosines with each angle twice, are those of places 0, 1, ... at ``theta``."""
-    length = min(module_tables.shape[0], 4)
-    coords = torch.arange(length, device=module_tables.device, dtype=torch.int32)[:, None].expand(length, 3)
-    return torch.allclose(module_tables[:length].float(), tables(Places(coords, tuple(axes), theta))[0], atol=1e-6)
+def are_tables(cos, sin, axes, theta: float) -> bool:
+    """Whether cosines and sines (M, R), each angle twice, are those of places 0, 1, ... at ``theta``."""
+    coords = torch.arange(cos.shape[0], device=cos.device, dtype=torch.int32)[:, None].expand(-1, 3)
+    right = tables(Places(coords, tuple(axes), theta))
+    return all(given.shape == exact.shape and torch.allclose(given.float(), exact, atol=1e-6)
+               for given, exact in zip((cos, sin), right, strict=True))
 
 
 def norm_rotate(q_BNHE, k_BNHE, places: Places | None, *, front: int = 0, **norm):
@@ -70,7 +71,15 @@ def norm_rotate(q_BNHE, k_BNHE, places: Places | None, *, front: int = 0, **norm
 # ------------------------------------------------------------------------------------------------ modulation
 def is_plain_norm(norm) -> bool:
     """Whether a layer norm may be read past: PyTorch's, or diffusers' that works in float32."""
-    return as_built(norm, "LayerNorm") or as_built(norm, "FP32LayerNorm")
+    return LAYER_NORM(norm)
+
+
+def affine(norm, width: int) -> dict:
+    """The keywords of a plain layer norm; one of another width is refused, as it refuses itself."""
+    if norm.normalized_shape != (width,):
+        raise ValueError(f"layer norm: expected a width of {norm.normalized_shape}, got {width}; give it the width "
+                         f"of its model")
+    return dict(weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
 
 def rows_of(modulation_RD, tokens: int) -> torch.Tensor | None:
@@ -84,7 +93,7 @@ def rows_of(modulation_RD, tokens: int) -> torch.Tensor | None:
 def norm_modulate(norm, x_BND, shift_BD, scale_BD):
     """``norm(x) * (1 + scale) + shift`` of a plain layer norm."""
     out = ops.norm_modulate(x_BND.flatten(0, 1), shift_BD, scale_BD, rows_of(shift_BD, x_BND.shape[1]),
-                            weight=norm.weight, bias=norm.bias, eps=norm.eps)
+                            **affine(norm, x_BND.shape[-1]))
     return out.view_as(x_BND)
 
 
@@ -98,5 +107,5 @@ def add_norm_modulate(norm, x_BND, y_BND, gate_BD, shift_BD, scale_BD):
     """``x + gate * y``, and its modulated plain layer norm."""
     x, h = ops.gate_residual_norm_modulate(
         x_BND.flatten(0, 1), y_BND.flatten(0, 1), gate_BD, shift_BD, scale_BD, rows_of(gate_BD, x_BND.shape[1]),
-        weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        **affine(norm, x_BND.shape[-1]))
     return x.view(x_BND.shape), h.view(x_BND.shape)

@@ -76,7 +76,8 @@ def in_chunks(module: nn.Module, clip, step: Callable, first: int, size: int, fr
     state, done, out = StreamState(), 0, None
     plain = lambda chunk: step(chunk, state)
     run = CapturedStream(plain, state, cuda_graph) if can_capture(clip.device) else plain
-    tell = module.__dict__.get("_sora_fast_progress")
+    progress = module.__dict__.get("_sora_fast_progress")
+    tell = None if progress is None else progress.tell
     for chunk in (clip[:, :, :first], *clip[:, :, first:].split(size * latent_frames, dim=2)):
         if chunk.shape[2] == 0:
             continue

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from .. import ops
-from .swapping import Fast, as_built, has_own_forward, is_fast, original_of
-from .transformer import Places, grid_places, is_plain_norm, norm_rotate, rotate_by_tables, rows_of, table_is, tables
+from .known import IDENTITY, LAYER_NORM, RMS_NORM, Kind, either
+from .swapping import Fast, has_hooks, has_own_forward, is_fast, takes_what_is_ours
+from .transformer import Places, affine, are_tables, grid_places, norm_rotate, rotate_by_tables, rows_of, tables
 
 _MODULE = "diffusers.models.transformers.transformer_wan"
-_CHANGED = "a child was replaced or has a hook"
+_PROCESSOR = Kind(f"{_MODULE}.WanAttnProcessor")
+_BLOCK, _ATTENTION = Kind(f"{_MODULE}.WanTransformerBlock"), Kind(f"{_MODULE}.WanAttention")
 _THETA = 1e4
 
 
@@ -33,21 +35,48 @@ class Rotary(Fast):
     runs = "places of tokens instead of tables: angles are made in the kernel"
 
     def forward(self, hidden_states):
-        grid = tuple(n // p for n, p in zip(hidden_states.shape[2:], self.patch_size, strict=True))
         axes = (self.t_dim, self.h_dim, self.w_dim)
+        if has_hooks(self) or not takes_what_is_ours(self) or not self._tables_are_those(axes) or not all(
+                takes_what_is_ours(block) and takes_what_is_ours(block.attn1)
+                for blocks in self._sora_fast_readers for block in blocks):
+            return super().forward(hidden_states)
+        grid = tuple(n // p for n, p in zip(hidden_states.shape[2:], self.patch_size, strict=True))
         return grid_places(grid, axes, _THETA, hidden_states.device)
 
-    @staticmethod
-    def unsuited(module):
-        if not module.__dict__.get("_sora_fast_places"):
+    def _tables_are_those(self, axes) -> bool:
+        """Of theta 10,000; looked at again where they have been written to, or are other ones."""
+        cos, sin, *noted = self.freqs_cos, self.freqs_sin, *self.__dict__.get("_sora_fast_tables", (None,) * 4)
+        if cos is noted[0] and sin is noted[1] and (cos._version, sin._version) == noted[2:4]:
+            return True
+        if torch.compiler.is_compiling() or not are_tables(cos, sin, axes, _THETA):
+            return False
+        self._note()
+        return True
+
+    def _note(self) -> None:
+        self._sora_fast_tables = (self.freqs_cos, self.freqs_sin, self.freqs_cos._version, self.freqs_sin._version)
+
+    def _apply(self, fn, recurse=True):
+        """On another device, or in another dtype, they are the same tables."""
+        same = self._tables_are_those((self.t_dim, self.h_dim, self.w_dim))
+        super()._apply(fn, recurse)
+        if same:
+            self._note()
+        return self
+
+    @classmethod
+    def unsuited(cls, module):
+        if not module.__dict__.get("_sora_fast_readers"):
             return "a block that reads its tables was left"
-        same = table_is(module.freqs_cos, (module.t_dim, module.h_dim, module.w_dim), _THETA)
+        if has_hooks(module):
+            return "a hook may look at its tables"
+        same = are_tables(module.freqs_cos, module.freqs_sin, (module.t_dim, module.h_dim, module.w_dim), _THETA)
         return None if same else "its tables are not those of theta 10,000"
 
 
 class Attention(Fast):
     runs = "qk_norm_rope over all heads; attention on diffusers' own backend"
-    reads = ("norm_q", "norm_k")
+    reads = dict(norm_q=RMS_NORM, norm_k=RMS_NORM)
 
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
         if Attention.unsuited(self) or kwargs:
@@ -76,18 +105,18 @@ class Attention(Fast):
                                                  parallel_config=parallel)
         return out.flatten(2, 3).type_as(q)
 
-    @staticmethod
-    def unsuited(module):
-        if type(module.processor).__name__ != "WanAttnProcessor":
+    @classmethod
+    def unsuited(cls, module):
+        if not _PROCESSOR.is_of(module.processor):
             return f"its processor is a {type(module.processor).__name__}"
-        if not (as_built(module.norm_q, "RMSNorm") and as_built(module.norm_k, "RMSNorm")):
-            return _CHANGED
+        if changed := super().unsuited(module):
+            return changed
         return None if module.norm_q.eps == module.norm_k.eps else "its two norms have another eps each"
 
 
 class Block(Fast):
     runs = "norm_modulate, gate_residual_norm_modulate twice, gate_residual"
-    reads = ("norm1", "norm2", "norm3")
+    reads = dict(norm1=LAYER_NORM, norm2=either(IDENTITY, LAYER_NORM), norm3=LAYER_NORM)
 
     def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb):
         if Block.unsuited(self):
@@ -103,30 +132,23 @@ class Block(Fast):
         per_sample = lambda x: x.view(batch, tokens, width)
 
         x = flat(hidden_states)
-        h = ops.norm_modulate(x, shift, scale, rows, eps=self.norm1.eps)
+        h = ops.norm_modulate(x, shift, scale, rows, **affine(self.norm1, width))
         y = flat(self.attn1(per_sample(h), None, None, rotary_emb))
         if isinstance(self.norm2, nn.Identity):
             x = ops.gate_residual(x, y, gate, rows)
             h = x
         else:
-            x, h = ops.gate_residual_norm_modulate(x, y, gate, None, None, rows, weight=self.norm2.weight,
-                                                   bias=self.norm2.bias, eps=self.norm2.eps)
+            x, h = ops.gate_residual_norm_modulate(x, y, gate, None, None, rows, **affine(self.norm2, width))
         y, one = flat(self.attn2(per_sample(h), encoder_hidden_states, None, None)), torch.ones_like(gate)
-        x, h = ops.gate_residual_norm_modulate(x, y, one, ff_shift, ff_scale, rows, eps=self.norm3.eps)
+        x, h = ops.gate_residual_norm_modulate(x, y, one, ff_shift, ff_scale, rows, **affine(self.norm3, width))
         return per_sample(ops.gate_residual(x, flat(self.ffn(per_sample(h))), ff_gate, rows))
-
-    @staticmethod
-    def unsuited(module):
-        affine = isinstance(module.norm2, nn.Identity) or is_plain_norm(module.norm2)
-        return None if affine and is_plain_norm(module.norm1) and is_plain_norm(module.norm3) else _CHANGED
 
 
 def _prepare(model) -> None:
     """Tables are left out where no block will read them."""
-    blocks = [original_of(type(block)).__name__ == "WanTransformerBlock"
-              and original_of(type(block.attn1)).__name__ == "WanAttention"
-              and (is_fast(block.attn1) or not has_own_forward(block.attn1)) for block in model.blocks]
-    model.rope._sora_fast_places = all(blocks)
+    suited = all(_BLOCK.built(block) and _ATTENTION.built(block.attn1)
+                 and (is_fast(block.attn1) or not has_own_forward(block.attn1)) for block in model.blocks)
+    model.rope._sora_fast_readers = [model.blocks] if suited else None
 
 
 SWAPS = {f"{_MODULE}.Wan{name}": mixin for name, mixin in {

@@ -13,20 +13,56 @@ import torch
 from .. import ops
 from ..nn import StreamState
 from ..nn.streaming import starts
-from .swapping import Fast, as_built, grad_wanted, is_fast, original_of
+from .known import CONV2D, DROPOUT, IDENTITY, SEQUENTIAL, SILU, STRIDED_CONV2D, ZERO_PAD2D, Kind, absent, either
+from .swapping import Fast, grad_wanted, has_hooks, is_sharded, original_of, takes_what_is_ours
 from .video_vae import Whole, convolve, in_chunks, own_slots
 
-_SILU = "expected SiLU as its activation, which it has not"
+_WAN, _QWEN = (f"diffusers.models.autoencoders.autoencoder_kl_{name}" for name in ("wan", "qwenimage"))
 
 
-def _kind(module, name: str) -> str:
-    """The class that is called WanX in this module's own family: QwenImageX there."""
-    own = original_of(type(module)).__name__
-    return ("QwenImage" if own.startswith(("QwenImage", "AutoencoderKLQwenImage")) else "Wan") + name
+def _kind(name: str, **settings) -> Kind:
+    """A class of Wan's, or Qwen-Image's copy of it."""
+    return Kind(f"{_WAN}.Wan{name}", f"{_QWEN}.QwenImage{name}", **settings)
 
 
-def _is_silu(activation) -> bool:
-    return type(activation) is torch.nn.SiLU
+def _padded_as_causal(conv) -> bool:
+    """What stands in front is what a causal convolution needs, or nothing; nothing stands behind."""
+    return len(conv._padding) == 6 and conv._padding[4] in (0, conv.weight.shape[2] - 1) and conv._padding[5] == 0
+
+
+def _of_channels(norm) -> bool:
+    """A norm of C channels scaled as that of C channels, with no bias, which may be a parameter."""
+    return isinstance(norm.bias, float) and norm.bias == 0 and norm.scale == norm.gamma.numel() ** 0.5
+
+
+_CONV = _kind("CausalConv3d", read="weight bias stride _padding", methods=("forward", "_conv_forward"), groups=1,
+              dilation=(1, 1, 1), padding=(0, 0, 0), padding_mode="zeros", rule=_padded_as_causal)
+# In a chunk, diffusers keeps two frames of the past, and counts strides from the chunk's first: right for these sizes alone.
+_CONV3 = _CONV.but(read="weight bias", kernel=(3, 3, 3), stride=(1, 1, 1), _padding=(1, 1, 1, 1, 2, 0))
+_CONV1 = _CONV.but(read="weight bias", kernel=(1, 1, 1), stride=(1, 1, 1), _padding=(0, 0, 0, 0, 0, 0))
+_TIME_UP = _CONV.but(read="weight bias", kernel=(3, 1, 1), stride=(1, 1, 1), _padding=(0, 0, 0, 0, 2, 0))
+_TIME_DOWN = _CONV.but(read="weight bias", kernel=(3, 1, 1), stride=(2, 1, 1), _padding=(0, 0, 0, 0, 0, 0))
+_NORM = _kind("RMS_norm", read="gamma bias scale", channel_first=True, rule=_of_channels)
+_VIDEO_NORM = _NORM.but(rule=lambda norm: norm.gamma.dim() == 4 and _of_channels(norm))
+_DOUBLE = _kind("Upsample", read="", size=None, scale_factor=(2.0, 2.0), mode="nearest-exact", align_corners=None,
+                recompute_scale_factor=None)
+_HALVE = ZERO_PAD2D.but(padding=(0, 1, 0, 1))
+# mode -> the two layers of a resample, and its time_conv
+_RESAMPLES = {"upsample2d": (_DOUBLE, CONV2D, absent), "upsample3d": (_DOUBLE, CONV2D, _TIME_UP),
+              "downsample2d": (_HALVE, STRIDED_CONV2D, absent), "downsample3d": (_HALVE, STRIDED_CONV2D, _TIME_DOWN)}
+# Beside swapped modules and what they read: what computes frame by frame, or of groups of frames that no chunk cuts.
+_FRAMEWISE = Kind("torch.nn.modules.container.ModuleList", "torch.nn.modules.conv.Conv2d", f"{_WAN}.WanAttentionBlock",
+                  f"{_WAN}.AvgDown3D", f"{_WAN}.DupUp3D", f"{_QWEN}.QwenImageAttentionBlock")
+
+
+def _streams(part) -> bool:
+    """Whether ``part`` computes the same however a clip is cut in time. What has been changed may not: it gets the chunks
+    that diffusers cuts. FSDP2's hooks bring weights and change nothing."""
+    if not takes_what_is_ours(part):
+        return _FRAMEWISE(part) and all(_streams(child) for child in part._modules.values() if child is not None)
+    if part.unsuited(part) or has_hooks(part) and not is_sharded(part):
+        return False
+    return all(child is None or name in part.reads or _streams(child) for name, child in part._modules.items())
 
 
 def _norm(norm, act: str | None = "silu") -> dict:
@@ -52,7 +88,7 @@ def _convolve(conv, x, state, **settings):
 
 
 def _call(child, x, state, **arguments):
-    if is_fast(child):
+    if takes_what_is_ours(child):
         return child(x, feat_cache=state, **arguments)
     return own_slots(child, child, x, state, **arguments)
 
@@ -68,7 +104,9 @@ class CausalConv(Fast):
     runs = "causal_conv3d"
 
     def forward(self, x, cache_x=None):
-        behind = self.kernel_size[0] - 1
+        if not _CONV.settled(self):
+            return super().forward(x, cache_x)
+        behind = self.weight.shape[2] - 1
         if self._padding[4] == behind:
             return ops.causal_conv3d(x, self.weight, self.bias, stride=self.stride, padding=_padding(self),
                                      cache=cache_x if behind else None)
@@ -78,64 +116,48 @@ class CausalConv(Fast):
 
     @staticmethod
     def unsuited(module):
-        if module._padding[4] not in (0, module.kernel_size[0] - 1) or module.groups != 1 or module.dilation != (1, 1, 1):
-            return "its padding, groups or dilation are none that Wan has"
-        return None
+        return None if _CONV.settled(module) else "its padding, groups or dilation are none that Wan has"
 
 
 class RMSNorm(Fast):
     runs = "norm_act"
 
     def forward(self, x):
+        if x.dim() != self.gamma.dim() + 1 or x.dim() not in (4, 5) or not _NORM.settled(self):
+            return super().forward(x)
         frames = x if x.dim() == 5 else x.unsqueeze(2)
         return ops.norm_act(frames, self.gamma.flatten(), norm="rms", eps=1e-24, act=None).view_as(x)
 
     @staticmethod
     def unsuited(module):
-        if not module.channel_first or not isinstance(module.bias, float):
-            return "it has a bias, or channels last, as none in Wan has"
-        return None
+        return None if _NORM.settled(module) else "it has a bias, channels last, or a scale of its own, as none in Wan has"
 
 
 class ResidualBlock(Fast):
     runs = "norm_act_conv3d twice, the shortcut added in the second"
-    reads = ("norm1", "conv1", "norm2", "conv2", "conv_shortcut", "nonlinearity", "dropout")
+    reads = dict(norm1=_VIDEO_NORM, conv1=_CONV3, norm2=_VIDEO_NORM, conv2=_CONV3, conv_shortcut=either(IDENTITY, _CONV1),
+                 nonlinearity=SILU, dropout=DROPOUT)
 
     def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006, diffusers' own signature
         if isinstance(feat_cache, list):
             return super().forward(x, feat_cache=feat_cache, feat_idx=feat_idx)
         state = feat_cache
-        if not self._intact():  # an adapter or a hook has come to a child since
+        if ResidualBlock.unsuited(self):  # an adapter or a hook has come to a child since
             return own_slots(self, super().forward, x, state)
         h = _convolve(self.conv1, x, state, norm=_norm(self.norm1))
         shortcut = x if isinstance(self.conv_shortcut, torch.nn.Identity) else _convolve(self.conv_shortcut, x, None)
         return _convolve(self.conv2, h, state, norm=_norm(self.norm2), residual=shortcut)
 
-    def _intact(self) -> bool:
-        conv, norm = _kind(self, "CausalConv3d"), _kind(self, "RMS_norm")
-        shortcut = isinstance(self.conv_shortcut, torch.nn.Identity) or as_built(self.conv_shortcut, conv)
-        act = as_built(self.nonlinearity, "SiLU")
-        return act and shortcut and all(as_built(getattr(self, f"{kind}{n}"), of) for n in (1, 2)
-                                        for kind, of in (("norm", norm), ("conv", conv)))
-
-    @staticmethod
-    def unsuited(module):
-        if not _is_silu(module.nonlinearity):
-            return _SILU
-        if module.dropout.p:
-            return f"dropout of {module.dropout.p:g} stands between norm and convolution"
-        return None if ResidualBlock._intact(module) else "a child was replaced or has a hook"
-
 
 class Resample(Fast):
     runs = "causal_conv3d, upsampling by address"
-    reads = ("resample", "time_conv")
+    reads = dict(resample=SEQUENTIAL, time_conv=either(absent, _CONV))
 
     def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
         if isinstance(feat_cache, list):
             return super().forward(x, feat_cache=feat_cache, feat_idx=feat_idx)
         state = feat_cache
-        if not self._intact():
+        if Resample.unsuited(self):
             return own_slots(self, super().forward, x, state)
         if self.mode == "upsample3d" and state is not None:
             split = 1 if starts(self, x, state) else 0
@@ -152,16 +174,15 @@ class Resample(Fast):
         first = x[:, :, :1] if starts(self, x, state) else x[:, :, :0]
         return torch.cat([first, _convolve(self.time_conv, x, state, phase=2)], dim=2)
 
-    def _intact(self) -> bool:
-        time_conv = getattr(self, "time_conv", None)
-        plain = time_conv is None or as_built(time_conv, _kind(self, "CausalConv3d"))
-        return plain and as_built(self.resample[1], "Conv2d")
-
-    @staticmethod
-    def unsuited(module):
-        if module.mode not in ("upsample2d", "upsample3d", "downsample2d", "downsample3d"):
+    @classmethod
+    def unsuited(cls, module):
+        if module.mode not in _RESAMPLES:
             return f"mode {module.mode!r} changes no size"
-        return None if Resample._intact(module) else "a child was replaced or has a hook"
+        if not SEQUENTIAL(module.resample) or len(module.resample) != 2:
+            return super().unsuited(module) or "its resample is no pair of layers"
+        found = (*module.resample._modules.values(), getattr(module, "time_conv", None))
+        plain = all(may_be_read(child) for may_be_read, child in zip(_RESAMPLES[module.mode], found, strict=True))
+        return None if plain else "a child was replaced, has a hook, or is set to what is not read past it"
 
 
 class MidBlock(Fast):
@@ -210,7 +231,7 @@ class UpBlock(Fast):
 
 class Encoder(Fast):
     runs = MidBlock.runs
-    reads = ("conv_in", "norm_out", "conv_out", "nonlinearity")
+    reads = dict(conv_in=_CONV3, norm_out=_VIDEO_NORM, conv_out=_CONV3, nonlinearity=SILU)
 
     def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
         state = _state(feat_cache)
@@ -222,26 +243,17 @@ class Encoder(Fast):
         x = _checkpointed(self, self.mid_block, x, state)
         return _convolve(self.conv_out, x, state, norm=_norm(self.norm_out))
 
-    @staticmethod
-    def unsuited(module):
-        ends = [as_built(getattr(module, name), _kind(module, kind)) for name, kind in
-                (("conv_in", "CausalConv3d"), ("conv_out", "CausalConv3d"), ("norm_out", "RMS_norm"))]
-        if not _is_silu(module.nonlinearity):
-            return _SILU
-        return None if all(ends) and as_built(module.nonlinearity, "SiLU") else "a child was replaced or has a hook"
-
 
 class Decoder(Fast):
     runs = MidBlock.runs
     reads = Encoder.reads
-    unsuited = Encoder.unsuited
 
     def forward(self, x, feat_cache=None, feat_idx=[0], first_chunk=False):  # noqa: B006
         state = _state(feat_cache)
         if state is not None:
             first_chunk = starts(self.up_blocks, x, state)  # the decoder's own place may hold its list of caches
-        if Encoder.unsuited(self):
-            more = dict(first_chunk=first_chunk) if _kind(self, "") == "Wan" else {}
+        if Decoder.unsuited(self):
+            more = dict(first_chunk=first_chunk) if original_of(type(self)).__module__ == _WAN else {}
             return own_slots(self, super().forward, x, state, **more)
         x = _convolve(self.conv_in, x, state)
         x = _checkpointed(self, self.mid_block, x, state)
@@ -270,7 +282,7 @@ class Autoencoder(Fast):
 
     def _encode(self, x):
         _some_frames(self, "encode", x)
-        if self._tiled(x, 1) or not is_fast(self.encoder):  # a changed encoder takes diffusers' lists of caches
+        if self._tiled(x, 1) or not _streams(self.encoder):  # diffusers' chunks and lists of caches
             return super()._encode(x)
         patch = getattr(self.config, "patch_size", None)
         x = x[:, :, : 1 + (x.shape[2] - 1) // 4 * 4]  # diffusers leaves out what is no whole group of four
@@ -285,7 +297,7 @@ class Autoencoder(Fast):
 
     def _decode(self, z, return_dict=True):
         _some_frames(self, "decode", z)
-        if self._tiled(z, self.spatial_compression_ratio) or not is_fast(self.decoder):
+        if self._tiled(z, self.spatial_compression_ratio) or not _streams(self.decoder):
             return super()._decode(z, return_dict=return_dict)
         patch = getattr(self.config, "patch_size", None)
         from_patches = self._function("unpatchify")
@@ -323,7 +335,6 @@ class Autoencoder(Fast):
 
 _PARTS = {"CausalConv3d": CausalConv, "RMS_norm": RMSNorm, "ResidualBlock": ResidualBlock, "Resample": Resample,
           "MidBlock": MidBlock, "UpBlock": UpBlock}
-_WAN, _QWEN = (f"diffusers.models.autoencoders.autoencoder_kl_{name}" for name in ("wan", "qwenimage"))
 
 SWAPS = {f"{_WAN}.Wan{name}": mixin for name, mixin in (_PARTS | {
     "Encoder3d": Encoder, "Decoder3d": Decoder, "ResidualDownBlock": DownBlock, "ResidualUpBlock": UpBlock}).items()}
