@@ -12,12 +12,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it once, when imported; children inherit it
 
 import pytest  # noqa: E402
+import tiers  # noqa: E402
 import torch  # noqa: E402
 
 from sora_fast.cli.__main__ import main  # noqa: E402
 
 HERE = Path(__file__).parent
-LIMIT = 600  # seconds that the default tests may take on two slow cores: eight minutes, and two for the slowest machine
 BEGAN = time.monotonic()
 
 
@@ -46,13 +46,10 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_sessionfinish(session):
-    """The default tests fail where they take too long: every contributor waits for them."""
-    config = session.config
-    if config.args_source.name == "TESTPATHS" and config.option.markexpr == "not full" and not config.option.keyword:
-        took = time.monotonic() - BEGAN
-        if took > LIMIT:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-            print(f"\nthe default tests took {took:.0f} s, and may take {LIMIT}: make them faster, or mark modules full")
+    sentence = tiers.too_long(session.config, time.monotonic() - BEGAN)
+    if sentence:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print(f"\n{sentence}")
 
 
 @pytest.fixture(autouse=True)

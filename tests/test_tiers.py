@@ -4,9 +4,9 @@ import ast
 from pathlib import Path
 from types import SimpleNamespace
 
-import conftest
 import mutations
 import pytest
+import tiers
 
 TESTS = Path(__file__).parent
 MODULES = sorted([*TESTS.glob("test_*.py"), *TESTS.glob("interpreted/test_*.py")])
@@ -35,14 +35,14 @@ def test_a_mark_on_one_test_is_found():
     assert marks("pytestmark = [pytest.mark.full, pytest.mark.ci]\n") == ({"full", "ci"}, set())
 
 
-@pytest.mark.parametrize("took, whole, fails", [(599, True, False), (601, True, True), (601, False, False)])
-def test_default_tests_that_take_too_long_fail(monkeypatch, took, whole, fails):
-    monkeypatch.setattr(conftest, "BEGAN", conftest.time.monotonic() - took)
-    config = SimpleNamespace(args_source=SimpleNamespace(name="TESTPATHS" if whole else "ARGS"),
-                             option=SimpleNamespace(markexpr="not full", keyword=""))
-    session = SimpleNamespace(config=config, exitstatus=0)
-    conftest.pytest_sessionfinish(session)
-    assert (session.exitstatus == 1) == fails
+@pytest.mark.parametrize("took, change, fails", [
+    (599, {}, False), (601, {}, True), (601, dict(source="ARGS"), False), (601, dict(marks=""), False),
+    (601, dict(keyword="pack"), False)])
+def test_default_tests_that_take_too_long_fail(took, change, fails):
+    given = dict(source="TESTPATHS", marks="not full", keyword="") | change
+    config = SimpleNamespace(args_source=SimpleNamespace(name=given["source"]),
+                             option=SimpleNamespace(markexpr=given["marks"], keyword=given["keyword"]))
+    assert bool(tiers.too_long(config, took)) == fails
 
 
 @pytest.mark.parametrize("fault", mutations.FAULTS, ids=lambda fault: fault.what)

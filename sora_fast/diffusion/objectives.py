@@ -49,8 +49,8 @@ def _diffusers(name: str):
 
 def _stratified(count: int, generator: torch.Generator) -> torch.Tensor:
     """Uniform numbers (S,) in [0, 1), one from each S-th of the range, in random order."""
-    drawn = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
-    u = (torch.randperm(count, generator=generator, device="cpu") + drawn) / max(count, 1)
+    order = torch.randperm(count, generator=generator, device="cpu")
+    u = (order + torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")) / max(count, 1)
     return u.clamp(max=1 - 2**-24)  # the sum above may round up to S
 
 

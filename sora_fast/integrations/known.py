@@ -9,7 +9,6 @@ does not matter.
 
 import sys
 from collections.abc import Callable
-from operator import attrgetter
 
 from torch import nn
 
@@ -30,9 +29,6 @@ class Kind:
                  rule: Callable[[nn.Module], bool] | None = None, **fixed):
         self.paths, self.read, self.methods, self.kernel, self.rule, self.fixed = paths, read, methods, kernel, rule, fixed
         self.classes: tuple[type, ...] = ()
-        self._get = attrgetter(*fixed) if fixed else None
-        values = tuple(fixed.values())
-        self._values = values[0] if len(values) == 1 else values
         KINDS.append(self)
 
     def but(self, **more) -> "Kind":
@@ -57,8 +53,9 @@ class Kind:
         for name in self.methods:
             if name != "forward" and name in own:
                 return False
-        if self._get is not None and self._get(module) != self._values:
-            return False
+        for name, value in self.fixed.items():  # no attrgetter: torch.compile does not trace one
+            if getattr(module, name) != value:
+                return False
         if self.kernel is not None and module.weight.shape[2:] != self.kernel:
             return False
         return self.rule is None or self.rule(module)

@@ -196,7 +196,11 @@ def is_sharded(module: nn.Module) -> bool:
 
 def as_built(module: nn.Module | None, classes: tuple[type, ...]) -> bool:
     """Whether a child is still of one of these very classes, called as they are: no adapter, subclass or hook."""
-    return isinstance(module, nn.Module) and original_of(type(module)) in classes and runs_alone(module)
+    if not isinstance(module, nn.Module):
+        return False
+    cls = type(module)
+    # the plain class first: torch.compile cannot look into the one of diffusers' attention
+    return (cls in classes or original_of(cls) in classes) and runs_alone(module)
 
 
 def has_hooks(module: nn.Module) -> bool:

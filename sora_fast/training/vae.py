@@ -90,8 +90,8 @@ class CropBatches:
     def plan(self, number: int) -> CropPlan:
         """Batch ``number``; numbers below 0 are other batches than those of the training."""
         c, generator = self.config, checkpoint.generator(self.config.seed, "crops", number)
-        drawn = torch.rand(1, generator=generator, dtype=torch.float32, device="cpu")
-        as_images = not self.clips or float(drawn) < c.image_share
+        draw = lambda: float(torch.rand(1, generator=generator, dtype=torch.float32, device="cpu"))
+        as_images = not self.clips or draw() < c.image_share
         count, length = (c.images, 1) if as_images else (c.clips, c.frames)
         items = self.usable if as_images else self.clips
         crops = [self._draw(items, length, generator) for _ in range(count)]
