@@ -6,7 +6,7 @@ import test_accelerate_changes as one
 from hypothesis import given, settings
 from test_accelerate_drawn import check, drawn, few
 
-pytestmark = [pytest.mark.full, pytest.mark.ci]
+pytestmark = pytest.mark.full
 
 
 @pytest.mark.parametrize("fault", [fault for fault in one.FAULTS if fault not in one.SOME])

@@ -16,7 +16,7 @@ from sora_fast.ops import cuda_backend, normalization_cuda
 from sora_fast.reference import normalization as reference
 from sora_fast.testing import assert_matches
 
-pytestmark = [pytest.mark.full, pytest.mark.ci, pytest.mark.skipif(CXX is None, reason="needs g++")]
+pytestmark = [pytest.mark.full, pytest.mark.skipif(CXX is None, reason="needs g++")]
 
 
 def compile_emulated(folder, sanitizer, *edits):
