@@ -19,7 +19,7 @@ from sora_fast.benchmarks.model import case as frame
 from sora_fast.benchmarks.model import vae, wan
 from sora_fast.ops.modulation import GATE_RESIDUAL_NORM_MODULATE
 
-pytestmark = [pytest.mark.full, pytest.mark.ci]
+pytestmark = pytest.mark.full
 
 CPU = torch.device("cpu")
 

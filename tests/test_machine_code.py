@@ -19,7 +19,7 @@ from kernel_launches import call_attention  # noqa: E402
 
 from sora_fast.kernels import attention, rotary  # noqa: E402
 
-pytestmark = [pytest.mark.full, pytest.mark.ci]
+pytestmark = pytest.mark.full
 
 
 def _compiled(head_dim, cc=90, only="", **mask):

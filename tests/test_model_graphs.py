@@ -12,7 +12,7 @@ from sora_fast import Pack
 from sora_fast.models import Text
 from sora_fast.nn import StreamState
 
-pytestmark = [pytest.mark.full, pytest.mark.ci]
+pytestmark = pytest.mark.full
 
 
 def test_compiled_packs_of_any_size_share_one_graph():

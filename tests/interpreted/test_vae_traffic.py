@@ -29,7 +29,7 @@ from sora_fast import use_backend
 from sora_fast.models.vae import ResidualBlock
 from sora_fast.ops import convolution_triton, normalization
 
-pytestmark = [pytest.mark.full, pytest.mark.ci]
+pytestmark = pytest.mark.full
 
 LEAST = 18, 38
 VIDEO = (1, 16, 3, 24, 24)
