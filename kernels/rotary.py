@@ -392,7 +392,6 @@ def backward_kernel(d_q_out, d_k_out, q, k, d_q, d_k, q_weight, k_weight, q_bias
 
 # ----------------------------------------------------------------------------------------------------------- launches
 @functools.cache
-@torch.inference_mode(False)  # it may serve a backward later
 def frequencies(axes: tuple[int, ...], theta: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """Fixed frequencies (3, P) float32, rounded once; 0 for the axes that are not the pair's own.
 

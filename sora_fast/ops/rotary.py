@@ -110,7 +110,8 @@ def _table(coords, freqs, axes, theta):
 
     if coords is None or freqs is not None:
         return freqs
-    return kernels.frequencies(tuple(axes), tuple(theta), coords.device)
+    with torch.inference_mode(False):  # it is kept, and may serve a backward later
+        return kernels.frequencies(tuple(axes), tuple(theta), coords.device)
 
 
 def _forward(q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows, norm, axes, theta, pairing, eps):
