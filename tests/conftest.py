@@ -83,3 +83,12 @@ def sums_of_real_clips():
 
     with convolution.sums_of_real_clips():
         yield
+
+
+@pytest.fixture
+def one_thread():
+    """For times, and peaks of memory, that do not hang on how many cores there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -73,8 +73,8 @@ def _same(got, want):
     return got == want if not isinstance(want, (tuple, list)) else len(got) == len(want) and all(map(_same, got, want))
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_of_the_host(call):
+def _assert_is_itself(call):
+    """Under other defaults too, of the device and of the dtype."""
     want = call()
     with torch.device("meta"):
         assert _same(call(), want)
@@ -85,6 +85,11 @@ def test_of_the_host(call):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_of_the_host(call):
+    _assert_is_itself(call)
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("op", [op.name for family in ops.FAMILIES for op in getattr(ops, family).OPS])
 def test_of_ops(op, backend):
@@ -92,15 +97,7 @@ def test_of_ops(op, backend):
     for _, inputs in list(cases(op, torch.float32)):
         if not op_checks.runs_on(op, backend, inputs):
             continue
-        call = lambda inputs=inputs: op_checks.tensors(getattr(ops, op)(**inputs, backend=backend))
-        want = call()
-        with torch.device("meta"):
-            assert _same(call(), want)
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            assert _same(call(), want)
-        finally:
-            torch.set_default_dtype(torch.float32)
+        _assert_is_itself(lambda inputs=inputs: op_checks.tensors(getattr(ops, op)(**inputs, backend=backend)))
 
 
 def _calls_without(tree, parents=()):

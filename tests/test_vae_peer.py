@@ -6,15 +6,8 @@ import torch
 
 from sora_fast.benchmarks.model import vae_peer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 pytest.importorskip("diffusers")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_other_pixels_are_no_time():

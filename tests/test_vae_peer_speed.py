@@ -5,19 +5,10 @@ import sys
 
 import pytest
 import test_vae_peer
-import torch
 
 from sora_fast.benchmarks.model import vae_peer
 
-pytestmark = pytest.mark.full
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("one_thread")]
 
 
 def test_decoding_is_no_slower_than_diffusers(width=32):

@@ -138,6 +138,7 @@ def collect(arguments) -> int:
     """Copy the result files of a GPU run into benchmarks/results/<gpu>/ of this checkout."""
     from .. import benchmarks
     from ..benchmarks import rows
+
     folder = Path(arguments.folder)
     files = {path.name: rows.read(path) for path in sorted(folder.glob("*.jsonl"))}
     if not files:

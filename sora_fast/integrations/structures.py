@@ -10,13 +10,17 @@ from itertools import chain
 
 from torch import nn
 
-from .swapping import Fast, _is_fsdp, has_own_forward, is_fast, original_of, runs_alone
+from .known import anything
+from .swapping import Fast, has_own_forward, is_fast, is_sharded, original_of, runs_alone
 from .transformer import add, add_norm_modulate, is_plain_norm, norm_modulate
 from .trials import Proofs
 
 
 class Tried(Fast):
-    """Runs what its form computes while the proof for it holds, else the forward of its own class."""
+    """Runs what its form computes while the proof for it holds, else the forward of its own class.
+
+    The proof looks after what it reads.
+    """
 
     def forward(self, *given, **more):
         proofs = self.__dict__["_sora_fast_proofs"]
@@ -30,17 +34,17 @@ class Tried(Fast):
 
 class DiTBlock(Tried):
     runs = "norm_modulate, gate_residual_norm_modulate, gate_residual"
-    reads = ("norm1", "norm2")
+    reads = dict.fromkeys(("norm1", "norm2"), anything)
 
 
 class FinalLayer(Tried):
     runs = "norm_modulate"
-    reads = ("norm_final",)
+    reads = dict(norm_final=anything)
 
 
 class Block(Tried):
     runs = "gate_residual_norm_modulate, gate_residual"
-    reads = ("norm2", "ls1", "ls2", "drop_path", "drop_path1", "drop_path2")
+    reads = dict.fromkeys(("norm2", "ls1", "ls2", "drop_path", "drop_path1", "drop_path2"), anything)
 
 
 class Form:
@@ -130,7 +134,7 @@ def mixin_of(module: nn.Module) -> tuple[type[Fast] | None, str | None]:
 
 def _elsewhere(module) -> str | None:
     """Why the weights of a block are not at hand, as they are where hooks bring them only for a call."""
-    if any(_is_fsdp(type(inner)) for inner in module.modules()):
+    if any(is_sharded(inner) for inner in module.modules()):
         return "it is sharded; accelerate before fully_shard"
     for weight in chain(module.parameters(), module.buffers()):
         if weight.is_meta:

@@ -45,7 +45,7 @@ class Fast:
     """
 
     runs = ""
-    reads: Mapping[str, Callable[[nn.Module | None], bool]] | tuple[str, ...] = {}
+    reads: Mapping[str, Callable[[nn.Module | None], bool]] = {}
 
     @classmethod
     def reads_of(cls, module: nn.Module) -> list[str]:
@@ -225,7 +225,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def runs_alone(module: nn.Module) -> bool:
     """Whether a call is the class's forward and nothing else: no forward of its own, no hook on it or on all modules."""
-    return not ("forward" in module.__dict__ or has_hooks(module))
+    return not (has_own_forward(module) or has_hooks(module))
 
 
 # ------------------------------------------------------------------------------------------------ deciding

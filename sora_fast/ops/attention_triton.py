@@ -4,7 +4,7 @@ import torch
 
 from .. import configs
 from ..dispatch import Backend, Problem
-from . import triton_backend
+from . import operators, triton_backend
 
 
 def _config(kernel: str, gpu: str, dtype: torch.dtype, head_dim: int, group: int, band: bool) -> configs.Found:
@@ -57,9 +57,9 @@ def _fake_backward(dout, dlse, q, k, v, *arguments):
 
 
 _PACK = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, float? softmax_scale, bool causal, int left, int right"
-triton_backend.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_PACK}) -> Tensor[]", _forward,
+operators.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_PACK}) -> Tensor[]", _forward,
                       _fake_forward)
-triton_backend.define(f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+operators.define(f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
                       f"Tensor? parts, {_PACK}) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
 
 

@@ -5,7 +5,7 @@ import torch
 from .. import checks
 from ..dispatch import Backend
 from ..reference import convolution as reference
-from . import cuda_backend, normalization_cuda
+from . import cuda_backend, normalization_cuda, operators
 from .convolution_call import NORM, SCHEMA, TENSORS, Settings, fake_forward, video
 
 AT_ONCE = (256, 192, 160, 128, 96)  # output channels of a tile; csrc/convolution.cu
@@ -58,7 +58,7 @@ def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings
     return [y] if cache_out is None else [y, cache_out]
 
 
-cuda_backend.define(f"convolution_cuda_forward({TENSORS}, Tensor? residual, {NORM}, {SCHEMA}) -> Tensor[]", _forward,
+operators.define(f"convolution_cuda_forward({TENSORS}, Tensor? residual, {NORM}, {SCHEMA}) -> Tensor[]", _forward,
                     fake_forward)
 
 

@@ -5,7 +5,7 @@ import torch
 from .. import checks, configs
 from ..dispatch import Backend, needs_grad
 from ..reference import convolution as reference
-from . import normalization, triton_backend
+from . import normalization, operators, triton_backend
 from .convolution_call import NORM, SCHEMA, TENSORS, Settings, fake_forward, video
 
 
@@ -95,9 +95,9 @@ def _fake_backward(dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bia
     return [make() for make, want in zip(made, wanted, strict=True) if want]
 
 
-triton_backend.define(f"convolution_forward({TENSORS}, Tensor? residual, {NORM}, {SCHEMA}) -> Tensor[]", _forward,
+operators.define(f"convolution_forward({TENSORS}, Tensor? residual, {NORM}, {SCHEMA}) -> Tensor[]", _forward,
                       fake_forward)
-triton_backend.define(f"convolution_backward(Tensor dy, Tensor? dcache_out, {TENSORS}, {NORM}, Tensor? stats, "
+operators.define(f"convolution_backward(Tensor dy, Tensor? dcache_out, {TENSORS}, {NORM}, Tensor? stats, "
                       f"bool[] wanted, {SCHEMA}) -> Tensor[]", _backward, _fake_backward)
 
 

@@ -8,9 +8,7 @@ import torch
 from .. import env
 from ..dispatch import Problem
 from ..environment import build_info
-from .operators import define
 
-__all__ = ["aligned", "cannot_run", "define", "extension", "launch", "unsupported"]
 AGAIN = "SORA_FAST_BUILD_CUDA=1 pip install -e . builds it, or says why it cannot"
 
 

@@ -14,7 +14,7 @@ from ..dispatch import Backend, Op, Problem, device_name, needs_grad
 from ..reference import modulation as reference
 from ..reference.modulation import only_samples, pick
 from ..reference.precision import wide_dtype
-from . import triton_backend
+from . import operators, triton_backend
 
 NORMS = ("layer", "rms")
 
@@ -132,10 +132,10 @@ def _fake_backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, sta
 
 
 # What is there of x_new, h and stats; the gradients that are wanted of x, y, gate, shift, scale, weight and bias.
-triton_backend.define("modulation_forward(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? rows, "
+operators.define("modulation_forward(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? rows, "
                       "Tensor? weight, Tensor? bias, str? norm, float eps, bool save, ScalarType dtype) -> Tensor[]",
                       _forward, _fake_forward)
-triton_backend.define("modulation_backward(Tensor? dx_new, Tensor? dh, Tensor? x, Tensor? y, Tensor? gate, Tensor? shift, "
+operators.define("modulation_backward(Tensor? dx_new, Tensor? dh, Tensor? x, Tensor? y, Tensor? gate, Tensor? shift, "
                       "Tensor? scale, Tensor? rows, Tensor? weight, Tensor? bias, Tensor? stats, str? norm, bool[] wanted) "
                       "-> Tensor[]", _backward, _fake_backward)
 

@@ -9,7 +9,7 @@ from .. import checks, configs
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
 from ..reference import normalization as reference
 from ..reference.precision import wide_dtype, widen
-from . import normalization_cuda, triton_backend
+from . import normalization_cuda, operators, triton_backend
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ def _fake_backward(dy, x, weight, bias, stats, norm, groups, eps, act, wanted):
 
 
 # y, and the statistics of a group norm; the gradients that are wanted of x, weight and bias.
-triton_backend.define("norm_act_forward(Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps, str? act) "
+operators.define("norm_act_forward(Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps, str? act) "
                       "-> Tensor[]", _forward, _fake_forward)
-triton_backend.define("norm_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? stats, str norm, "
+operators.define("norm_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? stats, str norm, "
                       "int groups, float eps, str? act, bool[] wanted) -> Tensor[]", _backward, _fake_backward)
 
 

@@ -4,7 +4,7 @@ import torch
 
 from .. import checks
 from ..dispatch import Backend
-from . import cuda_backend
+from . import cuda_backend, operators
 from .convolution_call import video
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/normalization.cuh
@@ -50,7 +50,7 @@ def _fake_forward(x, weight, bias, eps, act):
     return video(x, x.dtype, *x.shape)
 
 
-cuda_backend.define("norm_act_cuda_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, str? act) -> Tensor",
+operators.define("norm_act_cuda_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, str? act) -> Tensor",
                     _forward, _fake_forward)
 
 

@@ -15,7 +15,7 @@ from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad, 
 from ..pack import Pack, host_grids, uploaded_grids
 from ..reference import patches as reference
 from ..reference.precision import holds_numbers
-from . import triton_backend
+from . import operators, triton_backend
 
 
 @dataclass(frozen=True)
@@ -198,12 +198,12 @@ def _fake_permute(source, grids, cu_seqlens, patch, channels, back):
 
 
 # sizes: t, h, w of every sample, one after the other; the gradients that are wanted of latents, weight and bias.
-triton_backend.define("patches_grids(Tensor like, SymInt[] sizes) -> Tensor[]", _copies, _fake_copies)
-triton_backend.define("patch_embed_forward(Tensor latents, Tensor weight, Tensor? bias, Tensor grids, Tensor cu_seqlens) "
+operators.define("patches_grids(Tensor like, SymInt[] sizes) -> Tensor[]", _copies, _fake_copies)
+operators.define("patch_embed_forward(Tensor latents, Tensor weight, Tensor? bias, Tensor grids, Tensor cu_seqlens) "
                       "-> Tensor", _embed, _fake_embed)
-triton_backend.define("patch_embed_backward(Tensor d_out, Tensor latents, Tensor weight, Tensor grids, Tensor cu_seqlens, "
+operators.define("patch_embed_backward(Tensor d_out, Tensor latents, Tensor weight, Tensor grids, Tensor cu_seqlens, "
                       "bool[] wanted) -> Tensor[]", _embed_backward, _fake_embed_backward)
-triton_backend.define("patches_permute(Tensor source, Tensor grids, Tensor cu_seqlens, int[] patch, int channels, "
+operators.define("patches_permute(Tensor source, Tensor grids, Tensor cu_seqlens, int[] patch, int channels, "
                       "bool back) -> Tensor", _permute, _fake_permute)
 
 

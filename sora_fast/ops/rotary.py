@@ -13,7 +13,7 @@ from ..dispatch import Backend, Op, Problem, device_name, needs_grad
 from ..reference import rotary as reference
 from ..reference.modulation import only_samples
 from ..reference.precision import wide_dtype
-from . import triton_backend
+from . import operators, triton_backend
 
 NORMS = ("rms_head", "rms_all", "layer_head", None)
 
@@ -146,8 +146,8 @@ def _fake_backward(d_q, d_k, q, k, coords, q_weight, k_weight, q_bias, k_bias, f
 _SETTINGS = ("Tensor? coords, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? freqs, "
              "Tensor? rows, str? norm, int[] axes, float[] theta, str pairing, float eps")
 # What is there of q and k; the gradients that are wanted of q, k, their weights, their biases and freqs.
-triton_backend.define(f"rotary_forward(Tensor q, Tensor? k, {_SETTINGS}) -> Tensor[]", _forward, _fake_forward)
-triton_backend.define(f"rotary_backward(Tensor? d_q, Tensor? d_k, Tensor? q, Tensor? k, {_SETTINGS}, bool[] wanted) "
+operators.define(f"rotary_forward(Tensor q, Tensor? k, {_SETTINGS}) -> Tensor[]", _forward, _fake_forward)
+operators.define(f"rotary_backward(Tensor? d_q, Tensor? d_k, Tensor? q, Tensor? k, {_SETTINGS}, bool[] wanted) "
                       f"-> Tensor[]", _backward, _fake_backward)
 
 

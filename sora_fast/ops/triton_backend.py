@@ -7,9 +7,7 @@ import torch
 
 from .. import configs, env
 from ..dispatch import Problem
-from .operators import define
 
-__all__ = ["DTYPES", "apply", "define", "gpu_name", "unsupported"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -159,16 +159,16 @@ def test_norms_of_signs_are_signs():
 
 
 @pytest.mark.parametrize("patch", ((1, 2, 2), (2, 3, 1)))
-def test_patches_are_those_of_conv3d(patch):
+def test_patches_are_those_of_conv3d(patch, dtype=torch.float32):
     """On small integers, which every dtype sums exactly: conv3d's own numbers and gradients, and unpatchify's way back."""
-    inputs = kernel_inputs.patches("patch_embed", GRIDS, 2, 3, patch, 6, small=True)
+    inputs = kernel_inputs.patches("patch_embed", GRIDS, 2, 3, patch, 6, dtype=dtype, small=True)
     fresh, leaves = with_grad(inputs)
     got = on_kernel("patch_embed")(**fresh)
-    cotangent = torch.randint(-2, 3, got.shape).float()
+    cotangent = torch.randint(-2, 3, got.shape).to(dtype)
     cotangent[11:] = float("nan")
     grads = dict(zip(leaves, torch.autograd.grad(got, list(leaves.values()), cotangent), strict=True))
     pt, ph, pw = patch
-    whole, mine = with_grad({name: value for name, value in inputs.items() if name != "grids"})
+    whole, mine = with_grad({name: value.float() for name, value in inputs.items() if name != "grids"})
     wanted, start = [], 0
     for t, h, w in GRIDS:
         end = start + 3 * t * pt * h * ph * w * pw
@@ -177,12 +177,12 @@ def test_patches_are_those_of_conv3d(patch):
             wanted.append(F.conv3d(clip, whole["weight"], whole["bias"], stride=patch)[0].flatten(1).t())
         start = end
     want = torch.cat(wanted)
-    assert torch.equal(got[:11], want) and not got[11:].any()
-    for name, grad in zip(mine, torch.autograd.grad(want, list(mine.values()), cotangent[:11]), strict=True):
-        assert torch.equal(grads[name], grad), name
+    assert torch.equal(got[:11], want.to(dtype)) and not got[11:].any()
+    for name, grad in zip(mine, torch.autograd.grad(want, list(mine.values()), cotangent[:11].float()), strict=True):
+        assert torch.equal(grads[name], grad.to(dtype)), name
 
     numbers = 3 * pt * ph * pw
-    identity = torch.eye(numbers).view(numbers, pt, ph, pw, 3).permute(0, 4, 1, 2, 3)
+    identity = torch.eye(numbers, dtype=dtype).view(numbers, pt, ph, pw, 3).permute(0, 4, 1, 2, 3)
     tokens = on_kernel("patch_embed")(inputs["latents"], identity, grids=GRIDS)
     back = on_kernel("unpatchify")(tokens, GRIDS, patch, 3, flat=True)
     assert torch.equal(back[:11 * numbers], inputs["latents"][:11 * numbers]) and not back[11 * numbers:].any()
@@ -235,7 +235,7 @@ def test_isolation(case):
     assert spoilt.any()
 
 
-def test_isolation_of_attention():
+def test_isolation_of_attention(tma=False):
     """NaN and Inf in a sample, in its neighbours' last tiles or behind them, change no bit of the others."""
     inputs = kernel_inputs.attention((13, 21, 5), (30, 11, 9), 2, 1, 40, tail=3, return_lse=True)
     poisoned = dict(inputs)
@@ -246,7 +246,7 @@ def test_isolation_of_attention():
     results = []
     for each in (inputs, poisoned):
         fresh, leaves = with_grad(each)
-        with attention_tiles(16, 16):
+        with attention_tiles(16, 16, tma=tma):
             outs = tensors(on_kernel("varlen_attention")(**fresh))
             dout = torch.ones_like(outs[0])
             if each is poisoned:

@@ -4,11 +4,11 @@ In float32 and float16: the interpreter's bfloat16 arithmetic is wrong.
 """
 
 import itertools
-import math
 from functools import partial
 
 import op_checks
 import pytest
+import test_core
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ from kernel_checks import Guarded, Misled
 from kernel_inputs import DTYPES, offsets
 from kernel_inputs import attention as pack_of
 from kernel_inputs import attention_tiles as tiles
-from op_checks import gradients, same_bits, tensors, with_grad
+from op_checks import gradients, same_bits, with_grad
 
 from sora_fast import ops, reference
 from sora_fast.kernels import attention as kernels
@@ -177,32 +177,7 @@ def test_any_scale(scale):
 
 # -------------------------------------------------------------------------------------------- what is read and written
 def test_isolation_of_tiles_by_descriptors():
-    """NaN and Inf in a sample, in its neighbours' last tiles or behind them, change no bit of the others."""
-    inputs = pack_of((13, 21, 5), (30, 11, 9), 2, 1, 40, tail=3, return_lse=True)
-    poisoned = dict(inputs)
-    own_q, own_k = slice(13, 34), slice(30, 41)
-    for name, rows in (("q", own_q), ("k", own_k), ("v", own_k)):
-        poisoned[name] = inputs[name].clone()
-        poisoned[name][rows] = math.inf if name == "v" else NAN
-    results = []
-    for each in (inputs, poisoned):
-        fresh, leaves = with_grad(each)
-        with tiles(16, 16, tma=True):
-            outs = tensors(on_kernel()(**fresh))
-            dout = torch.ones_like(outs[0])
-            if each is poisoned:
-                dout[own_q] = NAN
-            dout[-3:] = NAN
-            found = torch.autograd.grad(outs, list(leaves.values()), [dout, torch.where(outs[1] > -math.inf, 1.0, NAN)])
-        results.append((*outs, *found))
-    for place, (want, got) in enumerate(zip(*results, strict=True)):
-        rows, own = want.shape[0] if place != 1 else want.shape[1], own_q if place in (0, 1, 2) else own_k
-        others = torch.ones(rows, dtype=torch.bool)
-        others[own] = False
-        pick = (lambda t, others=others: t[:, others]) if place == 1 else (lambda t, others=others: t[others])
-        assert same_bits(pick(want), pick(got)) and not torch.isnan(pick(got)).any()
-        assert torch.isneginf(want[:, -3:]).all() if place == 1 else not want[-3:].any()
-    assert torch.isnan(results[1][0][own_q]).all()
+    test_core.test_isolation_of_attention(tma=True)
 
 
 @pytest.mark.parametrize("blocks", ((16, 16), (64, 32)))

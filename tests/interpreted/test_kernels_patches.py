@@ -7,6 +7,7 @@ from math import prod
 
 import op_checks
 import pytest
+import test_core
 import torch
 import torch.nn.functional as F
 import triton
@@ -102,27 +103,7 @@ def test_drawn(grids, tail, patch, channels, width, bias, dtype, block_k, op):
 @pytest.mark.parametrize("patch", ((1, 2, 2), (2, 3, 1), (4, 1, 2), (1, 1, 1), (1, 2, 3)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_embedding_bit_for_bit(dtype, patch):
-    """On small integers, which every dtype sums exactly: conv3d's own numbers, and its gradients."""
-    inputs = inputs_of("patch_embed", GRIDS, 2, 3, patch, 6, dtype=dtype, small=True)
-    fresh, leaves = with_grad(inputs)
-    got = on_kernel("patch_embed")(**fresh)
-    cotangent = torch.randint(-2, 3, got.shape).to(dtype)
-    cotangent[11:] = float("nan")
-    grads = dict(zip(leaves, torch.autograd.grad(got, list(leaves.values()), cotangent), strict=True))
-
-    pt, ph, pw = patch
-    whole, mine = with_grad({name: None if t is None else t.float() for name, t in inputs.items() if name != "grids"})
-    wanted, start = [], 0
-    for t, h, w in GRIDS:
-        end = start + 3 * t * pt * h * ph * w * pw
-        if end > start:
-            clip = whole["latents"][start:end].view(1, 3, t * pt, h * ph, w * pw)
-            wanted.append(F.conv3d(clip, whole["weight"], whole["bias"], stride=patch)[0].flatten(1).t())
-        start = end
-    want = torch.cat(wanted)
-    assert torch.equal(got[:11], want.to(dtype)) and not got[11:].any()
-    for name, grad in zip(mine, torch.autograd.grad(want, list(mine.values()), cotangent[:11].float()), strict=True):
-        assert torch.equal(grads[name], grad.to(dtype)), name
+    test_core.test_patches_are_those_of_conv3d(patch, dtype)
 
 
 @pytest.mark.parametrize("patch", ((1, 2, 2), (2, 3, 1), (1, 2, 3)))
