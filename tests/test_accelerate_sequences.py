@@ -61,11 +61,17 @@ def test_pads(what):
     agrees(COVERED[what])
 
 
+def several():
+    return nn.Sequential(OrderedDict(
+        enter=nn.Conv3d(4, 4, 1), norm=nn.GroupNorm(2, 4), act=nn.SiLU(), pad=nn.ZeroPad3d(PAST), conv=nn.Conv3d(4, 4, 3),
+        again=nn.GroupNorm(2, 4), act2=nn.SiLU(), pad2=nn.ReplicationPad3d(PAST), conv2=nn.Conv3d(4, 4, 3),
+        leave=nn.Conv3d(4, 2, 1)))
+
+
 def test_pairs_anywhere_in_a_longer_sequence_and_under_any_name():
-    layers = OrderedDict(enter=nn.Conv3d(4, 4, 1), norm=nn.GroupNorm(2, 4), act=nn.SiLU(), pad=nn.ZeroPad3d(PAST),
-                         conv=nn.Conv3d(4, 4, 3), again=nn.GroupNorm(4, 4), act2=nn.SiLU(), leave=nn.Conv3d(4, 2, 1))
-    report = agrees(nn.Sequential(layers))
-    assert {row.name for row in report.rows if row.state == "inside"} == {*layers} - {"enter", "leave"}
+    model = several()
+    report = agrees(model)
+    assert {row.name for row in report.rows if row.state == "inside"} == {*model._modules} - {"enter", "leave"}
     assert {row.name for row in report.left} == {"enter", "leave"}
 
 

@@ -77,7 +77,7 @@ class DropPath(nn.Module):
 
     def forward(self, x):
         keep = 1 - self.drop_prob * self.training
-        return x if keep == 1 else x * torch.bernoulli(torch.full((x.shape[0], 1, 1), keep)) / keep
+        return x if keep == 1 else x * (torch.rand(x.shape[0], 1, 1) < keep) / keep
 
 
 class Block(nn.Module):
@@ -91,6 +91,17 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class Stack(nn.Module):
+    def __init__(self, *blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
 
 
 def test_the_official_dit():
