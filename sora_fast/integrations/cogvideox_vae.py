@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .. import ops
 from .known import CONV2D, DROPOUT, GROUP_NORM, SILU, STRIDED_CONV2D, Kind, anything
-from .swapping import Fast
+from .swapping import Fast, held
 
 _VAE = "diffusers.models.autoencoders.autoencoder_kl_cogvideox"
 
@@ -35,8 +35,10 @@ def _convolve(conv, x, cache=None, *, norm=None, residual=None):
 
 def _reads_as_causal(conv) -> bool:
     """Its convolution pads in space what ours does, and it repeats the frames that its kernel needs in front."""
-    inner, space, behind = conv.conv, (conv.width_pad,) * 2 + (conv.height_pad,) * 2, conv.time_kernel_size - 1
-    if conv.pad_mode not in ("first", "constant", "replicate") or not _SAFE(inner) or inner.weight.shape[2] != behind + 1:
+    inner, space, behind = held(conv, "conv"), (conv.width_pad,) * 2 + (conv.height_pad,) * 2, conv.time_kernel_size - 1
+    if conv.pad_mode not in ("first", "constant", "replicate") or not _SAFE(inner):
+        return False
+    if held(inner, "weight").shape[2] != behind + 1:
         return False
     if conv.pad_mode == "replicate":
         return inner.padding == (0, 0, 0) and tuple(conv.time_causal_padding) == (*space, behind, 0)
@@ -45,11 +47,12 @@ def _reads_as_causal(conv) -> bool:
 
 # It cuts what is above 2 GB by its kernel_size.
 _SAFE = Kind(f"{_VAE}.CogVideoXSafeConv3d", methods=("forward", "_conv_forward"), read="weight bias stride padding",
-             groups=1, dilation=(1, 1, 1), padding_mode="zeros", rule=lambda conv: conv.kernel_size == conv.weight.shape[2:])
+             groups=1, dilation=(1, 1, 1), padding_mode="zeros",
+             rule=lambda conv: conv.kernel_size == held(conv, "weight").shape[2:])
 _POINTS = _SAFE.but(kernel=(1, 1, 1), stride=(1, 1, 1), padding=(0, 0, 0))
 _CONV = Kind(f"{_VAE}.CogVideoXCausalConv3d", methods=("forward", "fake_context_parallel_forward"), rule=_reads_as_causal,
              read="conv pad_mode width_pad height_pad time_kernel_size time_causal_padding")
-_POINTS_IN_CONV = _CONV.but(time_kernel_size=1, rule=lambda conv: _reads_as_causal(conv) and _POINTS(conv.conv))
+_POINTS_IN_CONV = _CONV.but(time_kernel_size=1, rule=lambda conv: _reads_as_causal(conv) and _POINTS(held(conv, "conv")))
 
 
 class CausalConv(Fast):

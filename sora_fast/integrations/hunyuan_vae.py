@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from .. import ops
 from .known import CONV3D, DROPOUT, GROUP_NORM, SILU, Kind, absent, either
-from .swapping import Fast
+from .swapping import Fast, held
 
 _MODULE = "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video"
 _PADS = {"replicate": "replicate", "constant": "zeros"}
@@ -32,9 +32,9 @@ def _norm_act_convolve(norm, conv, x, residual=None):
 
 def _reads_as_causal(conv) -> bool:
     """Its border and the nn.Conv3d in it are those of a causal convolution, whose nn.Conv3d may be read past it."""
-    pad = conv.time_causal_padding
-    return (conv.pad_mode in _PADS and CONV3D(conv.conv) and len(pad) == 6
-            and tuple(pad[4:]) == (conv.conv.weight.shape[2] - 1, 0))
+    pad, inner = conv.time_causal_padding, held(conv, "conv")
+    return (conv.pad_mode in _PADS and CONV3D(inner) and len(pad) == 6
+            and tuple(pad[4:]) == (held(inner, "weight").shape[2] - 1, 0))
 
 
 _CONV = Kind(f"{_MODULE}.HunyuanVideoCausalConv3d", read="conv pad_mode time_causal_padding", rule=_reads_as_causal)

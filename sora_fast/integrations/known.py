@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .swapping import as_built, genuine, original_of
+from .swapping import as_built, genuine, held, original_of
 
 KINDS: list["Kind"] = []
 
@@ -56,7 +56,7 @@ class Kind:
         for name, value in self.fixed.items():  # no attrgetter: torch.compile does not trace one
             if getattr(module, name) != value:
                 return False
-        if self.kernel is not None and module.weight.shape[2:] != self.kernel:
+        if self.kernel is not None and held(module, "weight").shape[2:] != self.kernel:
             return False
         return self.rule is None or self.rule(module)
 
@@ -87,7 +87,8 @@ def anything(child) -> bool:
 
 
 def _weighted(norm) -> bool:
-    return norm.weight is not None and norm.weight.dim() == 1
+    weight = held(norm, "weight")
+    return weight is not None and weight.dim() == 1
 
 
 def _one_axis(norm) -> bool:

@@ -56,7 +56,7 @@ class Fast:
     def unsuited(cls, module: nn.Module) -> str | None:
         """Asked when a model is swapped, and by each call, since a child may change after."""
         for name, may_be_read in cls.reads.items():
-            if not may_be_read(getattr(module, name, None)):
+            if not may_be_read(held(module, name)):
                 return f"its {name} was replaced, has a hook, or is set to what is not read past it"
         return None
 
@@ -187,6 +187,14 @@ def is_fast(module: nn.Module) -> bool:
 def takes_what_is_ours(module: nn.Module) -> bool:
     """Whether ``module`` may be called with arguments that mixins alone know: its class has no subclass made since."""
     return is_fast(module) and not issubclass(original_of(type(module)), Fast)
+
+
+def held(module: nn.Module, name: str):
+    """The child or parameter of that name, else the attribute, or None; by getattr it would take 2 us of each call."""
+    found = module._parameters.get(name)
+    if found is None:
+        found = module._modules.get(name)
+    return getattr(module, name, None) if found is None else found
 
 
 def is_sharded(module: nn.Module) -> bool:

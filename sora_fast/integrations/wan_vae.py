@@ -14,7 +14,7 @@ from .. import ops
 from ..nn import StreamState
 from ..nn.streaming import starts
 from .known import CONV2D, DROPOUT, IDENTITY, SEQUENTIAL, SILU, STRIDED_CONV2D, ZERO_PAD2D, Kind, absent, either
-from .swapping import Fast, grad_wanted, has_hooks, is_sharded, original_of, takes_what_is_ours
+from .swapping import Fast, grad_wanted, has_hooks, held, is_sharded, original_of, takes_what_is_ours
 from .video_vae import Whole, convolve, in_chunks, own_slots
 
 _WAN, _QWEN = (f"diffusers.models.autoencoders.autoencoder_kl_{name}" for name in ("wan", "qwenimage"))
@@ -27,12 +27,12 @@ def _kind(name: str, **settings) -> Kind:
 
 def _padded_as_causal(conv) -> bool:
     """What stands in front is what a causal convolution needs, or nothing; nothing stands behind."""
-    return len(conv._padding) == 6 and conv._padding[4] in (0, conv.weight.shape[2] - 1) and conv._padding[5] == 0
+    return len(conv._padding) == 6 and conv._padding[4] in (0, held(conv, "weight").shape[2] - 1) and conv._padding[5] == 0
 
 
 def _of_channels(norm) -> bool:
     """A norm of C channels scaled as that of C channels, with no bias, which may be a parameter."""
-    return isinstance(norm.bias, float) and norm.bias == 0 and norm.scale == norm.gamma.numel() ** 0.5
+    return isinstance(norm.bias, float) and norm.bias == 0 and norm.scale == held(norm, "gamma").numel() ** 0.5
 
 
 _CONV = _kind("CausalConv3d", read="weight bias stride _padding", methods=("forward", "_conv_forward"), groups=1,
@@ -43,7 +43,7 @@ _CONV1 = _CONV.but(read="weight bias", kernel=(1, 1, 1), stride=(1, 1, 1), _padd
 _TIME_UP = _CONV.but(read="weight bias", kernel=(3, 1, 1), stride=(1, 1, 1), _padding=(0, 0, 0, 0, 2, 0))
 _TIME_DOWN = _CONV.but(read="weight bias", kernel=(3, 1, 1), stride=(2, 1, 1), _padding=(0, 0, 0, 0, 0, 0))
 _NORM = _kind("RMS_norm", read="gamma bias scale", channel_first=True, rule=_of_channels)
-_VIDEO_NORM = _NORM.but(rule=lambda norm: norm.gamma.dim() == 4 and _of_channels(norm))
+_VIDEO_NORM = _NORM.but(rule=lambda norm: held(norm, "gamma").dim() == 4 and _of_channels(norm))
 _DOUBLE = _kind("Upsample", read="", size=None, scale_factor=(2.0, 2.0), mode="nearest-exact", align_corners=None,
                 recompute_scale_factor=None)
 _HALVE = ZERO_PAD2D.but(padding=(0, 1, 0, 1))
