@@ -78,7 +78,8 @@ class Pack:
         cu_seqlens = _running_sum(lengths)
         segment_ids, coords = _layout(grids_cpu, lengths, total)
         if modulation == "sample":
-            rows, row_samples = segment_ids, torch.arange(len(grids), device="cpu")
+            # two tensors: a graph would hold that they were one, and a padded pack would want another graph
+            rows, row_samples = segment_ids.clone(), torch.arange(len(grids), device="cpu")
         else:
             frames = grids_cpu[:, 0]
             first_row = _running_sum(frames)[:-1].to(torch.int64)

@@ -23,7 +23,8 @@ def inputs(op, pack, rows=None):
     x = draw(tokens, 8, seed=9)
     found = {
         "varlen_attention": heads, "varlen_attention_forward": heads,
-        "varlen_attention_backward": heads | dict(dout=heads["v"], dlse=draw(2, tokens), out=heads["q"], lse=draw(2, tokens)),
+        "varlen_attention_backward": heads | dict(dout=heads["v"], dlse=draw(2, tokens), out=heads["q"],
+                                                  lse=draw(2, tokens)),
         "qk_norm_rope": dict(q=heads["q"], k=heads["k"]),
         "norm_modulate": dict(x=x, shift=tables["shift"], scale=tables["scale"]),
         "gate_residual": dict(x=x, y=-x, gate=tables["gate"]), "gate_residual_norm_modulate": dict(x=x, y=-x, **tables),
