@@ -84,9 +84,10 @@ def parser() -> argparse.ArgumentParser:
     from .. import __version__
     from ..training.config import DiTTraining, VAETraining
     from .options import add_options
+    from .parsing import Parser
 
-    top = argparse.ArgumentParser(prog="sora-fast", description="Fast, differentiable, ragged layers for Sora-style video "
-                                  "models: see them work, train, generate, check.")
+    top = Parser(prog="sora-fast", description="Fast, differentiable, ragged layers for Sora-style video models: see them "
+                                               "work, train, generate, check.")
     top.add_argument("--version", action="version", version=f"sora_fast {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
