@@ -50,7 +50,7 @@ class Pack:
         rows: int32 (N,), the modulation row of each token, -1 in the tail; non-decreasing before it.
         row_samples: int64 (R,), the sample that each modulation row belongs to.
         text_cu_seqlens: int32 (S + 1,) or None; text_max_seqlen: int; text_lengths: tuple of S ints (host) or None;
-            text_tokens: int, length L of the row of text tokens, its tail included.
+            text_segment_ids: int32 (L,), the sample of each text token, -1 in the text's tail, or None.
         kept: int64 (N,) place of each token in the full row before ``keep`` dropped some, or None.
 
     Raises:
@@ -146,7 +146,7 @@ class Pack:
     def set_text(self, lengths: Sequence[int] | None) -> "Pack":
         """Give the pack ragged text: ``lengths`` (S,) text tokens of each sample; None takes it away."""
         if lengths is None:
-            return self._hold(text_cu_seqlens=None, text_max_seqlen=0, text_lengths=None, text_tokens=0)
+            return self._hold(text_cu_seqlens=None, text_max_seqlen=0, text_lengths=None, text_segment_ids=None)
         if isinstance(lengths, torch.Tensor):
             checks.integers("Pack", "text_lengths", lengths, (torch.int64, torch.int32))
             checks.require(lengths.device.type == "cpu", "Pack", "text_lengths as host data (ints or a CPU tensor)",
@@ -158,14 +158,20 @@ class Pack:
         for length in lengths:
             checks.whole("Pack", "every length of text_lengths", length, 0)
         lengths = tuple(int(length) for length in lengths)
-        ends = _running_sum(torch.tensor(lengths, dtype=torch.int64, device="cpu"))
-        return self._hold(text_cu_seqlens=ends.to(self.cu_seqlens.device), text_max_seqlen=max(lengths, default=0),
-                          text_lengths=lengths, text_tokens=sum(lengths))
+        counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+        owners = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32, device="cpu"), counts)
+        return self._hold(text_cu_seqlens=_running_sum(counts).to(self.device), text_segment_ids=owners.to(self.device),
+                          text_max_seqlen=max(lengths, default=0), text_lengths=lengths)
 
     @property
     def num_tokens(self) -> int:
         """N, the tail included."""
         return self.segment_ids.shape[0]
+
+    @property
+    def text_tokens(self) -> int:
+        """L, the text's tail included; 0 without text."""
+        return 0 if self.text_segment_ids is None else self.text_segment_ids.shape[0]
 
     @property
     def num_samples(self) -> int:
@@ -181,7 +187,7 @@ class Pack:
 
     def _move(self, device: torch.device) -> None:
         for name in ("grids_device", "cu_seqlens", "segment_ids", "coords", "rows", "row_samples", "text_cu_seqlens",
-                     "kept"):
+                     "text_segment_ids", "kept"):
             value = getattr(self, name)
             if value is not None:
                 # towards the host a copy that does not wait may be read before it is there
@@ -210,11 +216,13 @@ class Pack:
             if value < least:
                 raise checks.error("Pack.pad_to", f"at least the pack's {checks.shown(least)} {what}", checks.shown(value),
                                    "pass a larger length")
-        more = int(tokens) - self.num_tokens
+        more, text = int(tokens) - self.num_tokens, self.text_segment_ids
+        if text is None and text_tokens:
+            raise checks.error("Pack.pad_to", "text_tokens for a pack with text_lengths", text_tokens, "leave it out")
         return self._copy()._hold(
             segment_ids=_extend(self.segment_ids, more, -1), rows=_extend(self.rows, more, -1),
             coords=_extend(self.coords, more, 0), kept=None if self.kept is None else _extend(self.kept, more, -1),
-            text_tokens=int(text_tokens))
+            text_segment_ids=None if text is None else _extend(text, int(text_tokens) - self.text_tokens, -1))
 
     @_lasting
     def keep(self, index: torch.Tensor) -> "Pack":

@@ -75,7 +75,7 @@ def test_eval_blames_the_run_and_not_its_data(cli, tmp_path, monkeypatch):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "config.json").write_text(json.dumps(dict(kind=kind, training=dict(data="media"))))
     for more in ((), ("--data", tmp_path)):
-        for run, came in (("runs/nope", "no config.json there"), ("folder", "no config.json there"), ("other", "'mae'")):
+        for run, came in (("runs/nope", "nothing there"), ("folder", "no config.json there"), ("other", "'mae'")):
             refused(cli("eval", run, *more), f"{run}: expected a run folder of sora-fast train-vae or train", came)
         for run in ("vae", "dit"):
             refused(cli("eval", run, *more), f"{run}: expected a run folder with a checkpoint")

@@ -129,7 +129,8 @@ def _description(model: str) -> tuple[str, dict]:
     file = folder / "config.json"
     described = checkpoint.load_json(file) if file.is_file() else {}
     if described.get("kind") not in ("vae", "dit"):
-        came = f"one of kind {described.get('kind')!r}" if described else "no config.json there"
+        came = f"one of kind {described.get('kind')!r}" if described else (
+            "no config.json there" if folder.is_dir() else "nothing there")
         raise FileNotFoundError(f"{model}: expected a run folder of sora-fast train-vae or train, or weights of Wan 2.1's "
                                 f"VAE, got {came}; pass the folder given as --out")
     if not (folder / "vae.safetensors").is_file():
