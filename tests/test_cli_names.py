@@ -43,6 +43,7 @@ def test_no_parser_takes_abbreviations():
     (("train_vae", "--data", "x"), "train_vae;", "did you mean train-vae?"),
     (("evaluate", "runs/vae"), "evaluate;", "did you mean"),
     (("tun",), "tun;", "did you mean tune?"),
+    (("bench", "comprae", "a", "b"), "bench comprae;", "did you mean bench compare?"),
     (("train", "--xyzzy", "1"), "--xyzzy;", None),
     (("xyzzy",), "xyzzy;", None),
 ])
