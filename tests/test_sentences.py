@@ -9,7 +9,7 @@ from pack_checks import CLIPS, GOOD, STEPS, TEXT, draw, tiny_dit, tiny_mae, tiny
 
 from sora_fast import checks, nn
 from sora_fast.models import ByteTextEncoder, DiT, DiTConfig, MAEConfig, VAEConfig, VideoVAE, pad_text
-from sora_fast.nn import VarlenAttention
+from sora_fast.nn import Residual, VarlenAttention, random_masking
 
 WITH_TEXT = dict(text_width=8)
 SENTENCES = {
@@ -42,6 +42,21 @@ SENTENCES = {
     "bytes for video": ("VideoVAE.encode", lambda: tiny_vae().encode(torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8)),
                         ("uint8", "/ 127.5 - 1")),
     "a list for latents": ("VideoVAE.decode", lambda: tiny_vae().decode([draw(16, 1, 2, 2)]), ("list",)),
+    "a list for a stream": ("VideoVAE.encode_stream", lambda: list(tiny_vae().encode_stream([[1, 2]])),
+                            ("every chunk", "list")),
+    "nothing for a stream": ("VideoVAE.decode_stream", lambda: list(tiny_vae().decode_stream(None)), ("None",)),
+    "a list to write into": ("VideoVAE.decode_clip", lambda: tiny_vae().decode_clip(draw(1, 4, 2, 2, 2), out=[1]),
+                             ("out", "list")),
+    "a list for a chunk": ("VideoVAE.encode_stream", lambda: list(tiny_vae().encode_stream(draw(1, 3, 3, 4, 4), chunk=[1])),
+                           ("chunk", "int")),
+    "a mask for a masking": ("MAE", lambda: tiny_mae()(CLIPS, masking=torch.ones(26, dtype=torch.bool)),
+                             ("random_masking",)),
+    "a mask to encode": ("MAE", lambda: tiny_mae().encode(CLIPS, masking=[1, 2]), ("random_masking", "[1, 2]")),
+    "a list to unshuffle": ("Masking.unshuffle", lambda: random_masking(GOOD, 0.5).unshuffle([1], [2]), ("visible", "list")),
+    "a list for a shift": ("norm_modulate", lambda: Residual(draw(26, 32)).norm_modulate([1], None, GOOD),
+                           ("shift", "list")),
+    "torch's own norm": ("norm_act_conv", lambda: nn.norm_act_conv(torch.nn.GroupNorm(1, 3), nn.CausalConv3d(3, 3, 3), draw(
+        1, 3, 2, 4, 4)), ("of sora_fast.nn", "GroupNorm")),
     # refused at construction, not in forward
     "an activation of RMSNorm": ("RMSNorm", lambda: nn.RMSNorm(8, act="gelu"), ("'silu', None", "'gelu'")),
     "an activation of GroupNorm": ("GroupNorm", lambda: nn.GroupNorm(2, 8, act="relu"), ("'silu', None", "'relu'")),

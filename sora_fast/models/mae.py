@@ -174,6 +174,7 @@ class MAE(nn.Module):
         if masking is None:
             ratio = self.config.ratio if ratio is None else ratio
             masking = random_masking(pack, ratio, pattern=self.config.pattern, generator=generator)
+        check_masking(pack, masking)
         tokens = self.encoder(patches[masking.visible], pack.keep(masking.visible))
         prediction = self.decode(tokens, pack, masking)
         return MAEOutput(*self.loss(prediction, patches, pack, masking), prediction, masking)
@@ -182,6 +183,7 @@ class MAE(nn.Module):
         """Patches of clips through the trunk, all or the visible ones: tokens (N or M, D), and the pack of just these."""
         patches, pack = self.patches(clips, pack)
         if masking is not None:
+            check_masking(pack, masking)
             patches, pack = patches[masking.visible], pack.keep(masking.visible)
         return self.encoder(patches, pack), pack
 
@@ -251,6 +253,8 @@ class MAE(nn.Module):
 def check_masking(pack: Pack, masking: Masking) -> None:
     """The masking is one of all tokens of the pack."""
     check_pack("MAE", pack)
+    if not isinstance(masking, Masking):
+        raise TypeError(f"MAE: expected masking as a Masking, got {checks.came(masking)}; pass random_masking(pack, ratio)")
     if masking.tokens != pack.num_tokens:
         raise checks.error("MAE", f"a masking of the pack's {checks.shown(pack.num_tokens)} tokens",
                            f"one of {checks.shown(masking.tokens)}", "pass random_masking(pack, ratio) of this very pack")

@@ -199,6 +199,7 @@ def pad_text(text: Text, length: int = 512) -> Text:
     change.
     """
     check_encoded("pad_text", text)
+    checks.whole("pad_text", "length", length)
     if max(text.lengths, default=0) > length:
         raise ValueError(f"pad_text: expected texts of at most {length} tokens, got one of {max(text.lengths)}; shorten it, "
                          f"or raise length")

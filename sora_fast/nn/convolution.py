@@ -4,6 +4,7 @@ from torch import nn
 
 from .. import checks, ops
 from ..ops.convolution import SPACE_PADS, TIME_PADS
+from .normalization import GroupNorm, RMSNorm
 from .streaming import StreamState, renew
 
 
@@ -71,6 +72,9 @@ class CausalConv3d(nn.Conv3d):
 
 def norm_act_conv(norm, conv: CausalConv3d, x, state: StreamState | None = None, residual=None):
     """``conv(norm(x))`` as one op, for a ``sora_fast.nn`` norm and CausalConv3d; arguments as in conv's forward."""
+    if not isinstance(norm, (RMSNorm, GroupNorm)) or not isinstance(conv, CausalConv3d):
+        raise TypeError(f"norm_act_conv: expected a norm and a CausalConv3d of sora_fast.nn, got {checks.came(norm)} and "
+                        f"{checks.came(conv)}; call others one after the other")
     if state is not None and norm.settings["norm"] == "group":
         raise ValueError("norm_act_conv: expected a norm within each frame with a StreamState, got a GroupNorm, which "
                          "mixes frames; use RMSNorm, or run the whole clip at once")

@@ -38,6 +38,7 @@ class Masking:
 
     def unshuffle(self, visible, hidden):
         """The inverse of ``shuffle``, exactly: (M, ...) and (K, ...) -> (N, ...), 0 in the tail."""
+        checks.tensor("Masking.unshuffle", "visible", visible)
         for name, rows, index in (("visible", visible, self.visible), ("hidden", hidden, self.hidden)):
             checks.shape("Masking.unshuffle", name, rows, (index.shape[0], *visible.shape[1:]),
                          "pass what shuffle gives, or rows for these places")

@@ -25,7 +25,8 @@ class Residual(NamedTuple):
         shift, scale (R, D); ``rows`` (N,) or the Pack of the N tokens.
         """
         if self.y is None:  # under autocast the stream is float32, and the layers work in the modulation's 16 bits
-            return self.x, ops.norm_modulate(self.x, shift, scale, rows, dtype=shift.dtype)
+            dtype = shift.dtype if isinstance(shift, torch.Tensor) else None
+            return self.x, ops.norm_modulate(self.x, shift, scale, rows, dtype=dtype)
         return ops.gate_residual_norm_modulate(self.x, self.y, self.gate, shift, scale, rows)
 
     def joined(self, rows: torch.Tensor | Pack):
