@@ -162,15 +162,15 @@ def integers(op: str, name: str, value: torch.Tensor, dtypes: Sequence[torch.dty
 
 
 def looked_at(value: torch.Tensor) -> bool:
-    """Whether numbers may be read for a warning: on a CPU outside a graph; nothing waits for a GPU to be warned."""
+    """Whether values may be read for a warning: on a CPU outside a graph; nothing waits for a GPU to be warned."""
     return value.device.type == "cpu" and holds_numbers(value)
 
 
 def warn_once(owner: object, of: str, sentence: str) -> None:
     """Warn with ``sentence`` about ``of``, once for each ``owner``, which remembers it."""
-    told = vars(owner).setdefault("_told", set())
-    if of not in told:
-        told.add(of)
+    warned = vars(owner).setdefault("_warned", set())
+    if of not in warned:
+        warned.add(of)
         warnings.warn(sentence, stacklevel=2)
 
 

@@ -123,7 +123,7 @@ class Pack:
             modulation, text_lengths, tokens: as in ``Pack``.
 
         Raises:
-            ValueError, TypeError: a size that the patch does not divide, with the nearest that it does; no latents.
+            ValueError, TypeError: a size that the patch does not divide, with the nearest that it does; no tensors.
         """
         op = "Pack.of"
         checks.several(op, "patch", patch, "pt, ph, pw", 1)

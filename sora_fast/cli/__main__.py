@@ -319,7 +319,7 @@ def typed(text: str) -> str:
 def join_words(argv: list[str]) -> list[str]:
     """``bench compare a b`` names the command "bench compare"; argparse takes one word for a command.
 
-    What is near one of these is joined too, so that it is told as a command and not as a family.
+    What is near one of these is joined too, so that it is reported as a command and not as a family.
     """
     second = ("compare", "report", "collect", "readme")
     two = argv[:1] == ["bench"] and argv[1:2] and difflib.get_close_matches(argv[1], second, 1, 0.75)

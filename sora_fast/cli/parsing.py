@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _check_names(self, words: list[str]) -> None:
-        """Unknown names are told first: without their values the rest may look like another mistake."""
+        """Unknown names are reported first: without their values the rest may look like another mistake."""
         commands = self._subparsers._group_actions[0].choices if self._subparsers else None
         for word in words:
             if word == "--":

@@ -59,14 +59,14 @@ def _pairs(module) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def _missing(module, found) -> str:
-    """What the other children lack to be such a pair, each thing told once."""
+    """What the other children lack to be such a pair, each reason once."""
     read = {child for pair in found for child in pair}
-    told = {}
+    reasons = {}
     for first, second in zip(module, [*list(module)[1:], None], strict=True):
         reason = "" if first in read or second in read else _why_not(first, second)
         if reason:
-            told[reason.format(first, second, type(first).__name__, type(second).__name__)] = None
-    return ", ".join(told)
+            reasons[reason.format(first, second, type(first).__name__, type(second).__name__)] = None
+    return ", ".join(reasons)
 
 
 def _why_not(first, second) -> str | None:

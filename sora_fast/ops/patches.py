@@ -343,7 +343,7 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
             raise checks.error(op, f"a flat buffer of whole patches of {numel} numbers",
                                f"{checks.shown(latents.shape[0])} numbers", "end the buffer (and its tail) on a whole patch")
         if pack is not None:
-            _check_whole(op, pack, latents.shape[0] // numel, f"a flat buffer of {numel} numbers")
+            _check_whole(op, pack, latents.shape[0] // numel, f"a flat buffer of {numel} elements")
         elif not isinstance(grids, torch.Tensor):
             needed = numel * sum(t * h * w for t, h, w in grids)
             if latents.shape[0] < needed:
