@@ -175,7 +175,7 @@ def _chosen(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sora_fast.benchmarks.loss_parity",
+    parser = argparse.ArgumentParser(prog="python -m sora_fast.benchmarks.loss_parity", allow_abbrev=False,
                                      description="Train on the reference and on auto; the loss curves must agree.")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=0, help=f"of each training (default: {STEPS}; with --quick 80)")

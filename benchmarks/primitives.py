@@ -44,7 +44,7 @@ def wrong_numbers(device: str, tile_columns: int, slice: int, size: tuple[int, i
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sora_fast.benchmarks.primitives", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--device", default="cuda", help="a Hopper GPU; on any other the reason is printed (default cuda)")
     parser.add_argument("--jsonl", type=Path, metavar="FILE", help="append a row for each product to it")
     asked = parser.parse_args(arguments)

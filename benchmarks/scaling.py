@@ -285,7 +285,8 @@ def command(a) -> str:
 def main(argv: list[str] | None = None) -> int:
     recipe = Recipe()
     parser = argparse.ArgumentParser(
-        prog="python -m sora_fast.benchmarks.scaling", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m sora_fast.benchmarks.scaling", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="The same data and seeds, 1x, 4x and 16x the compute: does the held-out loss of the averaged weights\n"
                     "fall each time? Writes figures.json, figures.csv, scaling.svg and scaling.png into --out; the same\n"
                     "command goes on where it was stopped. Exits with 1 where the loss did not fall.")

@@ -60,7 +60,7 @@ def run(rank: int, world: int, steps: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=10)
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(run, (2, parser.parse_args().steps, folder), nprocs=2)

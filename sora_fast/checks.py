@@ -8,6 +8,7 @@ size while torch.compile traces would bake that size into the graph. A sentence 
 backend) shows sizes by ``shown``.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -46,13 +47,13 @@ def require(condition: bool, op: str, expected: str, got: object, remedy: str) -
 def number(op: str, name: str, value: object) -> None:
     """A real number of the host: a tensor would wait for its device."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) and not _converts(value, "__float__"):
-        raise TypeError(f"{op}: expected {name} to be a number, got {_came(value)}; pass a float")
+        raise TypeError(f"{op}: expected {name} to be a number, got {came(value)}; pass a float")
 
 
 def whole(op: str, name: str, value: object, least: int | None = None) -> None:
     """An int (numpy's too), at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) and not _converts(value, "__index__"):
-        raise TypeError(f"{op}: expected {name} to be an int, got {_came(value)}; pass an int")
+        raise TypeError(f"{op}: expected {name} to be an int, got {came(value)}; pass an int")
     if least is not None and value < least:
         raise error(op, f"{name} of {least} or more", value, "pass a larger int")
 
@@ -65,22 +66,23 @@ def several(op: str, name: str, value: object, names: str, least: int | None = N
         whole(op, f"every number of {name}", each)
         right = right and (least is None or each >= least)
     if not right:
-        raise error(op, f"{name} as ints ({names}){floor}", _came(value), "pass them in this order")
+        raise error(op, f"{name} as ints ({names}){floor}", came(value), "pass them in this order")
 
 
 def sequence(op: str, name: str, value: object, of: str) -> None:
     if not isinstance(value, (tuple, list)):
-        raise TypeError(f"{op}: expected {name} to be a list of {of}, got {_came(value)}; put them in a list")
+        raise TypeError(f"{op}: expected {name} to be a list of {of}, got {came(value)}; put them in a list")
 
 
 def _converts(value: object, method: str) -> bool:
     return not isinstance(value, torch.Tensor) and hasattr(value, method)
 
 
-def _came(value: object) -> str:
+def came(value: object) -> str:
     """What to show of a value of the wrong kind: small things whole, others by their type."""
     if value is None or isinstance(value, (bool, int, float, str)):
-        return repr(value)
+        shown = repr(value)
+        return shown if len(shown) <= 80 else f"{shown[:76]}..."
     if isinstance(value, (tuple, list)) and len(value) <= 6 and all(isinstance(v, (int, float)) for v in value):
         return repr(value)
     return f"a {type(value).__name__}"
@@ -157,6 +159,19 @@ def integers(op: str, name: str, value: torch.Tensor, dtypes: Sequence[torch.dty
     if value.dtype not in dtypes:
         options = " or ".join(str(d) for d in dtypes)
         raise TypeError(f"{op}: expected {name} in {options}, got {value.dtype}; convert it with .to({dtypes[0]})")
+
+
+def looked_at(value: torch.Tensor) -> bool:
+    """Whether values may be read for a warning: on a CPU outside a graph; nothing waits for a GPU to be warned."""
+    return value.device.type == "cpu" and holds_numbers(value)
+
+
+def warn_once(owner: object, of: str, sentence: str) -> None:
+    """Warn with ``sentence`` about ``of``, once for each ``owner``, which remembers it."""
+    warned = vars(owner).setdefault("_warned", set())
+    if of not in warned:
+        warned.add(of)
+        warnings.warn(sentence, stacklevel=2)
 
 
 def values_are_visible(value: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Pack: clips and images of any size in one row of tokens.
+"""Pack: clips and images of any size in one row of tokens, checked once, when it is made.
 
 N tokens in all, S samples, R modulation rows. A uniform batch is the special case in which all grids are equal; an
 image is a clip of one frame. Tokens of a sample stand in t, h, w order, samples one after the other, and rows past
@@ -8,7 +8,6 @@ image is a clip of one frame. Tokens of a sample stand in t, h, w order, samples
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -30,7 +29,9 @@ def _lasting(method):
 
 
 class Pack:
-    """Where every token of a row belongs.
+    """Where every token of a row belongs. Ops take it in place of ``rows``, ``coords`` and ``cu_seqlens``.
+
+    ``Pack.of(latents, patch)`` makes it from latents.
 
     Args:
         grids: (S, 3) tokens in t, h, w of each sample: a sequence of triples or a CPU integer tensor. 0 is legal.
@@ -48,7 +49,8 @@ class Pack:
         coords: int32 (N, 3), t, h, w of each token within its sample, 0 in the tail.
         rows: int32 (N,), the modulation row of each token, -1 in the tail; non-decreasing before it.
         row_samples: int64 (R,), the sample that each modulation row belongs to.
-        text_cu_seqlens: int32 (S + 1,) or None; text_max_seqlen: int.
+        text_cu_seqlens: int32 (S + 1,) or None; text_max_seqlen: int; text_lengths: tuple of S ints (host) or None;
+            text_segment_ids: int32 (L,), the sample of each text token, -1 in the text's tail, or None.
         kept: int64 (N,) place of each token in the full row before ``keep`` dropped some, or None.
 
     Raises:
@@ -60,11 +62,11 @@ class Pack:
                  text_lengths: Sequence[int] | None = None, tokens: int | None = None,
                  device: torch.device | str = "cpu"):
         checks.choice("Pack", "modulation", modulation, ("sample", "frame"))
-        self.grids = host_grids("Pack", grids)
-        self.modulation = modulation
-        self.grids_cpu = torch.tensor(self.grids, dtype=torch.int64, device="cpu").reshape(len(self.grids), 3)
-        self.grids_device = self.grids_cpu.to(torch.int32)
-        lengths = self.grids_cpu.prod(dim=1)
+        grids = host_grids("Pack", grids)
+        grids_cpu = torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(len(grids), 3)
+        self._hold(grids=grids, modulation=modulation, grids_cpu=grids_cpu, grids_device=grids_cpu.to(torch.int32),
+                   kept=None)
+        lengths = grids_cpu.prod(dim=1)
         needed = int(lengths.sum())
         if tokens is not None:
             checks.whole("Pack", "tokens", tokens)
@@ -74,33 +76,77 @@ class Pack:
         if total > 2**31 - 1:
             raise ValueError(f"Pack: expected at most 2,147,483,647 tokens, got {total:,}; make several packs")
         cu_seqlens = _running_sum(lengths)
-        segment_ids, coords = _layout(self.grids_cpu, lengths, total)
+        segment_ids, coords = _layout(grids_cpu, lengths, total)
         if modulation == "sample":
-            rows, row_samples = segment_ids, torch.arange(len(self.grids), device="cpu")
+            # two tensors: a graph would hold that they were one, and a padded pack would want another graph
+            rows, row_samples = segment_ids.clone(), torch.arange(len(grids), device="cpu")
         else:
-            frames = self.grids_cpu[:, 0]
+            frames = grids_cpu[:, 0]
             first_row = _running_sum(frames)[:-1].to(torch.int64)
             inside = segment_ids >= 0
             rows = torch.full((total,), -1, dtype=torch.int32, device="cpu")
             rows[inside] = (first_row[segment_ids[inside].long()] + coords[inside, 0]).to(torch.int32)
-            row_samples = torch.repeat_interleave(torch.arange(len(self.grids), device="cpu"), frames)
-        self.kept = None
-        self._set(cu_seqlens, int(lengths.max()) if len(self.grids) else 0, segment_ids, coords, rows, row_samples)
+            row_samples = torch.repeat_interleave(torch.arange(len(grids), device="cpu"), frames)
+        self._set(cu_seqlens, int(lengths.max()) if len(grids) else 0, segment_ids, coords, rows, row_samples)
         self.set_text(text_lengths)
         self._move(torch.device(device))
 
     def _set(self, cu_seqlens, max_seqlen, segment_ids, coords, rows, row_samples):
-        checks.cu_seqlens("Pack", "cu_seqlens", cu_seqlens, segment_ids.shape[0], "the pack")
-        checks.rows("Pack", rows, segment_ids.shape[0], row_samples.shape[0])
-        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
-        self.segment_ids, self.coords, self.rows, self.row_samples = segment_ids, coords, rows, row_samples
+        self._hold(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, segment_ids=segment_ids, coords=coords, rows=rows,
+                   row_samples=row_samples)._check()
+
+    def _check(self) -> None:
+        tokens = self.num_tokens
+        checks.cu_seqlens("Pack", "cu_seqlens", self.cu_seqlens, tokens, "the pack")
+        checks.rows("Pack", self.rows, tokens, self.num_rows)
+        checks.shape("Pack", "coords", self.coords, (tokens, 3), "one t, h, w per token")
+
+    def _hold(self, **values) -> "Pack":
+        """Set attributes without a check."""
+        self.__dict__.update(values)
+        return self
+
+    def __setattr__(self, name: str, value: object):
+        self._copy()._hold(**{name: value})._check()  # ops trust what a pack holds, so also what is put there later
+        self._hold(**{name: value})
+
+    @classmethod
+    def of(cls, latents: torch.Tensor | Sequence[torch.Tensor], patch: Sequence[int], *, modulation: str = "sample",
+           text_lengths: Sequence[int] | None = None, tokens: int | None = None,
+           device: torch.device | str | None = None) -> "Pack":
+        """The pack of ``latents`` cut into patches.
+
+        Args:
+            latents: (B, C, T, H, W), or a list of (C, T, H, W); only their sizes are looked at.
+            patch: (pt, ph, pw) of the model, such as ``dit.config.patch``.
+            device: None: that of the latents.
+            modulation, text_lengths, tokens: as in ``Pack``.
+
+        Raises:
+            ValueError, TypeError: a size that the patch does not divide, with the nearest that it does; no tensors.
+        """
+        op = "Pack.of"
+        checks.several(op, "patch", patch, "pt, ph, pw", 1)
+        if isinstance(latents, torch.Tensor):
+            checks.shape(op, "latents", latents, ("B", "C", "T", "H", "W"), "pass a batch, or a list of (C, T, H, W)")
+            names = ["latents"] * latents.shape[0]
+        else:
+            checks.sequence(op, "latents", latents, "tensors (C, T, H, W)")
+            names = [f"latents[{place}]" for place in range(len(latents))]
+            for name, clip in zip(names, latents, strict=True):
+                checks.shape(op, name, clip, ("C", "T", "H", "W"), "an image is a clip of one frame")
+        grids = [token_grid(op, clip.shape[-3:], patch, f"{name} whose {{}} is")
+                 for name, clip in zip(names, latents, strict=True)]
+        if device is None and (isinstance(latents, torch.Tensor) or grids):
+            device = (latents if isinstance(latents, torch.Tensor) else latents[0]).device
+        return cls(grids, modulation=modulation, text_lengths=text_lengths, tokens=tokens,
+                   device="cpu" if device is None else device)
 
     @_lasting
     def set_text(self, lengths: Sequence[int] | None) -> "Pack":
         """Give the pack ragged text: ``lengths`` (S,) text tokens of each sample; None takes it away."""
         if lengths is None:
-            self.text_cu_seqlens, self.text_max_seqlen = None, 0
-            return self
+            return self._hold(text_cu_seqlens=None, text_max_seqlen=0, text_lengths=None, text_segment_ids=None)
         if isinstance(lengths, torch.Tensor):
             checks.integers("Pack", "text_lengths", lengths, (torch.int64, torch.int32))
             checks.require(lengths.device.type == "cpu", "Pack", "text_lengths as host data (ints or a CPU tensor)",
@@ -111,16 +157,21 @@ class Pack:
                        len(lengths), "use 0 for a sample without text")
         for length in lengths:
             checks.whole("Pack", "every length of text_lengths", length, 0)
-        lengths = torch.tensor([int(length) for length in lengths], dtype=torch.int64, device="cpu")
-        device = self.cu_seqlens.device
-        self.text_cu_seqlens = _running_sum(lengths).to(device)
-        self.text_max_seqlen = int(lengths.max()) if len(self.grids) else 0
-        return self
+        lengths = tuple(int(length) for length in lengths)
+        counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+        owners = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32, device="cpu"), counts)
+        return self._hold(text_cu_seqlens=_running_sum(counts).to(self.device), text_segment_ids=owners.to(self.device),
+                          text_max_seqlen=max(lengths, default=0), text_lengths=lengths)
 
     @property
     def num_tokens(self) -> int:
         """N, the tail included."""
         return self.segment_ids.shape[0]
+
+    @property
+    def text_tokens(self) -> int:
+        """L, the text's tail included; 0 without text."""
+        return 0 if self.text_segment_ids is None else self.text_segment_ids.shape[0]
 
     @property
     def num_samples(self) -> int:
@@ -136,16 +187,14 @@ class Pack:
 
     def _move(self, device: torch.device) -> None:
         for name in ("grids_device", "cu_seqlens", "segment_ids", "coords", "rows", "row_samples", "text_cu_seqlens",
-                     "kept"):
+                     "text_segment_ids", "kept"):
             value = getattr(self, name)
             if value is not None:
                 # towards the host a copy that does not wait may be read before it is there
-                setattr(self, name, value.to(device, non_blocking=device.type == "cuda"))
+                self._hold(**{name: value.to(device, non_blocking=device.type == "cuda")})
 
     def _copy(self) -> "Pack":
-        other = object.__new__(Pack)
-        other.__dict__.update(self.__dict__)
-        return other
+        return object.__new__(Pack)._hold(**vars(self))
 
     @_lasting
     def to(self, device: torch.device | str) -> "Pack":
@@ -155,19 +204,25 @@ class Pack:
         return other
 
     @_lasting
-    def pad_to(self, tokens: int) -> "Pack":
-        """The same samples in a row of ``tokens`` tokens; the new ones are tail (static shapes, CUDA graphs)."""
-        checks.whole("Pack.pad_to", "tokens", tokens)
-        more = int(tokens) - self.num_tokens
-        if more < 0:
-            raise checks.error("Pack.pad_to", f"at least the pack's {checks.shown(self.num_tokens)} tokens",
-                               checks.shown(tokens), "pass a larger length")
-        other = self._copy()
-        other.segment_ids = _extend(self.segment_ids, more, -1)
-        other.rows = _extend(self.rows, more, -1)
-        other.coords = _extend(self.coords, more, 0)
-        other.kept = None if self.kept is None else _extend(self.kept, more, -1)
-        return other
+    def pad_to(self, tokens: int, text_tokens: int | None = None) -> "Pack":
+        """The same samples in a row of ``tokens`` tokens; the new ones are tail (static shapes, CUDA graphs).
+
+        ``text_tokens``: likewise the length of the row of text tokens; None: as it is.
+        """
+        text_tokens = self.text_tokens if text_tokens is None else text_tokens
+        for name, value, least, what in (("tokens", tokens, self.num_tokens, "tokens"),
+                                         ("text_tokens", text_tokens, self.text_tokens, "text tokens")):
+            checks.whole("Pack.pad_to", name, value)
+            if value < least:
+                raise checks.error("Pack.pad_to", f"at least the pack's {checks.shown(least)} {what}", checks.shown(value),
+                                   "pass a larger length")
+        more, text = int(tokens) - self.num_tokens, self.text_segment_ids
+        if text is None and text_tokens:
+            raise checks.error("Pack.pad_to", "text_tokens for a pack with text_lengths", text_tokens, "leave it out")
+        return self._copy()._hold(
+            segment_ids=_extend(self.segment_ids, more, -1), rows=_extend(self.rows, more, -1),
+            coords=_extend(self.coords, more, 0), kept=None if self.kept is None else _extend(self.kept, more, -1),
+            text_segment_ids=None if text is None else _extend(text, int(text_tokens) - self.text_tokens, -1))
 
     @_lasting
     def keep(self, index: torch.Tensor) -> "Pack":
@@ -185,8 +240,7 @@ class Pack:
                            f"rising places below {sum(self._lengths()):,}", _first_few(index),
                            "sort them and leave the tail out")
         index = index.to(self.device)
-        other = self._copy()
-        other.kept = index
+        other = self._copy()._hold(kept=index)
         segment_ids = self.segment_ids[index]
         lengths = torch.zeros(self.num_samples, dtype=torch.int64, device=self.device)
         lengths.index_add_(0, segment_ids.long(), torch.ones_like(index))
@@ -263,66 +317,71 @@ def host_grids(op: str, grids: object) -> tuple[Grid, ...]:
     if not isinstance(grids, Iterable) or isinstance(grids, str):
         raise TypeError(f"{op}: expected grids as a list of triples (t, h, w), got {type(grids).__name__}; pass the "
                         f"tokens in t, h, w of every sample")
-    result = []
-    for place, grid in enumerate(grids):
-        triple = tuple(grid) if isinstance(grid, Iterable) else ()
-        if len(triple) != 3 or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 0 for n in triple):
-            raise ValueError(f"{op}: expected grids as triples (t, h, w) of ints, 0 or more, got {grid!r} at place "
-                             f"{place}; pass the tokens in t, h, w of every sample")
-        result.append(tuple(int(n) for n in triple))
-    return tuple(result)
+    return tuple(_triple(op, grid, place) for place, grid in enumerate(grids))
 
 
-@dataclass(frozen=True)
-class _Uploaded:
-    """``grids`` (S, 3) and ``cu_seqlens`` (S + 1,), int32 on a device; ``event``: when they were there (CUDA)."""
-
-    grids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    stream: object
-    event: object
-
-
-# What CUDA graphs read for as long as they live, so for good: 16 bytes a sample.
-_captured: dict[int, _Uploaded] = {}
-
-
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a backward may save it later
-def _upload(grids: tuple, device: torch.device) -> _Uploaded:
-    """Copied once, from pinned memory, so that nobody waits."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("grids: expected grids that were used once before a CUDA graph is captured, got new ones; "
-                           "make the call once before the capture, or pass a Pack")
-    lengths = torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 3).prod(1)
-    ends = [0, *lengths.cumsum(0).tolist()]
-    if ends[-1] > 2**31 - 1:
-        raise checks.error("grids", "at most 2,147,483,647 tokens in the samples of a call on backend 'triton'",
-                           f"{ends[-1]:,}", "make several calls")
-    table = torch.tensor([*(n for grid in grids for n in grid), *ends], dtype=torch.int32, device="cpu")
-    if device.type != "cuda":
-        stream = event = None
-    else:
-        table = table.pin_memory().to(device, non_blocking=True)
-        stream = torch.cuda.current_stream(device)
-        event = stream.record_event()
-    return _Uploaded(table[: 3 * len(grids)].view(-1, 3), table[3 * len(grids) :], stream, event)
+def _triple(op: str, grid: object, place: int) -> Grid:
+    """One sample's tokens in t, h, w: a tuple, list or array of three ints, or a CPU tensor of them."""
+    came, remedy = checks.came(grid), "pass the tokens in t, h, w of every sample"
+    if isinstance(grid, torch.Tensor):
+        came = f"a tensor of shape {checks.show_shape(grid.shape)}"
+        if grid.dim() >= 3:
+            remedy = "make the pack of latents with Pack.of(latents, patch)"
+        grid = grid.tolist() if grid.shape == (3,) and grid.device.type == "cpu" else ()
+    triple = tuple(grid) if isinstance(grid, Iterable) and not isinstance(grid, str) else ()
+    if len(triple) != 3 or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 0 for n in triple):
+        raise ValueError(f"{op}: expected grids as triples (t, h, w) of ints, 0 or more, got {came} at place {place}; "
+                         f"{remedy}")
+    return tuple(int(n) for n in triple)
 
 
-def uploaded_grids(grids: tuple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Host triples on ``device``, from a cache; never waits for the device."""
-    if device.type != "cuda":
-        found = _upload(grids, device)
-        return found.grids, found.cu_seqlens
-    with torch.cuda.device(device):
-        found = _upload(grids, device)
-        stream = torch.cuda.current_stream()
-        if torch.cuda.is_current_stream_capturing():
-            _captured[id(found)] = found  # the upload has ended: a capture begins with a synchronisation
-        elif stream != found.stream:
-            stream.wait_event(found.event)
-            found.grids.record_stream(stream)  # both are views of one memory
-    return found.grids, found.cu_seqlens
+def token_grid(op: str, sizes: Sequence[int], patch: Sequence[int], what: str = "latents whose {} is") -> Grid:
+    """Tokens in t, h, w of latents of (T, H, W) ``sizes``; an error names the nearest sizes that fit."""
+    for axis, size, step in zip("THW", sizes, patch, strict=True):
+        if size % step:
+            low, high = size // step * step, -(-size // step) * step
+            raise ValueError(f"{op}: expected {what.format(axis)} a multiple of the patch's {step}, got {size}; crop or pad "
+                             f"to {f'{low} or ' if low else ''}{high}")
+    return tuple(size // step for size, step in zip(sizes, patch, strict=True))
+
+
+def check_pack(op: str, pack: object, **tokens: torch.Tensor) -> None:
+    """``pack`` is a Pack, and each of ``tokens`` (N, ...) has a row for each of its tokens, on its device.
+
+    Without the first check of sizes a pack of other tokens would be obeyed in silence: rows past its end are tail.
+    """
+    if not isinstance(pack, Pack):
+        raise TypeError(f"{op}: expected a Pack, got {checks.came(pack)}; pass Pack(grids), or Pack.of(latents, patch)")
+    for name, value in tokens.items():
+        checks.tensor(op, name, value)
+        if value.dim() == 0 or value.shape[0] != pack.num_tokens:
+            rows = checks.shown(value.shape[0]) if value.dim() else "no"
+            raise checks.error(op, f"{name} of one row for each of the pack's {checks.shown(pack.num_tokens)} tokens",
+                               f"{rows} rows", _how_to_fit(pack, value))
+        if value.device != pack.device:
+            raise checks.error(op, f"the pack on {name}'s device {value.device}", f"a pack on {pack.device}",
+                               f"pass pack.to({name}.device)")
+
+
+def check_text(op: str, pack: Pack, text: torch.Tensor) -> None:
+    """``pack`` has text, and ``text`` (L, ...) a row for each of its text tokens."""
+    checks.tensor(op, "text", text)
+    if pack.text_cu_seqlens is None:
+        raise checks.error(op, "a pack with text_lengths, since text is attended to", "one without",
+                           "pass Pack(grids, text_lengths=text.lengths)")
+    if text.dim() == 0 or text.shape[0] != pack.text_tokens:
+        rows = checks.shown(text.shape[0]) if text.dim() else "no"
+        raise checks.error(op, f"text of one row for each of the pack's {checks.shown(pack.text_tokens)} text tokens",
+                           f"{rows} rows", "pass the pack with this text's lengths, Pack(grids, text_lengths=text.lengths)")
+
+
+def _how_to_fit(pack: Pack, value: torch.Tensor) -> str:
+    if value.dim() == 0 or value.shape[0] < pack.num_tokens:
+        return "pass the pack of these very tokens, as Pack.of(latents, patch) makes it: grids count tokens, not pixels"
+    if pack.kept is not None:
+        return "pass the kept rows alone, those of pack.kept"
+    return (f"pass the pack of these very tokens, as Pack.of(latents, patch) makes it, or, if the rows past it are tail, "
+            f"pack.pad_to({checks.shown(value.shape[0]).replace(',', '')})")
 
 
 def _first_few(index: torch.Tensor) -> str:

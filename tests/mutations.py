@@ -100,7 +100,7 @@ FAULTS = [
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("words", nargs="*", help="only the faults whose text has one of these")
     words = parser.parse_args().words
     missed = []

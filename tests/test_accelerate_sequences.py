@@ -53,6 +53,13 @@ COVERED = {
                                                           nn.Conv3d(4, 4, 3, padding=(0, 1, 1))),
     "the last frame's kernel alone": causal(nn.ReplicationPad3d((1, 1, 1, 1, 0, 0)), nn.Conv3d(4, 4, (1, 3, 3))),
     "valid": causal(None, nn.Conv3d(4, 4, 3, padding="valid", stride=(2, 1, 2))),
+    "the same": causal(nn.ZeroPad3d((0, 1, 2, 0, 0, 0)), nn.Conv3d(4, 4, (1, 4, 3), padding="same")),
+    "the convolution repeats the border": causal(nn.ZeroPad3d((0, 0, 0, 0, 2, 0)), nn.Conv3d(
+        4, 4, 3, padding=(0, 1, 2), padding_mode="replicate")),
+    "both repeat it": causal(nn.ReplicationPad3d((1, 0, 2, 1, 2, 0)), nn.Conv3d(
+        4, 4, 3, padding=(0, 1, 2), padding_mode="replicate")),
+    "the convolution reflects it": causal(nn.ReplicationPad3d((0, 0, 0, 0, 2, 0)), nn.Conv3d(
+        4, 4, 3, padding=(0, 2, 1), padding_mode="reflect")),
 }
 
 
@@ -96,6 +103,17 @@ LEFT = {
         4, 4, 3, padding=(0, 1, 1), padding_mode="circular")),
     "its convolution pads with zeros around ReplicationPad3d": causal(nn.ReplicationPad3d(PAST), nn.Conv3d(
         4, 4, 3, padding=(0, 1, 1))),
+    "its convolution pads with replicate around ZeroPad3d": causal(nn.ZeroPad3d(PAST), nn.Conv3d(
+        4, 4, 3, padding=(0, 1, 1), padding_mode="replicate")),
+    "its convolution pads with reflect around ReplicationPad3d": causal(nn.ReplicationPad3d(PAST), nn.Conv3d(
+        4, 4, 3, padding=(0, 1, 1), padding_mode="reflect")),
+    "ZeroPad3d has no Conv3d behind it": nn.Sequential(nn.Conv3d(4, 4, 1), nn.ZeroPad3d(PAST)),
+    "Dropout3d behind ConstantPad3d is not Conv3d": nn.Sequential(nn.ConstantPad3d(PAST, 0), nn.Dropout3d(0.0), nn.Conv3d(
+        4, 4, 3)),
+    "GroupNorm has no SiLU behind it": nn.Sequential(nn.Conv3d(4, 4, 1), nn.GroupNorm(2, 4)),
+    "BatchNorm3d before SiLU is not a norm this library knows": nn.Sequential(nn.BatchNorm3d(4), nn.SiLU()),
+    "GELU behind GroupNorm is not SiLU, ReflectionPad3d is not a pad this library knows": nn.Sequential(
+        nn.GroupNorm(2, 4), nn.GELU(), nn.ReflectionPad3d(PAST), nn.Conv3d(4, 4, 3)),
     "GELU behind GroupNorm is not SiLU": nn.Sequential(nn.GroupNorm(2, 4), nn.GELU()),
 }
 
@@ -103,6 +121,17 @@ LEFT = {
 @pytest.mark.parametrize("why", LEFT)
 def test_what_is_left_says_what_was_missing(why):
     assert agrees(LEFT[why], swapped=False).rows[0].note == f"a container; {why}"
+
+
+@pytest.mark.parametrize("note, model", [
+    ("norm_act", norm_act()), ("causal_conv3d", causal()),
+    ("norm_act and causal_conv3d", nn.Sequential(*norm_act(), *causal())),
+    ("causal_conv3d; left in it: GELU behind GroupNorm is not SiLU", nn.Sequential(
+        nn.GroupNorm(2, 4), nn.GELU(), *causal(nn.ConstantPad3d(PAST, 0)))),
+    ("causal_conv3d and norm_act; left in it: its convolution has groups or dilation", nn.Sequential(
+        *causal(), *norm_act(), *causal(None, nn.Conv3d(4, 4, 3, groups=2))))])
+def test_what_is_swapped_says_which_op_runs(note, model):
+    assert agrees(model).rows[0].note == note
 
 
 def test_a_module_that_only_contains_is_called_so():

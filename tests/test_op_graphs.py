@@ -1,9 +1,12 @@
 """One graph of every op for all sizes, and no new one after the second: forward, backward, both backends."""
 
+import functools
+
 import op_checks
 import pytest
 import test_convolution
 import test_modulation
+import test_pack_arguments
 import torch
 from test_attention import offsets
 
@@ -190,3 +193,19 @@ def test_traced_grids_that_the_reference_cannot_see():
                        backend="eager")
     with pytest.raises(Exception, match="cannot see the numbers of a grids tensor"):
         fn(torch.randn(10, 12), torch.tensor(((1, 2, 2), (1, 2, 3))))
+
+
+@pytest.mark.parametrize("op", ("varlen_attention", "qk_norm_rope", "gate_residual_norm_modulate"))
+def test_compiled_pack_arguments_make_no_new_graph(op):
+    """A Pack in place of rows, coords and cu_seqlens is data of one graph, as the bare tensors are; padded ones too."""
+    fn = functools.partial(test_pack_arguments.apply, op, backend="torch")
+    inputs_of = lambda which: {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in
+                               test_pack_arguments.inputs(op, PACKS[which]).items()}
+    counts = op_checks.graphs(fn, inputs_of, (0, 1, 3), None)
+    assert counts[1] == counts[-1] <= 2, counts
+
+
+def test_a_stale_pack_is_refused_in_a_graph():
+    fn = torch.compile(lambda x, pack: ops.norm_modulate(x, None, None, pack, backend="torch"), backend="eager")
+    with pytest.raises(ValueError, match="norm_modulate: expected x of one row for each of the pack's"):
+        fn(torch.randn(48, 8), Pack([(1, 4, 4)]))

@@ -106,18 +106,18 @@ def _block(case: BlockCase, device, *, backend: str, compiled: bool = False, wid
 
 
 # ------------------------------------------------------------------------------------------------ the same, padded
-class _Padded:
-    """What a block asks of a pack, for a batch of S samples padded to L tokens: rows (S L,), coords (S L, 3).
+class _Padded(Pack):
+    """The pack of a batch of S samples padded to L tokens each, with the coords (S L, 3) of those that there are.
 
     ``keys`` (S, 1, 1, L) says which tokens there are; ``places`` (N,) where the pack's tokens stand among the S L.
     """
 
     def __init__(self, pack: Pack):
         device, lengths = pack.device, pack.cu_seqlens.diff()
+        super().__init__([(1, 1, pack.max_seqlen)] * pack.num_samples, device=device)
         self.shape = (pack.num_samples, pack.max_seqlen)
         there = torch.arange(pack.max_seqlen, device=device) < lengths[:, None]
         self.keys, self.places = there[:, None, None, :], there.flatten().nonzero().flatten()
-        self.rows = torch.arange(pack.num_samples, dtype=torch.int32, device=device).repeat_interleave(pack.max_seqlen)
         self.coords = self.pad(pack.coords)
 
     def pad(self, values: torch.Tensor) -> torch.Tensor:

@@ -144,7 +144,7 @@ def training_bytes(side: str, backend: str = "torch", *, width: int = 96, size=(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sora_fast.benchmarks.model.vae_peer", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--width", type=int, default=Setting.width, help="channels of the finest level")
     parser.add_argument("--size", type=int, nargs=3, default=Setting.size, metavar=("T", "H", "W"), help="of the clip")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each side")

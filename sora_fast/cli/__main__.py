@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import difflib
 import dis
 import io
 import os
@@ -84,9 +85,10 @@ def parser() -> argparse.ArgumentParser:
     from .. import __version__
     from ..training.config import DiTTraining, VAETraining
     from .options import add_options
+    from .parsing import Parser
 
-    top = argparse.ArgumentParser(prog="sora-fast", description="Fast, differentiable, ragged layers for Sora-style video "
-                                  "models: see them work, train, generate, check.")
+    top = Parser(prog="sora-fast", description="Fast, differentiable, ragged layers for Sora-style video models: see them "
+                                               "work, train, generate, check.")
     top.add_argument("--version", action="version", version=f"sora_fast {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -315,8 +317,12 @@ def typed(text: str) -> str:
 
 
 def join_words(argv: list[str]) -> list[str]:
-    """``bench compare a b`` names the command "bench compare"; argparse takes one word for a command."""
-    two = argv[:1] == ["bench"] and argv[1:2] and argv[1] in ("compare", "report", "collect", "readme")
+    """``bench compare a b`` names the command "bench compare"; argparse takes one word for a command.
+
+    What is near one of these is joined too, so that it is reported as a command and not as a family.
+    """
+    second = ("compare", "report", "collect", "readme")
+    two = argv[:1] == ["bench"] and argv[1:2] and difflib.get_close_matches(argv[1], second, 1, 0.75)
     return [" ".join(argv[:2]), *argv[2:]] if two else argv
 
 

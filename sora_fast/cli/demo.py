@@ -22,13 +22,13 @@ from ..diffusion import MediaPrompt
 from ..evaluation import psnr, ssim
 from ..files import check_folder, save_text
 from ..models import VideoVAE
-from ..reference.precision import emulated_on_cpu
 from ..training import dit as dit_task
 from ..training import memory
 from ..training import vae as vae_task
 from ..training.config import DiTTraining, VAETraining
 from ..training.latents import LatentClip, save_library
 from ..training.loop import Trainer, pick_device
+from ..training.throughput import pick_precision
 from .demo_report import write_report
 from .generate import sample
 
@@ -125,7 +125,7 @@ def run(arguments) -> int:
     torch.manual_seed(arguments.seed)
     threads = arguments.threads or fastest_threads()
     torch.set_num_threads(threads)
-    precision = "fp32" if pick_device(arguments.device).type == "cpu" and emulated_on_cpu(torch.bfloat16) else "bf16"
+    precision = pick_precision("auto", pick_device(arguments.device))
     common = dict(seed=arguments.seed, device=arguments.device, threads=threads, precision=precision, tensorboard=False,
                   save_every=10**9)
 

@@ -21,6 +21,7 @@ from ..evaluation import ClipQuality, TimestepLosses, frechet, loss_by_timestep
 from ..evaluation.features import Features, sentence
 from ..evaluation.reconstruction import length_of, reconstruct
 from ..files import check_folder, replace, save_text
+from ..models.weights import is_published
 from ..training import checkpoint
 from ..training.dit import Generator, load_run, policy_for
 from ..training.latents import LatentClip, encode_library, held_out
@@ -121,10 +122,20 @@ def _features(name: str | None):
 
 
 def _description(model: str) -> tuple[str, dict]:
-    """("vae" or "dit", config.json of the run). Whatever is no run folder of ours may be a published VAE."""
-    file = Path(model) / "config.json"
+    """("vae" or "dit", config.json of the run); a published VAE has no description. Else one sentence, before any work."""
+    folder = Path(model)
+    if folder.is_file() or is_published(folder):
+        return "vae", {}
+    file = folder / "config.json"
     described = checkpoint.load_json(file) if file.is_file() else {}
-    return (described["kind"], described) if described.get("kind") in ("vae", "dit") else ("vae", {})
+    if described.get("kind") not in ("vae", "dit"):
+        came = f"one of kind {described.get('kind')!r}" if described else (
+            "no config.json there" if folder.is_dir() else "nothing there")
+        raise FileNotFoundError(f"{model}: expected a run folder of sora-fast train-vae or train, or weights of Wan 2.1's "
+                                f"VAE, got {came}; pass the folder given as --out")
+    if not (folder / "vae.safetensors").is_file():
+        checkpoint.newest(folder)  # or its sentence
+    return described["kind"], described
 
 
 def _library(a, training: dict) -> Library:

@@ -8,6 +8,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from .parsing import meant
+
 
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
     """One flag per field of the dataclass ``config``, and --config for a YAML file of them."""
@@ -17,7 +19,12 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
         # Defaults stay out of argparse, so that a flag can be told from a default when it meets the file.
         settings: dict = dict(dest=field.name, default=argparse.SUPPRESS,
                               help=f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%"))
-        if field.type in (bool, "bool"):
+        words = field.metadata.get("words")
+        if words:
+            parser.add_argument(flag, nargs="?", const=True, choices=words, metavar="|".join(words), **settings)
+            settings["help"] = f"not --{field.name} (default: {field.default!r})"
+            parser.add_argument(f"--no-{flag[2:]}", action="store_false", **settings)
+        elif field.type in (bool, "bool"):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
         else:
             choices = field.metadata.get("choices") or None
@@ -33,8 +40,9 @@ def read_options(arguments: argparse.Namespace, config: type):
         for name, value in _read_yaml(arguments.config).items():
             name = str(name).replace("-", "_")
             if name not in fields:
-                raise ValueError(f"{arguments.config}: expected settings among {', '.join(fields)}, got {name!r}; remove "
-                                 f"it or mend its name")
+                guess = meant(name, fields)
+                raise ValueError(f"{arguments.config}: expected settings among {', '.join(fields)}, got {name!r}; "
+                                 f"{guess}remove it or mend its name")
             kind = type(fields[name].default)
             if kind is float and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
@@ -45,10 +53,15 @@ def read_options(arguments: argparse.Namespace, config: type):
                     pass
             if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
                 value = str(value)
-            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            right = isinstance(value, kind) or value in fields[name].metadata["words"]
+            if not right or (kind is int and isinstance(value, bool)):
                 raise ValueError(f"{arguments.config}: expected {name} as {kind.__name__}, got {value!r}; mend the file")
             values[name] = value
     values |= {name: value for name, value in vars(arguments).items() if name in fields}
+    if values.get("resume") == "auto":
+        from ..training.checkpoint import everything
+
+        values["resume"] = bool(everything(values.get("out", fields["out"].default)))
     if values.get("resume"):
         values = _settings_of(values.get("out", fields["out"].default), fields) | values
     return config(**values)

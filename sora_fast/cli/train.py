@@ -31,7 +31,7 @@ def _announce(trainer: Trainer) -> None:
     if trainer.held_out is None and config.heldout:
         print(f"no file is held out, since {config.heldout:.0%} of them is less than one: raise --heldout for heldout.csv",
               flush=True)
-    print(memory.estimate(trainer), flush=True)
+    print(f"{memory.estimate(trainer)}; precision {config.precision}", flush=True)
 
 
 @distributed.together()
@@ -40,6 +40,7 @@ def train_vae(arguments) -> int:
 
     config = read_options(arguments, VAETraining)
     check_start(config)
+    task.check_sizes(config)
     trainer = task.make_trainer(config, _library("train-vae", config.data).items)
     print(trainer.batches.summary(), flush=True)
     _announce(trainer)
@@ -61,6 +62,11 @@ def train(arguments) -> int:
     task.objective_of(config)
     latents, own_vae = Path(config.out) / "latents", Path(config.out) / "vae"
     vae = load_vae(str(own_vae) if config.resume and own_vae.is_dir() else config.vae, task.pick_device(config.device))
+    step = vae.config.time_factor
+    if (config.frames - 1) % step:
+        low = (config.frames - 1) // step * step + 1
+        raise ValueError(f"train: expected --frames of 1 + {step} k, which is what the VAE takes, got {config.frames}; the "
+                         f"nearest are {low} or {low + step}")
     if config.resume and latents.with_suffix(".json").is_file():
         clips = load_library(latents)
         print(f"latents and VAE are those of {config.out}; --data and --vae are not read again", flush=True)

@@ -3,18 +3,17 @@
 The pairs may stand anywhere in it; all else in it is called as before.
 """
 
-from itertools import pairwise
-
 from torch import nn
 
 from .. import ops
+from ..ops.convolution import SPACE_PADS
 from .swapping import Fast, runs_alone
 
 _PADS = {nn.ZeroPad3d: "zeros", nn.ConstantPad3d: "zeros", nn.ReplicationPad3d: "replicate"}
 
 
 class Sequence(Fast):
-    runs = "norm_act of a group norm and its SiLU, or causal_conv3d of a padding and its convolution"
+    runs = "norm_act, causal_conv3d"  # or one of them: see runs_of
 
     def forward(self, input):
         x, children = input, list(self)
@@ -32,39 +31,63 @@ class Sequence(Fast):
         return x
 
     @classmethod
+    def runs_of(cls, module):
+        found = _pairs(module)
+        names = dict.fromkeys("norm_act" if type(first) is nn.GroupNorm else "causal_conv3d" for first, _ in found)
+        return "; left in it: ".join([" and ".join(names), *filter(None, [_missing(module, found)])])
+
+    @classmethod
     def reads_of(cls, module):
-        names, read = list(module._modules), []
-        while names:
-            pair = [module._modules[name] for name in names[:2]]
-            found = len(pair) == 2 and _why_not(*pair) is None
-            read += names[:2] if found else []
-            names = names[2 if found else 1:]
-        return read
+        read = {child for pair in _pairs(module) for child in pair}
+        return [name for name, child in module._modules.items() if child in read]
 
     @staticmethod
     def unsuited(module):
-        told = []
-        for first, second in pairwise(module):
-            reason = _why_not(first, second)
-            if reason is None:
-                return None
-            told += [reason.format(first, second, type(first).__name__, type(second).__name__)] if reason else []
-        return f"a container; {told[0]}" if told else "a container"
+        found = _pairs(module)
+        return None if found else "; ".join(["a container", *filter(None, [_missing(module, found)])])
+
+
+def _pairs(module) -> list[tuple[nn.Module, nn.Module]]:
+    """The children that are one op here, two and two."""
+    children, found = list(module), []
+    while children:
+        pair = tuple(children[:2])
+        is_one = len(pair) == 2 and _why_not(*pair) is None
+        found += [pair] if is_one else []
+        children = children[2 if is_one else 1:]
+    return found
+
+
+def _missing(module, found) -> str:
+    """What the other children lack to be such a pair, each reason once."""
+    read = {child for pair in found for child in pair}
+    reasons = {}
+    for first, second in zip(module, [*list(module)[1:], None], strict=True):
+        reason = "" if first in read or second in read else _why_not(first, second)
+        if reason:
+            reasons[reason.format(first, second, type(first).__name__, type(second).__name__)] = None
+    return ", ".join(reasons)
 
 
 def _why_not(first, second) -> str | None:
     """Why two modules in a row are not one op here, None where they are; "" where nothing says that they might be.
 
     A reason is still to be formatted with both and their classes' names: a traced graph has no numbers to write out.
+    ``second`` is None behind the last.
     """
-    if type(first) is nn.GroupNorm and type(second) is nn.SiLU or type(first) in _PADS and type(second) is nn.Conv3d:
+    norm, pad = type(first) is nn.GroupNorm, "Pad" in type(first).__name__
+    if norm and type(second) is nn.SiLU or type(first) in _PADS and type(second) is nn.Conv3d:
         if not (runs_alone(first) and runs_alone(second)):
             return "its {2} or {3} has a hook or a forward of its own"
-        return None if type(first) is nn.GroupNorm else _why_not_causal(first, second)
-    if type(first) is nn.GroupNorm:
-        return "{3} behind {2} is not SiLU"
-    if type(second) is nn.Conv3d and "Pad" in type(first).__name__:
+        return None if norm else _why_not_causal(first, second)
+    if norm:
+        return "{2} has no SiLU behind it" if second is None else "{3} behind {2} is not SiLU"
+    if pad and type(second) is nn.Conv3d:
         return "{2} is not a pad this library knows"
+    if type(first) in _PADS:
+        return "{2} has no Conv3d behind it" if second is None else "{3} behind {2} is not Conv3d"
+    if type(second) is nn.SiLU and "Norm" in type(first).__name__:
+        return "{2} before {3} is not a norm this library knows"
     return ""
 
 
@@ -80,19 +103,34 @@ def _why_not_causal(pad, conv) -> str | None:
         return "{2} cuts off what is at the border"
     if conv.groups != 1 or conv.dilation != (1, 1, 1):
         return "its convolution has groups or dilation"
-    own = _own_padding(conv)
-    if own is None or own[0] != 0:
+    time, *own = _own_padding(conv)
+    if time:
         return "its convolution pads in time itself"
-    if conv.padding_mode != "zeros" or any(own) and _PADS[type(pad)] != "zeros" and any(padding[:4]):
+    if _space_pad(pad, conv, own) is None:
         return "its convolution pads with {1.padding_mode} around {2}"
     return None
 
 
-def _own_padding(conv) -> tuple[int, ...] | None:
-    """What a convolution pads on each side by itself; None of padding="same", which may differ from side to side."""
-    if isinstance(conv.padding, str):
-        return (0, 0, 0) if conv.padding == "valid" else None
-    return tuple(conv.padding)
+def _own_padding(conv) -> tuple[int, ...]:
+    """What a convolution pads by itself: frames in all, then (left, right, top, bottom)."""
+    if conv.padding_mode != "zeros":
+        left, right, top, bottom, front, back = conv._reversed_padding_repeated_twice
+        return front + back, left, right, top, bottom
+    if conv.padding == "same":  # an odd number is one more at the far side
+        t, (top, bottom), (left, right) = conv.kernel_size[0] - 1, *((n - 1 - n // 2, n // 2) for n in conv.kernel_size[1:])
+    else:
+        t, height, width = (0, 0, 0) if conv.padding == "valid" else conv.padding
+        top, bottom, left, right = height, height, width, width
+    return t, left, right, top, bottom
+
+
+def _space_pad(pad, conv, own) -> str | None:
+    """How the two together pad space; None where no one word says it."""
+    if not any(own):
+        return _PADS[type(pad)]
+    if any(pad.padding[:4]) and conv.padding_mode != _PADS[type(pad)]:
+        return None
+    return conv.padding_mode if conv.padding_mode in SPACE_PADS else None
 
 
 def _norm_act(norm, _, x):
@@ -102,12 +140,10 @@ def _norm_act(norm, _, x):
 
 
 def _convolve(pad, conv, x):
-    left, right, top, bottom = pad.padding[:4]
-    _, height, width = _own_padding(conv)
-    in_time = _PADS[type(pad)]
-    return ops.causal_conv3d(x, conv.weight, conv.bias, stride=conv.stride, time_pad=in_time,
-                             padding=(left + width, right + width, top + height, bottom + height),
-                             space_pad="zeros" if height or width else in_time)
+    _, *own = _own_padding(conv)
+    return ops.causal_conv3d(x, conv.weight, conv.bias, stride=conv.stride, time_pad=_PADS[type(pad)],
+                             padding=tuple(a + b for a, b in zip(pad.padding, own, strict=False)),
+                             space_pad=_space_pad(pad, conv, own))
 
 
 SWAPS = {"torch.nn.modules.container.Sequential": Sequence}

@@ -48,6 +48,11 @@ class Fast:
     reads: Mapping[str, Callable[[nn.Module | None], bool]] = {}
 
     @classmethod
+    def runs_of(cls, module: nn.Module) -> str:
+        """``runs`` of one object, where it depends on what is in it."""
+        return cls.runs
+
+    @classmethod
     def reads_of(cls, module: nn.Module) -> list[str]:
         """The names in ``reads`` of one object, where they depend on what is in it."""
         return list(cls.reads)
@@ -151,7 +156,7 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
             row = Row(name, kind, "inside", f"read by a {readers[module]}")
         else:
             mixin, reason = _decide(module)
-            row = Row(name, kind, "left" if mixin is None else "swapped", reason if mixin is None else mixin.runs)
+            row = Row(name, kind, "left" if mixin is None else "swapped", reason if mixin is None else mixin.runs_of(module))
         rows.append(row)
         if row.state == "swapped":
             _change_class(module, lambda original, mixin=mixin: fast_class(original, mixin))

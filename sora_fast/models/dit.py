@@ -14,11 +14,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import ops
-from ..nn import FinalLayer, Modulation, PatchEmbed3d, Residual, VarlenAttention
+from .. import checks, ops
+from .. import pack as packs
+from ..nn import FinalLayer, Modulation, PatchEmbed3d, Residual, VarlenAttention, check_stream
 from ..ops.patches import clips as views
-from ..pack import Pack
-from .text import Text
+from ..pack import Pack, check_pack, check_text
+from .text import Text, check_encoded
+
+
+def check_positions(op: str, positions: tuple[int, ...], fractional_side: float | None) -> None:
+    """Axes of a sin-cos embedding are 0, 1 and 2, and the side that shares are multiplied by is above 0."""
+    if any(axis not in (0, 1, 2) for axis in positions):
+        raise checks.error(op, "positions of 0 (t), 1 (h) and 2 (w)", positions, "name the axes by these numbers")
+    if fractional_side is not None and not fractional_side > 0:
+        raise checks.error(op, "fractional_side above 0, or None", fractional_side, "pass the side of a typical sample")
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,9 @@ class DiTConfig:
     fractional_side: float | None = None
     rope_axes: tuple[int, int, int] | None = (16, 24, 24)
     rope_theta: float = 100.0
+
+    def __post_init__(self):
+        check_positions("DiTConfig", self.positions, self.fractional_side)
 
     @property
     def out_channels(self) -> int:
@@ -105,15 +117,16 @@ class Block(nn.Module):
 
     def forward(self, stream: Residual, c, pack, text=None) -> Residual:
         """A stream of N tokens, c (R, D), text (L, Dt); the branch of the MLP is left for the next norm to add."""
+        check_stream("Block", stream)
         shift, scale, gate, *rest = self.adaLN_modulation(c)
-        x, h = stream.norm_modulate(shift, scale, pack.rows)
+        x, h = stream.norm_modulate(shift, scale, pack)
         stream = Residual(x, self.attn(h, pack), gate)
         if self.cross is not None:
             shift, scale, gate, *rest = rest
-            x, h = stream.norm_modulate(shift, scale, pack.rows)
+            x, h = stream.norm_modulate(shift, scale, pack)
             stream = Residual(x, self.cross(h, pack, text), gate)
         shift, scale, gate = rest
-        x, h = stream.norm_modulate(shift, scale, pack.rows)
+        x, h = stream.norm_modulate(shift, scale, pack)
         return Residual(x, self.mlp(h), gate)
 
 
@@ -156,7 +169,8 @@ class DiT(nn.Module):
             latents: (B, C, T, H, W), a list of (C, T, H, W), or, with ``pack``, one flat buffer of all samples.
             timesteps: (S,) in [0, 1000], 0 clean, or (R,), one per modulation row of the pack (per frame); of any float or
                 int dtype.
-            pack: the samples' sizes in tokens; with text it holds the text's lengths.
+            pack: the samples' sizes in tokens, as ``Pack.of(latents, model.config.patch)`` makes it; with text it holds the
+                text's lengths.
             labels: (S,) int64 class labels; ``config.classes`` stands for none.
             text: a TextEncoder's result for the S samples.
 
@@ -171,7 +185,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             arguments = (stream, c, pack, tokens)
             stream = checkpoint(block, *arguments, use_reentrant=False) if self.gradient_checkpointing else block(*arguments)
-        tokens = self.final_layer(stream, c, pack.rows)
+        tokens = self.final_layer(stream, c, pack)
         return reform(ops.unpatchify(tokens, pack, self.config.patch, self.config.out_channels, flat=True))
 
     def _positions(self, pack):
@@ -194,7 +208,7 @@ class DiT(nn.Module):
 
     def _conditions(self, timesteps, pack, labels, text):
         """c (R, D): timestep of the row, class and text of its sample."""
-        check_timesteps("DiT", timesteps, pack)
+        check_timesteps(self, timesteps, pack)
         of_row = lambda values_S: values_S if pack.modulation == "sample" else values_S[pack.row_samples]
         per_sample = timesteps.shape[0] == pack.num_samples
         c = of_row(self.t_embedder(timesteps)) if per_sample else self.t_embedder(timesteps)
@@ -203,6 +217,8 @@ class DiT(nn.Module):
                 raise ValueError(f"DiT: expected {name} {'for' if wanted else 'to be None with'} this model, got "
                                  f"{type(given).__name__}; its config has classes={self.config.classes} and "
                                  f"text_width={self.config.text_width}")
+            if name == "labels" and given is not None:
+                checks.integers("DiT", "labels", given, (torch.int64, torch.int32))
             rows = given if name == "labels" or given is None else given.pooled
             if rows is not None and rows.shape[0] != pack.num_samples:
                 raise ValueError(f"DiT: expected {name} of {pack.num_samples} samples, got {rows.shape[0]}; give one for "
@@ -215,24 +231,32 @@ class DiT(nn.Module):
 
     def _to_flat(self, latents, pack, text):
         """The flat buffer, its pack, and the function that gives a prediction the latents' form."""
-        config, weight = self.config, self.x_embedder.proj.weight
+        op, config, weight = type(self).__name__, self.config, self.x_embedder.proj.weight
         numbers = weight[0].numel()  # of a token
+        if text is not None:
+            check_encoded(op, text)
+        if pack is not None:
+            check_pack(op, pack)
+            if pack.device != weight.device:
+                raise checks.error(op, f"the pack on the model's device {weight.device}", f"a pack on {pack.device}",
+                                   "pass pack.to(device)")
         if isinstance(latents, torch.Tensor) and latents.dim() == 1:
             if pack is None:
-                raise ValueError("DiT: expected a pack with a flat buffer, got none; pass Pack(grids)")
+                raise ValueError(f"{op}: expected a pack with a flat buffer, got none; pass Pack(grids)")
             flat, reform = latents, lambda out: out
         else:
+            if not isinstance(latents, torch.Tensor):
+                checks.sequence(op, "latents", latents, "clips (C, T, H, W)")
             clips = list(latents)
             for clip in clips:
+                checks.tensor(op, "every clip of latents", clip)
                 if clip.dim() != 4 or clip.shape[0] != config.in_channels:
-                    raise ValueError(f"DiT: expected clips of shape ({config.in_channels}, T, H, W), got "
+                    raise ValueError(f"{op}: expected clips of shape ({config.in_channels}, T, H, W), got "
                                      f"{tuple(clip.shape)}; an image is a clip of one frame")
-            grids = tuple(token_grid(clip.shape[1:], config.patch) for clip in clips)
+            grids = tuple(packs.token_grid(op, clip.shape[1:], config.patch) for clip in clips)
             if pack is None:
                 pack = Pack(grids, text_lengths=None if text is None else text.lengths, device=weight.device)
-            if pack.grids != grids:
-                raise ValueError(f"DiT: expected the latents' own pack, with grids {list(grids)}, got {pack}; leave pack "
-                                 f"out, or build it from these latents")
+            check_grids(op, pack, grids, "latents")
             flat = torch.cat([clip.reshape(-1) for clip in clips]) if clips else weight.new_zeros(0)
             flat = F.pad(flat, (0, max(0, pack.num_tokens * numbers - flat.shape[0])))  # the pack's tail
             reform = lambda out: views(out, grids, config.patch, config.out_channels)
@@ -240,11 +264,16 @@ class DiT(nn.Module):
                 reform = lambda out: out[: latents[:, :1].numel() * config.out_channels].reshape(
                     latents.shape[0], config.out_channels, *latents.shape[2:])
         if flat.shape[0] != pack.num_tokens * numbers:
-            raise ValueError(f"DiT: expected {numbers} numbers for each of the pack's {pack.num_tokens} tokens, got "
+            raise ValueError(f"{op}: expected {numbers} numbers for each of the pack's {pack.num_tokens} tokens, got "
                              f"{flat.shape[0]}; pass the pack of these very latents, tail included")
-        if text is not None and pack.text_cu_seqlens is None:
-            raise ValueError("DiT: expected a pack with text_lengths, got one without; pass "
-                             "Pack(grids, text_lengths=text.lengths)")
+        if text is not None:
+            if pack.text_cu_seqlens is not None and text.pooled.shape[0] != pack.num_samples:
+                raise ValueError(f"{op}: expected text of {pack.num_samples} samples, got {text.pooled.shape[0]}; give one "
+                                 f"for every sample of the pack")
+            check_text(op, pack, text.tokens)
+            if not torch.compiler.is_compiling() and pack.text_lengths != tuple(text.lengths):  # a graph holds no lengths
+                raise checks.error(op, "the text's own lengths in the pack", "those of another text",
+                                   "pass Pack(grids, text_lengths=text.lengths), samples in one order")
         return flat, pack, reform
 
     def _initialise(self):
@@ -259,23 +288,32 @@ class DiT(nn.Module):
             nn.init.normal_(self.y_embedder.weight, std=0.02)
 
 
-def check_timesteps(op: str, timesteps, pack: Pack) -> None:
-    """Timesteps are a tensor (S,) or (R,); one number for all is none of these, and would have no device."""
+def check_timesteps(model: nn.Module, timesteps, pack: Pack) -> None:
+    """Timesteps are a tensor (S,) or (R,), to 1000; one number for all is none of these, and would have no device."""
+    op = type(model).__name__
     tensor = isinstance(timesteps, torch.Tensor)
     if not tensor or timesteps.dim() != 1 or timesteps.shape[0] not in (pack.num_samples, pack.num_rows):
         came = f"shape {tuple(timesteps.shape)}" if tensor else repr(timesteps)
         raise ValueError(f"{op}: expected one timestep per sample ({pack.num_samples}) or modulation row ({pack.num_rows}), "
                          f"got {came}; pass a tensor of one of these lengths")
+    if checks.looked_at(timesteps) and timesteps.is_floating_point() and timesteps.numel():
+        low, high = (float(t) for t in timesteps.aminmax())
+        if low >= 0 and high <= 1 and bool(((timesteps > 0) & (timesteps < 1)).any()):
+            checks.warn_once(model, "timesteps", f"{op}: expected timesteps from 0 (clean) to 1000 (noise), got all of them "
+                             f"between 0 and 1; multiply them by 1000")
+
+
+def check_grids(op: str, pack: Pack, grids: tuple, what: str) -> None:
+    """The pack is that of these ``what``: sample by sample, in tokens."""
+    if pack.grids != grids:
+        more = " and more" if len(grids) > 4 else ""
+        raise ValueError(f"{op}: expected the {what}' own pack, with grids {list(grids[:4])}{more}, got {pack}; leave pack "
+                         f"out, or build it from these {what}, as Pack.of({what}, patch) does")
 
 
 def token_grid(sizes, patch) -> tuple[int, int, int]:
     """Tokens in t, h, w of latents of (T, H, W) ``sizes``; an error names the nearest sizes that fit."""
-    for axis, size, step in zip("THW", sizes, patch, strict=True):
-        if size % step:
-            low, high = size // step * step, -(-size // step) * step
-            raise ValueError(f"DiT: expected latents whose {axis} is a multiple of the patch's {step}, got {size}; crop "
-                             f"or pad to {f'{low} or ' if low else ''}{high}")
-    return tuple(size // step for size, step in zip(sizes, patch, strict=True))
+    return packs.token_grid("DiT", sizes, patch)
 
 
 def sincos(coords_N3, axes: tuple[int, ...], width: int, dtype: torch.dtype):

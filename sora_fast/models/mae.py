@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import ops
+from .. import checks, ops
 from ..nn import Masking, PatchEmbed3d, VarlenAttention, random_masking
-from ..pack import Pack
+from ..nn.masking import PATTERNS, check_ratio
+from ..pack import Pack, check_pack
 from ..reference.patches import cut
-from .dit import Mlp, sincos
+from .dit import Mlp, check_grids, check_positions, sincos
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class MAEConfig:
         if not self.positions:
             raise ValueError("MAEConfig: expected positions of at least one axis, got none; without positions a decoder "
                              "cannot tell one hidden patch from another")
+        check_positions("MAEConfig", self.positions, self.fractional_side)
+        checks.choice("MAEConfig", "pattern", self.pattern, PATTERNS)
+        check_ratio("MAEConfig", self.ratio)
         if self.normalise_target and self.numbers < 2:
             raise ValueError("MAEConfig: expected patches of at least two numbers with normalise_target, got one; set it to "
                              "False")
@@ -74,7 +78,7 @@ class MAEConfig:
 class Norm(nn.LayerNorm):
     """nn.LayerNorm of tokens (N, D); 0 on tokens of no sample."""
 
-    def forward(self, x, rows=None):
+    def forward(self, x, rows: torch.Tensor | Pack | None = None):
         return ops.norm_modulate(x, None, None, rows, weight=self.weight, bias=self.bias, eps=self.eps)
 
 
@@ -88,8 +92,8 @@ class ViTBlock(nn.Module):
 
     def forward(self, x, pack: Pack):
         """x (N, D) -> (N, D)."""
-        x = x + self.attn(self.norm1(x, pack.rows), pack)
-        return x + self.mlp(self.norm2(x, pack.rows))
+        x = x + self.attn(self.norm1(x, pack), pack)
+        return x + self.mlp(self.norm2(x, pack))
 
 
 class Encoder(nn.Module):
@@ -106,12 +110,13 @@ class Encoder(nn.Module):
 
     def forward(self, patches, pack: Pack):
         """Patches (M, P) as ``MAE.patches`` cuts them, those of ``pack`` -> tokens (M, D)."""
+        check_pack("MAE", pack, patches=patches)
         proj = self.x_embedder.proj
         x = F.linear(patches, proj.weight.flatten(1), proj.bias)  # what ops.patch_embed does once patches are cut
         x = x + self.config.embedding(pack, self.config.width, proj.weight.dtype)
         for block in self.blocks:
             x = block(x, pack)
-        return self.norm(x, pack.rows)
+        return self.norm(x, pack)
 
 
 class MAEOutput(NamedTuple):
@@ -169,6 +174,7 @@ class MAE(nn.Module):
         if masking is None:
             ratio = self.config.ratio if ratio is None else ratio
             masking = random_masking(pack, ratio, pattern=self.config.pattern, generator=generator)
+        check_masking(pack, masking)
         tokens = self.encoder(patches[masking.visible], pack.keep(masking.visible))
         prediction = self.decode(tokens, pack, masking)
         return MAEOutput(*self.loss(prediction, patches, pack, masking), prediction, masking)
@@ -177,12 +183,14 @@ class MAE(nn.Module):
         """Patches of clips through the trunk, all or the visible ones: tokens (N or M, D), and the pack of just these."""
         patches, pack = self.patches(clips, pack)
         if masking is not None:
+            check_masking(pack, masking)
             patches, pack = patches[masking.visible], pack.keep(masking.visible)
         return self.encoder(patches, pack), pack
 
     def decode(self, tokens, pack: Pack, masking: Masking):
         """The trunk's visible tokens (M, D) -> predictions (K, P) of the hidden patches of the whole ``pack``."""
         x = self.decoder_embed(tokens)
+        check_masking(pack, masking)
         x = masking.unshuffle(x, self.mask_token.to(x.dtype).expand(masking.hidden.shape[0], -1))
         x = x + self.config.embedding(pack, self.config.decoder_width, self.mask_token.dtype)
         for block in self.decoder_blocks:
@@ -191,6 +199,8 @@ class MAE(nn.Module):
 
     def loss(self, prediction, patches, pack: Pack, masking: Masking):
         """``(loss, per_sample)`` of MAEOutput; rows of ``patches`` (N, P) that are visible are never read."""
+        check_pack("MAE", pack, patches=patches)
+        check_masking(pack, masking)
         error = (prediction.to(torch.promote_types(prediction.dtype, torch.float32))
                  - self.target(patches[masking.hidden])).square().mean(1)
         sample = pack.segment_ids[masking.hidden].long()
@@ -214,24 +224,37 @@ class MAE(nn.Module):
             clips: (B, C, T, H, W), a list of (C, T, H, W), or, with ``pack``, one flat buffer of all samples.
         """
         channels, patch, device = self.config.in_channels, self.config.patch, self.mask_token.device
+        if pack is not None:
+            check_pack("MAE", pack)
         if isinstance(clips, torch.Tensor) and clips.dim() == 1:
             if pack is None or clips.shape[0] != pack.num_tokens * self.config.numbers:
                 raise ValueError(f"MAE: expected with a flat buffer a pack of {self.config.numbers} numbers per token, got "
                                  f"{clips.shape[0]} numbers and {pack}; pass the pack of these very samples, tail included")
             return cut(clips, pack.grids, patch, channels), pack
+        if not isinstance(clips, torch.Tensor):
+            checks.sequence("MAE", "clips", clips, "tensors (C, T, H, W)")
         clips = list(clips)
         grids = tuple(self._grid(clip) for clip in clips)
         pack = Pack(grids, device=device) if pack is None else pack
-        if pack.grids != grids:
-            raise ValueError(f"MAE: expected the clips' own pack, with grids {list(grids)}, got {pack}; leave pack out, or "
-                             f"build it from these clips")
+        check_grids("MAE", pack, grids, "clips")
         flat = torch.cat([clip.reshape(-1) for clip in clips]) if clips else self.mask_token.new_zeros(0)
         return cut(F.pad(flat, (0, pack.num_tokens * self.config.numbers - flat.shape[0])), grids, patch, channels), pack
 
     def _grid(self, clip) -> tuple[int, int, int]:
         channels, patch = self.config.in_channels, self.config.patch
+        checks.tensor("MAE", "every clip", clip)
         fits = clip.dim() == 4 and clip.shape[0] == channels
         if not fits or any(size % step for size, step in zip(clip.shape[1:], patch, strict=True)):
             raise ValueError(f"MAE: expected clips ({channels}, T, H, W) with T, H, W multiples of the patch {patch}, got "
                              f"{tuple(clip.shape)}; crop or pad them, an image is a clip of one frame")
         return tuple(size // step for size, step in zip(clip.shape[1:], patch, strict=True))
+
+
+def check_masking(pack: Pack, masking: Masking) -> None:
+    """The masking is one of all tokens of the pack."""
+    check_pack("MAE", pack)
+    if not isinstance(masking, Masking):
+        raise TypeError(f"MAE: expected masking as a Masking, got {checks.came(masking)}; pass random_masking(pack, ratio)")
+    if masking.tokens != pack.num_tokens:
+        raise checks.error("MAE", f"a masking of the pack's {checks.shown(pack.num_tokens)} tokens",
+                           f"one of {checks.shown(masking.tokens)}", "pass random_masking(pack, ratio) of this very pack")

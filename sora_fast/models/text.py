@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from .. import ops
+from .. import checks, ops
 from ..nn import VarlenAttention
 from ..pack import Pack
 
@@ -19,6 +19,15 @@ class Text:
     tokens: torch.Tensor
     pooled: torch.Tensor
     lengths: tuple[int, ...]
+
+
+def check_encoded(op: str, text: object) -> None:
+    """``text`` is what a TextEncoder gives, not the captions."""
+    if isinstance(text, Text):  # a graph that asked for its attributes would hold how many lengths there are
+        return
+    if not all(hasattr(text, name) for name in ("tokens", "pooled", "lengths")):
+        raise TypeError(f"{op}: expected text as a TextEncoder's result, got {checks.came(text)}; pass "
+                        f"text_encoder(captions)")
 
 
 class TextEncoder(Protocol):
@@ -119,3 +128,7 @@ class HuggingFaceTextEncoder(nn.Module):
 def _check(name: str, captions: Sequence[str]) -> None:
     if isinstance(captions, str):
         raise TypeError(f"{name}: expected a list of captions, one per sample, got the string {captions!r}; pass [caption]")
+    checks.sequence(name, "captions", captions, "strings")
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise TypeError(f"{name}: expected every caption to be a string, got {checks.came(caption)}; pass str")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import ops
+from .. import checks, ops
 from ..nn import CausalConv3d, RMSNorm, StreamState, VectorQuantizer, norm_act_conv
 from ..nn.streaming import starts
 from .linear_path import LinearPath
@@ -375,12 +375,17 @@ class VideoVAE(Streaming):
         return self._normalised(ops.kl_sample(moments, noise)[0] if self.quantizer is None else moments)
 
     def _check_latents(self, latents) -> None:
+        checks.tensor("VideoVAE.decode", "latents", latents)
         channels = self.config.latent_channels
         if latents.dim() != 5 or latents.shape[1] != channels or latents.shape[2] == 0:
             raise ValueError(f"VideoVAE.decode: expected latents (B, {channels}, t, h, w) with t of 1 or more, got "
                              f"{tuple(latents.shape)}; pass what encode gives")
 
     def _check_video(self, video, length: bool = True) -> None:
+        checks.tensor("VideoVAE.encode", "video", video)
+        if not video.is_floating_point():
+            raise TypeError(f"VideoVAE.encode: expected pixels of a floating dtype in [-1, 1], got {video.dtype}; pass "
+                            f"video.float() / 127.5 - 1")
         channels, f = self.config.in_channels, self.config.space_factor
         if video.dim() != 5 or video.shape[1] != channels:
             raise ValueError(f"VideoVAE.encode: expected video (B, {channels}, T, H, W), got {tuple(video.shape)}; an "
@@ -393,6 +398,11 @@ class VideoVAE(Streaming):
                                  f"pad to {near}")
         if length:
             self._check_length(video.shape[2])
+        if checks.looked_at(video) and video.numel():
+            low, high = (float(pixel) for pixel in video.detach().aminmax())
+            if low >= 0 and high > 2:
+                checks.warn_once(self, "pixels", f"VideoVAE.encode: expected pixels in [-1, 1], got {low:g} to {high:g}; "
+                                 f"pass video / 127.5 - 1 where they are 0 to 255")
 
     def _check_length(self, frames: int) -> None:
         step = self.config.time_factor

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from .. import checks
 from ..nn import StreamState
 
 # Latent frames. At 16 frames the two cached before a 3x3x3 convolution are an eighth more to read, at 4 they are a half;
@@ -195,12 +196,16 @@ class Streaming(nn.Module):
 
 
 def _chunks(name: str, clip, first: int, size: int) -> Iterator[torch.Tensor]:
+    checks.whole(f"VideoVAE.{name}", "chunk", size)
     if size < 1:
         raise ValueError(f"VideoVAE.{name}: expected chunk of 1 or more, got {size}; pass the frames per step")
+    if not isinstance(clip, Iterable):
+        raise TypeError(f"VideoVAE.{name}: expected one tensor or its chunks, got {checks.came(clip)}; pass (B, C, T, H, W)")
     if isinstance(clip, torch.Tensor):
         clip = (clip[:, :, :first], *clip[:, :, first:].split(size, dim=2))
     sizes = None  # of the stream: what its state holds has them too
     for part in clip:
+        checks.tensor(f"VideoVAE.{name}", "every chunk", part)
         if part.dim() == 5:
             sizes = sizes or (part.shape[0], *part.shape[3:])
             if sizes != (part.shape[0], *part.shape[3:]):
@@ -223,6 +228,8 @@ def _run(step, parts: Iterable[torch.Tensor], graph: bool, own: bool) -> Iterato
 
 
 def _collect(name: str, parts, shape, out, progress: bool) -> torch.Tensor:
+    if out is not None:
+        checks.tensor(f"VideoVAE.{name}", "out", out)
     if out is not None and out.shape != shape:
         raise ValueError(f"VideoVAE.{name}: expected out of {tuple(shape)}, got {tuple(out.shape)}; pass one of this shape, "
                          f"or none")

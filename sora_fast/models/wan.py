@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import ops
-from ..nn import PatchEmbed3d, Residual
-from ..pack import Pack
+from .. import checks, ops
+from ..nn import PatchEmbed3d, Residual, check_stream
+from ..pack import Pack, check_pack, check_text
 from .dit import DiT, Mlp, TimestepEmbedder, check_timesteps
-from .text import Text
+from .text import Text, check_encoded
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,18 @@ class WanAttention(nn.Module):
         """x (N, D), for attention to text its tokens (L, D) with the pack's text lengths -> (N, D)."""
         c = self.config
         heads = lambda t, *parts: t.unflatten(-1, (*parts, c.heads, -1))
+        check_pack("WanAttention", pack, x=x)
         if text is None:
             q, k, v = heads(self.qkv(x), 3).unbind(1)
-            cu_k, max_k = pack.cu_seqlens, pack.max_seqlen
         else:
+            check_text("WanAttention", pack, text)
             q, (k, v) = heads(self.q(x)), heads(self.kv(text), 2).unbind(1)
-            cu_k, max_k = pack.text_cu_seqlens, pack.text_max_seqlen
-        q, k = ops.qk_norm_rope(q, k, pack.coords if text is None else None, q_weight=self.q_norm, k_weight=self.k_norm,
-                                norm="rms_all", axes=c.rope_axes, eps=c.eps, rows=pack.rows if text is None else None)
+        q, k = ops.qk_norm_rope(q, k, pack if text is None else None, q_weight=self.q_norm, k_weight=self.k_norm,
+                                norm="rms_all", axes=c.rope_axes, eps=c.eps)
         head = q.shape[-1]
         if more := max(16, head + -head % 8) - head:  # kernels take heads of whole vectors; zeros change no product
             q, k, v = (F.pad(t, (0, more)) for t in (q, k, v))
-        out = ops.varlen_attention(q, k, v, pack.cu_seqlens, cu_k, pack.max_seqlen, max_k, softmax_scale=head**-0.5)
+        out = ops.varlen_attention(q, k, v, pack, None if text is None else pack.text_cu_seqlens, softmax_scale=head**-0.5)
         return self.proj(out[..., :head].flatten(1))
 
 
@@ -99,13 +99,14 @@ class WanBlock(nn.Module):
 
     def forward(self, stream: Residual, modulation_R6D, pack, text) -> Residual:
         """A stream of N tokens, text (L, D); the branch of the MLP is left for the next norm to add."""
+        check_stream("WanBlock", stream)
         shift, scale, gate, *mlp = (self.table + modulation_R6D).unbind(1)
-        x, h = add_norm(stream, shift, scale, pack.rows, eps=self.eps)
-        x, h = add_norm(Residual(x, self.attn(h, pack), gate), None, None, pack.rows, eps=self.eps,
+        x, h = add_norm(stream, shift, scale, pack, eps=self.eps)
+        x, h = add_norm(Residual(x, self.attn(h, pack), gate), None, None, pack, eps=self.eps,
                         weight=self.cross_norm.weight, bias=self.cross_norm.bias)
         shift, scale, gate = mlp
         # the branch to the text has no gate: one of 1 keeps its sum in the pass of the next norm
-        x, h = add_norm(Residual(x, self.cross(h, pack, text), torch.ones_like(gate)), shift, scale, pack.rows, eps=self.eps)
+        x, h = add_norm(Residual(x, self.cross(h, pack, text), torch.ones_like(gate)), shift, scale, pack, eps=self.eps)
         return Residual(x, self.mlp(h), gate)
 
 
@@ -147,7 +148,8 @@ class WanDiT(nn.Module):
             latents: (B, C, T, H, W), a list of (C, T, H, W), or, with ``pack``, one flat buffer of all samples.
             timesteps: (S,) in [0, 1000], 0 clean, or (R,), one per modulation row of the pack (per frame); of any float or
                 int dtype.
-            pack: the samples' sizes in tokens, with the text's lengths.
+            pack: the samples' sizes in tokens, as ``Pack.of(latents, model.config.patch)`` makes it, and the text's
+                lengths.
             text: a TextEncoder's result for the S samples, or a batch (S, L, W) of texts of one length. Every token
                 given is attended to; the published models were trained on texts padded with zeros (``pad_text``).
 
@@ -156,11 +158,10 @@ class WanDiT(nn.Module):
         """
         config = self.config
         if isinstance(text, torch.Tensor):
+            checks.shape("WanDiT", "text", text, ("S", "L", config.text_width), "pass a batch of texts of one length")
             text = Text(text.flatten(0, 1), text.mean(1), (text.shape[1],) * text.shape[0])
+        check_encoded("WanDiT", text)
         flat, pack, reform = self._to_flat(latents, pack, text)
-        if len(text.lengths) != pack.num_samples:
-            raise ValueError(f"WanDiT: expected text of {pack.num_samples} samples, got {len(text.lengths)}; give one for "
-                             f"every sample of the pack")
         time_RD, modulation_R6D = self._times(timesteps, pack)
         tokens = self.text_embedder(text.tokens)
         stream = Residual(self.x_embedder(flat, pack))
@@ -168,14 +169,14 @@ class WanDiT(nn.Module):
             arguments = (stream, modulation_R6D, pack, tokens)
             stream = checkpoint(block, *arguments, use_reentrant=False) if self.gradient_checkpointing else block(*arguments)
         shift, scale = (self.table + time_RD[:, None]).unbind(1)
-        _, h = add_norm(stream, shift, scale, pack.rows, eps=config.eps)
+        _, h = add_norm(stream, shift, scale, pack, eps=config.eps)
         return reform(ops.unpatchify(self.final(h), pack, config.patch, config.out_channels, flat=True))
 
     _to_flat = DiT._to_flat  # packs of latents are the same for both
 
     def _times(self, timesteps, pack):
         """Of every modulation row: its timestep's embedding (R, D) and the blocks' modulation (R, 6, D), in float32."""
-        check_timesteps("WanDiT", timesteps, pack)
+        check_timesteps(self, timesteps, pack)
         time = self.t_embedder(timesteps)
         if timesteps.shape[0] == pack.num_samples and pack.modulation == "frame":
             time = time[pack.row_samples]
@@ -184,11 +185,11 @@ class WanDiT(nn.Module):
         return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in (time, modulation))
 
 
-def add_norm(stream: Residual, shift, scale, rows, **norm):
+def add_norm(stream: Residual, shift, scale, pack: Pack, **norm):
     """The stream with its branch added, and its modulated layer norm for the next layer, in one pass."""
     if stream.y is None:
-        return stream.x, ops.norm_modulate(stream.x, shift, scale, rows, **norm)
-    return ops.gate_residual_norm_modulate(*stream, shift, scale, rows, **norm)
+        return stream.x, ops.norm_modulate(stream.x, shift, scale, pack, **norm)
+    return ops.gate_residual_norm_modulate(*stream, shift, scale, pack, **norm)
 
 
 def pad_text(text: Text, length: int = 512) -> Text:
@@ -197,6 +198,8 @@ def pad_text(text: Text, length: int = 512) -> Text:
     Wan's models were trained on texts of 512 tokens so padded, and attend to the padding: without it their pictures
     change.
     """
+    check_encoded("pad_text", text)
+    checks.whole("pad_text", "length", length)
     if max(text.lengths, default=0) > length:
         raise ValueError(f"pad_text: expected texts of at most {length} tokens, got one of {max(text.lengths)}; shorten it, "
                          f"or raise length")

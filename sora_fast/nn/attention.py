@@ -6,8 +6,9 @@ N tokens, L text tokens, D width, H heads, E head dim.
 import torch
 from torch import nn
 
-from .. import ops
-from ..pack import Pack
+from .. import checks, ops
+from ..ops.rotary import check_axes
+from ..pack import Pack, check_pack, check_text
 
 
 class VarlenAttention(nn.Module):
@@ -19,6 +20,9 @@ class VarlenAttention(nn.Module):
             (the official DiT's and timm's names).
         qk_norm: RMS norm of each head's queries and keys.
         rope_axes: rotated entries of t, h, w; None: no rotation. theta: base of the rotation's frequencies.
+
+    Raises:
+        ValueError, TypeError: heads, axes or theta that do not fit; a pack of other tokens.
     """
 
     def __init__(self, width: int, heads: int, *, context_width: int | None = None, qk_norm: bool = False,
@@ -27,6 +31,8 @@ class VarlenAttention(nn.Module):
         if width % heads:
             raise ValueError(f"VarlenAttention: expected heads to divide the width {width}, got {heads}; choose a "
                              f"divisor")
+        if rope_axes is not None:
+            check_axes("VarlenAttention", rope_axes, theta, width // heads, "rope_axes")
         self.heads, self.rope_axes, self.theta = heads, rope_axes, theta
         if context_width is None:
             self.qkv = nn.Linear(width, 3 * width)
@@ -38,15 +44,20 @@ class VarlenAttention(nn.Module):
 
     def forward(self, x, pack: Pack, context=None):
         """x (N, D), for cross-attention context (L, Dc) with the pack's text lengths -> (N, D)."""
-        heads = lambda t, *parts: t.unflatten(-1, (*parts, self.heads, -1))
-        if context is None:
+        op, heads = "VarlenAttention", lambda t, *parts: t.unflatten(-1, (*parts, self.heads, -1))
+        checks.shape(op, "x", x, ("N", "D"), "flatten the tokens of all samples into one row each")
+        check_pack(op, pack, x=x)
+        itself = context is None
+        if itself != hasattr(self, "qkv"):
+            expected = "context for a layer with context_width" if itself else "no context for a layer without context_width"
+            raise checks.error(op, expected, checks.came(context), "call it as it was made, or make another layer")
+        if itself:
             q, k, v = heads(self.qkv(x), 3).unbind(1)
-            cu_k, max_k = pack.cu_seqlens, pack.max_seqlen
         else:
+            check_text(op, pack, context)
             q, (k, v) = heads(self.q(x)), heads(self.kv(context), 2).unbind(1)
-            cu_k, max_k = pack.text_cu_seqlens, pack.text_max_seqlen
-        q, k = self._norm_rope(q, k, pack, context is None)
-        out = ops.varlen_attention(q, k, v, pack.cu_seqlens, cu_k, pack.max_seqlen, max_k)
+        q, k = self._norm_rope(q, k, pack, itself)
+        out = ops.varlen_attention(q, k, v, pack, None if itself else pack.text_cu_seqlens)
         return self.proj(out.flatten(1))
 
     def _norm_rope(self, q, k, pack, itself: bool):
@@ -54,6 +65,6 @@ class VarlenAttention(nn.Module):
         turn = itself and self.rope_axes is not None
         if norm is None and not turn:
             return q, k
-        return ops.qk_norm_rope(q, k, pack.coords if turn else None, q_weight=self.q_norm, k_weight=self.k_norm,
-                                norm=norm, axes=self.rope_axes or (0, 0, 0), theta=self.theta,
-                                rows=pack.rows if itself else None)
+        return ops.qk_norm_rope(q, k, pack if turn else None, q_weight=self.q_norm, k_weight=self.k_norm, norm=norm,
+                                axes=self.rope_axes or (0, 0, 0), theta=self.theta,
+                                rows=pack if itself and not turn else None)

@@ -2,7 +2,9 @@
 
 from torch import nn
 
-from .. import ops
+from .. import checks, ops
+from ..ops.convolution import SPACE_PADS, TIME_PADS
+from .normalization import GroupNorm, RMSNorm
 from .streaming import StreamState, renew
 
 
@@ -23,7 +25,7 @@ class CausalConv3d(nn.Conv3d):
         upsample: every pixel stands upsample x upsample times before padding and convolution (nearest neighbour).
 
     Raises:
-        ValueError: dilation or groups other than 1.
+        ValueError, TypeError: dilation or groups other than 1, a padding or a count that the op would refuse.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=None, dilation=1, groups=1, bias=True,
@@ -33,6 +35,13 @@ class CausalConv3d(nn.Conv3d):
             raise ValueError(f"CausalConv3d: expected dilation 1 and groups 1, got {dilation} and {groups}; "
                              f"use nn.Conv3d for those")
         super().__init__(in_channels, out_channels, kernel_size, stride, 0, bias=bias, device=device, dtype=dtype)
+        checks.choice("CausalConv3d", "padding_mode", padding_mode, SPACE_PADS)
+        checks.choice("CausalConv3d", "time_pad", time_pad, TIME_PADS)
+        for name, value, least in (("phase", phase, 0), ("lookahead", lookahead, 0), ("upsample", upsample, 1)):
+            checks.whole("CausalConv3d", name, value, least)
+        if lookahead >= self.kernel_size[0]:
+            raise checks.error("CausalConv3d", f"lookahead of at most the kernel's {self.kernel_size[0]} frames less one",
+                               lookahead, "look less far")
         self.space_padding = _space_padding(padding, self.kernel_size)
         self.space_pad, self.time_pad, self.phase = padding_mode, time_pad, phase
         self.lookahead, self.upsample = lookahead, upsample
@@ -47,6 +56,9 @@ class CausalConv3d(nn.Conv3d):
                         residual=residual, **norm)
         if state is None:
             return op(x, self.weight, self.bias, phase=self.phase, **settings)
+        if not isinstance(state, StreamState):
+            raise TypeError(f"CausalConv3d: expected state as a StreamState, got {checks.came(state)}; pass StreamState(), "
+                            f"or nothing for a whole clip")
         past, phase = state.get(self, (None, self.phase))
         y, cache = op(x, self.weight, self.bias, cache=past, phase=phase, return_cache=True, **settings)
         state.set(self, (renew(past, cache), phase + y.shape[2] * self.stride[0] - x.shape[2]))
@@ -60,6 +72,9 @@ class CausalConv3d(nn.Conv3d):
 
 def norm_act_conv(norm, conv: CausalConv3d, x, state: StreamState | None = None, residual=None):
     """``conv(norm(x))`` as one op, for a ``sora_fast.nn`` norm and CausalConv3d; arguments as in conv's forward."""
+    if not isinstance(norm, (RMSNorm, GroupNorm)) or not isinstance(conv, CausalConv3d):
+        raise TypeError(f"norm_act_conv: expected a norm and a CausalConv3d of sora_fast.nn, got {checks.came(norm)} and "
+                        f"{checks.came(conv)}; call others one after the other")
     if state is not None and norm.settings["norm"] == "group":
         raise ValueError("norm_act_conv: expected a norm within each frame with a StreamState, got a GroupNorm, which "
                          "mixes frames; use RMSNorm, or run the whole clip at once")

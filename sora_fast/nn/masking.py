@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from .. import checks
-from ..pack import Pack
+from ..pack import Pack, check_pack
+
+PATTERNS = ("token", "tube")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Masking:
 
     def unshuffle(self, visible, hidden):
         """The inverse of ``shuffle``, exactly: (M, ...) and (K, ...) -> (N, ...), 0 in the tail."""
+        checks.tensor("Masking.unshuffle", "visible", visible)
         for name, rows, index in (("visible", visible, self.visible), ("hidden", hidden, self.hidden)):
             checks.shape("Masking.unshuffle", name, rows, (index.shape[0], *visible.shape[1:]),
                          "pass what shuffle gives, or rows for these places")
@@ -60,7 +63,8 @@ def random_masking(pack: Pack, ratio: float | Sequence[float], *, pattern: str =
 
     Source: MAE, arXiv 2111.06377, section 3 (token); VideoMAE, arXiv 2203.12602, section 3.3 (tube).
     """
-    checks.choice("random_masking", "pattern", pattern, ("token", "tube"))
+    check_pack("random_masking", pack)
+    checks.choice("random_masking", "pattern", pattern, PATTERNS)
     checks.require(pack.kept is None, "random_masking", "a pack that has dropped nothing yet", "one that has",
                    "choose all tokens in one call")
     ratios = _ratios(ratio, pack.num_samples)
@@ -78,11 +82,15 @@ def _ratios(ratio, samples: int) -> list[float]:
         raise ValueError(f"random_masking: expected one ratio, or one for each of {samples} samples, got {len(ratios)}; "
                          f"pass as many as the pack has samples")
     for each in ratios:
-        checks.number("random_masking", "every ratio", each)
-        if not 0 <= each < 1:
-            raise ValueError(f"random_masking: expected ratios from 0 up to but not including 1, got {each}; 0.75 hides "
-                             f"three of four tokens")
+        check_ratio("random_masking", each)
     return ratios
+
+
+def check_ratio(op: str, ratio: float) -> None:
+    checks.number(op, "every ratio", ratio)
+    if not 0 <= ratio < 1:
+        raise ValueError(f"{op}: expected ratios from 0 up to but not including 1, got {ratio}; 0.75 hides three of four "
+                         f"tokens")
 
 
 def _seen(grid, ratio: float, pattern: str, generator) -> torch.Tensor:

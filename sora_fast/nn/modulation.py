@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .. import ops
+from .. import checks, ops
+from ..pack import Pack
 
 
 class Residual(NamedTuple):
@@ -18,21 +19,32 @@ class Residual(NamedTuple):
     y: torch.Tensor | None = None
     gate: torch.Tensor | None = None
 
-    def norm_modulate(self, shift, scale, rows):
-        """The stream with its branch added, and its modulated norm for the next layer; shift, scale (R, D), rows (N,)."""
+    def norm_modulate(self, shift, scale, rows: torch.Tensor | Pack):
+        """The stream with its branch added, and its modulated norm for the next layer.
+
+        shift, scale (R, D); ``rows`` (N,) or the Pack of the N tokens.
+        """
         if self.y is None:  # under autocast the stream is float32, and the layers work in the modulation's 16 bits
-            return self.x, ops.norm_modulate(self.x, shift, scale, rows, dtype=shift.dtype)
+            dtype = shift.dtype if isinstance(shift, torch.Tensor) else None
+            return self.x, ops.norm_modulate(self.x, shift, scale, rows, dtype=dtype)
         return ops.gate_residual_norm_modulate(self.x, self.y, self.gate, shift, scale, rows)
 
-    def joined(self, rows):
-        """The stream with its branch added (N, D)."""
+    def joined(self, rows: torch.Tensor | Pack):
+        """The stream with its branch added (N, D); ``rows`` as in ``norm_modulate``."""
         return self.x if self.y is None else ops.gate_residual(self.x, self.y, self.gate, rows)
+
+
+def check_stream(op: str, stream: Residual) -> None:
+    """A layer that adds a branch takes a stream, not the tokens alone."""
+    if not isinstance(stream, Residual):
+        raise TypeError(f"{op}: expected a Residual stream, got {checks.came(stream)}; pass Residual(x) for tokens x (N, D)")
 
 
 class Modulation(nn.Sequential):
     """``Linear(SiLU(c))`` to ``parts`` rows of modulation, zero at the start: gates closed, scales and shifts 0."""
 
     def __init__(self, width: int, parts: int):
+        checks.whole("Modulation", "parts", parts, 1)
         super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
         self.parts = parts
         nn.init.zeros_(self[1].weight)
@@ -53,7 +65,8 @@ class FinalLayer(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, stream: Residual, c, rows):
-        """A stream of N tokens, c (R, D), rows (N,) -> (N, numbers)."""
+    def forward(self, stream: Residual, c, rows: torch.Tensor | Pack):
+        """A stream of N tokens, c (R, D), rows (N,) or the Pack of the N tokens -> (N, numbers)."""
+        check_stream("FinalLayer", stream)
         _, h = stream.norm_modulate(*self.adaLN_modulation(c), rows)
         return self.linear(h)

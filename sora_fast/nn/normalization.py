@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from .. import ops
+from .. import checks, ops
+from ..ops.normalization import ACTS
 
 
 class RMSNorm(nn.Module):
@@ -14,6 +15,9 @@ class RMSNorm(nn.Module):
 
     def __init__(self, channels: int, *, act: str | None = None, eps: float = 1e-24, device=None, dtype=None):
         super().__init__()
+        checks.choice("RMSNorm", "act", act, ACTS)
+        checks.whole("RMSNorm", "channels", channels, 1)
+        checks.number("RMSNorm", "eps", eps)
         self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
         self.bias = None
         self.settings = dict(norm="rms", eps=eps, act=act)
@@ -31,6 +35,8 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True, device=None,
                  dtype=None, *, act: str | None = None):
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        checks.choice("GroupNorm", "act", act, ACTS)
+        checks.number("GroupNorm", "eps", eps)
         self.settings = dict(norm="group", groups=num_groups, eps=eps, act=act)
 
     def forward(self, x):

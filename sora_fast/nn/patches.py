@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .. import ops
+from .. import checks, ops
 
 
 class PatchEmbed3d(nn.Module):
@@ -14,6 +14,7 @@ class PatchEmbed3d(nn.Module):
 
     def __init__(self, channels: int, width: int, patch=(1, 2, 2), bias: bool = True):
         super().__init__()
+        checks.several("PatchEmbed3d", "patch", patch, "pt, ph, pw", 1)
         self.patch = tuple(patch)
         self.proj = nn.Conv3d(channels, width, self.patch, self.patch, bias=bias)
         nn.init.xavier_uniform_(self.proj.weight.flatten(1))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from .. import checks
 from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad
+from ..pack import Pack, check_pack
 from ..reference import attention as reference
 from ..reference.precision import holds_numbers, widen
 from . import attention_peers, attention_triton
@@ -140,6 +141,7 @@ OPS = (VARLEN_ATTENTION, VARLEN_ATTENTION_FORWARD, VARLEN_ATTENTION_BACKWARD, ME
 
 # ------------------------------------------------------------------------------------------------------- checks
 def _check(op: str, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window):
+    """cu_seqlens of queries and keys."""
     checks.shape(op, "q", q, ("Nq", "H", "E"), "lay the samples of the pack one after the other in dimension 0")
     checks.shape(op, "k", k, ("Nk", "Hk", q.shape[2]), "keys have the queries' head dim")
     checks.shape(op, "v", v, tuple(k.shape), "values have the keys' shape")
@@ -150,9 +152,13 @@ def _check(op: str, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
     if key_heads == 0 or heads % key_heads:
         raise checks.error(op, f"key heads that divide the {heads} query heads", key_heads, "repeat or drop heads")
     checks.floating(op, q=q, k=k, v=v)
-    checks.same_device(op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    checks.cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0], "q")
-    checks.cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0], "k")
+    checks.same_device(op, q=q, k=k, v=v)
+    if cu_seqlens_k is None:
+        checks.require(isinstance(cu_seqlens_q, Pack), op, "cu_seqlens_k beside cu_seqlens_q, or a Pack",
+                       "cu_seqlens_q alone", "pass both, or the Pack of queries and keys")
+        cu_seqlens_k = cu_seqlens_q
+    cu_seqlens_q = _offsets(op, "q", q, cu_seqlens_q)
+    cu_seqlens_k = _offsets(op, "k", k, cu_seqlens_k)
     if cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
         raise checks.error(op, "cu_seqlens_q and cu_seqlens_k of one length",
                            f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}",
@@ -163,6 +169,17 @@ def _check(op: str, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
     if softmax_scale is not None:
         checks.number(op, "softmax_scale", softmax_scale)
     checks.several(op, "window", window, "left, right")
+    return cu_seqlens_q, cu_seqlens_k
+
+
+def _offsets(op: str, name: str, value, cu_seqlens):
+    """cu_seqlens of the rows of ``value``, q or k: those of a Pack, which were checked when it was made, or bare ones."""
+    if isinstance(cu_seqlens, Pack):
+        check_pack(op, cu_seqlens, **{name: value})
+        return cu_seqlens.cu_seqlens
+    checks.same_device(op, **{name: value, f"cu_seqlens_{name}": cu_seqlens})
+    checks.cu_seqlens(op, f"cu_seqlens_{name}", cu_seqlens, value.shape[0], name)
+    return cu_seqlens
 
 
 def _problem(q, k, grad, causal, window, return_lse, deterministic) -> AttentionProblem:
@@ -171,14 +188,15 @@ def _problem(q, k, grad, causal, window, return_lse, deterministic) -> Attention
 
 
 # ------------------------------------------------------------------------------------------------- public ops
-def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, softmax_scale=None,
+def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *, softmax_scale=None,
                      causal=False, window=(-1, -1), return_lse=False, deterministic=False, backend="auto"):
     """``softmax(q k^T * scale) v`` within each sample of a pack.
 
     Args:
         q: (Nq, H, E). k, v: (Nk, Hk, E) of q's dtype; Hk divides H; E a multiple of 8 in 16..256.
         cu_seqlens_q, cu_seqlens_k: int32 (S + 1,), where each sample's rows start and the last ends; empty samples
-            are legal; rows past the end belong to no sample.
+            are legal; rows past the end belong to no sample. Either may be the Pack of its rows instead, and one Pack
+            alone is that of both; for keys of a pack's text pass ``pack, pack.text_cu_seqlens``.
         max_seqlen_q, max_seqlen_k: longest sample, a hint: no result depends on them.
         softmax_scale: default ``E ** -0.5``.
         causal, window: key j is seen by query i if ``i + Sk - Sq - left <= j <= i + Sk - Sq + right`` (bottom-right
@@ -190,7 +208,8 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
         natural log-sum-exp (H, Nq), float32 (float64 for float64), -inf on rows without keys, differentiable.
     """
     op = "varlen_attention"
-    _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window)
+    cu_seqlens_q, cu_seqlens_k = _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
+                                        window)
     q, k, v = autocast(q, k, v)
     checks.same_dtype(op, q=q, k=k, v=v)
     problem = _problem(q, k, needs_grad(q, k, v), causal, window, return_lse, deterministic)
@@ -199,11 +218,12 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
                                 return_lse=return_lse, deterministic=problem.deterministic)
 
 
-def varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *,
+def varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *,
                              softmax_scale=None, causal=False, window=(-1, -1), backend="auto"):
     """Raw forward for ring attention: ``out, lse`` as ``varlen_attention(..., return_lse=True)``, without autograd."""
     op = "varlen_attention_forward"
-    _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window)
+    cu_seqlens_q, cu_seqlens_k = _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
+                                        window)
     q, k, v = autocast(q, k, v)
     checks.same_dtype(op, q=q, k=k, v=v)
     return VARLEN_ATTENTION_FORWARD.run(_problem(q, k, False, causal, window, True, False), backend, q=q, k=k,
@@ -211,7 +231,7 @@ def varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=N
                                         softmax_scale=softmax_scale, causal=causal, window=tuple(window))
 
 
-def varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None,
+def varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None,
                               max_seqlen_k=None, *, softmax_scale=None, causal=False, window=(-1, -1),
                               deterministic=False, backend="auto"):
     """Raw backward for ring attention: ``dq, dk, dv`` in their tensors' dtypes.
@@ -222,7 +242,8 @@ def varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_se
         The others as in ``varlen_attention``.
     """
     op = "varlen_attention_backward"
-    _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window)
+    cu_seqlens_q, cu_seqlens_k = _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
+                                        window)
     checks.same_dtype(op, q=q, k=k, v=v)
     checks.shape(op, "dout", dout, tuple(q.shape), "it is the gradient of out")
     checks.shape(op, "out", out, tuple(q.shape), "pass the forward's out")

@@ -246,6 +246,10 @@ OPS = (CAUSAL_CONV3D, NORM_ACT_CONV3D)
 
 
 # ------------------------------------------------------------------------------------------------------- checks
+TIME_PADS = ("zeros", "replicate")
+SPACE_PADS = ("zeros", "replicate", "reflect")
+
+
 def _geometry(op: str, x, weight, bias, stride, padding, time_pad, space_pad, cache, phase, lookahead, upsample, residual,
               return_cache):
     """Check everything but dtypes; returns stride and padding in full."""
@@ -263,8 +267,8 @@ def _geometry(op: str, x, weight, bias, stride, padding, time_pad, space_pad, ca
     padding = (kw // 2, kw // 2, kh // 2, kh // 2) if padding is None else padding
     checks.several(op, "padding", padding, "left, right, top, bottom", 0)
     stride, padding = tuple(stride), tuple(padding)
-    checks.choice(op, "time_pad", time_pad, ("zeros", "replicate"))
-    checks.choice(op, "space_pad", space_pad, ("zeros", "replicate", "reflect"))
+    checks.choice(op, "time_pad", time_pad, TIME_PADS)
+    checks.choice(op, "space_pad", space_pad, SPACE_PADS)
     left, right, top, bottom = padding
     height, width = x.shape[3] * upsample, x.shape[4] * upsample  # what the convolution sees
     if kt * kh * kw == 0:

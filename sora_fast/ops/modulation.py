@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from .. import checks, configs
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
+from ..pack import Pack, check_pack
 from ..reference import modulation as reference
 from ..reference.modulation import only_samples, pick
 from ..reference.precision import wide_dtype
@@ -202,10 +203,15 @@ OPS = (NORM_MODULATE, GATE_RESIDUAL, GATE_RESIDUAL_NORM_MODULATE)
 
 
 # ------------------------------------------------------------------------------------------------------- checks
-def _check(op: str, x, tables: dict, rows, norm=None, weight=None, bias=None, eps=0.0, normed=True) -> None:
+def _check(op: str, x, tables: dict, rows, norm=None, weight=None, bias=None, eps=0.0, normed=True):
+    """The rows (N,) of a call, or None."""
     checks.shape(op, "x", x, ("N", "D"), "flatten the tokens of all samples into one row each")
     tokens, width = x.shape
     checks.floating(op, x=x, weight=weight, bias=bias, **tables)
+    pack = rows if isinstance(rows, Pack) else None
+    if pack is not None:
+        check_pack(op, pack, x=x)
+        rows = pack.rows
     checks.same_device(op, x=x, rows=rows, weight=weight, bias=bias, **tables)
     if normed:
         checks.choice(op, "norm", norm, NORMS)
@@ -220,10 +226,15 @@ def _check(op: str, x, tables: dict, rows, norm=None, weight=None, bias=None, ep
         checks.shape(op, name, value, ("R", width), "modulation has x's width")
         count = value.shape[0] if count is None else count
         checks.shape(op, name, value, (count, width), "all modulation of a call has the same rows")
+        if pack is not None and value.shape[0] != pack.num_rows:
+            raise checks.error(op, f"{name} of one row for each of the pack's {checks.shown(pack.num_rows)} modulation rows "
+                               f"(modulation={pack.modulation!r})", f"{checks.shown(value.shape[0])} rows",
+                               "pass the pack that the modulation was made for")
         if rows is None and value.shape[0] != 1:
             checks.shape(op, name, value, (tokens, width), "without rows it holds one row, or one per token")
-    if rows is not None:
+    if rows is not None and pack is None:  # a pack's were checked when it was made
         checks.rows(op, rows, tokens, count)
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------- public ops
@@ -234,8 +245,8 @@ def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias
     Args:
         x: (N, D), floating.
         shift, scale: (R, D), any floating dtype, strided views welcome (``chunk(6, -1)``); either may be None.
-        rows: (N,) int32, the modulation row of each token, non-decreasing; -1: the token belongs to no sample.
-            None: R is 1 or N.
+        rows: (N,) int32, the modulation row of each token, non-decreasing; -1: the token belongs to no sample. Or the
+            Pack of these N tokens and R rows. None: R is 1 or N.
         norm: ``"layer"``: ``(x - mean) * rsqrt(var + eps)``; ``"rms"``: ``x * rsqrt(mean(x^2) + eps)``.
         weight, bias: (D,) of the norm, or None.
         dtype: of the result, x's where None; 16 bits for the next layer of a stream x kept in float32.
@@ -245,7 +256,7 @@ def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias
 
     Source: adaLN of DiT, arXiv 2212.09748.
     """
-    _check("norm_modulate", x, {"shift": shift, "scale": scale}, rows, norm, weight, bias, eps)
+    rows = _check("norm_modulate", x, {"shift": shift, "scale": scale}, rows, norm, weight, bias, eps)
     checks.require(dtype is None or getattr(dtype, "is_floating_point", False), "norm_modulate",
                    "dtype to be a floating torch.dtype", dtype, "pass torch.bfloat16, or leave it out for x's own")
     problem = ModulationProblem(device_name(x), x.dtype, needs_grad(x, shift, scale, weight, bias), x.shape[1], norm,
@@ -260,7 +271,7 @@ def gate_residual(x, y, gate, rows=None, *, backend="auto"):
     x may be float32 with a 16-bit y (a residual stream kept in float32).
     """
     checks.shape("gate_residual", "gate", gate, ("R", "D"), "gate is modulation, one row per sample or frame")
-    _check("gate_residual", x, {"gate": gate}, rows, normed=False)
+    rows = _check("gate_residual", x, {"gate": gate}, rows, normed=False)
     checks.floating("gate_residual", y=y)
     checks.same_device("gate_residual", x=x, y=y)
     checks.shape("gate_residual", "y", y, x.shape, "y is added to x")
@@ -280,7 +291,7 @@ def gate_residual_norm_modulate(x, y, gate, shift, scale, rows=None, *, norm="la
     """
     op = "gate_residual_norm_modulate"
     checks.shape(op, "gate", gate, ("R", "D"), "gate is modulation, one row per sample or frame")
-    _check(op, x, {"gate": gate, "shift": shift, "scale": scale}, rows, norm, weight, bias, eps)
+    rows = _check(op, x, {"gate": gate, "shift": shift, "scale": scale}, rows, norm, weight, bias, eps)
     checks.floating(op, y=y)
     checks.same_device(op, x=x, y=y)
     checks.shape(op, "y", y, x.shape, "y is added to x")

@@ -11,6 +11,8 @@ from ..reference import normalization as reference
 from ..reference.precision import wide_dtype, widen
 from . import normalization_cuda, operators, triton_backend
 
+ACTS = ("silu", None)
+
 
 @dataclass(frozen=True)
 class NormalizationProblem(Problem):
@@ -164,7 +166,7 @@ def check(op: str, x, weight, bias, norm: str, groups: int, eps: float, act, pre
     checks.floating(op, x=x, **names)
     checks.same_device(op, x=x, **names)
     checks.choice(op, "norm", norm, ("rms", "group"))
-    checks.choice(op, "act", act, ("silu", None))
+    checks.choice(op, "act", act, ACTS)
     for name, value in names.items():
         if value is not None:
             checks.shape(op, name, value, (x.shape[1],), "a norm has one number per channel of x")

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 
 from .. import checks, configs
 from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad, no_autocast
-from ..pack import Pack, host_grids, uploaded_grids
+from ..pack import Pack, host_grids, token_grid
 from ..reference import patches as reference
 from ..reference.precision import holds_numbers
 from . import operators, triton_backend
+from .uploads import uploaded_grids
 
 
 @dataclass(frozen=True)
@@ -280,18 +281,14 @@ def _sizes(op: str, grids):
     return host_grids(op, grids)
 
 
-def _nearest(size: int, patch: int) -> str:
-    low, high = size // patch * patch, -(-size // patch) * patch
-    return f"{high}" if low == 0 else f"{low} or {high}"
-
-
-def _grid_of(op: str, name: str, clip, patch) -> tuple[int, int, int]:
-    sizes = clip.shape[-3:]
-    for axis, size, step in zip("THW", sizes, patch, strict=True):
-        if size % step:
-            raise ValueError(f"{op}: expected {axis} of {name} to be a multiple of the patch's {step}, got {size}; "
-                             f"crop or pad to {_nearest(size, step)}")
-    return tuple(size // step for size, step in zip(sizes, patch, strict=True))
+def _check_whole(op: str, pack: Pack, tokens: int, what: str) -> None:
+    """A call's tokens are all those of the pack, its tail included: those of a stale pack would be taken for tail."""
+    if pack.kept is not None:
+        raise checks.error(op, "the pack of whole samples", "one that has dropped tokens", "pass the pack before keep()")
+    if tokens != pack.num_tokens:
+        raise checks.error(op, f"{what} for each of the pack's {checks.shown(pack.num_tokens)} tokens",
+                           f"those of {checks.shown(tokens)}", "pass the pack of these very samples, as "
+                           "Pack.of(latents, patch) makes it, with pad_to where there is a tail")
 
 
 def _flatten(op: str, latents, channels: int, patch, like):
@@ -299,14 +296,14 @@ def _flatten(op: str, latents, channels: int, patch, like):
     if isinstance(latents, torch.Tensor):
         checks.shape(op, "latents", latents, ("B", channels, "T", "H", "W"),
                      "pass a batch, a list of (C, T, H, W), or a flat buffer with grids")
-        return latents.reshape(-1), (_grid_of(op, "latents", latents, patch),) * latents.shape[0]
+        return latents.reshape(-1), (token_grid(op, latents.shape[-3:], patch, "{} of latents to be"),) * latents.shape[0]
     checks.sequence(op, "latents", latents, "clips (C, T, H, W)")
     grids = []
     for place, clip in enumerate(latents):
         checks.shape(op, f"latents[{place}]", clip, (channels, "T", "H", "W"), "each clip is (C, T, H, W)")
         checks.same_dtype(op, **{"latents[0]": latents[0], f"latents[{place}]": clip})
         checks.same_device(op, **{"latents[0]": latents[0], f"latents[{place}]": clip})
-        grids.append(_grid_of(op, f"latents[{place}]", clip, patch))
+        grids.append(token_grid(op, clip.shape[-3:], patch, f"{{}} of latents[{place}] to be"))
     flat = [clip.reshape(-1) for clip in latents] or [like.new_zeros(0)]
     with no_autocast(flat[0].device.type):
         return torch.cat(flat), tuple(grids)
@@ -345,7 +342,9 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
         if latents.shape[0] % numel:
             raise checks.error(op, f"a flat buffer of whole patches of {numel} numbers",
                                f"{checks.shown(latents.shape[0])} numbers", "end the buffer (and its tail) on a whole patch")
-        if not isinstance(grids, torch.Tensor):
+        if pack is not None:
+            _check_whole(op, pack, latents.shape[0] // numel, f"a flat buffer of {numel} elements")
+        elif not isinstance(grids, torch.Tensor):
             needed = numel * sum(t * h * w for t, h, w in grids)
             if latents.shape[0] < needed:
                 raise checks.error(op, f"at least the {checks.shown(needed)} numbers that grids asks for",
@@ -380,18 +379,21 @@ def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
     checks.shape(op, "tokens", tokens, ("N", pt * ph * pw * channels), "a token holds pt * ph * pw * C numbers")
     checks.floating(op, tokens=tokens)
     sizes = _sizes(op, grids)
-    if not isinstance(sizes, torch.Tensor):
+    pack = grids if isinstance(grids, Pack) else None
+    if pack is not None:
+        _check_whole(op, pack, tokens.shape[0], "a row")
+    elif not isinstance(sizes, torch.Tensor):
         needed = sum(t * h * w for t, h, w in sizes)
         if tokens.shape[0] < needed:
             raise checks.error(op, f"at least the {checks.shown(needed)} tokens that grids asks for",
                                checks.shown(tokens.shape[0]), "pass the grids of these very tokens")
-    else:
+    if isinstance(sizes, torch.Tensor):
         checks.require(flat, op, "flat=True with a grids tensor in a traced graph", "flat=False",
                        "cut the buffer into clips outside the graph")
     problem = PatchesProblem(device_name(tokens), tokens.dtype, needs_grad(tokens), channels, pt * ph, pw,
                              isinstance(sizes, torch.Tensor))
-    buffer = UNPATCHIFY.run(problem, backend, tokens=tokens, grids=sizes, pack=grids if isinstance(grids, Pack) else None,
-                            patch=tuple(patch), channels=channels)
+    buffer = UNPATCHIFY.run(problem, backend, tokens=tokens, grids=sizes, pack=pack, patch=tuple(patch),
+                            channels=channels)
     return buffer if flat else clips(buffer, sizes, patch, channels)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from .. import checks, configs
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
+from ..pack import Pack, check_pack
 from ..reference import rotary as reference
 from ..reference.modulation import only_samples
 from ..reference.precision import wide_dtype
@@ -216,7 +217,8 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
 
     Args:
         q: (N, H, E). k: (N, Hk, E) of q's dtype, or None.
-        coords: (N, 3) t, h, w of each token, int or float; None: no rotation (then k may have another length).
+        coords: (N, 3) t, h, w of each token, int or float; or the Pack of the N tokens, whose rows are then taken too;
+            None: no rotation (then k may have another length).
         q_weight, k_weight, q_bias, k_bias: of the norm: (E,), or (H * E,) / (Hk * E,) for ``"rms_all"``; or None.
         norm: ``"rms_head"`` or ``"layer_head"`` over each head, ``"rms_all"`` over all heads together, None: none.
         axes: even numbers of rotated entries for t, h, w; they sum to R <= E, the other E - R pass through. Axis a of
@@ -225,7 +227,7 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
         freqs: float (3, R/2) or (3, H, R/2) in place of axes and theta: angle i of head h is the sum over a of
             ``coords[:, a] * freqs[a, h, i]``; it has a gradient.
         pairing: ``"interleaved"`` turns entries (2i, 2i + 1), ``"half"`` (i, i + R/2), each by angle i.
-        rows: (N,) int32; tokens with -1 belong to no sample: output 0, gradient 0, contents never read.
+        rows: (N,) int32; tokens with -1 belong to no sample: output 0, gradient 0, contents never read. Or the Pack.
 
     Returns:
         (q, k) in their dtype and shapes; k is None where none was given. Angles are computed in at least float32.
@@ -234,6 +236,9 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
     """
     op = "qk_norm_rope"
     checks.shape(op, "q", q, ("N", "H", "E"), "split the heads first, as in x.unflatten(-1, (heads, -1))")
+    packed = isinstance(coords, Pack) or isinstance(rows, Pack)
+    if packed:
+        coords, rows = _of_pack(op, q, coords, rows)
     checks.choice(op, "norm", norm, NORMS)
     checks.choice(op, "pairing", pairing, ("interleaved", "half"))
     checks.floating(op, q=q, k=k, q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias, freqs=freqs)
@@ -258,7 +263,7 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
         checks.require(coords.dtype != torch.bool and not coords.is_complex(), op, "coords of an int or float dtype",
                        coords.dtype, "pass Pack.coords")
         rotated = _check_angles(op, q, k, axes, theta, freqs)
-    if rows is not None:
+    if rows is not None and not packed:  # a pack's were checked when it was made
         checks.rows(op, rows, tokens, None)
     checks.number(op, "eps", eps)
     affine = (q_weight, k_weight, q_bias, k_bias)
@@ -269,6 +274,16 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
     return QK_NORM_ROPE.run(problem, backend, q=q, k=k, coords=coords, q_weight=q_weight, k_weight=k_weight,
                             q_bias=q_bias, k_bias=k_bias, norm=norm, axes=axes, theta=theta, freqs=freqs,
                             pairing=pairing, eps=eps, rows=rows)
+
+
+def _of_pack(op: str, q, coords, rows):
+    """coords and rows of a call in which at least one is a Pack."""
+    if isinstance(coords, Pack):
+        checks.require(rows is None or rows is coords, op, "no rows beside a Pack, which has them", "both",
+                       "pass the Pack alone")
+        rows = coords
+    check_pack(op, rows, q=q)
+    return coords.coords if coords is rows else coords, rows.rows
 
 
 def _check_angles(op: str, q, k, axes, theta, freqs) -> int:
@@ -284,16 +299,26 @@ def _check_angles(op: str, q, k, axes, theta, freqs) -> int:
             checks.shape(op, "freqs", freqs, (3, "R/2"), "give frequencies per axis and pair")
         rotated = 2 * freqs.shape[-1]
     else:
-        checks.several(op, "axes", axes, "t, h, w", 0)
-        checks.require(all(size % 2 == 0 for size in axes), op, "axes as three even numbers", axes,
-                       "give the rotated entries of t, h and w")
-        bases = theta if isinstance(theta, (tuple, list)) else (theta,) * 3
-        checks.require(len(bases) == 3, op, "theta as a number or three", theta, "give one per axis")
-        for base in bases:
-            checks.number(op, "theta", base)
-            checks.require(base > 0, op, "theta above 0", base, "it is the base of a power, usually 10,000")
-        rotated = sum(axes)
+        return check_axes(op, axes, theta, head_dim)
+    _check_rotated(op, rotated, head_dim)
+    return rotated
+
+
+def check_axes(op: str, axes, theta, head_dim: int, name: str = "axes") -> int:
+    """``axes`` (under that ``name``) and ``theta`` fit a head; returns R."""
+    checks.several(op, name, axes, "t, h, w", 0)
+    checks.require(all(size % 2 == 0 for size in axes), op, f"{name} as three even numbers", axes,
+                   "give the rotated entries of t, h and w")
+    bases = theta if isinstance(theta, (tuple, list)) else (theta,) * 3
+    checks.require(len(bases) == 3, op, "theta as a number or three", theta, "give one per axis")
+    for base in bases:
+        checks.number(op, "theta", base)
+        checks.require(base > 0, op, "theta above 0", base, "it is the base of a power, usually 10,000")
+    _check_rotated(op, sum(axes), head_dim)
+    return sum(axes)
+
+
+def _check_rotated(op: str, rotated: int, head_dim: int) -> None:
     if rotated > head_dim:
         raise checks.error(op, f"at most the {head_dim} entries of a head to be rotated", rotated,
                            "make axes (or freqs) smaller, because they sum to the head dim or less")
-    return rotated

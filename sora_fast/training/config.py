@@ -5,9 +5,13 @@ from dataclasses import dataclass, field, fields
 
 
 def option(default, help: str, choices: tuple = (), *, least: float = -math.inf, most: float = math.inf,
-           fixed: bool = False):
-    """A dataclass field with its help text, its legal values or range, and whether a resumed run must keep it."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most, "fixed": fixed})
+           fixed: bool = False, words: tuple = ()):
+    """A dataclass field with its help text, its legal values or range, and whether a resumed run must keep it.
+
+    ``words``: what a bool may be on the command line and in YAML besides; it is a bool by the time of the dataclass.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most, "fixed": fixed,
+                                            "words": words})
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class LoopConfig:
     parallel: str = option("ddp", "with torchrun: ddp keeps everything in each process, fsdp (FSDP2) shards weights, "
                            "gradients, optimiser and average", ("ddp", "fsdp"))
     ema: float = option(0.999, "decay of the averaged weights", least=0, most=1)
-    precision: str = option("bf16", "autocast dtype; weights, optimiser and average stay float32", ("bf16", "fp32"))
+    precision: str = option("auto", "autocast dtype; weights, optimiser and average stay float32; auto: bf16 where the "
+                            "device is fast with it", ("auto", "bf16", "fp32"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     threads: int = option(0, "CPU threads; 0: PyTorch's choice", least=0)
     seed: int = option(0, "seed of weights, data order and noise", fixed=True)
@@ -38,7 +43,8 @@ class LoopConfig:
     heldout_every: int = option(500, "steps between rows of heldout.csv; the last step has one too", least=1)
     peak_tflops: float = option(0.0, "TFLOP/s of one device that MFU is a share of; 0: measured with a matrix product",
                                 least=0)
-    resume: bool = option(False, "go on from the newest checkpoint in out, with that run's settings where none are given")
+    resume: bool = option(False, "go on from the newest checkpoint in out, with that run's settings where none are given; "
+                          "auto: begin anew where there is no checkpoint", words=("auto",))
     tensorboard: bool = option(True, "write TensorBoard events too")
 
     def __post_init__(self):
@@ -47,6 +53,9 @@ class LoopConfig:
             if limits["choices"] and value not in limits["choices"]:
                 raise ValueError(f"{each.name}: expected one of {', '.join(c for c in limits['choices'] if c)}, got "
                                  f"{value!r}; choose one of them")
+            if limits["words"] and not isinstance(value, bool):
+                raise ValueError(f"{each.name}: expected True or False, got {value!r}; pass one of them, since only the "
+                                 f"command line takes words")
             # Negated, so that nan is refused too.
             if not isinstance(value, (str, bool)) and not limits["least"] <= value <= limits["most"]:
                 most = f" to {limits['most']:g}" if limits["most"] < math.inf else " or more"

@@ -28,6 +28,7 @@ from .latents import (
     save_library,
 )
 from .loop import Trainer, check_start, pick_device
+from .throughput import pick_precision
 from .vae import load_vae
 
 BYTE_WIDTH = 128
@@ -98,6 +99,7 @@ def make_trainer(config: DiTTraining, vae: VideoVAE, clips: Sequence[LatentClip]
     """A Trainer for a new DiT (and its byte text encoder) on latent ``clips``."""
     check_start(config)
     objective, device = objective_of(config), pick_device(config.device)
+    config = replace(config, precision=pick_precision(config.precision, device))  # the budget is found with it
     torch.manual_seed(config.seed)
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -110,10 +110,11 @@ class Trainer:
     def __init__(self, config: LoopConfig, modules: nn.ModuleDict, batches: Batches, draw: Callable, loss: Callable,
                  description: dict, *, units: Sequence[nn.Module] = (),
                  held_out: Callable[[], Iterable[tuple[str, Batch]]] | None = None):
+        self.device = pick_device(config.device)
+        config = replace(config, precision=throughput.pick_precision(config.precision, self.device))
         self.config, self.modules, self.batches, self.draw, self.loss = config, modules, batches, draw, loss
         self.held_out = held_out
         self.run_folder = Path(config.out)
-        self.device = pick_device(config.device)
         self.step, self.samples, self.tokens, self.pad, self.seconds = 0, 0, 0, 0, 0.0
         self.packs_per_step = config.accumulate or distributed.size()
         self.flops_per_token, self.since = 0.0, time.perf_counter()
@@ -376,7 +377,9 @@ def check_start(config: LoopConfig) -> None:
             raise FileExistsError(f"{run}: expected an empty run folder, got one with checkpoints; pass --resume to go on, "
                                   f"or another --out")
         return
-    checkpoint.newest(run)  # or its sentence
+    if not found:
+        raise FileNotFoundError(f"--resume: expected a run folder with a checkpoint in checkpoints/, got none in {run}; "
+                                f"train first, or pass --resume auto, which begins anew where there is none")
     before = checkpoint.load_json(run / "config.json").get("training", {})
     for each in fields(config):
         value = getattr(config, each.name)

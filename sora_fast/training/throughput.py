@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from ..reference.precision import emulated_on_cpu
+
 SIDE = {"cuda": 8192, "cpu": 768}  # of the matrices that are multiplied: 1.1 TFLOP and 0.9 GFLOP a product
 SECONDS = 0.15
 
@@ -89,6 +91,17 @@ def patch_embed_forward(latents, weight, *arguments, out_shape=None, **kwargs) -
 
 def patch_embed_backward(d_out, latents, weight, grids, cu_seqlens, wanted, *arguments, out_shape=None, **kwargs) -> int:
     return 2 * d_out[0] * prod(weight) * (bool(wanted[0]) + bool(wanted[1]))
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """"bf16" or "fp32": "auto" is bfloat16 where the device has instructions for it, which is where it is fast."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = device.type == "cpu" and not emulated_on_cpu(torch.bfloat16)
+    return "bf16" if fast else "fp32"
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from .. import models
 from ..data import FitPolicy, MediaItem, UnreadableMedia, to_pixels
 from ..data.frames import Frames, bar
 from ..models import VAEConfig, VideoVAE
+from ..models.vae import PRESETS
 from ..models.weights import is_published
 from . import checkpoint, distributed
 from .config import VAETraining
@@ -151,6 +152,14 @@ class CropBatches:
         self.number = state["number"]
 
 
+def check_sizes(config: VAETraining) -> None:
+    """One sentence for a crop that the preset's VAE does not take; before any media are read."""
+    f, step = PRESETS[config.preset].space_factor, PRESETS[config.preset].time_factor
+    if config.crop % f or (config.frames - 1) % step:
+        raise ValueError(f"train-vae: expected --crop a multiple of {f} and --frames 1 + {step} k, got {config.crop} and "
+                         f"{config.frames}; for example {f * 8} and {1 + 2 * step}")
+
+
 def make_trainer(config: VAETraining, items: Sequence[MediaItem], *, span: tuple[float, float] = (0.0, 1.0),
                  perceptual: Perceptual | None = None) -> Trainer:
     """A Trainer for a new VideoVAE on ``items``; ``span`` is the part of each clip it may see.
@@ -158,6 +167,7 @@ def make_trainer(config: VAETraining, items: Sequence[MediaItem], *, span: tuple
     ``perceptual``: as in VAELoss; None: what config.perceptual names.
     """
     check_start(config)
+    check_sizes(config)
     if perceptual is None and config.perceptual:
         perceptual = load_perceptual(config.perceptual)
     device = pick_device(config.device)
@@ -171,9 +181,6 @@ def make_trainer(config: VAETraining, items: Sequence[MediaItem], *, span: tuple
     vae = VideoVAE.preset(config.preset, **vq)
     modules = modules_of(vae, config.adversarial).to(device)
     f, step = vae.config.space_factor, vae.config.time_factor
-    if config.crop % f or (config.frames - 1) % step:
-        raise ValueError(f"train-vae: expected --crop a multiple of {f} and --frames 1 + {step} k, got {config.crop} and "
-                         f"{config.frames}; for example {f * 8} and {1 + 2 * step}")
     policy = FitPolicy(short_side=config.short_side, fps=config.fps or None, space_multiple=f, time_factor=step)
     frames = partial(Frames, policy=policy, span=span, memory_gb=config.memory_gb, progress=distributed.first())
     held_names = held_out([str(item.path) for item in items], config.heldout)

@@ -19,8 +19,9 @@ from kernel_inputs import DTYPES, GRIDS, on_kernel
 from kernel_inputs import patches as inputs_of
 from op_checks import same_bits, with_grad
 
-from sora_fast import Pack, configs, pack
+from sora_fast import Pack, configs
 from sora_fast.kernels import patches as kernels
+from sora_fast.ops import uploads
 from sora_fast.reference import patches as reference
 from sora_fast.testing import assert_matches, cases
 
@@ -248,17 +249,17 @@ def test_autocast_is_that_of_linear():
 def test_host_grids_are_uploaded_once():
     inputs = inputs_of("patch_embed", ((1, 3, 2), (7, 1, 1)))
     on_kernel("patch_embed")(**inputs)
-    before = pack._upload.cache_info()
+    before = uploads._upload.cache_info()
     on_kernel("patch_embed")(**inputs)
-    after = pack._upload.cache_info()
+    after = uploads._upload.cache_info()
     assert after.hits == before.hits + 1 and after.misses == before.misses
     on_kernel("patch_embed")(**{**inputs, "grids": Pack(inputs["grids"])})
-    assert pack._upload.cache_info() == after
+    assert uploads._upload.cache_info() == after
 
 
 def test_too_many_tokens():
     with pytest.raises(ValueError) as caught:
-        pack._upload(((2**16, 2**15, 1),), torch.device("cpu"))
+        uploads._upload(((2**16, 2**15, 1),), torch.device("cpu"))
     op_checks.assert_sentence(str(caught.value), "grids")
 
 

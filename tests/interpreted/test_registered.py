@@ -6,7 +6,8 @@ import pytest
 import torch
 from kernel_inputs import GRIDS, draw, ints, on_kernel
 
-from sora_fast import Pack, pack
+from sora_fast import Pack
+from sora_fast.ops import uploads
 
 pytestmark = [pytest.mark.full, pytest.mark.ci]
 
@@ -67,7 +68,7 @@ def _custom_ops():
 
     inputs = kernel_inputs.patches("patch_embed", GRIDS, 1, small=True)
     latents, weight = inputs["latents"].nan_to_num(0.0), inputs["weight"]  # opcheck takes NaN for different from NaN
-    table = pack.uploaded_grids(GRIDS, torch.device("cpu"))
+    table = uploads.uploaded_grids(GRIDS, torch.device("cpu"))
     yield ops.patches_grids, (latents, [1, 2, 3, 0, 1, 1])
     for bias in (inputs["bias"], None):
         yield ops.patch_embed_forward, (latents, weight, bias, *table)

@@ -13,8 +13,8 @@ from kernel_inputs import GRIDS, draw, ints, on_kernel
 from op_checks import gradients, same_bits, tensors, with_grad
 from torch._subclasses import FakeTensorMode
 
-from sora_fast import pack
 from sora_fast.kernels import rotary
+from sora_fast.ops import uploads
 from sora_fast.ops.rotary import _table as table
 
 ROWS = ints(*[0] * 6, *[1] * 2, *[2] * 3, -1)
@@ -104,20 +104,20 @@ def test_what_inference_mode_left_is_trained_with(call):
     fresh, leaves = with_grad(call.inputs, [name for name in call.inputs if name != "coords"])
     want = gradients(run(**fresh), leaves)
     rotary.frequencies.cache_clear()
-    pack._upload.cache_clear()
+    uploads._upload.cache_clear()
     with torch.inference_mode():
         run(**call.inputs)
-        assert rotary.frequencies.cache_info().currsize + pack._upload.cache_info().currsize == 1
+        assert rotary.frequencies.cache_info().currsize + uploads._upload.cache_info().currsize == 1
     got = gradients(run(**fresh), leaves)
     assert want and all(same_bits(want[name], got[name]) for name in want)
 
 
 def test_fake_tensors_leave_no_table_behind():
-    pack._upload.cache_clear()
+    uploads._upload.cache_clear()
     with FakeTensorMode():
         tokens = torch.empty(11, 12)
         assert on_kernel("unpatchify")(tokens, GRIDS, (1, 2, 2), 3, flat=True).shape == (132,)
-    assert pack._upload.cache_info().currsize == 0
+    assert uploads._upload.cache_info().currsize == 0
 
 
 def test_fixed_frequencies_are_no_inference_tensor():
