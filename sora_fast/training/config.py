@@ -20,7 +20,8 @@ class LoopConfig:
     final_lr: float = option(0.02, "learning rate at the end of the cosine, as a share of lr", least=0, most=1)
     weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
     clip: float = option(1.0, "gradient norm is clipped to this; 0: not clipped", least=0)
-    accumulate: int = option(0, "packs (batches) of an optimiser step, over all processes together; 0: one for each process",
+    accumulate: int = option(0, "packs (batches) of an optimiser step, over all processes together, each weighing "
+                             "what it holds; 0: one for each process",
                              least=0)
     parallel: str = option("ddp", "with torchrun: ddp keeps everything in each process, fsdp (FSDP2) shards weights, "
                            "gradients, optimiser and average", ("ddp", "fsdp"))

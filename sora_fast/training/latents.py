@@ -168,6 +168,13 @@ class NoisyBatch:
         """Each sample, for people."""
         return [f"{source}, timestep {t:g}" for source, t in zip(self.batch.sources, self.timesteps.tolist(), strict=True)]
 
+    @property
+    def learned(self) -> int:
+        """Latent elements that are not given clean: the loss is a mean over these."""
+        frames = [t for t, _, _ in self.batch.grids]
+        return sum(count // t * int((~clean).sum())
+                   for count, t, clean in zip(self.batch.counts, frames, self.clean.split(frames), strict=True))
+
     def only(self, index: int) -> NoisyBatch:
         """Sample ``index`` alone, as it was drawn."""
         frames = [t for t, _, _ in self.batch.grids]

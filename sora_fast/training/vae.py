@@ -59,6 +59,11 @@ class Crops:
     noise: torch.Tensor | None = None
     number: int | None = None
 
+    @property
+    def learned(self) -> int:
+        """Elements of the pixels: a batch weighs by them, so that a frame counts the same in a clip and as an image."""
+        return self.video.numel()
+
     def only(self, index: int) -> "Crops":
         part = slice(index, index + 1)
         return replace(self, video=self.video[part], names=self.names[part], noise=self.noise[part])
