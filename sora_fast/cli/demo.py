@@ -20,7 +20,7 @@ from ..data import FitPolicy, MediaItem, demo_media, read_clip, to_pixels, to_ui
 from ..data.frames import Frames
 from ..diffusion import MediaPrompt
 from ..evaluation import psnr, ssim
-from ..files import check_folder, save_text
+from ..files import claimed, save_text
 from ..models import VideoVAE
 from ..reference.precision import emulated_on_cpu
 from ..training import dit as dit_task
@@ -118,10 +118,16 @@ class Sample:
 
 
 def run(arguments) -> int:
-    out, watch = Path(arguments.out), Stopwatch()
-    check_folder("--out", out)
-    for name in ("vae", "dit"):  # a demo starts from nothing; longer work has train --resume
-        shutil.rmtree(out / name, ignore_errors=True)
+    out = Path(arguments.out)
+    with claimed(out):
+        for name in ("vae", "dit"):  # a demo starts from nothing; longer work has train --resume
+            with claimed(out / name):  # unless somebody trains in it
+                shutil.rmtree(out / name, ignore_errors=True)
+        return _demo(arguments, out)
+
+
+def _demo(arguments, out: Path) -> int:
+    watch = Stopwatch()
     torch.manual_seed(arguments.seed)
     threads = arguments.threads or fastest_threads()
     torch.set_num_threads(threads)

@@ -36,9 +36,14 @@ def _announce(trainer: Trainer) -> None:
 
 @distributed.together()
 def train_vae(arguments) -> int:
+    config = read_options(arguments, VAETraining)
+    with distributed.claimed(config.out):
+        return _train_vae(config)
+
+
+def _train_vae(config: VAETraining) -> int:
     from ..training import vae as task
 
-    config = read_options(arguments, VAETraining)
     check_start(config)
     trainer = task.make_trainer(config, _library("train-vae", config.data).items)
     print(trainer.batches.summary(), flush=True)
@@ -51,11 +56,16 @@ def train_vae(arguments) -> int:
 
 @distributed.together()
 def train(arguments) -> int:
+    config = read_options(arguments, DiTTraining)
+    with distributed.claimed(config.out):
+        return _train(config)
+
+
+def _train(config: DiTTraining) -> int:
     from ..training import dit as task
     from ..training.latents import load_library
     from ..training.vae import load_vae
 
-    config = read_options(arguments, DiTTraining)
     check_start(config)
     task.preset_config(config.preset)  # wrong settings are told before the media are read and encoded
     task.objective_of(config)

@@ -117,12 +117,12 @@ class Trainer:
             raise ValueError(f"--accumulate: expected a multiple of the {ranks} processes, since it counts the packs of a "
                              f"step over all of them, got {self.packs_per_step}; pass {ranks}, or 0 for one each")
         quiet = not distributed.first()
-        if not quiet:
-            self.run_folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_json(self.run_folder / "config.json", description | {"training": asdict(config)})
         self.events = Events(self.run_folder, 0, wanted=False)  # until run()
         self.tables = {name: Table(self.run_folder / f"{name}.csv", quiet) for name in ("losses", "heldout", "samples")}
-        rows = {name: table.begin(self.step) for name, table in self.tables.items()}
+        with distributed.claimed(self.run_folder):
+            if not quiet:
+                checkpoint.save_json(self.run_folder / "config.json", description | {"training": asdict(config)})
+            rows = {name: table.begin(self.step) for name, table in self.tables.items()}
         self.rows = [{k: int(v) if k in ("step", "samples", "tokens") else float(v) for k, v in row.items()}
                      for row in rows["losses"]]
         self.held_out_rows = [{k: int(v) if k == "step" else float(v) for k, v in row.items()} for row in rows["heldout"]]
@@ -147,8 +147,12 @@ class Trainer:
     def run(self, on_log: Callable[[dict], None] | None = None) -> None:
         """Train to the end and save; Ctrl-C finishes the step, saves, and raises KeyboardInterrupt.
 
-        ``on_log`` gets every row of losses.csv.
+        ``on_log`` gets every row of losses.csv. The run folder is claimed: a second run in it is refused.
         """
+        with distributed.claimed(self.run_folder):
+            self._run(on_log)
+
+    def _run(self, on_log: Callable[[dict], None] | None) -> None:
         if self.progress_share() >= 1.0:
             print(f"{self.run_folder}: already trained to step {self.step:,}; raise --steps or --minutes to go on",
                   flush=True)

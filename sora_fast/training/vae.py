@@ -245,7 +245,8 @@ def finish(trainer: Trainer) -> VideoVAE:
         vae.load_state_dict({k.removeprefix("vae."): v for k, v in average.items() if k.startswith("vae.")})
         vae.to(trainer.device).eval()
         measure_latents(vae, trainer.batches.frames)
-        checkpoint.save_tensors(trainer.run_folder / "vae.safetensors", vae.state_dict())
+        with distributed.claimed(trainer.run_folder):
+            checkpoint.save_tensors(trainer.run_folder / "vae.safetensors", vae.state_dict())
     distributed.barrier()
     return load_vae(str(trainer.run_folder), trainer.device)
 
