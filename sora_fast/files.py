@@ -5,6 +5,7 @@ import json
 import os
 import re
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -90,6 +91,9 @@ def check_file(flag: str, path: Path) -> None:
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """``write(temporary)``, flushed to the disk, then renamed to ``path``; nothing is left of a write that fails.
 
+    The file has ordinary permissions, those that the umask leaves, whatever ``write`` gives it: safetensors' own files are
+    for their owner alone.
+
     Raises:
         OSError: a full disk, a folder that is missing or cannot be written. On Windows also a ``path`` that somebody has
             open.
@@ -98,7 +102,11 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with writing(path):
         try:
+            temporary.touch(exist_ok=False)
+            ordinary = stat.S_IMODE(temporary.stat().st_mode)
             write(temporary)
+            if stat.S_IMODE(temporary.stat().st_mode) != ordinary:
+                temporary.chmod(ordinary)
             with open(temporary, "r+b") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 import torch.nn.functional as F
@@ -302,7 +303,7 @@ def facts(arguments, threads: int, vae: VideoVAE, trainer: Trainer) -> dict[str,
     """What the report says about where and how it was made."""
     millions = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters"
     return {
-        "command": f"sora-fast demo --out {arguments.out} --vae-steps {arguments.vae_steps} --dit-steps "
+        "command": f"sora-fast demo --out {quote(arguments.out)} --vae-steps {arguments.vae_steps} --dit-steps "
                    f"{arguments.dit_steps} --minutes {arguments.minutes:g} --seed {arguments.seed}",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {threads} threads, Python "
                    f"{platform.python_version()}, torch {torch.__version__}, device {trainer.device}, "

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from shlex import quote
 
 from ..training import distributed
 from ..training.config import DiTTraining, VAETraining
@@ -50,7 +51,8 @@ def _train_vae(config: VAETraining) -> int:
     _announce(trainer)
     trainer.run()
     task.finish(trainer)
-    print(f"wrote {trainer.run_folder / 'vae.safetensors'}; next: sora-fast train --vae {config.out} --data {config.data}")
+    print(f"wrote {trainer.run_folder / 'vae.safetensors'}; next: sora-fast train --vae {quote(config.out)} "
+          f"--data {quote(config.data)}")
     return 0
 
 
@@ -83,5 +85,6 @@ def _train(config: DiTTraining) -> int:
           flush=True)
     _announce(trainer)
     trainer.run()
-    print(f"trained {trainer.samples:,} samples; next: sora-fast generate {config.out} --prompt '...' --size 9x128x128")
+    print(f"trained {trainer.samples:,} samples; next: sora-fast generate {quote(config.out)} --prompt '...' --size "
+          f"9x128x128")
     return 0

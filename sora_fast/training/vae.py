@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -266,7 +267,7 @@ def load_vae(run: str, device="cpu") -> VideoVAE:
     else:
         newest = checkpoint.newest(folder)
         print(f"{run}: not trained to its end: taking {newest.name}, whose latents are not normalised; sora-fast train-vae "
-              f"--out {run} --resume finishes it", flush=True)
+              f"--out {quote(run)} --resume finishes it", flush=True)
         ema = checkpoint.load_tensors(newest / "ema.safetensors")
         vae.load_state_dict({k.removeprefix("vae."): v for k, v in ema.items() if k.startswith("vae.")})
     return vae.to(device).eval()
