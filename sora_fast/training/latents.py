@@ -6,6 +6,7 @@ C latent channels; t, h, w of a latent clip.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -251,11 +252,20 @@ class LatentPacks:
         return probe(self.clips, self.patch, copies), self.budget / int(probe(self.clips, self.patch, 1).length)
 
     def state_dict(self) -> dict:
-        return dict(drawn=self.drawn, number=self.number, clips=len(self.clips), packer=self.packer.state_dict())
+        return dict(drawn=self.drawn, number=self.number, clips=len(self.clips), sources=self._sources(),
+                    packer=self.packer.state_dict())
+
+    def _sources(self) -> str:
+        """A digest of which clips these are, wherever their files lie."""
+        about = [(Path(clip.source).name, clip.start, clip.frames, clip.caption, *clip.latent.shape) for clip in self.clips]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     def load_state_dict(self, state: dict) -> None:
         if state["clips"] != len(self.clips):
             raise ValueError(f"--resume: expected the run's own {state['clips']} latent clips, got {len(self.clips)}; keep "
+                             f"latents.safetensors and latents.json of the run folder, or begin another run")
+        if state.get("sources", self._sources()) != self._sources():  # older checkpoints do not say
+            raise ValueError(f"--resume: expected the run's own {state['clips']} latent clips, got as many others; keep "
                              f"latents.safetensors and latents.json of the run folder, or begin another run")
         self.drawn, self.number = state["drawn"], state["number"]
         self.packer.load_state_dict(state["packer"])

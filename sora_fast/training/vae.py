@@ -213,7 +213,32 @@ def make_trainer(config: VAETraining, items: Sequence[MediaItem], *, span: tuple
             ] if large else []
     description = dict(kind="vae", vae=asdict(vae.config))
     trainer = Trainer(config, modules, batches, draw, loss, description, held_out=(lambda: kept) if kept else None)
+    keep_list(config, items)
     return trainer
+
+
+def keep_list(config: VAETraining, items: Sequence[MediaItem]) -> None:
+    """Write the run's media.json, the files it trains on; on resume say first which came, went or changed since."""
+    file, root = Path(config.out) / "media.json", Path(config.data or ".")
+    name = lambda path: str(path.relative_to(root) if path.is_relative_to(root) else path)
+    now = {name(item.path): [item.frames, item.height, item.width] for item in items}
+    if config.resume and not file.is_file():
+        print(f"{config.out} has no media.json, since an older version began it: whether files were added or removed since "
+              f"its last checkpoint is not known", flush=True)
+    elif config.resume:
+        before = checkpoint.load_json(file)
+        changed = [each for each in now if before.get(each, now[each]) != now[each]]
+        lists = dict(added=now.keys() - before.keys(), removed=before.keys() - now.keys(), changed=changed)
+        told = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})"
+                for what, names in lists.items() if names]
+        learned = sorted(held_out(before, config.heldout) & now.keys() - held_out(now, config.heldout))
+        if told:
+            print(f"--resume: the files are not those that {config.out} was trained on before: {', '.join(told)}. Crops are "
+                  f"drawn from what is there now, so that the run is not the one it would have been"
+                  + (f"; held out before and trained on now: {', '.join(learned)}" if learned else ""), flush=True)
+    if distributed.first():
+        with distributed.claimed(config.out):
+            checkpoint.save_json(file, now)
 
 
 @torch.no_grad()
