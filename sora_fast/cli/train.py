@@ -14,7 +14,7 @@ def _library(command: str, folder: str):
     from ..data import scan
 
     if not folder:
-        raise ValueError(f"{command}: expected --data FOLDER with mp4, webm, gif, png or jpg files, got none; pass it")
+        raise ValueError(f"{command}: expected --data FOLDER of clips and images, got none; pass it")
     library = scan(folder, progress=sys.stderr.isatty() and distributed.first())
     print(library.summary(), flush=True)
     return library

@@ -57,7 +57,7 @@ class LoopConfig:
 @dataclass(frozen=True)
 class VAETraining(LoopConfig):
     out: str = option("runs/vae", "folder for checkpoints, losses.csv and TensorBoard events")
-    data: str = option("", "folder of mp4, webm, gif, png and jpg files")
+    data: str = option("", "folder of clips and images (mp4, mov, webm, mkv, avi, gif, png, jpg, webp)")
     preset: str = option("tiny", "VideoVAE preset", ("tiny", "wan2.1"), fixed=True)
     steps: int = option(2000, "optimiser steps", least=1)
     lr: float = option(7e-4, "peak learning rate of AdamW", least=0)
@@ -87,7 +87,8 @@ class VAETraining(LoopConfig):
 @dataclass(frozen=True)
 class DiTTraining(LoopConfig):
     out: str = option("runs/dit", "folder for checkpoints, losses.csv and TensorBoard events")
-    data: str = option("", "folder of mp4, webm, gif, png and jpg files with captions in .txt or metadata.jsonl")
+    data: str = option("", "folder of clips and images (mp4, mov, webm, mkv, avi, gif, png, jpg, webp) with captions in .txt "
+                       "or metadata.jsonl")
     vae: str = option("runs/vae", "run folder of the trained VideoVAE")
     preset: str = option("tiny", "DiT preset; the paper's presets are built with text in place of classes", fixed=True)
     steps: int = option(2000, "optimiser steps", least=1)
