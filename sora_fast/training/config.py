@@ -87,8 +87,8 @@ class VAETraining(LoopConfig):
 @dataclass(frozen=True)
 class DiTTraining(LoopConfig):
     out: str = option("runs/dit", "folder for checkpoints, losses.csv and TensorBoard events")
-    data: str = option("", "folder of clips and images (mp4, mov, webm, mkv, avi, gif, png, jpg, webp) with captions in .txt "
-                       "or metadata.jsonl")
+    data: str = option("", "folder of clips and images (mp4, mov, webm, mkv, avi, gif, png, jpg, webp) with captions in "
+                       ".txt or metadata.jsonl")
     vae: str = option("runs/vae", "run folder of the trained VideoVAE")
     preset: str = option("tiny", "DiT preset; the paper's presets are built with text in place of classes", fixed=True)
     steps: int = option(2000, "optimiser steps", least=1)
