@@ -15,9 +15,9 @@ for package in ("safetensors", "av", "PIL"):
 
 
 def clips():
-    """320, 16 and 96 tokens of a patch of (1, 2, 2)."""
+    """80, 4 and 24 tokens of a patch of (1, 2, 2)."""
     generator = torch.Generator().manual_seed(0)
-    sizes = [(5, 16, 16), (1, 8, 8), (2, 16, 12)]
+    sizes = [(5, 8, 8), (1, 4, 4), (2, 8, 6)]
     return [LatentClip(torch.randn(16, *size, generator=generator), f"caption {i}", f"{i}.mp4", 0, 4 * size[0] - 3, 8.0)
             for i, size in enumerate(sizes)]
 
@@ -52,7 +52,7 @@ def same_gradients(one, two):
 def test_a_step_is_one_number_however_it_is_packed(tmp_path, settings):
     if "objective" in settings:
         pytest.importorskip("diffusers", reason="the train extra is not installed")
-    trainer = tiny_dit(tmp_path, clips(), budget=432, **STILL, **settings)
+    trainer = tiny_dit(tmp_path, clips(), budget=108, **STILL, **settings)
     trainer.draw = drawn_by_sample
     packs = lambda *packs: [PackPlan(number, tuple(f"{clip}:{clip}" for clip in pack)) for number, pack in enumerate(packs)]
     loss, gradients = step_of_packs(trainer, packs((0, 1, 2)))
@@ -62,7 +62,7 @@ def test_a_step_is_one_number_however_it_is_packed(tmp_path, settings):
         same_gradients(others, gradients)
     # By hand: samples one by one, each with the elements that are not given clean.
     whole = trainer.drawn(*packs((0, 1, 2)))
-    weights = [3 * 16 * 16 * 16, 8 * 8 * 16, 2 * 16 * 12 * 16]  # the first is given two of its five frames
+    weights = [3 * 8 * 8 * 16, 4 * 4 * 16, 2 * 8 * 6 * 16]  # the first is given two of its five frames
     each = [float(trainer.loss(whole.only(i))[0].detach()) for i in range(3)]
     assert whole.learned == sum(weights)
     by_hand = sum(w * value for w, value in zip(weights, each, strict=True)) / sum(weights)

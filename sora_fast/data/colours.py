@@ -20,6 +20,7 @@ from pathlib import Path
 from .packages import require
 
 REFERENCE_WHITE = 203.0  # cd/m2
+LINES = 16  # at a time, so that what is made of them stays in a core's cache
 HLG_PEAK = 1000.0  # cd/m2 of the display that HLG is shown on; its gamma is 1.2 (BT.2100, table 5, note 5e)
 PQ, HLG = 16, 18  # transfer characteristics, as all numbers here in ITU-T H.273
 NARROW = (1, 2, 5, 6)  # primaries that are sRGB's, unsaid, or SD's, which are near
@@ -52,9 +53,41 @@ def is_srgb(frame) -> bool:
 def to_srgb(frame):
     """uint8 array (H, W, 3) of a frame that ``is_srgb`` says no of."""
     numpy = require("numpy", "NumPy")
+    if frame.format.is_rgb:
+        levels_HWC = frame.to_ndarray(format="rgb48le")
+    else:  # planes and no R'G'B', since swscale's own matrix is off by up to 2 of 255
+        levels_HWC = frame.reformat(format="yuv444p16le", dst_colorspace=frame.colorspace).to_ndarray()
+    made_HWC = numpy.empty(levels_HWC.shape, numpy.uint8)
+    for top in range(0, len(levels_HWC), LINES):
+        lines = slice(top, top + LINES)
+        made_HWC[lines] = _converted(_signal(levels_HWC[lines].astype(numpy.float32), frame), frame)
+    return made_HWC
+
+
+def _signal(levels_HWC, frame):
+    """float32 (H, W, 3): R'G'B', 0 to 1, of 16-bit levels of R'G'B' or Y'CbCr."""
+    numpy = require("numpy", "NumPy")
+    if frame.format.is_rgb:
+        return levels_HWC / 65535
+    red, blue = _LUMA[int(frame.colorspace)]
+    bits = frame.format.components[0].bits
+    # Full range is 0 to 2^bits - 1, which swscale shifts to the left end of 16 bits.
+    if int(frame.color_range) == 2 or frame.format.name.startswith("yuvj"):
+        black, luma, chroma = 0, *[((1 << bits) - 1) << (16 - bits)] * 2
+    else:
+        black, luma, chroma = 16 * 256, 219 * 256, 224 * 256
+    y_HW, b_HW, r_HW = (levels_HWC[..., channel] for channel in range(3))
+    y_HW = (y_HW - black) / luma
+    r_HW = y_HW + (r_HW - 32768) * (2 * (1 - red) / chroma)
+    b_HW = y_HW + (b_HW - 32768) * (2 * (1 - blue) / chroma)
+    return numpy.stack([r_HW, (y_HW - red * r_HW - blue * b_HW) / (1 - red - blue), b_HW], axis=-1)
+
+
+def _converted(signal_HWC, frame):
+    """uint8 (H, W, 3) of float32 R'G'B'."""
+    numpy = require("numpy", "NumPy")
     transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
-    codes_HWC = numpy.rint(_signal(frame).clip(0, 1) * 65535).astype(numpy.uint16)
-    light_HWC = _light(transfer)[codes_HWC]
+    light_HWC = _light(transfer)[(signal_HWC.clip(0, 1) * 65535 + 0.5).astype(numpy.uint16)]
     if transfer == HLG:  # the display's gamma acts on luminance (BT.2100, table 5, OOTF); these weights are BT.2020's
         luminance_HW1 = light_HWC @ numpy.array([[0.2627], [0.6780], [0.0593]], numpy.float32)
         light_HWC = light_HWC * luminance_HW1 ** 0.2 * (HLG_PEAK / REFERENCE_WHITE)
@@ -65,27 +98,7 @@ def to_srgb(frame):
     light_HWC = light_HWC.clip(0, 1)
     if transfer not in (PQ, HLG):
         return numpy.rint(255 * light_HWC ** (1 / 2.4)).astype(numpy.uint8)
-    return _codes()[numpy.rint(light_HWC * 65535).astype(numpy.uint16)]
-
-
-def _signal(frame):
-    """float32 (H, W, 3): R'G'B' of a frame, 0 to 1; swscale's own matrix is off by up to 2 of 255."""
-    numpy = require("numpy", "NumPy")
-    if frame.format.is_rgb:
-        return frame.to_ndarray(format="rgb48le").astype(numpy.float32) / 65535
-    red, blue = _LUMA[int(frame.colorspace)]
-    one = 256  # of these 16 bits are a level of 8: swscale raises depths by a shift
-    planes_HWC = frame.reformat(format="yuv444p16le", dst_colorspace=frame.colorspace).to_ndarray().astype(numpy.float32)
-    if int(frame.color_range) == 2:  # full: 0 to 2^n - 1, which the shift left so many below 2^16
-        bits = frame.format.components[0].bits
-        top = float(((1 << bits) - 1) << (16 - bits))
-        luma_HW, chroma_HW2 = planes_HWC[..., 0] / top, (planes_HWC[..., 1:] - 32768) / top
-    else:
-        luma_HW, chroma_HW2 = (planes_HWC[..., 0] - 16 * one) / (219 * one), (planes_HWC[..., 1:] - 128 * one) / (224 * one)
-    r_HW = luma_HW + 2 * (1 - red) * chroma_HW2[..., 1]
-    b_HW = luma_HW + 2 * (1 - blue) * chroma_HW2[..., 0]
-    g_HW = (luma_HW - red * r_HW - blue * b_HW) / (1 - red - blue)
-    return numpy.stack([r_HW, g_HW, b_HW], axis=-1)
+    return _codes()[(light_HWC * 65535 + 0.5).astype(numpy.uint16)]
 
 
 @lru_cache(4)

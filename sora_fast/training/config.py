@@ -32,7 +32,7 @@ class LoopConfig:
     seed: int = option(0, "seed of weights, data order and noise", fixed=True)
     save_every: int = option(500, "steps between checkpoints; the last one is always saved", least=1)
     keep: int = option(2, "checkpoints kept", least=1)
-    log_every: int = option(10, "steps between rows of losses.csv", least=1)
+    log_every: int = option(10, "steps between rows of losses.csv, whose loss is the mean of those steps", least=1)
     log_samples: bool = option(False, "write samples.csv too: which samples each step was made of, by pack and process")
     heldout: float = option(0.05, "share of the files (rounded down) that is never trained on, for heldout.csv", least=0,
                             most=0.9, fixed=True)
