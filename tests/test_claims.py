@@ -48,7 +48,8 @@ def test_a_second_run_is_refused_until_the_first_has_ended(holder, tmp_path, cap
     process, folder = holder
     (folder / "vae").mkdir()
     (folder / "vae" / "kept").touch()
-    for command in (("train-vae", "--data", tmp_path), ("train", "--data", tmp_path), ("demo",)):
+    for command in (("train-vae", "--data", tmp_path), ("train", "--data", tmp_path), ("demo",),
+                    ("bench", "latents", "--quick", "--device", "cpu")):
         with pytest.raises(SystemExit) as ended:
             main([*map(str, command), "--out", str(folder)])
         assert ended.value.code == 2
