@@ -85,8 +85,8 @@ def _animation(picture) -> Iterator[tuple]:
 def _pixels(file, path: Path) -> torch.Tensor:
     """``read_image`` of an opened file, at the frame it is at."""
     image, ops, numpy = require("PIL.Image", "Pillow"), require("PIL.ImageOps", "Pillow"), require("numpy", "NumPy")
-    if file.tile and file.tile[0].args in SHALLOW and "transparency" in file.info:
-        file.info["transparency"] *= SHALLOW[file.tile[0].args]
+    if file.tile and file.tile[0][3] in SHALLOW and "transparency" in file.info:
+        file.info["transparency"] *= SHALLOW[file.tile[0][3]]
     _tell_colours(file, path)
     picture = _deep(file, path) if _is_deep(path) else ops.exif_transpose(file)
     clear = picture.info.get("transparency")
