@@ -12,6 +12,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 try:
@@ -188,8 +189,17 @@ def locked(path: Path) -> Iterator[None]:
             lock.unlink()
 
 
-_claims: dict[tuple[str, int], int] = {}  # (folder, process): how many times it is claimed
-_claiming = threading.RLock()
+@dataclass
+class _Claim:
+    """A folder that this process has claimed ``times`` times, the handle of its lock, and the folders made for it."""
+
+    handle: int | None
+    made: list[Path]
+    times: int = 0
+
+
+_claims: dict[tuple[str, int], _Claim] = {}  # by folder and process: a forked one has claimed nothing
+_claiming = threading.Lock()
 
 
 @contextmanager
@@ -205,25 +215,24 @@ def claimed(folder: Path) -> Iterator[None]:
         OSError: as ``check_folder``.
     """
     folder = Path(folder).absolute()
-    key, made, handle = (os.path.realpath(folder), os.getpid()), [], None
+    key = os.path.realpath(folder), os.getpid()
     with _claiming:
         if key not in _claims:
             check_folder("--out", folder)
             made = [each for each in (folder, *folder.parents) if not each.exists()]
             folder.mkdir(parents=True, exist_ok=True)
-            handle = _claim(folder)
-        _claims[key] = _claims.get(key, 0) + 1
+            _claims[key] = _Claim(_lock_of(folder), made)
+        _claims[key].times += 1
     try:
         yield
     finally:
         with _claiming:
-            _claims[key] -= 1
-            if not _claims[key]:
-                del _claims[key]
-                _release(folder, handle, made)
+            _claims[key].times -= 1
+            if not _claims[key].times:
+                _release(folder, _claims.pop(key))
 
 
-def _claim(folder: Path) -> int | None:
+def _lock_of(folder: Path) -> int | None:
     """The handle that holds a folder's lock; None, with a warning, on a drive without locks."""
     lock = folder / CLAIM
     while True:
@@ -250,15 +259,15 @@ def _claim(folder: Path) -> int | None:
     return handle
 
 
-def _release(folder: Path, handle: int | None, made: list[Path]) -> None:
-    if handle is not None:
-        with suppress(OSError):  # Windows takes no open file away
-            (folder / CLAIM).unlink()
-        os.close(handle)
+def _release(folder: Path, claim: _Claim) -> None:
+    if claim.handle is not None:
         with suppress(OSError):
-            if fcntl is None:
+            (folder / CLAIM).unlink()  # before another can hold it; Windows takes no open file away
+        os.close(claim.handle)
+        if fcntl is None:
+            with suppress(OSError):
                 (folder / CLAIM).unlink()
-    for each in made:
+    for each in claim.made:
         try:
             each.rmdir()
         except OSError:  # something was written

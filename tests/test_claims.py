@@ -79,6 +79,13 @@ def test_a_claim_is_the_process_s_and_leaves_nothing(tmp_path):
         thread.join()
         assert inside == [None]  # still held after the inner claim has ended
     assert not (tmp_path / "a").exists()
+    first, second = files.claimed(folder), files.claimed(folder)  # of two threads: the first to claim is the first to end
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert files._take(folder / ".lock") is None
+    second.__exit__(None, None, None)
+    assert not (tmp_path / "a").exists()
     with pytest.raises(KeyError), files.claimed(folder):
         (folder / "written").touch()
         raise KeyError
