@@ -56,7 +56,9 @@ def flat_clip(path, signal, *, transfer, primaries=9, matrix=9, full=False, code
     planes = numpy.concatenate([numpy.full(count, round(float(level)), shape)
                                 for count, level in zip((1024, 256, 256), levels, strict=True)]).reshape(48, 32)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10, options={"crf": "0"} if codec == "libx264" else {})
+        unsaid = "log-level=none:colorprim=undef:transfer=undef:colormatrix=undef"  # so that the container alone says it
+        options = {"libx264": {"crf": "0"}, "libx265": {"crf": "0", "x265-params": unsaid}}
+        stream = container.add_stream(codec, rate=10, options=options.get(codec, {}))
         stream.width = stream.height = 32
         stream.pix_fmt = kind
         tags = dict(color_trc=transfer, color_primaries=primaries, colorspace=matrix, color_range=2 if full else 1)
@@ -113,6 +115,14 @@ def test_wide_gamuts_of_sdr_keep_their_colours(tmp_path, primaries, matrix):
     assert numpy.abs(read - wanted).max() <= (1.5 if primaries > 2 else 2.5), (read, wanted)  # of which swscale's own 2
     grey = pixel(flat_clip(tmp_path / "b.mkv", [0.02] * 3, transfer=1, primaries=primaries, matrix=1))
     assert numpy.abs(grey - 255 * 0.02).max() <= 1.5
+
+
+@pytest.mark.skipif("libx265" not in av.codecs_available, reason="this FFmpeg has no x265")
+def test_what_the_container_alone_says_counts(tmp_path):
+    path = flat_clip(tmp_path / "a.mp4", pq([203] * 3), transfer=PQ, codec="libx265")
+    with av.open(str(path)) as container:
+        assert int(next(container.decode(video=0)).color_trc) == 2
+    assert (pixel(path) >= 252).all()
 
 
 def test_colours_that_are_not_read_are_named(tmp_path):

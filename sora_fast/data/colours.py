@@ -23,6 +23,7 @@ REFERENCE_WHITE = 203.0  # cd/m2
 LINES = 16  # at a time, so that what is made of them stays in a core's cache
 HLG_PEAK = 1000.0  # cd/m2 of the display that HLG is shown on; its gamma is 1.2 (BT.2100, table 5, note 5e)
 PQ, HLG = 16, 18  # transfer characteristics, as all numbers here in ITU-T H.273
+UNSAID = 2
 NARROW = (1, 2, 5, 6)  # primaries that are sRGB's, unsaid, or SD's, which are near
 # Primaries in x and y, with white at D65: BT.709, BT.2020, and P3 (DCI's, whose white is made D65, and Display P3).
 _P3 = ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060))
@@ -31,6 +32,19 @@ _PRIMARIES = {1: ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060)), 9: ((0.708, 0
 # Weights of red and blue in Y' (H.273, table 4). HDR that says none has BT.2020's.
 _LUMA = {1: (0.2126, 0.0722), 2: (0.2627, 0.0593), 5: (0.299, 0.114), 6: (0.299, 0.114), 7: (0.212, 0.087),
          9: (0.2627, 0.0593)}
+
+
+def declared(stream) -> dict[str, int]:
+    """What the container of a stream that is just opened says of its colours."""
+    return {name: int(getattr(stream.codec_context, name)) for name in ("color_trc", "color_primaries", "colorspace")}
+
+
+def tag(frame, said: dict[str, int]) -> None:
+    """Give a decoded frame what its container said and its own stream did not: FFmpeg's HEVC decoder drops it."""
+    for name, value in said.items():
+        unsaid = (0, UNSAID) if name == "colorspace" and not frame.format.is_rgb else (UNSAID,)  # 0 is RGB's
+        if value != UNSAID and int(getattr(frame, name)) in unsaid:
+            setattr(frame, name, value)
 
 
 def is_srgb(frame) -> bool:

@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .colours import is_srgb, to_srgb
+from .colours import declared, is_srgb, tag, to_srgb
 from .images import has_alpha, over_white, probe_image, read_animation, read_image, to_tensor
 from .packages import require
 from .truncation import shortfall
@@ -130,9 +130,11 @@ def _probe_clip(path: Path) -> tuple[int, int, int, float, float]:
         end = max((entry.pos + entry.size for entry in getattr(stream, "index_entries", ())), default=0)
         if end > path.stat().st_size:
             raise ValueError(f"truncated: its index reaches {end:,} bytes, it has {path.stat().st_size:,}")
+        said = declared(stream)
         first = next(container.decode(stream), None)
         if first is None:
             raise ValueError("no video frame: its video stream is empty")
+        tag(first, said)
         is_srgb(first)  # or what cannot be read of its colours
         width, height = max(1, round(first.width * (stream.sample_aspect_ratio or 1))), first.height
         if _sides_swapped(_display_matrix(first)):
@@ -248,7 +250,7 @@ def _decode(path: Path, start: float) -> Iterator[tuple]:
         late = False
         with _open(path) as (container, stream):
             base, step = stream.time_base, float(1 / stream.average_rate) if stream.average_rate else 0.0
-            frames = container.decode(stream)
+            said, frames = declared(stream), container.decode(stream)
             first = next(frames, None)
             if first is None:
                 return
@@ -264,6 +266,7 @@ def _decode(path: Path, start: float) -> Iterator[tuple]:
             for number, frame in enumerate(frames):
                 if frame.pts is None:
                     raise ValueError("no timestamp: a frame does not say when it is shown")
+                tag(frame, said)
                 time = float((frame.pts - origin) * base)
                 if number == 0 and time > start > back:
                     late = True  # containers seek by decoding time and may land after `start`
