@@ -7,7 +7,7 @@ import torch
 from training_checks import Numbers, little, step_of, tiny_dit, tiny_vae, write_media
 
 from sora_fast.diffusion import FrameTimesteps, make_objective
-from sora_fast.training import checkpoint
+from sora_fast.training import checkpoint, distributed
 from sora_fast.training.latents import LatentClip, NoisyBatch, PackPlan
 
 for package in ("safetensors", "av", "PIL"):
@@ -101,3 +101,19 @@ def test_a_pack_that_is_all_clean_teaches_nothing():
     loss = frames.loss(make_objective("flow"), predicted, x0, torch.randn(32))
     loss.backward()
     assert loss == 0 and torch.equal(predicted.grad, torch.zeros(32))
+
+
+def test_ranks_whose_gradients_are_averaged_make_the_same_step(tmp_path, monkeypatch):
+    """Two ranks with 1 + 3 and 2 + 4 rows, as DDP and FSDP2 bring them together; tests/test_distributed.py has real ones."""
+    settings = dict(accumulate=4, clip=0, lr=0.0)
+    loss, gradients = step_of(little(tmp_path / "one", batches=Numbers(uneven=True), **settings))
+    ranks = []
+    for rank in range(2):
+        trainer = little(tmp_path / str(rank), batches=Numbers(uneven=True), **settings)
+        with monkeypatch.context() as patched:
+            patched.setattr(distributed, "size", lambda: 2)
+            patched.setattr(distributed, "share", lambda values, rank=rank: values[rank::2])
+            patched.setattr(distributed, "sum_of", lambda *numbers: [10.0] if len(numbers) == 1 else list(numbers))
+            ranks.append(step_of(trainer))
+    assert sum(part for part, _ in ranks) == pytest.approx(loss, rel=1e-5)
+    same_gradients({name: (ranks[0][1][name] + ranks[1][1][name]) / 2 for name in gradients}, gradients)
