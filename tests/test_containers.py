@@ -3,6 +3,9 @@
 The red of frame i is 40 i, so that a wrong pick shows.
 """
 
+import struct
+import warnings
+import zlib
 from fractions import Fraction
 
 import pytest
@@ -66,6 +69,22 @@ def test_what_an_animation_shows(tmp_path):
     assert probe(tmp_path / "gif.png").frames == 4
     with pytest.raises(UnreadableMedia, match="another format: it is no clip"):
         probe(animation(tmp_path / "a.webp").rename(tmp_path / "webp.mp4"))
+
+
+def test_a_deep_animation_is_told(tmp_path):
+    """Pillow reads its high bytes; one of 8 bits is read without a word."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    frame = lambda place, level: chunk(b"fcTL", struct.pack(">5I2H2B", place, 1, 1, 0, 0, 1, 10, 0, 0)) + (
+        chunk(b"IDAT", zlib.compress(b"\0" + 3 * level)) if not place else
+        chunk(b"fdAT", struct.pack(">I", place + 1) + zlib.compress(b"\0" + 3 * level)))
+    header = chunk(b"IHDR", struct.pack(">2I5B", 1, 1, 16, 2, 0, 0, 0)) + chunk(b"acTL", struct.pack(">2I", 2, 0))
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + frame(0, b"\0\0") + frame(1, b"\x28\0")
+                                        + chunk(b"IEND", b""))
+    with pytest.warns(UserWarning, match="deep.png: an animation of 16-bit colours, HDR or a wide gamut: the high 8 bits"):
+        assert reds(read_clip(probe(tmp_path / "deep.png"), frames=2)) == [0, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_clip(probe(animation(tmp_path / "a.png")), frames=2)
 
 
 def test_a_cut_animation_is_named(tmp_path):

@@ -62,6 +62,9 @@ def read_image(path: Path) -> torch.Tensor:
 
 def read_animation(path: Path) -> Iterator[tuple[float, float, torch.Tensor]]:
     """(time, seconds on show, uint8 tensor (H, W, 3)) of each frame of an animated PNG, WebP or GIF."""
+    if all(_png_header(path)):
+        warnings.warn(f"{path}: an animation of 16-bit colours, HDR or a wide gamut: the high 8 bits are read, as sRGB's",
+                      stacklevel=2)
     with require("PIL.Image", "Pillow").open(path) as file:
         for time, shown, frame in _animation(file):
             yield time, shown, _pixels(frame, path)
@@ -110,17 +113,23 @@ def _rounded(levels):
 
 def _is_deep(path: Path) -> bool:
     """Whether a file is a still PNG of colours of 16 bits, or one that says HDR or a wide gamut: FFmpeg decodes these."""
+    deep, animated = _png_header(path)
+    return deep and not animated
+
+
+def _png_header(path: Path) -> tuple[bool, bool]:
+    """Whether a file is a PNG of more than 8 bits of sRGB a colour, and whether it is animated."""
     deep = False
     with open(path, "rb") as file:
         if file.read(8) != b"\x89PNG\r\n\x1a\n":
-            return False
+            return False, False
         while len(header := file.read(8)) == 8 and header[4:] not in (b"IDAT", b"acTL"):
             data = file.read(int.from_bytes(header[:4], "big") + 4)
             if header[4:] == b"IHDR":
                 deep = data[8] == 16 and data[9] != 0
             elif header[4:] == b"cICP":  # primaries and transfer of ITU-T H.273; 1 and 13 are sRGB's
                 deep = deep or data[0] in (9, 11, 12) or data[1] in (PQ, HLG)
-    return deep and header[4:] != b"acTL"
+    return deep, header[4:] == b"acTL"
 
 
 def _decode_png(path: Path):
