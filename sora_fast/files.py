@@ -4,18 +4,31 @@ import errno
 import json
 import os
 import re
+import socket
+import stat
+import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+try:
+    import msvcrt
+except ImportError:  # everywhere else
+    msvcrt = None
 
 WAIT_S = 60.0  # for another process's lock: an edit of a cache takes milliseconds
+CLAIM = ".lock"  # in a folder that a process has claimed
+FAR = 2**30  # the byte that Windows locks: others may read what the file says
+HELD = frozenset((errno.EAGAIN, errno.EACCES, errno.EDEADLK))  # what systems answer for a lock that another has
+LOCKLESS = frozenset(getattr(errno, name) for name in ("ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP") if hasattr(errno, name))
 # Errors that end where there is room: the disk, somebody's quota or a file at its limit (Windows has no quotas).
 FULL = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
 
@@ -79,6 +92,9 @@ def check_file(flag: str, path: Path) -> None:
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """``write(temporary)``, flushed to the disk, then renamed to ``path``; nothing is left of a write that fails.
 
+    The file has ordinary permissions, those that the umask leaves, whatever ``write`` gives it: safetensors' own files are
+    for their owner alone.
+
     Raises:
         OSError: a full disk, a folder that is missing or cannot be written. On Windows also a ``path`` that somebody has
             open.
@@ -87,7 +103,11 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with writing(path):
         try:
+            temporary.touch(exist_ok=False)
+            ordinary = stat.S_IMODE(temporary.stat().st_mode)
             write(temporary)
+            if stat.S_IMODE(temporary.stat().st_mode) != ordinary:
+                temporary.chmod(ordinary)
             with open(temporary, "r+b") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -123,18 +143,22 @@ def read_text(path: Path) -> str:
 
 
 def _take(lock: Path) -> int | None:
-    """An open handle that holds ``lock``, or None while somebody else does."""
-    if fcntl is None:
+    """An open handle that holds ``lock``, or None while somebody else does. The system releases it with its process."""
+    if fcntl is None and msvcrt is None:
         try:
             return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         except FileExistsError:
             return None
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            os.lseek(handle, FAR, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
     except OSError as error:
         os.close(handle)
-        if isinstance(error, BlockingIOError):
+        if error.errno in HELD:
             return None
         raise
     return handle
@@ -144,8 +168,8 @@ def _take(lock: Path) -> int | None:
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of ``path`` (a file of its own, beside it) against every other process and thread.
 
-    Where fcntl exists the system releases the lock of a process that dies. Elsewhere the lock is a file made
-    exclusively: one that a killed process left stands until somebody deletes it, and the error says so.
+    The system releases the lock of a process that dies. Where it has no such locks, the lock is a file made exclusively: one
+    that a killed process left stands until somebody deletes it, and the error says so.
 
     Raises:
         TimeoutError: not had within 60 s.
@@ -160,9 +184,94 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(handle)  # which releases an flock
-        if not fcntl:
+        os.close(handle)  # which releases it
+        if fcntl is None and msvcrt is None:
             lock.unlink()
+
+
+@dataclass
+class _Claim:
+    """A folder that this process has claimed ``times`` times, the handle of its lock, and the folders made for it."""
+
+    handle: int | None
+    made: list[Path]
+    times: int = 0
+
+
+_claims: dict[tuple[str, int], _Claim] = {}  # by folder and process: a forked one has claimed nothing
+_claiming = threading.Lock()
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Inside, ``folder`` is this process's to write in: another process that claims it gets one sentence.
+
+    The folder is made, and taken away again where nothing was written. A process may claim a folder it has claimed already.
+    The claim is a lock of the system on ``.lock`` in it, which ends with the process, killed or not; on a network drive it
+    holds between machines as far as the drive's locks do.
+
+    Raises:
+        FileExistsError: another process has it; who, and since when.
+        OSError: as ``check_folder``.
+    """
+    folder = Path(folder).absolute()
+    key = os.path.realpath(folder), os.getpid()
+    with _claiming:
+        if key not in _claims:
+            check_folder("--out", folder)
+            made = [each for each in (folder, *folder.parents) if not each.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            _claims[key] = _Claim(_lock_of(folder), made)
+        _claims[key].times += 1
+    try:
+        yield
+    finally:
+        with _claiming:
+            _claims[key].times -= 1
+            if not _claims[key].times:
+                _release(folder, _claims.pop(key))
+
+
+def _lock_of(folder: Path) -> int | None:
+    """The handle that holds a folder's lock; None, with a warning, on a drive without locks."""
+    lock = folder / CLAIM
+    while True:
+        try:
+            handle = _take(lock)
+        except OSError as error:
+            if error.errno not in LOCKLESS:
+                raise
+            warnings.warn(f"{folder}: its drive has no locks ({error.strerror}): a second run in it would not be noticed",
+                          stacklevel=4)
+            return None
+        if handle is None:
+            who = read_text(lock).strip() or "another process"
+            raise FileExistsError(f"{folder}: expected a folder that no other run writes in, got one that {who} writes in "
+                                  f"now; wait until that has ended, or pass another --out")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(lock)):
+                break
+        os.close(handle)  # of a file that its holder took away between our opening and our locking it
+    os.ftruncate(handle, 0)
+    os.lseek(handle, 0, os.SEEK_SET)
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()} (since {now})".encode())
+    return handle
+
+
+def _release(folder: Path, claim: _Claim) -> None:
+    if claim.handle is not None:
+        with suppress(OSError):
+            (folder / CLAIM).unlink()  # before another can hold it; Windows takes no open file away
+        os.close(claim.handle)
+        if fcntl is None:
+            with suppress(OSError):
+                (folder / CLAIM).unlink()
+    for each in claim.made:
+        try:
+            each.rmdir()
+        except OSError:  # something was written
+            return
 
 
 def edit(path: Path, change: Callable[[str], str]) -> None:

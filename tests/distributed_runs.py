@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_checks import Stop, latent_clips, little, stop_at, tiny_dit, tiny_vae
+from training_checks import Numbers, Stop, latent_clips, little, stop_at, tiny_dit, tiny_vae
 
 from sora_fast.cli.__main__ import main as command_line
 from sora_fast.training import distributed
@@ -16,7 +16,7 @@ STEPS = dict(steps=4, save_every=2, accumulate=2, warmup=2, log_samples=True)
 
 
 def uneven(trainer):
-    """Only every second pack uses the layer z, so that in one step one rank does and the other does not."""
+    """Packs of 1 to 4 rows, and only every second uses the layer z: in one step one rank does and the other does not."""
     a, z = trainer.modules["a"], trainer.modules["z"]
 
     def loss(batch):
@@ -33,7 +33,8 @@ def runs(root: Path):
     """name -> (out, **settings) -> Trainer, of each task."""
     of_vae = dict(image_share=0.5, heldout=0.2)
     return {
-        "little": lambda out, **more: uneven(little(out, **STEPS | dict(accumulate=4, weight_decay=0.1) | more)),
+        "little": lambda out, **more: uneven(little(out, batches=Numbers(uneven=True),
+                                                        **STEPS | dict(accumulate=4, weight_decay=0.1) | more)),
         "dit": lambda out, **more: tiny_dit(out, latent_clips(), **STEPS | dict(heldout=0.25, heldout_every=2) | more),
         "vae": lambda out, **more: tiny_vae(out, root / "media", **STEPS | of_vae | more),
         "adversary": lambda out, **more: tiny_vae(out, root / "media", adversarial=0.5, adversarial_start=1,

@@ -142,7 +142,7 @@ def trained(tmp_path_factory):
         pytest.importorskip(package, reason="the train extra is not installed")
     from sora_fast.data import write_image, write_video
 
-    root = tmp_path_factory.mktemp("cli")
+    root = tmp_path_factory.mktemp("my runs")
     ramp = torch.arange(48, dtype=torch.uint8) * 5
     picture = ramp[:, None, None].expand(48, 48, 3)
     write_video(root / "media" / "clip.mp4", picture[None].repeat(9, 1, 1, 1), 8)
@@ -167,7 +167,8 @@ def trained(tmp_path_factory):
 def test_training_tells_what_it_does(trained):
     root, vae, dit = trained
     assert "1 clips, 1 images, 1 without a caption" in vae and "crops of 16 x 16 from 2 items" in vae
-    assert "next: sora-fast train --vae" in vae and "next: sora-fast generate" in dit
+    assert f"next: sora-fast train --vae '{root}/vae' --data '{root}/media'\n" in vae  # to be pasted into a shell
+    assert f"next: sora-fast generate '{root}/dit' --prompt" in dit
     assert f"latents: 0 of 2 files from the cache in {root}/latents, 2 encoded" in dit
     for out, run in ((vae, "vae"), (dit, "dit")):
         assert out.index("memory: about") < out.index(f"{run} 1/2: loss")
@@ -190,6 +191,13 @@ def test_generate_writes_clips_and_images(trained, cli, tmp_path):
     code, _, _ = cli("generate", root / "dit", "--prompt", "a", "--size", "5x16x16", "--steps", 1, "--gif", "--out",
                      tmp_path / "gif", "--device", "cpu")
     assert code == 0 and (tmp_path / "gif" / "sample-00.gif").is_file()
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("sample-*")}
+    (tmp_path / "sample-07.png").touch()  # and beside another that takes 08 meanwhile
+    (tmp_path / ".sample-08").touch()
+    code, out, _ = cli("generate", root / "dit", "--prompt", "another", "--size", "1x16x16", "--steps", 1, "--out", tmp_path,
+                       "--device", "cpu")
+    assert code == 0 and (tmp_path / "sample-09.png").stat().st_size and f"{tmp_path / 'sample-09.png'}: " in out
+    assert before == {name: (tmp_path / name).read_bytes() for name in before} and not (tmp_path / ".sample-09").exists()
 
 
 @pytest.mark.parametrize("size, parts", [

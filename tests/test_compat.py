@@ -257,6 +257,21 @@ def test_refused_masks():
         op_checks.assert_sentence(str(caught.value), "memory_efficient_attention")
 
 
+@pytest.mark.parametrize("name, remedy", [
+    ("LowerTriangularMask", "make_causal()"), ("LowerTriangularFromBottomRightMask", "make_causal_from_bottomright()"),
+    ("LocalAttentionFromBottomRightMask", "make_local_attention_from_bottomright(window_size)"),
+    ("BlockDiagonalCausalWithOffsetPaddedKeysMask", "make_causal_from_bottomright()"), ("BlockDiagonalPaddedKeysMask", "")])
+def test_the_remedy_for_a_mask_hides_the_same_keys(name, remedy):
+    q = torch.randn(1, 9, 2, 16)
+    with pytest.raises(NotImplementedError) as caught:
+        memory_efficient_attention(q, q, q, type(name, (), {})())
+    assert str(caught.value).endswith(f"got a {name}; join the samples and pass BlockDiagonalMask.from_seqlens(lengths)"
+                                      + f".{remedy}" * bool(remedy))
+    op_checks.assert_sentence(str(caught.value), "memory_efficient_attention")
+    lengths, window_size = [4, 5], 2  # noqa: F841 (the remedy's own names)
+    memory_efficient_attention(q, q, q, eval(str(caught.value).rpartition("pass ")[2]))
+
+
 def test_wrong_kernels_fail():
     """Top-left taken for bottom-right, where lengths differ."""
     q, k, v = torch.randn(9, 2, 16), torch.randn(7, 2, 16), torch.randn(7, 2, 16)

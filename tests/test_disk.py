@@ -217,3 +217,18 @@ def test_figures_of_a_report_are_whole(tmp_path):
     with only(), pytest.raises(OSError):
         demo.save_figures(tmp_path, [], watch)
     assert json.loads((tmp_path / "figures.json").read_text("utf-8")) == {} and len(everything(tmp_path)) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_files_have_ordinary_permissions(tmp_path):
+    """Those that the umask leaves, for whoever reads them: of every writer, and of a whole run."""
+    before = os.umask(0o027)
+    try:
+        for name, write in WRITERS.items():
+            write(tmp_path / name)
+        little(tmp_path / "run", steps=1).run()
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_file()}
+    assert WRITERS.keys() | {"model.safetensors", "config.json", "losses.csv"} <= modes.keys()
+    assert set(modes.values()) == {"0o640"}, modes

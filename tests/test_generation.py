@@ -557,7 +557,8 @@ def test_image_to_video(cli, files, tmp_path):
     plain = read_pngs(tmp_path / "plain" / "sample-00")
     assert not torch.equal(plain[:1], clip[:1])
     command(cli, files, tmp_path, "--image", files.image, "--size", "5x32x32", "--png")
-    assert len(list((tmp_path / "sample-00").iterdir())) == 5  # nothing is left of the longer clip
+    assert len(list((tmp_path / "sample-01").iterdir())) == 5  # and what was there stays
+    assert torch.equal(read_pngs(tmp_path / "sample-00"), clip)
     assert cli("generate", files.run, "--prompt", "a", "--size", "5x32x32", "--png", "--gif")[0] == 2
     command(cli, files, tmp_path / "end", "--image", files.image, "--size", "9x32x32", "--png", "--extend", "before")
     assert torch.equal(read_pngs(tmp_path / "end" / "sample-00")[-4:], fitted(files.image, 1, 0.0).expand(4, -1, -1, -1))

@@ -22,7 +22,7 @@ from training_checks import (
 
 import sora_fast
 from sora_fast import ops
-from sora_fast.data import scan
+from sora_fast.data import scan, write_image
 from sora_fast.models import VideoVAE
 from sora_fast.training import checkpoint, memory, throughput
 from sora_fast.training import dit as dit_task
@@ -57,6 +57,13 @@ def test_dit_training_resumes_bit_for_bit(tmp_path, clips):
         tiny_dit(tmp_path / "parts", clips, resume=True, objective="ddpm", **common)
     with pytest.raises(ValueError, match="expected the run's own 4 latent clips, got 2; keep"):
         tiny_dit(tmp_path / "parts", clips[:2], resume=True, **common)
+    with pytest.raises(ValueError, match="expected the run's own 4 latent clips, got as many others; keep"):
+        tiny_dit(tmp_path / "parts", [*clips[:3], replace(clips[3], source="other.mp4")], resume=True, **common)
+    state = checkpoint.newest(tmp_path / "parts") / "state.json"
+    older = checkpoint.load_json(state)
+    older["batches"].pop("sources")
+    checkpoint.save_json(state, older)
+    assert tiny_dit(tmp_path / "parts", clips, resume=True, **common).step == 8  # of a version that did not say
     vae = VideoVAE.preset("tiny", width=4)
     with pytest.raises(ValueError, match="--resume: expected the model that"):  # no traceback of load_state_dict
         dit_task.make_trainer(DiTTraining(out=str(tmp_path / "parts"), resume=True, budget=40, **TINY), vae, clips)
@@ -320,3 +327,29 @@ def test_flops_of_our_kernels():
     from torch.utils.flop_counter import flop_registry
 
     assert torch.ops.sora_fast.attention_forward in flop_registry
+
+
+def test_a_resume_tells_which_files_came_and_went(tmp_path, capsys):
+    media = write_media(tmp_path / "media")
+    make = lambda **more: tiny_vae(tmp_path / "run", media, data=str(media), steps=1, heldout=0.2, **more)
+    make().run()
+    capsys.readouterr()
+    make(resume=True)
+    assert "--resume" not in capsys.readouterr().out  # the same files: nothing to say
+    (kept,) = held_out([path.name for path in media.iterdir() if path.suffix != ".txt"], 0.2)
+    (media / "clip2.mp4").rename(media / "clip9.mp4")
+    write_image(media / "image1.png", torch.zeros(50, 50, 3, dtype=torch.uint8))
+    make(resume=True)
+    told = capsys.readouterr().out
+    assert ("the files are not those that" in told and "1 added (clip9.mp4), 1 removed (clip2.mp4), 1 changed (image1.png). "
+            "Crops are drawn from what is there now" in told)
+    for name in "abcdef":
+        (media / f"{name}.png").write_bytes((media / "image0.png").read_bytes())
+    make(resume=True)
+    told = capsys.readouterr().out
+    assert "6 added (a.png, b.png, c.png, ...). " in told
+    now = held_out([path.name for path in media.iterdir() if path.suffix != ".txt"], 0.2)
+    assert (f"held out before and trained on now: {kept}" in told) == (kept not in now and (media / kept).exists())
+    (tmp_path / "run" / "media.json").unlink()
+    make(resume=True)
+    assert "whether files were added or removed since its last checkpoint is not known" in capsys.readouterr().out

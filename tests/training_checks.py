@@ -32,6 +32,10 @@ class Rows:
     names: tuple[str, ...]
     noise: torch.Tensor | None = None
 
+    @property
+    def learned(self):
+        return len(self.names)
+
     def only(self, index):
         part = slice(index, index + 1)
         return Rows(self.values[part], self.names[part], self.noise[part])
@@ -44,18 +48,19 @@ class Count:
 
 
 class Numbers:
-    """Batches of one feature, whose place can be saved."""
+    """Batches of one feature, whose place can be saved; ``uneven``: of 1 to ``size`` rows in turn."""
 
-    def __init__(self, size=4, seed=0):
-        self.size, self.seed, self.number = size, seed, 0
+    def __init__(self, size=4, seed=0, uneven=False):
+        self.size, self.seed, self.number, self.uneven = size, seed, 0, uneven
 
     def next(self):
-        plan = Count(self.number, tuple(f"{self.number}.{i}" for i in range(self.size)))
+        size = 1 + self.number % self.size if self.uneven else self.size
+        plan = Count(self.number, tuple(f"{self.number}.{i}" for i in range(size)))
         self.number += 1
         return plan
 
     def load(self, plan):
-        values = torch.randn(self.size, 3, generator=checkpoint.generator(self.seed, "numbers", plan.number))
+        values = torch.randn(len(plan.keys), 3, generator=checkpoint.generator(self.seed, "numbers", plan.number))
         return Rows(values, plan.keys)
 
     def probe(self, copies):
@@ -145,6 +150,20 @@ def weights(trainer):
 
 class Stop(Exception):
     pass
+
+
+def step_of(trainer):
+    """(loss, gradients) of one step, before the optimiser takes them."""
+    found, step = {}, trainer.optimizer.step
+
+    def spy():
+        found.update({name: p.grad.detach().clone() for name, p in trainer.parameters.items()})
+        step()
+
+    trainer.optimizer.step = spy
+    loss, _ = trainer._one_step()
+    trainer.optimizer.step = step
+    return loss, found
 
 
 def stop_at(step):

@@ -159,7 +159,8 @@ def parser() -> argparse.ArgumentParser:
                           "its beginning)")
     sub.add_argument("--decoded", action="store_true",
                      help="write the decoder's frames alone, given ones too (default: given frames as they are)")
-    sub.add_argument("--out", default="out/generated", help="folder for mp4 and png files (default: %(default)s)")
+    sub.add_argument("--out", default="out/generated", help="folder for mp4 and png files, numbered on from those there "
+                                                           "(default: %(default)s)")
     sub.add_argument("--steps", type=int, default=25, help="sampling steps (default: %(default)s)")
     sub.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance, 1: none (default: %(default)s)")
     sub.add_argument("--fps", type=float, help="frames per second at which clips are read, never above their own, and files "

@@ -9,7 +9,7 @@ import torch
 
 from ..dispatch import ORDER
 from ..environment import device_label
-from ..files import check_folder, save_text
+from ..files import check_folder, claimed, save_text
 from ..training.loop import pick_device
 from .validate import load_function
 
@@ -47,14 +47,14 @@ def run(arguments) -> int:
             print(f"{case.id}: {', '.join(provider.name for provider in providers)}")
         return 0
     out = Path(arguments.out)
-    check_folder("--out", out)
-    if arguments.fresh:
-        (out / "bench.jsonl").unlink(missing_ok=True)
-    settings = Settings(device, suite, l2, out, arguments.minutes, timing.GPU if device.type == "cuda" else timing.CPU)
-    _say_conditions(settings)
-    runner = Runner(settings, tell=lambda text: print(text, flush=True), show=lambda row: print(line(row), flush=True))
-    done = runner.run(work)
-    report.write([(out.name, done)], out)
+    with claimed(out):
+        if arguments.fresh:
+            (out / "bench.jsonl").unlink(missing_ok=True)
+        settings = Settings(device, suite, l2, out, arguments.minutes, timing.GPU if device.type == "cuda" else timing.CPU)
+        _say_conditions(settings)
+        runner = Runner(settings, tell=lambda text: print(text, flush=True), show=lambda row: print(line(row), flush=True))
+        done = runner.run(work)
+        report.write([(out.name, done)], out)
     print(f"wrote {out / 'bench.jsonl'} ({len(done)} rows) and {out / 'report.html'}")
     answerable = (*ORDER, "auto", *([mine] if arguments.impl else ()))
     ours = [row for row in done if row["row"] == "time" and row["provider"] in answerable

@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from ..data import FitPolicy, MediaItem, demo_media, read_clip, to_pixels, to_ui
 from ..data.frames import Frames
 from ..diffusion import MediaPrompt
 from ..evaluation import psnr, ssim
-from ..files import check_folder, save_text
+from ..files import claimed, save_text
 from ..models import VideoVAE
 from ..training import dit as dit_task
 from ..training import memory
@@ -118,10 +119,16 @@ class Sample:
 
 
 def run(arguments) -> int:
-    out, watch = Path(arguments.out), Stopwatch()
-    check_folder("--out", out)
-    for name in ("vae", "dit"):  # a demo starts from nothing; longer work has train --resume
-        shutil.rmtree(out / name, ignore_errors=True)
+    out = Path(arguments.out)
+    with claimed(out):
+        for name in ("vae", "dit"):  # a demo starts from nothing; longer work has train --resume
+            with claimed(out / name):  # unless somebody trains in it
+                shutil.rmtree(out / name, ignore_errors=True)
+        return _demo(arguments, out)
+
+
+def _demo(arguments, out: Path) -> int:
+    watch = Stopwatch()
     torch.manual_seed(arguments.seed)
     threads = arguments.threads or fastest_threads()
     torch.set_num_threads(threads)
@@ -296,7 +303,7 @@ def facts(arguments, threads: int, vae: VideoVAE, trainer: Trainer) -> dict[str,
     """What the report says about where and how it was made."""
     millions = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters"
     return {
-        "command": f"sora-fast demo --out {arguments.out} --vae-steps {arguments.vae_steps} --dit-steps "
+        "command": f"sora-fast demo --out {quote(arguments.out)} --vae-steps {arguments.vae_steps} --dit-steps "
                    f"{arguments.dit_steps} --minutes {arguments.minutes:g} --seed {arguments.seed}",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {threads} threads, Python "
                    f"{platform.python_version()}, torch {torch.__version__}, device {trainer.device}, "

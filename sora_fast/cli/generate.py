@@ -1,8 +1,10 @@
 """sora-fast generate. T frames, H lines, W columns; clips are uint8 (T, H, W, 3)."""
 
 import math
+import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -230,8 +232,9 @@ def run(arguments) -> int:
     # a loop's first half had the seeds before
     clips = sample(found, prompts, sizes, seed=a.seed + (len(prompts) if a.loop and not files[0] else 0), media=media,
                    **settings)
-    for index, (clip, prompt, given, fps) in enumerate(zip(clips, prompts, media, rates, strict=True)):
-        path = _write(Path(a.out) / f"sample-{index:02d}", clip, fps, a)
+    for clip, prompt, given, fps in zip(clips, prompts, media, rates, strict=True):
+        with _new_sample(Path(a.out)) as name:
+            path = _write(name, clip, fps, a)
         print(f"{path}: {'x'.join(map(str, clip.shape[:3]))}, {prompt!r}")
         for seam in given.seams(clip, step) if given else ():
             beside = "" if seam.largest is None else f"; the given clip's own frames differ by up to {seam.largest:.2f}"
@@ -249,15 +252,36 @@ def _first_halves(found: Generator, prompts, sizes, *, seed: int, **settings) ->
     return [MediaPrompt.loop(clip, step) for clip in sample(found, prompts, halves, seed=seed, **settings)]
 
 
+@contextmanager
+def _new_sample(out: Path) -> Iterator[Path]:
+    """The next sample's name, without a suffix: numbers go on behind the highest in ``out``, so no sample is ever replaced.
+
+    A hidden file holds the number inside, so that two commands that write here at once take different ones.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    numbers = lambda: [int(found[1]) for path in out.iterdir() if (found := re.match(r"\.?sample-(\d+)(?!\d)", path.name))]
+    while True:
+        number = max(numbers(), default=-1) + 1
+        held = out / f".sample-{number:02d}"
+        try:
+            held.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        if numbers().count(number) == 1:
+            break
+        held.unlink()  # another command has finished this number in between
+    try:
+        yield out / f"sample-{number:02d}"
+    finally:
+        held.unlink()
+
+
 def _write(name: Path, clip: torch.Tensor, fps: float, a: Namespace) -> Path:
     if len(clip) == 1:
         return write_image(name.with_suffix(".png"), clip[0])
     if a.png:
         for number, picture in enumerate(clip):
             write_image(name / f"{number:04d}.png", picture)
-        for old in name.glob("[0-9][0-9][0-9][0-9]*.png"):  # of a longer clip that was here
-            if int(old.stem) >= len(clip):
-                old.unlink()
         return name
     # Given frames come out as they went in: the usual compression would cost them 3 levels of 255, and a loop its join.
     prompted = bool(a.image or a.clip or a.to or a.loop)

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from shlex import quote
 
 from ..training import distributed
 from ..training.config import DiTTraining, VAETraining
@@ -13,7 +14,7 @@ def _library(command: str, folder: str):
     from ..data import scan
 
     if not folder:
-        raise ValueError(f"{command}: expected --data FOLDER with mp4, webm, gif, png or jpg files, got none; pass it")
+        raise ValueError(f"{command}: expected --data FOLDER of clips and images, got none; pass it")
     library = scan(folder, progress=sys.stderr.isatty() and distributed.first())
     print(library.summary(), flush=True)
     return library
@@ -36,9 +37,14 @@ def _announce(trainer: Trainer) -> None:
 
 @distributed.together()
 def train_vae(arguments) -> int:
+    config = read_options(arguments, VAETraining)
+    with distributed.claimed(config.out):
+        return _train_vae(config)
+
+
+def _train_vae(config: VAETraining) -> int:
     from ..training import vae as task
 
-    config = read_options(arguments, VAETraining)
     check_start(config)
     task.check_sizes(config)
     trainer = task.make_trainer(config, _library("train-vae", config.data).items)
@@ -46,17 +52,23 @@ def train_vae(arguments) -> int:
     _announce(trainer)
     trainer.run()
     task.finish(trainer)
-    print(f"wrote {trainer.run_folder / 'vae.safetensors'}; next: sora-fast train --vae {config.out} --data {config.data}")
+    print(f"wrote {trainer.run_folder / 'vae.safetensors'}; next: sora-fast train --vae {quote(config.out)} "
+          f"--data {quote(config.data)}")
     return 0
 
 
 @distributed.together()
 def train(arguments) -> int:
+    config = read_options(arguments, DiTTraining)
+    with distributed.claimed(config.out):
+        return _train(config)
+
+
+def _train(config: DiTTraining) -> int:
     from ..training import dit as task
     from ..training.latents import load_library
     from ..training.vae import load_vae
 
-    config = read_options(arguments, DiTTraining)
     check_start(config)
     task.preset_config(config.preset)  # wrong settings are told before the media are read and encoded
     task.objective_of(config)
@@ -79,5 +91,6 @@ def train(arguments) -> int:
           flush=True)
     _announce(trainer)
     trainer.run()
-    print(f"trained {trainer.samples:,} samples; next: sora-fast generate {config.out} --prompt '...' --size 9x128x128")
+    print(f"trained {trainer.samples:,} samples; next: sora-fast generate {quote(config.out)} --prompt '...' --size "
+          f"9x128x128")
     return 0

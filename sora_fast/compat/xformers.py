@@ -262,8 +262,19 @@ def _alignment(op: str, bias) -> tuple[str | None, int | None]:
     name = type(bias).__name__
     if name not in _MASKS or not hasattr(getattr(bias, "q_seqinfo", None), "seqstart"):
         raise NotImplementedError(f"{op}: expected attn_bias to be None or a BlockDiagonalMask, plain, causal or local, got "
-                                  f"a {name}; join the samples and pass BlockDiagonalMask.from_seqlens")
+                                  f"a {name}; join the samples and pass {_nearest(name)}")
     return _MASKS[name].diagonal, getattr(bias, "_window_size", None)
+
+
+def _nearest(name: str) -> str:
+    """What to make in place of a mask of another class: one that hides the same keys, as far as its name says."""
+    made = "BlockDiagonalMask.from_seqlens(lengths)"
+    bottom = "FromBottomRight" in name or "WithOffset" in name
+    if "Local" in name:
+        return f"{made}.make_local_attention{'_from_bottomright' * bottom}(window_size)"
+    if "LowerTriangular" in name or "Causal" in name:
+        return f"{made}.make_causal{'_from_bottomright' * bottom}()"
+    return made
 
 
 def _top_left(op: str, rows, lengths_q, lengths_k, options: dict):

@@ -3,9 +3,10 @@
 Shapes: T frames, H lines, W columns, C = 3 channels (red, green, blue, 0..255). Times are in seconds from a
 clip's first frame. An image is a clip of one frame.
 
-Videos and animated gifs are decoded by PyAV, images by Pillow; both come with `pip install
+Videos and animated gifs are decoded by PyAV, images, animated PNGs and WebPs by Pillow; both come with `pip install
 "sora_fast[train]"` and are imported when the first file is read. Pictures are turned and mirrored as their
-orientation tag or display matrix says and have square pixels. Transparent pixels are laid over white.
+orientation tag or display matrix says and have square pixels. HDR and wide gamuts become sRGB (`colours`). Transparent
+pixels are laid over white.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .images import over_white, probe_image, read_image, to_tensor
+from .colours import declared, is_srgb, tag, to_srgb
+from .images import has_alpha, over_white, probe_image, read_animation, read_image, to_tensor
 from .packages import require
 from .truncation import shortfall
 
 if TYPE_CHECKING:
     import torch
 
-CLIP_SUFFIXES = (".mp4", ".webm", ".gif")
+CLIP_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -83,7 +86,9 @@ def probe_file(path: Path, caption: str) -> MediaItem:
         width, height, frames, fps, seconds = _probe_clip(path)
         if frames > 1 or path.suffix.lower() != ".gif":
             return MediaItem(path, "clip", caption, width, height, frames, fps, seconds)
-    width, height = probe_image(path)
+    width, height, shown = probe_image(path)
+    if shown:
+        return MediaItem(path, "clip", caption, width, height, len(shown), len(shown) / sum(shown), sum(shown))
     return MediaItem(path, "image", caption, width, height, 1, 0.0, 0.0)
 
 
@@ -104,7 +109,8 @@ def _open(path: Path):
         # absolute: FFmpeg takes "name:rest" for a protocol. Tags that are not UTF-8 are no reason to fail.
         container = av.open(str(path.absolute()), metadata_errors="ignore", container_options=options)
     except av.error.ArgumentError:  # what the list above ends in
-        raise ValueError("another format: it is no MP4, WebM or GIF, whatever its name") from None
+        raise ValueError("another format: it is no clip of a format that is read, such as MP4, WebM or GIF, whatever its "
+                         "name") from None
     with container:
         # The cover of a sound file is a video stream of one picture.
         cover = require("av.stream", "PyAV").Disposition.attached_pic
@@ -124,21 +130,42 @@ def _probe_clip(path: Path) -> tuple[int, int, int, float, float]:
         end = max((entry.pos + entry.size for entry in getattr(stream, "index_entries", ())), default=0)
         if end > path.stat().st_size:
             raise ValueError(f"truncated: its index reaches {end:,} bytes, it has {path.stat().st_size:,}")
+        said = declared(stream)
         first = next(container.decode(stream), None)
         if first is None:
             raise ValueError("no video frame: its video stream is empty")
+        tag(first, said)
+        is_srgb(first)  # or what cannot be read of its colours
         width, height = max(1, round(first.width * (stream.sample_aspect_ratio or 1))), first.height
         if _sides_swapped(_display_matrix(first)):
             width, height = height, width
 
-    def agree() -> bool:
-        return bool(frames) and 0.99 * frames <= fps * seconds <= 1.01 * frames
+        def agree() -> bool:
+            return bool(frames) and 0.99 * frames <= fps * seconds <= 1.01 * frames
 
+        if agree() and first.pts is not None:  # the header's sum goes by decoding times, which end before those of display
+            seconds = _last_end(container, stream, seconds + float(first.pts * stream.time_base)) \
+                - float(first.pts * stream.time_base)
     if not agree():  # a silent header, a rate guessed from the first packets, or frames that an edit list hides
         frames, seconds = _count(path)
         if not agree():
             fps = frames / seconds if seconds else 0.0
     return width, height, frames, fps, seconds
+
+
+def _last_end(container, stream, told: float) -> float:
+    """When the last frame of an open clip ends, in seconds of its own clock, by the packets from the last keyframe on.
+
+    ``told``: where it is to be looked for, and the answer where it does not say.
+    """
+    try:
+        container.seek(int(told / stream.time_base), stream=stream)
+        ends = [(packet.pts, packet.duration) for packet in container.demux(stream)
+                if packet.size and packet.pts is not None and not packet.is_discard]
+    except require("av", "PyAV").FFmpegError:  # a container that cannot seek
+        return told
+    pts, shown = max(ends, default=(None, 0))
+    return float((pts + shown) * stream.time_base) if shown else told
 
 
 def _count(path: Path) -> tuple[int, float]:
@@ -180,8 +207,9 @@ def read_clip(
 
     from sora_fast.data.fitting import Placement
 
+    animation = item.kind == "clip" and Path(item.path).suffix.lower() in IMAGE_SUFFIXES
     for module, package in (("numpy", "NumPy"), ("PIL.Image", "Pillow"), ("av", "PyAV")):
-        if module != "av" or item.kind == "clip":
+        if module != "av" or item.kind == "clip" and not animation:
             require(module, package)
     if frames < 1 or start < 0 or (fps is not None and fps <= 0 and item.kind == "clip"):
         raise ValueError(
@@ -196,8 +224,10 @@ def read_clip(
         if item.kind == "image":
             return place.cut(read_image(item.path))[None]
         wanted = [start + i / (fps or item.fps or 1.0) for i in range(frames)]
-        for frame in _nearest(_decode(item.path, start), wanted):
-            clip_THWC.append(clip_THWC[-1] if frame is latest else place.cut(_read_frame(frame)))
+        decoded, pixels = (read_animation(item.path), lambda picture: picture) if animation else (
+            _decode(item.path, start), _read_frame)
+        for frame in _nearest(decoded, wanted):
+            clip_THWC.append(clip_THWC[-1] if frame is latest else place.cut(pixels(frame)))
             latest = frame
         if len(clip_THWC) < frames and wanted[-1] < item.seconds:
             raise ValueError(f"truncated: it ends before the {item.seconds:.3f} s it promised")
@@ -219,17 +249,24 @@ def _decode(path: Path, start: float) -> Iterator[tuple]:
     while True:
         late = False
         with _open(path) as (container, stream):
-            origin, base = stream.start_time or 0, stream.time_base
-            step = float(1 / stream.average_rate) if stream.average_rate else 0.0
+            base, step = stream.time_base, float(1 / stream.average_rate) if stream.average_rate else 0.0
+            said, frames = declared(stream), container.decode(stream)
+            first = next(frames, None)
+            if first is None:
+                return
+            # Not the stream's own start: AVI counts the frames that a decoder waits for.
+            origin, frames = first.pts or 0, chain([first], frames)
             if back < start:
                 try:
                     container.seek(origin + int((start - back) / base), stream=stream)
                 except require("av", "PyAV").FFmpegError:  # a container that cannot seek
                     back = start
                     continue
-            for number, frame in enumerate(container.decode(stream)):
+                frames = container.decode(stream)
+            for number, frame in enumerate(frames):
                 if frame.pts is None:
                     raise ValueError("no timestamp: a frame does not say when it is shown")
+                tag(frame, said)
                 time = float((frame.pts - origin) * base)
                 if number == 0 and time > start > back:
                     late = True  # containers seek by decoding time and may land after `start`
@@ -258,10 +295,13 @@ def _nearest(decoded: Iterator[tuple], wanted: list[float]) -> Iterator:
 
 def _read_frame(frame) -> torch.Tensor:
     """uint8 tensor (H, W, 3) of a decoded video frame, turned and mirrored for display."""
-    if any(component.is_alpha for component in frame.format.components):
-        picture_HWC = over_white(frame.to_ndarray(format="rgba"))
+    if has_alpha(frame):
+        picture_HWC = frame.to_ndarray(format="rgba")
+        if not is_srgb(frame):
+            picture_HWC[..., :3] = to_srgb(frame)
+        picture_HWC = over_white(picture_HWC)
     else:
-        picture_HWC = frame.to_ndarray(format="rgb24")
+        picture_HWC = frame.to_ndarray(format="rgb24") if is_srgb(frame) else to_srgb(frame)
     a, b, c, d = matrix = _display_matrix(frame)
     if _sides_swapped(matrix):
         a, d, picture_HWC = c, b, picture_HWC.swapaxes(0, 1)

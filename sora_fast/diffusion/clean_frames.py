@@ -67,7 +67,12 @@ class FrameTimesteps:
         return x0.index_copy(0, self._learned, noisy[self._learned])
 
     def loss(self, objective: Objective, predicted: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The objective's loss over the numbers that are not clean; numbers past the samples' (a tail) are not read."""
+        """The objective's loss over the numbers that are not clean; numbers past the samples' (a tail) are not read.
+
+        Where all are clean, nothing is learned: 0, and a gradient of 0.
+        """
+        if not self._learned.shape[0]:
+            return predicted[self._learned].float().sum()
         return objective.loss(predicted[self._learned], x0[self._learned], noise[self._learned], self._learned_timesteps,
                               self._learned_counts)
 

@@ -122,7 +122,8 @@ class Encoder(nn.Module):
 class MAEOutput(NamedTuple):
     """What a MAE gives.
 
-    ``loss``: mean of ``per_sample`` over the samples with hidden tokens: every sample counts the same, whatever its size.
+    ``loss``: mean of ``per_sample`` over the samples with hidden tokens: every sample counts the same, whatever its size;
+    packs of a step weigh by how many such samples they have.
     ``per_sample``: (S,) mean squared error of a sample's hidden patches, 0 for a sample without any; both float32.
     ``prediction``: (K, P) numbers of the hidden patches in (pt, ph, pw, C) order, as ``ops.unpatchify`` takes them; in
     units of each patch's standard deviation with ``normalise_target``.

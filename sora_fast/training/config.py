@@ -24,7 +24,8 @@ class LoopConfig:
     final_lr: float = option(0.02, "learning rate at the end of the cosine, as a share of lr", least=0, most=1)
     weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
     clip: float = option(1.0, "gradient norm is clipped to this; 0: not clipped", least=0)
-    accumulate: int = option(0, "packs (batches) of an optimiser step, over all processes together; 0: one for each process",
+    accumulate: int = option(0, "packs (batches) of an optimiser step, over all processes together, each weighing "
+                             "what it holds; 0: one for each process",
                              least=0)
     parallel: str = option("ddp", "with torchrun: ddp keeps everything in each process, fsdp (FSDP2) shards weights, "
                            "gradients, optimiser and average", ("ddp", "fsdp"))
@@ -36,7 +37,7 @@ class LoopConfig:
     seed: int = option(0, "seed of weights, data order and noise", fixed=True)
     save_every: int = option(500, "steps between checkpoints; the last one is always saved", least=1)
     keep: int = option(2, "checkpoints kept", least=1)
-    log_every: int = option(10, "steps between rows of losses.csv", least=1)
+    log_every: int = option(10, "steps between rows of losses.csv, whose loss is the mean of those steps", least=1)
     log_samples: bool = option(False, "write samples.csv too: which samples each step was made of, by pack and process")
     heldout: float = option(0.05, "share of the files (rounded down) that is never trained on, for heldout.csv", least=0,
                             most=0.9, fixed=True)
@@ -65,7 +66,7 @@ class LoopConfig:
 @dataclass(frozen=True)
 class VAETraining(LoopConfig):
     out: str = option("runs/vae", "folder for checkpoints, losses.csv and TensorBoard events")
-    data: str = option("", "folder of mp4, webm, gif, png and jpg files")
+    data: str = option("", "folder of clips and images (mp4, mov, webm, mkv, avi, gif, png, jpg, webp)")
     preset: str = option("tiny", "VideoVAE preset", ("tiny", "wan2.1"), fixed=True)
     steps: int = option(2000, "optimiser steps", least=1)
     lr: float = option(7e-4, "peak learning rate of AdamW", least=0)
@@ -95,7 +96,8 @@ class VAETraining(LoopConfig):
 @dataclass(frozen=True)
 class DiTTraining(LoopConfig):
     out: str = option("runs/dit", "folder for checkpoints, losses.csv and TensorBoard events")
-    data: str = option("", "folder of mp4, webm, gif, png and jpg files with captions in .txt or metadata.jsonl")
+    data: str = option("", "folder of clips and images (mp4, mov, webm, mkv, avi, gif, png, jpg, webp) with captions in "
+                       ".txt or metadata.jsonl")
     vae: str = option("runs/vae", "run folder of the trained VideoVAE")
     preset: str = option("tiny", "DiT preset; the paper's presets are built with text in place of classes", fixed=True)
     steps: int = option(2000, "optimiser steps", least=1)

@@ -14,10 +14,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from .. import files
 
 # A rank may wait for another that encodes latents for hours. One that dies is torchrun's to notice, within a second.
 PATIENCE = timedelta(hours=12)
@@ -128,6 +131,11 @@ def gather(value) -> list | None:
     found = [None] * size() if first() else None
     dist.gather_object(value, found)
     return found
+
+
+def claimed(run) -> contextlib.AbstractContextManager:
+    """``files.claimed`` of a run folder, which rank 0, who writes, has for all."""
+    return files.claimed(Path(run)) if first() else contextlib.nullcontext()
 
 
 def barrier() -> None:

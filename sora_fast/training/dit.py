@@ -88,9 +88,9 @@ def encode_media(config: DiTTraining, vae: VideoVAE, items: Sequence[MediaItem],
     library = Path(config.out) / "latents"
     shares = distributed.gather(encoded)
     if distributed.first():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Item i was encoded by rank i modulo their number.
-        save_library(library, [clip for i in range(len(items)) for clip in shares[i % len(shares)][i // len(shares)]])
+        with distributed.claimed(config.out):
+            # Item i was encoded by rank i modulo their number.
+            save_library(library, [clip for i in range(len(items)) for clip in shares[i % len(shares)][i // len(shares)]])
     distributed.barrier()
     return load_library(library)
 
@@ -144,7 +144,8 @@ def make_trainer(config: DiTTraining, vae: VideoVAE, clips: Sequence[LatentClip]
         config, modules, batches, draw, loss, description, units=dit.blocks,
         held_out=(lambda: held_out_batches(held, patch, config.budget, HELD_OUT_TIMESTEPS, config.seed)) if held else None)
     if distributed.first() and not (config.resume and (trainer.run_folder / "vae" / "config.json").is_file()):
-        save_vae(vae, trainer.run_folder / "vae")
+        with distributed.claimed(trainer.run_folder):
+            save_vae(vae, trainer.run_folder / "vae")
     return trainer
 
 

@@ -27,18 +27,18 @@ def averaged(trainer):
 
 @torch.no_grad()
 def evaluate(trainer) -> dict:
-    """A row of heldout.csv: step, the loss of each name that ``trainer.held_out`` has batches of (its mean over tokens),
-    and the mean of several.
+    """A row of heldout.csv: step, the loss of each name that ``trainer.held_out`` has batches of (its mean over what
+    is learned in them, as a step's is), and the mean of several.
 
     Every rank computes all of it, so that the figure is the same figure on any number of them.
     """
     sums: dict[str, tuple[float, int]] = {}
     with averaged(trainer), trainer.autocast():
         for name, batch in trainer.held_out():
-            loss, counts = trainer.plain(batch)
-            total, tokens = sums.get(name, (0.0, 0))
-            sums[name] = total + float(loss) * counts["tokens"], tokens + counts["tokens"]
-    means = {name: total / tokens for name, (total, tokens) in sums.items()}
+            loss, _ = trainer.plain(batch)
+            total, learned = sums.get(name, (0.0, 0))
+            sums[name] = total + float(loss) * batch.learned, learned + batch.learned
+    means = {name: total / learned for name, (total, learned) in sums.items()}
     return dict(step=trainer.step) | means | (dict(mean=sum(means.values()) / len(means)) if len(means) > 1 else {})
 
 

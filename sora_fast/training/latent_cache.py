@@ -17,7 +17,7 @@ from ..data import FitPolicy, MediaItem
 from ..models import VideoVAE
 from . import checkpoint
 
-FORMAT = 1  # of an entry, part of its key
+FORMAT = 2  # of an entry and of how files are read, part of its key; 2: colours become sRGB
 
 
 def default_folder() -> Path:

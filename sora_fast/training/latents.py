@@ -6,6 +6,7 @@ C latent channels; t, h, w of a latent clip.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -168,6 +169,13 @@ class NoisyBatch:
         """Each sample, for people."""
         return [f"{source}, timestep {t:g}" for source, t in zip(self.batch.sources, self.timesteps.tolist(), strict=True)]
 
+    @property
+    def learned(self) -> int:
+        """Latent elements that are not given clean: the loss is a mean over these."""
+        frames = [t for t, _, _ in self.batch.grids]
+        return sum(count // t * int((~clean).sum())
+                   for count, t, clean in zip(self.batch.counts, frames, self.clean.split(frames), strict=True))
+
     def only(self, index: int) -> NoisyBatch:
         """Sample ``index`` alone, as it was drawn."""
         frames = [t for t, _, _ in self.batch.grids]
@@ -244,11 +252,20 @@ class LatentPacks:
         return probe(self.clips, self.patch, copies), self.budget / int(probe(self.clips, self.patch, 1).length)
 
     def state_dict(self) -> dict:
-        return dict(drawn=self.drawn, number=self.number, clips=len(self.clips), packer=self.packer.state_dict())
+        return dict(drawn=self.drawn, number=self.number, clips=len(self.clips), sources=self._sources(),
+                    packer=self.packer.state_dict())
+
+    def _sources(self) -> str:
+        """A digest of which clips these are, wherever their files lie."""
+        about = [(Path(clip.source).name, clip.start, clip.frames, clip.caption, *clip.latent.shape) for clip in self.clips]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     def load_state_dict(self, state: dict) -> None:
         if state["clips"] != len(self.clips):
             raise ValueError(f"--resume: expected the run's own {state['clips']} latent clips, got {len(self.clips)}; keep "
+                             f"latents.safetensors and latents.json of the run folder, or begin another run")
+        if state.get("sources", self._sources()) != self._sources():  # older checkpoints do not say
+            raise ValueError(f"--resume: expected the run's own {state['clips']} latent clips, got as many others; keep "
                              f"latents.safetensors and latents.json of the run folder, or begin another run")
         self.drawn, self.number = state["drawn"], state["number"]
         self.packer.load_state_dict(state["packer"])

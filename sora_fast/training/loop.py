@@ -2,16 +2,16 @@
 
 A step is made of a number of packs (batches), numbered through the run. Each has random numbers of its own, from the seed
 and its number, and every rank plans all packs and computes its share: so a step is the same step after a resume, and on any
-number of ranks up to the order of a sum.
+number of ranks up to the order of a sum. Its loss and gradient are means over what is learned in it: a pack weighs as much
+as it holds, whichever packs and ranks the samples are in.
 """
 
 import math
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,7 @@ from ..files import check_folder
 from ..reference.precision import emulated_on_cpu
 from . import checkpoint, culprits, distributed, heldout, throughput
 from .config import LoopConfig
+from .interrupt import finish_on_interrupt
 from .progress import Events, Progress, Table
 
 # Numbers of a run that state.json holds beside what batches know.
@@ -41,6 +42,7 @@ class Batch(Protocol):
     """A batch with all that was drawn for it: loss(batch) is a function of it and of the weights."""
 
     names: Sequence[str]  # of each sample, for people
+    learned: int  # elements that its loss is a mean over: its weight in a step
 
     def only(self, index: int) -> "Batch": ...
 
@@ -67,29 +69,6 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device: expected auto, cpu, cuda or another device of this machine, got {name!r} ({reason}); "
                          f"sora-fast info shows what there is") from error
     return distributed.own_device(device)
-
-
-@contextmanager
-def finish_on_interrupt():
-    """Ctrl-C inside sets the yielded event, so that the step at hand is finished; a second Ctrl-C stops at once.
-
-    Only the main thread may set handlers, and whoever has set another one (or ignores Ctrl-C) keeps it.
-    """
-    asked = threading.Event()
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield asked
-        return
-
-    def once(signum, frame):
-        asked.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, once)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class Trainer:
@@ -139,12 +118,12 @@ class Trainer:
             raise ValueError(f"--accumulate: expected a multiple of the {ranks} processes, since it counts the packs of a "
                              f"step over all of them, got {self.packs_per_step}; pass {ranks}, or 0 for one each")
         quiet = not distributed.first()
-        if not quiet:
-            self.run_folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_json(self.run_folder / "config.json", description | {"training": asdict(config)})
         self.events = Events(self.run_folder, 0, wanted=False)  # until run()
         self.tables = {name: Table(self.run_folder / f"{name}.csv", quiet) for name in ("losses", "heldout", "samples")}
-        rows = {name: table.begin(self.step) for name, table in self.tables.items()}
+        with distributed.claimed(self.run_folder):
+            if not quiet:
+                checkpoint.save_json(self.run_folder / "config.json", description | {"training": asdict(config)})
+            rows = {name: table.begin(self.step) for name, table in self.tables.items()}
         self.rows = [{k: int(v) if k in ("step", "samples", "tokens") else float(v) for k, v in row.items()}
                      for row in rows["losses"]]
         self.held_out_rows = [{k: int(v) if k == "step" else float(v) for k, v in row.items()} for row in rows["heldout"]]
@@ -169,8 +148,12 @@ class Trainer:
     def run(self, on_log: Callable[[dict], None] | None = None) -> None:
         """Train to the end and save; Ctrl-C finishes the step, saves, and raises KeyboardInterrupt.
 
-        ``on_log`` gets every row of losses.csv.
+        ``on_log`` gets every row of losses.csv. The run folder is claimed: a second run in it is refused.
         """
+        with distributed.claimed(self.run_folder):
+            self._run(on_log)
+
+    def _run(self, on_log: Callable[[dict], None] | None) -> None:
         if self.progress_share() >= 1.0:
             print(f"{self.run_folder}: already trained to step {self.step:,}; raise --steps or --minutes to go on",
                   flush=True)
@@ -212,20 +195,28 @@ class Trainer:
 
     def drawn(self, plan: Plan) -> Batch:
         """The batch of a plan with its random numbers; PyTorch's own generators are set too, for what layers draw."""
+        return self.draw(self.batches.load(plan), self._seeded(plan))
+
+    def _seeded(self, plan: Plan) -> torch.Generator:
+        """A batch's own generator; PyTorch's begin anew with its seed."""
         generator = checkpoint.generator(self.config.seed, "batch", plan.number)
         torch.manual_seed(generator.initial_seed())
-        return self.draw(self.batches.load(plan), generator)
+        return generator
 
     def _one_step(self, interrupted: threading.Event | None = None) -> tuple[float, bool]:
         """The step's loss, and whether a rank was asked to stop."""
         began = time.perf_counter()
         plans = [self.batches.next() for _ in range(self.packs_per_step)]
         own = distributed.share(plans)
+        batches = [self.drawn(plan) for plan in own]  # all of them first: a pack's weight is its share of the whole step
+        learned = max(distributed.sum_of(sum(batch.learned for batch in batches))[0], 1)
         totals, mean = dict(samples=0, tokens=0, pad=0), 0.0
-        for place, plan in enumerate(own):
+        for place, (plan, batch) in enumerate(zip(own, batches, strict=True)):
+            self._seeded(plan)  # what layers draw is the batch's own too
             with distributed.no_exchange(self.wrapped, last=place == len(own) - 1):
-                loss, counts = self._backward(self.drawn(plan), 1 / len(own))
-            mean = mean + loss.detach() / len(own)
+                # times the ranks, since DDP and FSDP2 average gradients over them
+                loss, counts = self._backward(batch, batch.learned * distributed.size() / learned)
+            mean = mean + loss.detach() * (batch.learned / learned)
             totals = {name: totals[name] + counts[name] for name in totals}
         for parameter in self.parameters.values():
             if parameter.grad is None:  # unused in this step: 0, as on several ranks, where one may have used it
@@ -236,7 +227,7 @@ class Trainer:
         now, clock = time.perf_counter(), float(distributed.first())
         asked = interrupted is not None and interrupted.is_set()
         mean, asked, alone, took, worked, *totals = distributed.sum_of(
-            float(mean) / distributed.size(), asked, distributed.orphaned(), clock * (now - self.since),
+            float(mean), asked, distributed.orphaned(), clock * (now - self.since),
             clock * (now - began), *totals.values())
         if alone:
             sys.exit("sora-fast: torchrun was killed: training stops here, without saving")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -59,6 +60,11 @@ class Crops:
     names: tuple[str, ...]
     noise: torch.Tensor | None = None
     number: int | None = None
+
+    @property
+    def learned(self) -> int:
+        """Elements of the pixels: a batch weighs by them, so that a frame counts the same in a clip and as an image."""
+        return self.video.numel()
 
     def only(self, index: int) -> "Crops":
         part = slice(index, index + 1)
@@ -214,7 +220,32 @@ def make_trainer(config: VAETraining, items: Sequence[MediaItem], *, span: tuple
             ] if large else []
     description = dict(kind="vae", vae=asdict(vae.config))
     trainer = Trainer(config, modules, batches, draw, loss, description, held_out=(lambda: kept) if kept else None)
+    keep_list(config, items)
     return trainer
+
+
+def keep_list(config: VAETraining, items: Sequence[MediaItem]) -> None:
+    """Write the run's media.json, the files it trains on; on resume say first which came, went or changed since."""
+    file, root = Path(config.out) / "media.json", Path(config.data or ".")
+    name = lambda path: str(path.relative_to(root) if path.is_relative_to(root) else path)
+    now = {name(item.path): [item.frames, item.height, item.width] for item in items}
+    if config.resume and not file.is_file():
+        print(f"{config.out} has no media.json, since an older version began it: whether files were added or removed since "
+              f"its last checkpoint is not known", flush=True)
+    elif config.resume:
+        before = checkpoint.load_json(file)
+        changed = [each for each in now if before.get(each, now[each]) != now[each]]
+        lists = dict(added=now.keys() - before.keys(), removed=before.keys() - now.keys(), changed=changed)
+        told = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})"
+                for what, names in lists.items() if names]
+        learned = sorted(held_out(before, config.heldout) & now.keys() - held_out(now, config.heldout))
+        if told:
+            print(f"--resume: the files are not those that {config.out} was trained on before: {', '.join(told)}. Crops are "
+                  f"drawn from what is there now, so that the run is not the one it would have been"
+                  + (f"; held out before and trained on now: {', '.join(learned)}" if learned else ""), flush=True)
+    if distributed.first():
+        with distributed.claimed(config.out):
+            checkpoint.save_json(file, now)
 
 
 @torch.no_grad()
@@ -247,7 +278,8 @@ def finish(trainer: Trainer) -> VideoVAE:
         vae.load_state_dict({k.removeprefix("vae."): v for k, v in average.items() if k.startswith("vae.")})
         vae.to(trainer.device).eval()
         measure_latents(vae, trainer.batches.frames)
-        checkpoint.save_tensors(trainer.run_folder / "vae.safetensors", vae.state_dict())
+        with distributed.claimed(trainer.run_folder):
+            checkpoint.save_tensors(trainer.run_folder / "vae.safetensors", vae.state_dict())
     distributed.barrier()
     return load_vae(str(trainer.run_folder), trainer.device)
 
@@ -267,7 +299,7 @@ def load_vae(run: str, device="cpu") -> VideoVAE:
     else:
         newest = checkpoint.newest(folder)
         print(f"{run}: not trained to its end: taking {newest.name}, whose latents are not normalised; sora-fast train-vae "
-              f"--out {run} --resume finishes it", flush=True)
+              f"--out {quote(run)} --resume finishes it", flush=True)
         ema = checkpoint.load_tensors(newest / "ema.safetensors")
         vae.load_state_dict({k.removeprefix("vae."): v for k, v in ema.items() if k.startswith("vae.")})
     return vae.to(device).eval()

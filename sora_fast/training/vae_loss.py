@@ -75,7 +75,8 @@ class VAELoss:
         reconstruction: "l1" or "l2". kl: weight of the posterior's KL; both count per number of the clip, so that the weight
             means the same for every size (it is LDM's, whose both are sums); vq: of the codebook's loss, a mean.
         perceptual: ``perceptual(reconstruction, video) -> (B,) or scalar``, both (B, 3, T, H, W) in [-1, 1].
-        adversarial: weight of the adversary, on top of the adaptive one; 0 for none.
+        adversarial: weight of the adversary, on top of the adaptive one; 0 for none. The adaptive weight is a ratio of this
+            batch's own gradients, so with an adversary a step depends on how its crops are cut into batches.
     """
 
     def __init__(self, modules: nn.ModuleDict, *, reconstruction: str = "l1", kl: float = 1e-6, vq: float = 1.0,
