@@ -40,8 +40,8 @@ class Program:
                 if instr is block.end:
                     self.lasting |= {r.name for r in writes}  # written by the machine
 
-    def sums(self, names: tuple[str, ...]) -> str:
-        """The name of a wgmma's sums: one array (registers, warps, 32) that holds all of them."""
+    def accumulators(self, names: tuple[str, ...]) -> str:
+        """The name of the accumulators of a wgmma: one array (registers, warps, 32) that holds all of them."""
         return f"D_{self.pools[names]}"
 
     def constant(self, bits: int, kind: str, t: str) -> str:
