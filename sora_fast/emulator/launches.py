@@ -53,6 +53,11 @@ class Launched:
         return self.runs[-1].counters
 
     @property
+    def instructions(self) -> int:
+        """Warp instructions of one run."""
+        return self.runs[-1].warp_instructions
+
+    @property
     def findings(self) -> list[str]:
         return list(dict.fromkeys(text for run in self.runs for text in run.findings.values()))
 
