@@ -30,7 +30,7 @@ KERNELS = {
     "product": ("hopper", ()),
     "convolution": ("hopper", ("normalization",)),
 }
-HOST = ("bindings.cpp", "host.cpp", "tensor_map.cpp")
+HOST = [f"{name}.cpp" for name in ("bindings", "emulated", "host", "runtime", "tensor_map")]
 PYTHON = sysconfig.get_paths()["include"]
 LEAST = (12, 5)  # of nvcc: the first with cudaGetDriverEntryPointByVersion
 FLAGS = "-std=c++17 -O3 -lineinfo -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas".split()
@@ -78,7 +78,10 @@ def architectures(kind: str) -> list[str]:
     if not re.fullmatch(r"(8|9|1\d)\da?( *[;, ] *(8|9|1\d)\da?)*", asked):
         raise SystemExit(f'SORA_FAST_CUDA_ARCHS: expected numbers from 80 on, as in "80;90", got {asked!r}; mend it')
     numbers = sorted({int(each) for each in re.findall(r"\d+", asked)})
-    return ["sm_90a"] if kind == "hopper" else [f"sm_{number}" for number in numbers] + [f"compute_{numbers[-1]}"]
+    if kind == "hopper":
+        return ["sm_90a", "compute_90a"]
+    # PTX (compute_*) of the first and the last: the emulator runs it, and GPUs newer than all
+    return [f"sm_{each}" for each in numbers] + [f"compute_{each}" for each in sorted({numbers[0], numbers[-1]})]
 
 
 def kernel_hash(family: str) -> str:
