@@ -20,7 +20,8 @@ def execute(body, arrays, *, threads=32, grid=(1, 1, 1), registers="", shared=0,
     loads = "\n".join(f"ld.param.u64 %p{i}, [k_param_{i}];" for i in range(len(arrays)))
     text = f"""{HEAD}{variables}
 .visible .entry k({params}) {{
-.reg .b64 %p<9>; .reg .b64 %d<40>; .reg .b32 %r<99>; .reg .b16 %h<20>; .reg .pred %q<9>; .reg .f32 %f<99>; .reg .b32 %t; .reg .b64 %t4; {registers}
+.reg .b64 %p<9>; .reg .b64 %d<40>; .reg .b32 %r<99>; .reg .b16 %h<20>;
+.reg .pred %q<9>; .reg .f32 %f<99>; .reg .b32 %t; .reg .b64 %t4; {registers}
 mov.u32 %t, %tid.x; mul.wide.u32 %t4, %t, 4;
 {loads}
 {body}
@@ -247,7 +248,7 @@ def test_out_of_bounds_and_deadlock():
     waits = """mov.u32 %r5, buffer; setp.eq.u32 %q1, %t, 0; @%q1 mbarrier.init.shared::cta.b64 [%r5], 2; bar.sync 0;
 @%q1 mbarrier.arrive.shared::cta.b64 _, [%r5];
 AGAIN: mbarrier.try_wait.parity.shared::cta.b64 %q2, [%r5], 0; @!%q2 bra AGAIN;"""
-    with pytest.raises(Deadlock, match="1 arrivals and 0 bytes to come"):
+    with pytest.raises(Deadlock, match="1 arrivals and 0 bytes pending"):
         execute(waits, [out], variables=SHARED)
 
 

@@ -3,54 +3,47 @@
 import numpy as np
 
 from . import memory
-from .arith import U1, U4, U8
+from .arith import U1, U4, U8, UNWRITTEN
 
 
 class AsyncCopies:
-    """Copies from global to shared memory by groups of each thread."""
+    """Copies from global to shared memory, in groups of each thread."""
 
-    def async_copy(self, i, k, to, source, size, given, number):
+    def async_copy(self, i, k, to, source, size, src_size, number):
+        """``size`` bytes per lane; what is behind ``src_size`` of them is filled with zeros and not read."""
         n = len(self.group.warps)
         to, source = np.broadcast_to(to, (n, 32)), np.broadcast_to(source, (n, 32))
-        given = np.broadcast_to(given, (n, 32))
-        mask = np.ones((n, 32), bool) if k is None else np.broadcast_to(k, (n, 32)).copy()
+        src_size = np.broadcast_to(src_size, (n, 32))
+        mask = self.lane_mask(k, n).copy()
+        reads = mask & (src_size > 0)
         place = self.shared_addresses(i, k, to, size, number, n)
-        self.global_addresses(mask & (given > 0), source, size, number, n)  # alignment and bounds of what is read
+        self.global_addresses(reads, source, size, number, n)
         if self.counters is not None:
-            self.counters.access("cp.async", mask & (given > 0), source, size, number, n)
+            self.counters.access("cp.async", reads, source, size, number, n)
             self.counters.access("st.shared", mask, to, size, number, n)
         if self.races:
             self.races.copy_begins(mask, place, size, number)
-        entry = dict(
-            warps=self.group.warps.copy(),
-            group=self.copy_group[self.group.warps].copy(),
-            mask=mask,
-            place=place,
-            source=np.where(given > 0, source, U8(memory.HARMLESS)),
-            size=size,
-            given=given.copy(),
-            live=np.ones(n, bool),
-            number=number,
-        )
-        when = self.schedule.when
-        if when == "early" or when == "random" and self.random.random() < 0.5:
+            self.races.globals.access(self, reads, source, size, number)
+        entry = dict(warps=self.group.warps.copy(), group=self.copy_group[self.group.warps].copy(), mask=mask, place=place,
+                     source=np.where(src_size > 0, source, U8(memory.HARMLESS)), size=size, src_size=src_size.copy(),
+                     live=np.ones(n, bool), number=number)  # fmt: skip
+        if self.completes_now():
             self.complete_copy(entry, np.ones(n, bool))
         else:
-            if self.initialized is not None:  # until it lands nobody may read it
+            if self.initialized is not None:  # until it completes nobody may read the destination
                 for at in range(size):
                     self.initialized[place[mask] + U4(at)] = False
+            self.shared[place[mask][:, None] + np.arange(size, dtype=U4)] = UNWRITTEN
             self.cp_asyncs.append(entry)
 
     def complete_copy(self, e, which):
-        """Lands the copies of some warps of an entry."""
+        """Write what some warps of an entry have copied."""
         mask = e["mask"] & which[:, None]
-        place, source, given, size = e["place"][mask], e["source"][mask], e["given"][mask], e["size"]
+        place, source, src_size, size = e["place"][mask], e["source"][mask], e["src_size"][mask], e["size"]
         if len(place):
             unit = min(size, 8)
-            count = size // unit
-            data = memory.load(source, unit, count)
-            data = np.ascontiguousarray(data).view(np.uint8).reshape(len(place), size)
-            data = np.where(np.arange(size) < given[:, None], data, U1(0))
+            data = np.ascontiguousarray(memory.load(source, unit, size // unit)).view(np.uint8).reshape(len(place), size)
+            data = np.where(np.arange(size) < src_size[:, None], data, U1(0))
             self.shared[(place[:, None] + np.arange(size, dtype=U4))] = data
             self.mark_initialized(place, size)
             if self.races:
@@ -60,7 +53,8 @@ class AsyncCopies:
     def async_commit(self, i, k):
         self.copy_group[self.group.warps] += 1
 
-    def async_wait(self, i, k, pending, number, everything=False):
+    def async_wait(self, i, k, pending):
+        """``pending``: the most groups that may stay in flight; None for all copies, committed or not."""
         self.complete_copies(self.group.warps, pending)
 
     def complete_copies(self, warps, pending):

@@ -5,6 +5,7 @@ A block ends at a branch, at an exit, or at an instruction on which a warp may h
 
 from dataclasses import dataclass, field
 
+from .forms import blocking
 from .ptx import Instr, Kernel, Mem, Not, Reg, Sink, Vec
 
 # PTX type (PTX ISA 5.2) -> numpy type of the register view an instruction computes in
@@ -35,10 +36,6 @@ TYPES = {
 WIDTH = {"u1": 1, "i1": 1, "u2": 2, "i2": 2, "f2": 2, "u4": 4, "i4": 4, "f4": 4, "u8": 8, "i8": 8, "f8": 8}
 
 
-class Unsupported(Exception):
-    """An instruction, or a form of one, that the emulator does not execute."""
-
-
 @dataclass
 class Block:
     index: int
@@ -47,13 +44,6 @@ class Block:
     target: int = -1
     labels: list[str] = field(default_factory=list)
     sources: dict = field(default_factory=dict)  # masked -> code object
-
-
-def blocking(instr: Instr) -> bool:
-    root = instr.parts[0]
-    if root in ("bar", "barrier"):
-        return instr.parts[1] != "warp"
-    return root == "mbarrier" and instr.parts[1] in ("try_wait", "test_wait")
 
 
 def cut(kernel: Kernel) -> list[Block]:

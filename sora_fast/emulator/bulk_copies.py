@@ -3,22 +3,26 @@
 import numpy as np
 
 from . import memory, tma
+from .arith import UNWRITTEN
 from .memory import Fault
 
 
 class BulkCopies:
-    """Boxes in flight, loads and stores."""
+    """Boxes in flight: loads complete on an mbarrier, stores in groups of the thread that issued them."""
 
+    # ---- loads
     def tma_load(self, i, k, to, tensor_map, coords, barrier, number):
         for warp, shared, where, bar, *at in self.lanes(i, k, to, tensor_map, barrier, *coords):
-            self.tma_loads.append(
-                dict(warp=warp, cta=int(self.cta_of[warp]), shared=shared, map=where, barrier=bar, coords=at, number=number)
-            )
-            box = self.box(self.tma_loads[-1])
+            cta = int(self.cta_of[warp])
+            e = dict(warp=warp, cta=cta, shared=shared, map=where, barrier=bar, coords=at, number=number)
+            self.tma_loads.append(e)
+            self.mbarrier_at(warp, bar, number)
+            box = self.box(e)
             if self.races:
-                self.races.load_begins(warp, self.tma_loads[-1], box)
+                self.races.load_begins(warp, e, box)
+            start = cta * self.size + shared
+            self.shared[start : start + box.bytes] = UNWRITTEN
             if self.initialized is not None:
-                start = self.tma_loads[-1]["cta"] * self.size + shared
                 self.initialized[start : start + box.bytes] = False
             if self.counters is not None:
                 self.counters.box(box)
@@ -26,84 +30,97 @@ class BulkCopies:
                 self.complete_load(len(self.tma_loads) - 1)
 
     def box(self, e) -> tma.Box:
-        where = e["map"]
-        if self.allocations.check(np.array([where], np.uint64), 128) is not None or where % 64:
-            raise self.fault("global", e["number"], where, 128)
-        raw = memory.load(np.arange(where, where + 128, dtype=np.uint64), 1, 1).tobytes()
+        thread = self.thread_of(e["warp"])
+        if e["map"] % 64 or self.allocations.check(np.array([e["map"]], np.uint64), 128) is not None:
+            raise self.fault("global", e["number"], e["map"], 128, thread)
+        raw = memory.load(np.arange(e["map"], e["map"] + 128, dtype=np.uint64), 1, 1).tobytes()
         try:
-            return tma.Box(raw, e["coords"], e["shared"])
+            box = tma.Box(raw, e["coords"], e["shared"])
         except tma.MapError as error:
-            raise Fault(f"{error} ({self.program.instrs[e['number']].loc})") from None
+            raise self.launch.fault(e["number"], str(error), thread) from None
+        if e["shared"] < self.launch.shared_base or e["shared"] + box.bytes > self.launch.shared_end:
+            raise self.fault("shared", e["number"], e["shared"], box.bytes, thread)
+        in_bounds = box.addresses[box.inside]
+        wrong = self.allocations.check(in_bounds, box.size) if len(in_bounds) else None
+        if wrong is not None:
+            raise self.fault("global", e["number"], int(in_bounds[wrong]), box.size, thread)
+        return box
 
     def complete_load(self, at: int) -> None:
         e = self.tma_loads.pop(at)
         box = self.box(e)
-        if e["shared"] < self.launch.shared_base or e["shared"] + box.bytes > self.launch.shared_end:
-            raise self.fault("shared", e["number"], e["shared"], box.bytes)
         values = np.zeros(box.count, f"u{box.size}")
-        inside = box.addresses[box.inside]
-        if len(inside):
-            wrong = self.allocations.check(inside, box.size)
-            if wrong is not None:
-                raise self.fault("global", e["number"], int(inside[wrong]), box.size)
-            values[box.inside] = memory.load(inside, box.size, 1)
+        if box.inside.any():
+            values[box.inside] = memory.load(box.addresses[box.inside], box.size, 1)
         place = box.shared + e["cta"] * self.size
         self.shared_views[box.size][place // box.size] = values
         if self.initialized is not None:
             start = e["cta"] * self.size + e["shared"]
             self.initialized[start : start + box.bytes] = True
-        b = self.barriers.get((e["cta"], e["barrier"]))
-        if b is None:
-            raise Fault(f"a copy completes on {e['barrier']:#x}, where no mbarrier is")
+        b = self.mbarrier_at(e["warp"], e["barrier"], e["number"])
         if self.races:
             self.races.load_lands(e, b)
         b.bytes -= box.bytes
         self.changed |= b.settle()
 
+    # ---- stores
     def tma_store(self, i, k, tensor_map, coords, shared, number):
         for warp, where, source, *at in self.lanes(i, k, tensor_map, shared, *coords):
-            e = dict(
-                warp=warp,
-                cta=int(self.cta_of[warp]),
-                shared=source,
-                map=where,
-                coords=at,
-                number=number,
-                group=int(self.store_group[warp]),
-            )
+            e = dict(warp=warp, cta=int(self.cta_of[warp]), shared=source, map=where, coords=at, number=number, data=None,
+                     group=int(self.store_group[warp]))  # fmt: skip
             self.tma_stores.append(e)
+            box = self.box(e)
             if self.races:
-                self.races.store_begins(e, self.box(e))
+                self.races.store_begins(e, box)
             if self.counters is not None:
-                self.counters.box(self.box(e))
+                self.counters.box(box)
+            if self.completes_now():
+                self.read_source(e, box)
 
     def bulk_commit(self, i, k):
         self.store_group[self.group.warps] += 1
 
-    def bulk_wait(self, i, k, pending, read, number):
-        self.complete_stores(self.group.warps, pending, read, number)
-
-    def complete_stores(self, warps, pending, read, number):
-        mine = set(int(w) for w in warps)
-        left = []
-        for e in self.tma_stores:
-            if e["warp"] not in mine or number >= 0 and e["group"] >= self.store_group[e["warp"]] - pending:
-                left.append(e)
-                continue
-            box = self.box(e)
-            place = box.shared + e["cta"] * self.size
-            if self.initialized is not None and not self.initialized[place[box.inside]].all():
-                self.launch.report("uninitialised shared memory", e["number"], "a box on its way out")
-            inside = box.addresses[box.inside]
-            if len(inside):
-                wrong = self.allocations.check(inside, box.size)
-                if wrong is not None:
-                    raise self.fault("global", e["number"], int(inside[wrong]), box.size)
-                memory.store(inside, self.shared_views[box.size][place // box.size][box.inside], box.size, 1)
+    def bulk_wait(self, i, k, pending, read):
+        """Wait for all but ``pending`` groups: with ``read`` until their sources are read, else until they are written."""
+        mine = set(self.group.warps.tolist())
+        done = [e for e in self.tma_stores if e["warp"] in mine and e["group"] < self.store_group[e["warp"]] - pending]
+        for e in done:
+            self.read_source(e, self.box(e))
             if self.races:
-                self.races.store_ends(e)
-        self.tma_stores = left
+                self.races.store_read(e)
+            if not read:
+                self.write_box(e, waited=True)
 
+    def read_source(self, e, box) -> None:
+        if e["data"] is not None:
+            return
+        place = box.shared + e["cta"] * self.size
+        if self.initialized is not None and not self.initialized[place[box.inside]].all():
+            thread = self.thread_of(e["warp"])
+            self.launch.report("uninitialised shared memory", e["number"], thread, "part of the box that TMA stores")
+        e["data"] = self.shared_views[box.size][place // box.size][box.inside]
+
+    def write_box(self, e, waited) -> None:
+        box = self.box(e)
+        self.read_source(e, box)
+        if box.inside.any():
+            memory.store(box.addresses[box.inside], e["data"], box.size, 1)
+        if self.races:
+            self.races.store_ends(e, box, waited)
+        self.tma_stores = [other for other in self.tma_stores if other is not e]
+
+    def finish_bulk(self) -> None:
+        """At the end: stores nobody waited for are written; a load in flight writes to what may be another CTA's memory."""
+        for e in list(self.tma_stores):
+            if e["data"] is None:
+                kind = "a TMA store may still read shared memory when its CTA ends"
+                self.launch.report(kind, e["number"], self.thread_of(e["warp"]), "no cp.async.bulk.wait_group waits for it")
+            self.write_box(e, waited=False)
+        for e in self.tma_loads:
+            kind = "a TMA load is in flight when its CTA ends"
+            self.launch.report(kind, e["number"], self.thread_of(e["warp"]), f"mbarrier {e['barrier']:#x}")
+
+    # ---- tensor maps made on the device
     def tensormap_replace(self, i, k, space, address, field, ordinal, value, number):
         name = tma.REPLACED[field]
         for warp, a, v in self.lanes(i, k, address, value):
@@ -131,19 +148,26 @@ class BulkCopies:
             self.shared[start : start + 128] = data
         else:
             if self.allocations.check(np.array([a], np.uint64), 128) is not None:
-                raise Fault(f"a tensor map at {a:#x}, out of bounds")
+                raise Fault(f"{self.program.kernel.name}: a tensor map at {a:#x} is out of bounds, {self.thread_of(warp)}")
             memory.store(np.arange(a, a + 128, dtype=np.uint64), data, 1, 1)
 
-    def tensormap_copy(self, i, k, to, source, number):
+    def tensormap_copy(self, i, k, to, source):
         done = set()
         for warp, a, s in self.lanes(i, k, to, source):
             if (warp, a) not in done:
                 done.add((warp, a))
                 self.write_map("global", warp, a, self.map_at("shared", warp, s))
 
-    def fence_tensormap(self, i, k):
-        pass
-
-    def fence_async(self, i, k):
+    # ---- fences
+    def memory_fence(self, i, k):
+        """fence and membar at gpu scope or wider."""
         if self.races:
             self.races.fence(self.group.warps)
+
+    def proxy_fence(self, i, k):
+        if self.races:
+            self.races.proxy_fence(self.group.warps)
+
+    def mbarrier_init_fence(self, i, k):
+        if self.races:
+            self.races.mbarrier_init_fence(self.group.warps)

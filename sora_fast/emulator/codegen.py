@@ -8,16 +8,18 @@ i4, f4, ...) of the same bits.
 
 import numpy as np
 
-from .blocks import TYPES, WIDTH, Block, Unsupported, cut, reads_and_writes, registers
+from .blocks import TYPES, WIDTH, Block, cut, reads_and_writes, registers
 from .codegen_arithmetic import Arithmetic
 from .codegen_memory import Memory
+from .forms import Unsupported, check
 from .ptx import Imm, Instr, Kernel, Mem, Not, Reg, Sink, Special, Sym, Vec
 
 
 class Program:
-    """A kernel's blocks, and what their sources need: constants, arrays of registers."""
+    """A kernel's blocks, and what their sources need: constants, arrays of registers. Raises Unsupported."""
 
     def __init__(self, kernel: Kernel):
+        check(kernel)
         self.kernel = kernel
         self.blocks = cut(kernel)
         self.constants: dict[tuple, str] = {}
@@ -30,7 +32,10 @@ class Program:
             if x.op.startswith("wgmma.mma_async"):
                 self.pools.setdefault(tuple(r.name for r in registers(x.args[0])), len(self.pools))
         if sum(map(len, self.pools)) != len(self.async_regs):
-            raise Unsupported(f"{kernel.name}: sums of wgmma that share some registers and not others")
+            raise Unsupported(f"{kernel.name}: accumulators of wgmma that overlap in part are not emulated")
+        products = [x for x in self.instrs if x.op.startswith("wgmma.mma_async")]
+        used = [r.name for x in products for a in x.args[:2] if isinstance(a, Vec) for r in registers(a)]
+        self.wgmma_registers = {name: at for at, name in enumerate(dict.fromkeys(used))}  # accumulators and fragments of A
         for block in self.blocks:
             seen = set()
             for instr in [*block.instrs, *([block.end] if block.end else [])]:
@@ -41,7 +46,7 @@ class Program:
                     self.lasting |= {r.name for r in writes}  # written by the machine
 
     def accumulators(self, names: tuple[str, ...]) -> str:
-        """The name of the accumulators of a wgmma: one array (registers, warps, 32) that holds all of them."""
+        """The name of a wgmma's accumulators: one array (registers, warps, 32) that holds all of them."""
         return f"D_{self.pools[names]}"
 
     def constant(self, bits: int, kind: str, t: str) -> str:
@@ -85,14 +90,16 @@ class BlockSource(Arithmetic, Memory):
         self.guard: str | None = None
         self.temp = 0
         self.instr: Instr | None = None
+        self.ftz = False
+        self.touched: dict[int, None] = {}  # registers of wgmma that other instructions access, in order
+        self.toucher = -1  # the first of those instructions
 
     def source(self) -> str:
         for instr in self.block.instrs:
             self.one(instr)
         end, returned = self.block.end, "None"
         if end:
-            self.instr = end
-            self.set_guard(end)
+            self.begin(end)
             root = end.parts[0]
             if root in ("bra", "ret", "exit", "trap"):
                 returned = self.guard or "None"
@@ -102,6 +109,7 @@ class BlockSource(Arithmetic, Memory):
             else:
                 returned = f"({self.address(end.args[1], 'u4')}, {self.get(end.args[2], 'u4')})"
         self.flush()
+        self.flush_touched()
         body = "\n ".join([*self.lines, f"return {returned}"])
         return f"def f(i, k):\n {body}\n"
 
@@ -139,7 +147,7 @@ class BlockSource(Arithmetic, Memory):
                 other = next(iter(known))
                 self.emit(f"{arg.name}_{t} = {arg.name}_{other}.view({t.upper()})")
                 known.add(t)
-            return f"{arg.name}_{t}"
+            return f"flushed({arg.name}_{t})" if self.ftz and t == "f4" else f"{arg.name}_{t}"
         if isinstance(arg, Imm):
             return self.program.constant(arg.bits, arg.kind, t)
         if isinstance(arg, Not):
@@ -182,6 +190,8 @@ class BlockSource(Arithmetic, Memory):
             if wide is None:
                 raise Unsupported(f"{t} into {arg}")
             expr, t = f"({expr}).astype({wide.upper()})", wide
+        if self.ftz and t == "f4":
+            expr = f"flushed({expr})"
         if self.guard:
             old = self.get(arg, t)
             expr = f"np.where({self.guard}, {expr}, {old})"
@@ -214,13 +224,26 @@ class BlockSource(Arithmetic, Memory):
             self.guard = f"(~{name})" if instr.negated else name
 
     def one(self, instr: Instr) -> None:
-        self.instr = instr
+        self.begin(instr)
+        getattr(self, "op_" + instr.parts[0])(instr, instr.parts[1:], instr.args)
+
+    def begin(self, instr: Instr) -> None:
+        self.instr, self.ftz = instr, "ftz" in instr.parts
         self.set_guard(instr)
-        root = instr.parts[0]
-        method = getattr(self, "op_" + root, None)
-        if method is None:
-            raise Unsupported(f"{instr.op} in {instr.text!r}")
-        method(instr, instr.parts[1:], instr.args)
+        if instr.parts[0] == "wgmma":
+            self.flush_touched()
+        elif self.program.wgmma_registers:
+            reads, writes = reads_and_writes(instr)
+            known = self.program.wgmma_registers
+            found = [known[r.name] for r in (*reads, *writes) if r.name in known]
+            if found and not self.touched:
+                self.toucher = instr.number
+            self.touched |= dict.fromkeys(found)
+
+    def flush_touched(self) -> None:
+        if self.touched:
+            self.emit(f"M.touch(i, {list(self.touched)}, {self.toucher})")
+            self.touched = {}
 
     def type_of(self, mods) -> str:
         for mod in reversed(mods):

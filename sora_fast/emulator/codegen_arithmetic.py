@@ -1,6 +1,7 @@
 """Arithmetic, comparisons, logic, moves and conversions as numpy expressions (PTX ISA 9.7.1 to 9.7.9)."""
 
-from .blocks import TYPES, WIDTH, Unsupported
+from .blocks import TYPES, WIDTH
+from .forms import Unsupported
 from .ptx import Imm, Reg, Sink, Special, Vec
 
 COMPARE = {

@@ -1,8 +1,28 @@
 """Loads, stores, copies, barriers, matrix instructions and shuffles become calls of the machine (PTX ISA 9.7.9, 9.7.13 to
 9.7.15)."""
 
-from .blocks import TYPES, Unsupported
-from .ptx import Imm, Mem, Reg, Sink, Sym, Vec
+from .blocks import TYPES, registers
+from .forms import Unsupported
+from .loads_stores import ATOMIC
+from .ptx import Mem, Not, Reg, Sink, Sym, Vec
+
+
+def state_space(mods) -> str:
+    """Without one, addresses are generic (PTX ISA 5.1)."""
+    spaces = [m.partition("::")[0] for m in mods]
+    return next((space for space in spaces if space in ("global", "shared", "param", "const")), "generic")
+
+
+def vector(mods) -> int:
+    return next((int(m[1:]) for m in mods if m in ("v2", "v4", "v8")), 1)
+
+
+def ordering(mods) -> tuple[str, ...]:
+    """(semantics, scope) of a strong access (PTX ISA 8.4), () of a weak one. volatile is relaxed at system scope."""
+    if "volatile" in mods:
+        return "relaxed", "sys"
+    order = next((m for m in mods if m in ("relaxed", "acquire", "release", "acq_rel")), None)
+    return (order, next((m for m in mods if m in ("cta", "gpu", "sys")), "gpu")) if order else ()
 
 
 class Memory:
@@ -31,31 +51,19 @@ class Memory:
             self.put(args[0], t, value, False)
 
     def op_ld(self, instr, mods, args):
-        kind = self.type_of(mods)
-        t = TYPES[kind]
-        count = next((int(m[1:]) for m in mods if m in ("v2", "v4", "v8")), 1)
-        space = next(
-            (m for m in mods if m in ("global", "shared", "param", "local", "const") or m.startswith("shared::")), "generic"
-        )
-        space = space.partition("::")[0]
+        t, count, space = TYPES[self.type_of(mods)], vector(mods), state_space(mods)
         mem = args[1]
-        where = instr.number
-        if space == "param":
-            name = (
-                f"M.param({mem.base.name!r}, {mem.offset}, {t!r}, {count})"
-                if isinstance(mem.base, Sym)
-                else f"M.ld('global', i, {self.mask()}, {self.address(mem, 'u8')}, {t.upper()}, {count}, {where})"
-            )
+        if space == "param" and isinstance(mem.base, Sym):
+            call = f"M.param({mem.base.name!r}, {mem.offset}, {t!r}, {count})"
         else:
-            wide = (
-                "u8" if space in ("global", "generic", "const") or isinstance(mem.base, Reg) and mem.base.size == 8 else "u4"
-            )
-            name = f"M.ld({space!r}, i, {self.mask()}, {self.address(mem, wide)}, {t.upper()}, {count}, {where})"
+            space = "const" if space == "param" else space  # an address of the parameter space: read only
+            address, order = self.address(mem, self.address_type(space, mem)), ordering(mods)
+            call = f"M.ld({space!r}, i, {self.mask()}, {address}, {t.upper()}, {count}, {instr.number}, *{order})"
         if count == 1:
-            return self.put(args[0], t, name)
+            return self.put(args[0], t, call)
         self.temp += 1
         temp = f"t{self.temp}"
-        self.emit(f"{temp} = {name}")
+        self.emit(f"{temp} = {call}")
         for at, item in enumerate(args[0].items):
             if not isinstance(item, Sink):
                 self.put(item, t, f"{temp}[..., {at}]")
@@ -64,18 +72,16 @@ class Memory:
     op_ldu = op_ld
 
     def op_st(self, instr, mods, args):
-        kind = self.type_of(mods)
-        t = TYPES[kind]
-        space = next(
-            (m for m in mods if m in ("global", "shared", "local") or m.startswith("shared::")), "generic"
-        ).partition("::")[0]
+        t, space = TYPES[self.type_of(mods)], state_space(mods)
         items = args[1].items if isinstance(args[1], Vec) else (args[1],)
         values = ", ".join(self.get(item, t) for item in items)
-        base = args[0].base
-        wide = "u8" if space in ("global", "generic") or isinstance(base, Reg) and base.size == 8 else "u4"
-        self.emit(
-            f"M.st({space!r}, i, {self.mask()}, {self.address(args[0], wide)}, ({values},), {t.upper()}, {instr.number})"
-        )
+        address, order = self.address(args[0], self.address_type(space, args[0])), ordering(mods)
+        self.emit(f"M.st({space!r}, i, {self.mask()}, {address}, ({values},), {t.upper()}, {instr.number}, *{order})")
+
+    @staticmethod
+    def address_type(space, mem) -> str:
+        wide = space != "shared" or isinstance(mem.base, Reg) and mem.base.size == 8
+        return "u8" if wide else "u4"
 
     def op_atom(self, instr, mods, args):
         self.atomic(instr, mods, args[0], args[1], args[2:])
@@ -84,15 +90,19 @@ class Memory:
         self.atomic(instr, mods, None, args[0], args[1:])
 
     def atomic(self, instr, mods, to, mem, values):
-        kind = self.type_of(mods)
-        if kind in ("f16", "bf16", "f16x2", "bf16x2"):
-            raise Unsupported(instr.text)
+        kind, space = self.type_of(mods), state_space(mods)
+        operation = next(m for m in mods if m in ATOMIC)
+        if kind in ("bf16", "f16x2", "bf16x2"):
+            operation = f"{operation}_{kind}"
+            if operation not in ATOMIC:
+                raise Unsupported(f"this form of the instruction is not emulated: {instr.text}")
         t = TYPES[kind]
-        space = "shared" if any(m.startswith("shared") for m in mods) else "global"
-        operation = next(m for m in mods if m in ("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"))
+        if "L2::cache_hint" in mods:
+            values = values[:-1]
         operands = ", ".join(self.get(v, t) for v in values)
-        address = self.address(mem, "u8" if space == "global" else "u4")
-        call = f"M.atomic({space!r}, {operation!r}, i, {self.mask()}, {address}, ({operands},), {t.upper()}, {instr.number})"
+        address, order = self.address(mem, self.address_type(space, mem)), ordering(mods) or ("relaxed", "gpu")
+        what = f"{space!r}, {operation!r}, i, {self.mask()}"
+        call = f"M.atomic({what}, {address}, ({operands},), {t.upper()}, {instr.number}, *{order})"
         if to is None or isinstance(to, Sink):
             self.emit(call)
         else:
@@ -157,7 +167,10 @@ class Memory:
     def op_elect(self, instr, mods, args):
         self.members(args[1])
         to, p = args[0].items
-        self.put(p, "b", f"M.elect(i, {self.mask()})")
+        self.temp += 1
+        self.emit(f"t{self.temp} = M.elect(i, {self.mask()}, {self.get(args[1], 'u4')})")
+        self.put(to, "u4", f"np.broadcast_to(t{self.temp}.argmax(1)[:, None].astype(U4), t{self.temp}.shape)")
+        self.put(p, "b", f"t{self.temp}")
 
     def op_activemask(self, instr, mods, args):
         self.put(args[0], "u4", f"M.activemask(i, {self.mask()})")
@@ -173,41 +186,34 @@ class Memory:
             if "commit_group" in rest:
                 return self.emit(f"M.bulk_commit(i, {mask})")
             if "wait_group" in rest:
-                return self.emit(f"M.bulk_wait(i, {mask}, {args[0].bits}, {'read' in mods}, {instr.number})")
-            if "tensor" in mods:
-                load = mods[3].startswith("shared") if mods[2] == "tensor" else False
-                first = args[0]
-                if load or "complete_tx::bytes" in rest:
-                    coords = ", ".join(self.get(c, "i4") for c in args[1].coords)
-                    return self.emit(
-                        f"M.tma_load(i, {mask}, {self.address(first, 'u4')}, {self.address(args[1], 'u8')}, "
-                        f"({coords},), {self.address(args[2], 'u4')}, {instr.number})"
-                    )
-                coords = ", ".join(self.get(c, "i4") for c in first.coords)
+                return self.emit(f"M.bulk_wait(i, {mask}, {args[0].bits}, {'read' in mods})")
+            to, source = args[:2]
+            if "complete_tx::bytes" in rest:
+                coords = ", ".join(self.get(c, "i4") for c in source.coords)
                 return self.emit(
-                    f"M.tma_store(i, {mask}, {self.address(first, 'u8')}, ({coords},), "
-                    f"{self.address(args[1], 'u4')}, {instr.number})"
+                    f"M.tma_load(i, {mask}, {self.address(to, 'u4')}, {self.address(source, 'u8')}, "
+                    f"({coords},), {self.address(args[2], 'u4')}, {instr.number})"
                 )
-            raise Unsupported(instr.text)
+            coords = ", ".join(self.get(c, "i4") for c in to.coords)
+            tensor_map, shared = self.address(to, "u8"), self.address(source, "u4")
+            return self.emit(f"M.tma_store(i, {mask}, {tensor_map}, ({coords},), {shared}, {instr.number})")
         if rest.startswith("async.mbarrier"):
             return self.emit(f"M.async_arrive(i, {mask}, {self.address(args[0], 'u4')}, {'noinc' in mods}, {instr.number})")
         if "commit_group" in mods:
             return self.emit(f"M.async_commit(i, {mask})")
         if "wait_group" in mods:
-            return self.emit(f"M.async_wait(i, {mask}, {args[0].bits}, {instr.number})")
+            return self.emit(f"M.async_wait(i, {mask}, {args[0].bits})")
         if "wait_all" in mods:
-            return self.emit(f"M.async_wait(i, {mask}, 0, {instr.number}, True)")
-        if rest.startswith("async.c"):
-            given = (
-                self.get(args[3], "u4")
-                if len(args) > 3 and isinstance(args[3], (Reg, Imm))
-                else self.program.constant(args[2].bits, "int", "u4")
-            )
-            return self.emit(
-                f"M.async_copy(i, {mask}, {self.address(args[0], 'u4')}, {self.address(args[1], 'u8')}, "
-                f"{args[2].bits}, {given}, {instr.number})"
-            )
-        raise Unsupported(instr.text)
+            return self.emit(f"M.async_wait(i, {mask}, None)")
+        # cp.async.ca.shared.global [to], [source], size{, src-size}{, cache-policy}
+        rest = args[3:-1] if "L2::cache_hint" in mods else args[3:]
+        if rest and isinstance(rest[0], (Not, Reg)) and (isinstance(rest[0], Not) or rest[0].pred):
+            raise Unsupported(f"cp.async with an ignore-src predicate is not emulated: {instr.text}")
+        src_size = self.get(rest[0], "u4") if rest else self.program.constant(args[2].bits, "int", "u4")
+        return self.emit(
+            f"M.async_copy(i, {mask}, {self.address(args[0], 'u4')}, {self.address(args[1], 'u8')}, "
+            f"{args[2].bits}, {src_size}, {instr.number})"
+        )
 
     def op_mbarrier(self, instr, mods, args):
         mask = self.mask()
@@ -231,25 +237,26 @@ class Memory:
         raise Unsupported(instr.text)
 
     def op_fence(self, instr, mods, args):
-        if mods[:2] == ["proxy", "async"] or mods[:1] == ["proxy"] and mods[1].startswith("async"):
-            self.emit(f"M.fence_async(i, {self.mask()})")
-        elif "tensormap::generic" in mods:
-            self.emit(f"M.fence_tensormap(i, {self.mask()})")
+        if mods[0] == "proxy" and mods[1] == "async":
+            if mods[2:] != ["global"]:
+                self.emit(f"M.proxy_fence(i, {self.mask()})")
+        elif mods[0] == "mbarrier_init":
+            self.emit(f"M.mbarrier_init_fence(i, {self.mask()})")
+        elif mods[0] != "proxy" and mods[-1] != "cta":
+            self.emit(f"M.memory_fence(i, {self.mask()})")
 
     def op_membar(self, instr, mods, args):
-        pass
+        if mods[0] != "cta":
+            self.emit(f"M.memory_fence(i, {self.mask()})")
 
-    def op_prefetch(self, instr, mods, args):
-        pass
+    def op_createpolicy(self, instr, mods, args):
+        self.put(args[0], "u8", self.program.constant(0, "int", "u8"))
 
-    def op_setmaxnreg(self, instr, mods, args):
-        pass
+    def without_effect(self, instr, mods, args):
+        """Hints, and what concerns time or the number of registers only."""
 
-    def op_griddepcontrol(self, instr, mods, args):
-        pass
-
-    def op_nanosleep(self, instr, mods, args):
-        pass
+    op_prefetch = op_prefetchu = op_discard = op_applypriority = without_effect
+    op_setmaxnreg = op_griddepcontrol = op_nanosleep = without_effect
 
     def op_tensormap(self, instr, mods, args):
         mask = self.mask()
@@ -275,12 +282,12 @@ class Memory:
         what = mods[0]
         names = self.program.async_regs
         if what == "fence":
-            return None
+            return self.emit(f"M.wgmma_fence(i, {self.mask()})")
         if what == "commit_group":
             return self.emit(f"M.wgmma_commit(i, {self.mask()})")
         if what == "wait_group":
             self.flush(names)
-            self.emit(f"M.wgmma_wait(i, {self.mask()}, {args[0].bits}, {instr.number})")
+            self.emit(f"M.wgmma_wait(i, {self.mask()}, {args[0].bits})")
             return self.forget(names)
         shape = next(m for m in mods if m.startswith("m64n"))
         kinds = [m for m in mods if m in TYPES or m == "tf32"]
@@ -295,8 +302,9 @@ class Memory:
         flags = [x.bits for x in rest[1:]]  # scale a, scale b, then transposes
         self.flush({r.name for r in d})
         target = self.program.accumulators(tuple(r.name for r in d))
+        used = [self.program.wgmma_registers[r.name] for x in args[:2] for r in registers(x) if isinstance(x, Vec)]
         self.emit(
-            f"M.wgmma({shape!r}, {kinds[0]!r}, {kinds[1]!r}, i, {self.mask()}, {target}, {a}, {b}, {scale}, {flags}, "
+            f"M.wgmma({shape!r}, {kinds[1]!r}, i, {self.mask()}, {target}, {used}, {a}, {b}, {scale}, {flags}, "
             f"{instr.number})"
         )
         return self.forget({r.name for r in d})

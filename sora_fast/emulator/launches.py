@@ -141,7 +141,7 @@ class _Memory:
 
     def __init__(self, allocations: memory.Allocations):
         self.allocations = allocations
-        self.bytes = {start: ctypes.string_at(start, end - start) for start, (end, _) in allocations.ranges.items()}
+        self.bytes = {start: ctypes.string_at(start, end - start) for start, (end, *_) in allocations.ranges.items()}
 
     def restore(self) -> None:
         for start, held in self.bytes.items():

@@ -8,12 +8,16 @@ import numpy as np
 
 from .memory import Fault
 
+FAIRNESS = 97  # picks between two of the longest waiting group; odd, so that it meets a loop of groups in every phase
+
 
 class Deadlock(Fault):
     """Every warp waits, and no copy is in flight."""
 
 
 class Group:
+    """Warps (sorted numbers) at the start of one block; ``mask``: their lanes there (warps, 32), None for all."""
+
     __slots__ = ("block", "warps", "mask", "index")
 
     def __init__(self, block: int, warps: np.ndarray, mask: np.ndarray | None):
@@ -27,6 +31,7 @@ class Group:
 
 
 def put_masked(array, i, k, value):
+    """array[i] = value in the lanes of ``k``."""
     if k is None:
         array[i] = value
     elif isinstance(i, slice):
@@ -41,6 +46,7 @@ class Scheduler:
     """Groups of warps: ready, waiting at a named barrier, or blocked at an mbarrier."""
 
     def function(self, block: int, masked: bool):
+        """The block as a Python function, for whole warps or masked."""
         key = (block, masked)
         found = self.functions.get(key)
         if found is None:
@@ -53,6 +59,8 @@ class Scheduler:
         return found
 
     def run(self) -> None:
+        """Until every warp has left."""
+        self.picks = 0
         with np.errstate(all="ignore"):
             steps = 0
             while self.ready or self.blocked or self.waiting:
@@ -63,11 +71,7 @@ class Scheduler:
                     self.step()
                 if self.tma_loads and self.schedule.when == "random" and self.random.random() < 0.1:
                     self.complete_load(self.random.randrange(len(self.tma_loads)))
-            self.complete_stores(np.arange(self.total), 0, False, -1)  # what nobody waited for is written at the end
-            for e in self.tma_loads:
-                self.launch.report(
-                    "a box is in flight at the end", e["number"], f"CTA {self.ids[e['cta']]}, mbarrier {e['barrier']:#x}"
-                )
+            self.finish_bulk()
         self.launch.steps += steps
         sizes = np.array([len(b.instrs) + (b.end is not None) for b in self.program.blocks])
         self.launch.warp_instructions += int((self.executed * sizes).sum())
@@ -75,22 +79,24 @@ class Scheduler:
             self.counters.add_blocks(self.program, self.executed)
 
     def pick(self) -> Group:
-        """The next group, merged with all others at its place."""
+        """The next group, merged with all others at its place: the furthest behind, or with a seed any.
+
+        Without a seed too the group that has waited longest goes from time to time, lest a warp that spins on what another
+        one has to write (a lock in global memory) keep that one from running.
+        """
         ready = self.ready
         if len(ready) == 1:
             return ready.pop()
-        if self.schedule.seed is None:
-            block = min(g.block for g in ready)
-            behind = None
-        else:
-            block = self.random.choice(ready).block
-            behind = np.zeros(self.total, bool)  # warps with lanes further behind: those go first
+        self.picks += 1
+        block, behind = min(g.block for g in ready), None
+        if self.schedule.seed is not None or self.picks % FAIRNESS == 0:
+            chosen = (ready[0] if self.schedule.seed is None else self.random.choice(ready)).block
+            late = np.zeros(self.total, bool)  # warps with lanes further behind: those go first
             for g in ready:
-                if g.block < block:
-                    behind[g.warps] = True
-            if all(behind[g.warps].all() for g in ready if g.block == block):
-                block = min(g.block for g in ready)
-                behind = None
+                if g.block < chosen:
+                    late[g.warps] = True
+            if not all(late[g.warps].all() for g in ready if g.block == chosen):
+                block, behind = chosen, late
         same, rest = [], []
         for g in ready:
             if g.block != block:
@@ -150,8 +156,8 @@ class Scheduler:
                 return group
             return self.branch(group, result, block.target)
         if root in ("ret", "exit", "trap"):
-            if root == "trap":
-                raise Fault(f"trap at {end.loc}")
+            if root == "trap" and (result is None or np.any(result & group.full_mask())):
+                raise self.launch.fault(end.number, "a trap is reached", self.thread_of(int(group.warps[0])))
             if result is None:
                 self.leave(group.warps, group.full_mask())
                 return None
@@ -167,6 +173,7 @@ class Scheduler:
         return self.wait(group, block, result)
 
     def branch(self, group: Group, taken, target: int) -> Group | None:
+        """The group where all its lanes go one way; else two new ones are ready."""
         n = len(group.warps)
         taken = np.broadcast_to(taken, (n, 32))
         active = group.mask
@@ -193,13 +200,14 @@ class Scheduler:
         return None
 
     def leave(self, warps, mask) -> None:
+        """Exit. Barriers of all threads do not wait for those that have left."""
         self.alive[warps] &= ~mask
         if self.waiting:
             for number in list(self.waiting):
                 self.release(number)
 
     def progress(self) -> bool:
-        """Something that waits goes on, or a copy lands."""
+        """Where nothing is ready: try the mbarriers again, or complete a TMA load. False: a deadlock."""
         if self.changed and self.blocked:
             self.changed = False
             self.ready += self.blocked
@@ -212,20 +220,19 @@ class Scheduler:
         return False
 
     def stuck(self) -> str:
-        lines = ["deadlock:"]
+        """Which warp waits where, and what each mbarrier still expects."""
+        lines = [f"{self.program.kernel.name}: deadlock:"]
         for group in self.blocked:
             end = self.program.blocks[group.block].end
             for w in group.warps[:40]:
-                lines.append(f"  CTA {self.ids[self.cta_of[w]]} warp {self.warp_of[w]} waits at {end.loc}: {end.text}")
+                lines.append(f"  {self.thread_of(w)} waits at {end.loc}: {end.text}")
         for number, groups in self.waiting.items():
             for group in groups:
-                for w in group.warps[:40]:
-                    lines.append(
-                        f"  CTA {self.ids[self.cta_of[w]]} warp {self.warp_of[w]} waits at barrier {number}, block "
-                        f"{group.block}"
-                    )
+                at = number[1] if isinstance(number, tuple) else group.block - 1
+                end = self.program.blocks[at].end
+                what = "for its other lanes at a barrier" if isinstance(number, tuple) else f"at barrier {number}"
+                lines += [f"  {self.thread_of(w)} waits {what}, {end.loc}: {end.text}" for w in group.warps[:40]]
         for (cta, address), b in list(self.barriers.items())[:40]:
-            lines.append(
-                f"  mbarrier {address:#x} of CTA {cta}: phase {b.phase}, {b.pending} arrivals and {b.bytes} bytes to come"
-            )
+            pending = f"phase {b.phase}, {b.pending} arrivals and {b.bytes} bytes pending"
+            lines.append(f"  mbarrier {address:#x} of CTA {self.ids[cta]}: {pending}")
         return "\n".join(lines)

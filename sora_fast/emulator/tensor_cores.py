@@ -7,24 +7,30 @@ import numpy as np
 
 from . import matrix
 from .arith import F4, U2, U4
-from .memory import Fault
 
 
 class TensorCores:
     """Synchronous and asynchronous matrix instructions."""
 
+    def whole_warps(self, k, number):
+        if k is not None and not np.all(k):
+            row = int(np.argmin(k.all(1)))
+            raise self.launch.fault(number, "executed by part of a warp", self.thread(row))
+
+    # ---- warp level
     def matrix_rows(self, i, address, count, number):
-        """Addresses of the rows of 8 x 8 matrices, 16 bytes each, from the lanes that give them; and their places."""
+        """Shared addresses of the 16-byte rows of 8 x 8 matrices, from the lanes that give them; and indices of bytes."""
         rows = address[:, : 8 * count].astype(U4)
         bad = (rows & U4(15) != 0) | (rows < self.launch.shared_base) | (rows + U4(16) > self.launch.shared_end)
         if bad.any():
-            raise self.fault("shared", number, int(rows.flat[int(np.flatnonzero(bad)[0])]), 16)
+            row, lane = np.argwhere(bad)[0]
+            raise self.fault("shared", number, int(rows[row, lane]), 16, self.thread(row, lane))
         return rows, rows + self.shared_start[i]
 
     def ldmatrix(self, i, k, address, count, trans, number):
+        self.whole_warps(k, number)
         n = len(self.group.warps)
-        address = np.broadcast_to(address, (n, 32))
-        rows, place = self.matrix_rows(i, address, count, number)
+        rows, place = self.matrix_rows(i, np.broadcast_to(address, (n, 32)), count, number)
         if self.initialized is not None:
             self.check_initialized(None, place, 16, number, n)
         if self.counters is not None:
@@ -38,6 +44,7 @@ class TensorCores:
         return [data[:, at] for at in range(count)]
 
     def stmatrix(self, i, k, address, values, count, trans, number):
+        self.whole_warps(k, number)
         n = len(self.group.warps)
         rows, place = self.matrix_rows(i, np.broadcast_to(address, (n, 32)), count, number)
         data = np.stack([np.broadcast_to(v, (n, 32)) for v in values], axis=1)  # n, count, 32
@@ -52,22 +59,19 @@ class TensorCores:
         self.mark_initialized(place, 16)
 
     def mma(self, shape, kind, a, b, c, i, k, number):
-        if k is not None and not np.all(k):
-            raise Fault(f"mma by part of a warp at {self.program.instrs[number].loc}")
+        self.whole_warps(k, number)
         n = len(self.group.warps)
         depth = int(shape.partition("k")[2])
         full = lambda regs: [np.broadcast_to(r, (n, 32)) for r in regs]
         left = matrix.matrix_a(full(a), depth, kind)
         right = matrix.matrix_b(full(b), depth, kind)
         row, column = matrix.coords_d(8)
-        sums = np.matmul(left, right)[:, row, column]
-        return np.stack(full(c), axis=-1) + sums
+        return np.stack(full(c), axis=-1) + np.matmul(left, right)[:, row, column]
 
-    def wgmma(self, shape, to, kind, i, k, targets, a, b, scale, flags, number):
-        if k is not None and not np.all(k):
-            raise Fault(f"wgmma by part of a warp at {self.program.instrs[number].loc}")
-        if to != "f32":
-            raise Fault(f"wgmma with sums of {to}")
+    # ---- warpgroup level
+    def wgmma(self, shape, kind, i, k, accumulators, registers, a, b, scale, flags, number):
+        """``accumulators``: an array (registers, warps, 32); ``registers``: their indices and A's in ``touched``."""
+        self.whole_warps(k, number)
         warps = self.group.warps.copy()
         n = len(warps)
         columns, depth = (int(x) for x in shape.removeprefix("m64n").split("k"))
@@ -77,62 +81,66 @@ class TensorCores:
             a = tuple(np.broadcast_to(r, (n, 32)).copy() for r in a)
         else:
             a = self.first_lane(a, k, n).copy()
-        entry = dict(
-            columns=columns,
-            depth=depth,
-            kind=kind,
-            warps=warps,
-            group=self.wgmma_group[warps].copy(),
-            a=a,
-            b=self.first_lane(b, k, n).copy(),
-            live=np.ones(n, bool),
-            targets=targets,
-            number=number,
-            scale=None if scale is None else np.broadcast_to(scale, (n, 32))[:, 0].copy(),
-            scales=scales,
-            transposes=transposes,
-        )
+        self.check_fenced(registers, warps, number)
+        entry = dict(columns=columns, depth=depth, kind=kind, warps=warps, group=self.wgmma_group[warps].copy(), a=a,
+                     b=self.first_lane(b, k, n).copy(), live=np.ones(n, bool), accumulators=accumulators, number=number,
+                     scale=None if scale is None else np.broadcast_to(scale, (n, 32))[:, 0].copy(), scales=scales,
+                     transposes=transposes)  # fmt: skip
         if self.counters is not None:
             self.counters.wgmma_flops += n * 2 * 16 * columns * depth
         if self.races:
             self.races.wgmma_begins(entry)
-        when = self.schedule.when
-        if when == "early" or when == "random" and self.random.random() < 0.5:
-            # in order: everything before it first
-            self.wgmmas.append(entry)
-            self.complete_wgmmas(warps, None)
-        else:
-            self.wgmmas.append(entry)
+        self.wgmmas.append(entry)
+        if self.completes_now():
+            self.complete_wgmmas(warps, None)  # in order: those before it first
+
+    def check_fenced(self, registers, warps, number):
+        """wgmma.fence must stand between a thread's access to the registers and this wgmma (PTX ISA 9.7.15.7.1)."""
+        bad = self.touched[np.ix_(registers, warps)]
+        if bad.any():
+            thread = self.thread_of(int(warps[bad.any(0).argmax()]))
+            kind = "no wgmma.fence behind an access to registers of wgmma"
+            self.launch.report(kind, number, thread, "or before the first wgmma")
+        self.in_flight[np.ix_(registers, warps)] = self.wgmma_group[warps]
+
+    def touch(self, i, registers, number):
+        """Other instructions access registers of wgmma: not while it is in flight, and not unfenced before the next."""
+        warps = self.group.warps
+        where = np.ix_(registers, warps)
+        bad = self.in_flight[where] >= self.wgmma_done[warps]
+        if bad.any():
+            thread = self.thread_of(int(warps[bad.any(0).argmax()]))
+            kind = "a register of a wgmma in flight is accessed"
+            self.launch.report(kind, number, thread, "no wgmma.wait_group between the wgmma and this access")
+        self.touched[where] = True
+
+    def wgmma_fence(self, i, k):
+        self.touched[:, self.group.warps] = False
 
     def wgmma_commit(self, i, k):
         self.wgmma_group[self.group.warps] += 1
 
-    def wgmma_wait(self, i, k, pending, number):
-        self.complete_wgmmas(self.group.warps, pending)
+    def wgmma_wait(self, i, k, pending):
+        warps = self.group.warps
+        self.complete_wgmmas(warps, pending)
+        self.wgmma_done[warps] = np.maximum(self.wgmma_done[warps], self.wgmma_group[warps] - pending)
         if self.races:
-            self.races.wgmmas_end(self.group.warps, pending)
+            self.races.wgmmas_end(warps, pending)
 
     def complete_wgmmas(self, warps, pending):
+        """Execute those of all groups but the last ``pending``; None: all. Those with one accumulator array run as one."""
         if not self.wgmmas:
             return
         mine = np.zeros(self.total, bool)
         mine[warps] = True
-        run: list = []  # of products with the same sums, done as one
+        run: list = []
         for e in self.wgmmas:
             which = e["live"] & mine[e["warps"]]
             if pending is not None:
                 which &= e["group"] < self.wgmma_group[e["warps"]] - pending
             if not which.any():
                 continue
-            if (
-                run
-                and run[0][0]["targets"] is not e["targets"]
-                or run
-                and not np.array_equal(run[0][0]["warps"][run[0][1]], e["warps"][which])
-            ):
-                self.run_wgmmas(run)
-                run = []
-            if run and e["scale"] is not None and not e["scale"][which].all():
+            if run and not self.continues(run[0], e, which):
                 self.run_wgmmas(run)
                 run = []
             run.append((e, which))
@@ -141,11 +149,18 @@ class TensorCores:
             self.run_wgmmas(run)
         self.wgmmas = [e for e in self.wgmmas if e["live"].any()]
 
+    @staticmethod
+    def continues(first, e, which) -> bool:
+        """Is e's product added to what the run's first wgmma computes, for the same warps?"""
+        before, chosen = first
+        same = before["accumulators"] is e["accumulators"] and np.array_equal(before["warps"][chosen], e["warps"][which])
+        return same and (e["scale"] is None or bool(e["scale"][which].all()))
+
     def run_wgmmas(self, run) -> None:
         e, which = run[0]
         warps = e["warps"][which]
         n, columns = len(warps), e["columns"]
-        sums = np.zeros((n, 16, columns), F4)
+        total = np.zeros((n, 16, columns), F4)
         size = 4 if e["kind"] == "tf32" else 2
         for e, which in run:
             depth = e["depth"]
@@ -162,42 +177,42 @@ class TensorCores:
                 product = np.matmul(left[part].reshape(-1, depth), right.T).reshape(-1, 16, columns)
                 if e["scales"] not in ([1, 1], []):
                     product *= F4(e["scales"][0] * e["scales"][1])
-                sums[part] += product
+                total[part] += product
         row, column = matrix.coords_d(columns)
-        numbers = sums[:, row.T, column.T].swapaxes(0, 1)  # registers, warps, lanes
+        values = total[:, row.T, column.T].swapaxes(0, 1)  # registers, warps, lanes
         first, which = run[0]
         keep = None if first["scale"] is None else first["scale"][which]
         index = slice(int(warps[0]), int(warps[-1]) + 1) if int(warps[-1]) - int(warps[0]) + 1 == n else warps
-        target = first["targets"]
+        accumulators = first["accumulators"]
         if keep is None or keep.all():
-            target[:, index] += numbers
+            accumulators[:, index] += values
         else:
-            target[:, index] = np.where(keep[:, None], target[:, index], F4(0)) + numbers
+            accumulators[:, index] = np.where(keep[:, None], accumulators[:, index], F4(0)) + values
 
     def by_descriptor(self, descriptors, warps):
-        """Warps that read the same smem_operand: (CTA, descriptor) -> places."""
-        ctas = self.cta_of[warps]
+        """Warps that read the same operand: (CTA, descriptor) -> their places."""
         found: dict = {}
-        for at, (cta, d) in enumerate(zip(ctas.tolist(), descriptors.tolist(), strict=True)):
+        for at, (cta, d) in enumerate(zip(self.cta_of[warps].tolist(), descriptors.tolist(), strict=True)):
             found.setdefault((cta, d), []).append(at)
         return found
 
     def smem_operand(self, key, rows, depth, size, transposed, e):
-        """A smem_operand (rows, depth) from shared memory."""
+        """An operand (rows, depth) that a matrix descriptor describes."""
         cta, descriptor = key
-        start, lead, stride, swizzle = matrix.decode(descriptor)
-        offsets = matrix.offsets(swizzle, lead, stride, bool(transposed), rows, depth, size, start % 1024)
+        thread = self.thread_of(int(e["warps"][0]))
+        try:
+            start, lead, stride, swizzle = matrix.decode(descriptor)
+            offsets = matrix.offsets(swizzle, lead, stride, bool(transposed), rows, depth, size, start % 1024)
+        except matrix.DescriptorError as error:
+            raise self.launch.fault(e["number"], str(error), thread) from None
         base = start - start % 1024
         low, high = base + int(offsets.min()), base + int(offsets.max()) + size
         if low < self.launch.shared_base or high > self.launch.shared_end:
-            raise self.fault("shared", e["number"], low, size)
+            raise self.fault("shared", e["number"], low, size, thread)
         places = offsets + (base + cta * self.size)
         if self.initialized is not None and not self.initialized[places].all():
-            self.launch.report(
-                "uninitialised shared memory",
-                e["number"],
-                f"{int((~self.initialized[places]).sum())} numbers of a smem_operand",
-            )
+            missing = int((~self.initialized[places]).sum())
+            self.launch.report("uninitialised shared memory", e["number"], thread, f"{missing} elements of an operand")
         if size == 4:
             return (self.shared_views[4][places >> 2] & U4(0xFFFFE000)).view(F4)
         bits = self.shared_views[2][places >> 1]
