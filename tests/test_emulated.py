@@ -1,8 +1,6 @@
 """emulated_gpu: Triton's launches, a user's own too, and ours on CPU tensors; what it leaves alone; what it reports."""
 
 import contextvars
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -125,13 +123,6 @@ def test_nothing_is_changed_outside():
         ops.norm_modulate(torch.zeros(2, 8), None, None, None, backend="triton")
 
 
-def test_the_import_changes_nothing():
-    code = ("import torch, sys; before = 'numpy' in sys.modules; import sora_fast.testing; "
-            "print('triton' in sys.modules, ('numpy' in sys.modules) == before, "
-            "any(name.startswith('sora_fast.emulator') for name in sys.modules))")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False True False\n"
-
-
 def test_ptx_is_kept_apart_from_tritons_cache(monkeypatch, tmp_path):
     """Compiled emulated, then normally: Triton finds nothing of the emulator's, and makes a cubin."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
@@ -185,7 +176,7 @@ def line_of(text):
                                           ("unmasked_store_kernel", "tl.store(y + at, value)  # no mask")])
 def test_a_missing_mask_is_reported(kernel, line):
     x, y = torch.randn(100), torch.zeros(100)
-    with emulated_gpu(), pytest.raises(Fault, match=f"{kernel}: .*{line_of(line)}"):
+    with emulated_gpu(), pytest.raises(Fault, match=rf"{kernel} at {line_of(line)}, CTA 1 warp 1 lane 4: .* element 100 of . \(100 elements\)"):
         getattr(kernels, kernel)[(2,)](x, y, 100, BLOCK=64)
 
 
