@@ -42,34 +42,30 @@ class Block:
     instrs: list[Instr] = field(default_factory=list)
     end: Instr | None = None  # bra, ret, or a blocking instruction
     target: int = -1
-    labels: list[str] = field(default_factory=list)
     sources: dict = field(default_factory=dict)  # masked -> code object
 
 
 def cut(kernel: Kernel) -> list[Block]:
+    """Blocks in the order of the text. Labels nobody branches to ($L__tmp, of debug information) cut nothing."""
+    targets = {item.args[0].name for item in kernel.code if isinstance(item, Instr) and item.parts[0] == "bra"}
     blocks, labels = [Block(0)], {}
 
     def new():
-        block = blocks[-1]
-        if block.instrs or block.end or block.labels:
+        if blocks[-1].instrs or blocks[-1].end:
             blocks.append(Block(len(blocks)))
-        return blocks[-1]
 
     for item in kernel.code:
         if isinstance(item, str):
-            if blocks[-1].instrs or blocks[-1].end:
+            if item in targets:
                 new()
-            labels[item] = blocks[-1].index
-            blocks[-1].labels.append(item)
+                labels[item] = blocks[-1].index
             continue
         if blocks[-1].end:
             new()
-        root = item.parts[0]
-        if root in ("bra", "ret", "exit", "trap"):
+        if item.parts[0] in ("bra", "ret", "exit", "trap"):
             blocks[-1].end = item
-        elif blocking(item):
-            if blocks[-1].instrs or blocks[-1].labels:
-                blocks.append(Block(len(blocks)))
+        elif blocking(item):  # alone, because it may be executed again
+            new()
             blocks[-1].end = item
         else:
             blocks[-1].instrs.append(item)

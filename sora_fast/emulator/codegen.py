@@ -93,6 +93,7 @@ class BlockSource(Arithmetic, Memory):
         self.ftz = False
         self.touched: dict[int, None] = {}  # registers of wgmma that other instructions access, in order
         self.toucher = -1  # the first of those instructions
+        self.fenced = False  # a wgmma.fence is the last wgmma instruction of this block so far
 
     def source(self) -> str:
         for instr in self.block.instrs:
@@ -232,13 +233,21 @@ class BlockSource(Arithmetic, Memory):
         self.set_guard(instr)
         if instr.parts[0] == "wgmma":
             self.flush_touched()
-        elif self.program.wgmma_registers:
-            reads, writes = reads_and_writes(instr)
-            known = self.program.wgmma_registers
-            found = [known[r.name] for r in (*reads, *writes) if r.name in known]
-            if found and not self.touched:
-                self.toucher = instr.number
-            self.touched |= dict.fromkeys(found)
+            self.fenced = instr.parts[1] == "fence"
+        elif self.program.wgmma_registers and not self.fenced:
+            self.touch(instr)
+
+    def touch(self, instr: Instr) -> None:
+        """Note accesses to registers of wgmma.
+
+        Those between a wgmma.fence and the wgmma behind it in one block are none: registers of PTX are virtual, LLVM moves
+        copies and arithmetic there (Triton's fence does not hold them back), and ptxas puts its WARPGROUP.ARRIVE behind them.
+        """
+        known = self.program.wgmma_registers
+        found = [known[r.name] for part in reads_and_writes(instr) for r in part if r.name in known]
+        if found and not self.touched:
+            self.toucher = instr.number
+        self.touched |= dict.fromkeys(found)
 
     def flush_touched(self) -> None:
         if self.touched:

@@ -5,7 +5,9 @@ Every access of a launch is logged with its thread and that thread's clock (orde
 one may meet what an earlier one did: the log is judged once, after the last. For each element, accesses stand in the order
 they were executed; each must be ordered behind the last write before it, each write behind every read since the one before.
 
-Inside a warp, lanes are ordered by bar.warp.sync and bar.sync, not by running together.
+Inside a warp, lanes are ordered by bar.warp.sync and bar.sync, not by running together; but a read that comes first in the
+program does not race with a later write of another lane: Triton lets lanes load twice what one of them stores, and drops what
+the others have loaded.
 """
 
 from dataclasses import dataclass
@@ -216,7 +218,8 @@ class GlobalRaces:
         clocks = np.array(self.clocks)
         known = clocks[a["stamp"][behind], warp]
         same_warp = warp == a["thread"][behind] // 32
-        found = same_cta & np.where(same_warp, epoch < known, epoch <= known)
+        read_first = (a["kind"][before] & WRITE) == 0
+        found = same_cta & np.where(same_warp, (epoch < known) | read_first, epoch <= known)
         informed = np.array([bool(known) for known in self.foreign])
         for at in np.flatnonzero(~same_cta & informed[a["stamp"][behind]]):
             row = self.foreign[a["stamp"][behind[at]]].get(int(a["cta"][before[at]]))

@@ -22,7 +22,7 @@ from .loads_stores import LoadsStores
 from .memory import Fault
 from .races import Races
 from .scheduler import Deadlock, Group, Scheduler, put_masked
-from .tensor_cores import TensorCores
+from .tensor_cores import NEVER_FENCED, TensorCores
 
 __all__ = ["Deadlock", "Launch", "Machine", "Schedule"]
 
@@ -151,7 +151,8 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         self.wgmmas: list[dict] = []
         self.wgmma_group = np.zeros(total, np.int64)
         self.wgmma_done = np.zeros(total, np.int64)  # groups that were waited for
-        self.touched = np.ones((len(self.program.wgmma_registers), total), bool)  # since the last wgmma.fence
+        # by which instruction a register of wgmma was accessed since the last wgmma.fence: its number, or NO, or NEVER_FENCED
+        self.touched = np.full((len(self.program.wgmma_registers), total), NEVER_FENCED)
         self.in_flight = np.full(self.touched.shape, -1, np.int64)  # the last wgmma group that uses the register
         self.tma_loads: list[dict] = []
         self.tma_stores: list[dict] = []

@@ -9,6 +9,9 @@ from . import matrix
 from .arith import F4, U2, U4
 
 
+NO, NEVER_FENCED = -1, -2
+
+
 class TensorCores:
     """Synchronous and asynchronous matrix instructions."""
 
@@ -96,11 +99,13 @@ class TensorCores:
 
     def check_fenced(self, registers, warps, number):
         """wgmma.fence must stand between a thread's access to the registers and this wgmma (PTX ISA 9.7.15.7.1)."""
-        bad = self.touched[np.ix_(registers, warps)]
+        touched = self.touched[np.ix_(registers, warps)]
+        bad = touched != NO
         if bad.any():
-            thread = self.thread_of(int(warps[bad.any(0).argmax()]))
-            kind = "no wgmma.fence behind an access to registers of wgmma"
-            self.launch.report(kind, number, thread, "or before the first wgmma")
+            at, warp = np.argwhere(bad)[0]
+            by = int(touched[at, warp])
+            detail = "before the first wgmma" if by == NEVER_FENCED else f"behind {self.launch.cite(by)}"
+            self.launch.report("no wgmma.fence", number, self.thread_of(int(warps[warp])), detail)
         self.in_flight[np.ix_(registers, warps)] = self.wgmma_group[warps]
 
     def touch(self, i, registers, number):
@@ -112,10 +117,10 @@ class TensorCores:
             thread = self.thread_of(int(warps[bad.any(0).argmax()]))
             kind = "a register of a wgmma in flight is accessed"
             self.launch.report(kind, number, thread, "no wgmma.wait_group between the wgmma and this access")
-        self.touched[where] = True
+        self.touched[where] = number
 
     def wgmma_fence(self, i, k):
-        self.touched[:, self.group.warps] = False
+        self.touched[:, self.group.warps] = NO
 
     def wgmma_commit(self, i, k):
         self.wgmma_group[self.group.warps] += 1
