@@ -55,8 +55,8 @@ def use_emulated_gpu(gpu: EmulatedGPU):
 def _refuse_graphs() -> None:
     """A graph would keep what is true inside emulated_gpu alone."""
     if _emulated.get() is not None:
-        raise NotImplementedError("emulated_gpu: expected calls of ops outside torch.compile, got a graph that is traced; call "
-                                  "the function itself, or compile it outside")
+        raise NotImplementedError("emulated_gpu: expected calls of ops outside torch.compile, got a graph that is traced; "
+                                  "call the function itself, or compile it outside")
 
 
 @dataclass(frozen=True)

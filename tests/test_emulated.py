@@ -32,7 +32,8 @@ def test_a_users_kernel_runs(arch):
         got, want = scaled()
     assert torch.equal(got, want)
     (launched,) = emulator.records
-    assert launched.name == "scale_kernel" and launched.grid == (2, 1, 1) and f".target {arch[:2]}_{arch[2:]}" in launched.ptx
+    assert launched.name == "scale_kernel" and launched.grid == (2, 1, 1)
+    assert f".target {arch[:2]}_{arch[2:]}" in launched.ptx
 
 
 def test_other_arguments_than_numbers_and_tensors(monkeypatch):
@@ -49,7 +50,8 @@ def test_warmup_and_the_handle_are_as_tritons():
     with emulated_gpu() as emulator:
         handle = kernels.scale_kernel.warmup(x, y, 100, 2.0, BLOCK=64, num_warps=2, grid=(2,))
         assert not emulator.records and not y.any()
-        assert handle.metadata.num_warps == 2 and handle.name == "scale_kernel" and ".entry scale_kernel" in handle.asm["ptx"]
+        assert handle.metadata.num_warps == 2 and handle.name == "scale_kernel"
+        assert ".entry scale_kernel" in handle.asm["ptx"]
         assert handle is kernels.scale_kernel[(2,)](x, y, 100, 2.0, BLOCK=64, num_warps=2)
         assert torch.equal(y, 2 * x)
         handle[(2,)](x, y, 100, 3.0, 64)
@@ -72,7 +74,8 @@ def test_autotuned_kernels_and_heuristics():
     with emulated_gpu(configs={"tuned_kernel": {"BLOCK": 128}}) as emulator:
         run(128)
         assert torch.equal(y, x + 128) and emulator.records[-1].block == (128, 1, 1)
-    with emulated_gpu(configs={"tuned_kernel": {"BLOCK": 32}}), pytest.raises(ValueError, match="config of tuned_kernel with"):
+    none = pytest.raises(ValueError, match="config of tuned_kernel with")
+    with emulated_gpu(configs={"tuned_kernel": {"BLOCK": 32}}), none:
         run(128)
 
 
@@ -147,7 +150,7 @@ def test_ptx_is_kept_apart_from_tritons_cache(monkeypatch, tmp_path):
 def test_wrong_requests_are_sentences(monkeypatch):
     for arguments, sentence in ((dict(arch="sm75"), "expected one of sm80, .*got 'sm75'"),
                                 (dict(schedules=0), "expected schedules to be a number from 1 on"),
-                                (dict(schedules="slow"), "expected schedules among 'late', 'early' and 'random', got 'slow'")):
+                                (dict(schedules="slow"), "expected schedules among 'late', .* got 'slow'")):
         with pytest.raises(ValueError, match=f"emulated_gpu: {sentence}"), emulated_gpu(**arguments):
             pass
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -176,7 +179,8 @@ def line_of(text):
                                           ("unmasked_store_kernel", "tl.store(y + at, value)  # no mask")])
 def test_a_missing_mask_is_reported(kernel, line):
     x, y = torch.randn(100), torch.zeros(100)
-    with emulated_gpu(), pytest.raises(Fault, match=rf"{kernel} at {line_of(line)}, CTA 1 warp 1 lane 4: .* element 100 of . \(100 elements\)"):
+    place = rf"{kernel} at {line_of(line)}, CTA 1 warp 1 lane 4: .* element 100 of . \(100 elements\)"
+    with emulated_gpu(), pytest.raises(Fault, match=place):
         getattr(kernels, kernel)[(2,)](x, y, 100, BLOCK=64)
 
 

@@ -89,8 +89,8 @@ def _device(arguments) -> str:
     given = [flag for flag, value in (("--schedules", arguments.schedules), ("--race", arguments.race),
                                       ("--counters", arguments.counters), ("--jobs", arguments.jobs != 1)) if value]
     if given:
-        raise ValueError(f"{given[0]}: expected --device emulated:sm90 or another beside it, got --device {arguments.device}; "
-                         f"add it, or leave {given[0]} out")
+        raise ValueError(f"{given[0]}: expected --device emulated:sm90 or another beside it, got --device "
+                         f"{arguments.device}; add it, or leave {given[0]} out")
     return str(pick_device(arguments.device))
 
 

@@ -1,7 +1,7 @@
 """The launches of sora_fast._C on CPU tensors: the extension's own launchers run, and the emulator takes their kernels.
 
-The extension calls the CUDA runtime through one table (csrc/runtime.h), which ``_C.emulate`` replaces for the calling thread.
-PTX is read from the extension's file by cuobjdump, which the CUDA toolkit and Triton's wheel have.
+The extension calls the CUDA runtime through one table (csrc/runtime.h), which ``_C.emulate`` replaces for the calling
+thread. PTX is read from the extension's file by cuobjdump, which the CUDA toolkit and Triton's wheel have.
 """
 
 import ctypes
@@ -39,8 +39,8 @@ def launch(emulator: Emulator, extension: ModuleType, op: str, tensors: Mapping[
                 raw[param.offset:param.offset + param.size] = ctypes.string_at(place, param.size)
             return bytes(raw)
 
-        emulator.execute(kernel, kernel_ptx(extension.__file__, kernel, emulator.compute_capability), grid, block, parameters,
-                         allocations, shared)
+        ptx = kernel_ptx(extension.__file__, kernel, emulator.compute_capability)
+        emulator.execute(kernel, ptx, grid, block, parameters, allocations, shared)
 
     extension.emulate(start, encode, emulator.sms)
     try:
@@ -80,15 +80,15 @@ def kernel_ptx(path: str, kernel: str, compute_capability: int) -> str:
                 if _bare(name) == kernel:
                     return _alone(text, name)
     there = ", ".join(f"compute_{number}{'a' * special}" for number, special in sorted(texts)) or "none"
-    raise RuntimeError(f"emulated_gpu: expected PTX of {kernel} for sm{compute_capability} in the CUDA extension, got {there}; "
-                       f"build it anew with SORA_FAST_BUILD_CUDA=1 pip install -e .")
+    raise RuntimeError(f"emulated_gpu: expected PTX of {kernel} for sm{compute_capability} in the CUDA extension, got "
+                       f"{there}; build it anew with SORA_FAST_BUILD_CUDA=1 pip install -e .")
 
 
 @functools.cache
 def _embedded(path: str) -> dict[tuple[int, bool], list[str]]:
     """Texts of PTX by architecture: (90, True) is compute_90a."""
-    tool = _cuobjdump()
-    told = subprocess.run([tool, "--dump-ptx", path], capture_output=True, encoding="utf-8", errors="replace", check=True).stdout
+    told = subprocess.run([_cuobjdump(), "--dump-ptx", path], capture_output=True, encoding="utf-8", errors="replace",
+                          check=True).stdout
     found: dict[tuple[int, bool], list[str]] = {}
     for text in re.split(r"^Fatbin \w+ code:$", told, flags=re.MULTILINE):
         target = re.search(r"^\.target sm_(\d+)(a?)", text, re.MULTILINE)
@@ -106,8 +106,8 @@ def _cuobjdump() -> str:
 
             found = knobs.nvidia.cuobjdump.path
         except Exception:  # no Triton, or a wheel without the tool
-            raise RuntimeError("emulated_gpu: expected cuobjdump, which reads PTX out of the CUDA extension, got none; install "
-                               "triton, or put the CUDA toolkit on the PATH") from None
+            raise RuntimeError("emulated_gpu: expected cuobjdump, which reads PTX out of the CUDA extension, got none; "
+                               "install triton, or put the CUDA toolkit on the PATH") from None
     return found
 
 

@@ -6,8 +6,8 @@ one may meet what an earlier one did: the log is judged once, after the last. Fo
 they were executed; each must be ordered behind the last write before it, each write behind every read since the one before.
 
 Inside a warp, lanes are ordered by bar.warp.sync and bar.sync, not by running together; but a read that comes first in the
-program does not race with a later write of another lane: Triton lets lanes load twice what one of them stores, and drops what
-the others have loaded.
+program does not race with a later write of another lane: Triton lets lanes load twice what one of them stores, and drops
+what the others have loaded.
 """
 
 from dataclasses import dataclass

@@ -24,15 +24,15 @@ def schedules(asked: int | str | Schedule | Iterable) -> tuple[Schedule, ...]:
     if isinstance(asked, Schedule):
         return (asked,)
     if isinstance(asked, bool) or not isinstance(asked, (int, str, Iterable)) or isinstance(asked, int) and asked < 1:
-        raise ValueError(f"emulated_gpu: expected schedules to be a number from 1 on, or some of 'late', 'early' and 'random', "
-                         f"got {asked!r}; pass one of them")
+        raise ValueError(f"emulated_gpu: expected schedules to be a number from 1 on, or some of 'late', 'early' and "
+                         f"'random', got {asked!r}; pass one of them")
     if isinstance(asked, int):
         first = (Schedule(), Schedule(when="early"))[:asked]
         return (*first, *(Schedule(seed, "random") for seed in range(1, asked - 1)))
     if not isinstance(asked, str):
         return tuple(schedule for each in asked for schedule in schedules(each))
     if asked not in ("late", "early", "random"):
-        raise ValueError(f"emulated_gpu: expected schedules among 'late', 'early' and 'random', got {asked!r}; choose of them")
+        raise ValueError(f"emulated_gpu: expected schedules among 'late', 'early' and 'random', got {asked!r}; pass some")
     return (Schedule(1 if asked == "random" else None, asked),)
 
 
@@ -83,7 +83,8 @@ class Emulator:
     sms: int = 3
     records: list[Launched] = field(default_factory=list)
 
-    def execute(self, name: str, ptx: str, grid, block, params: Callable, allocations: memory.Allocations, shared: int) -> Launched:
+    def execute(self, name: str, ptx: str, grid, block, params: Callable, allocations: memory.Allocations,
+                shared: int) -> Launched:
         """Run one launch under every schedule, each from the same memory; the last one's results stay.
 
         Args:
@@ -103,8 +104,8 @@ class Emulator:
             if place:
                 before.restore()
             counters = Counters(program) if self.count else None
-            run = Launch(program, grid, block, raw, copy.deepcopy(allocations), shared=shared, schedule=schedule, race=self.race,
-                         counters=counters)
+            run = Launch(program, grid, block, raw, copy.deepcopy(allocations), shared=shared, schedule=schedule,
+                         race=self.race, counters=counters)
             runs.append(run)
             if len(self.schedules) > 1:
                 results.append(_Memory(allocations))

@@ -39,8 +39,8 @@ class CompiledKernel:
 
     def __getattr__(self, name):
         if name in ("n_regs", "n_spills", "n_max_threads", "kernel", "function", "module", "run"):
-            raise AttributeError(f"{self.name}: expected an attribute that compilation to PTX gives, got {name!r}, which ptxas "
-                                 f"or a driver gives; compile outside emulated_gpu for it")
+            raise AttributeError(f"{self.name}: expected an attribute that compilation to PTX gives, got {name!r}, which "
+                                 f"ptxas or a driver gives; compile outside emulated_gpu for it")
         raise AttributeError(name)
 
 
@@ -58,7 +58,8 @@ def bind(fn, arguments, options: dict, compute_capability: int):
     return backend, *binder(*arguments, **options)
 
 
-def compiled(fn, arguments, options: dict, compute_capability: int, cache: Path | None, launch) -> tuple[CompiledKernel, dict]:
+def compiled(fn, arguments, options: dict, compute_capability: int, cache: Path | None,
+             launch) -> tuple[CompiledKernel, dict]:
     """The kernel for these arguments, and the arguments by name."""
     options = dict(options)
     options["debug"] = options.get("debug", fn.debug) or knobs.runtime.debug
@@ -131,5 +132,5 @@ def _write(path: Path | None, found: dict) -> None:
             json.dump(found, file)
         os.replace(file.name, path)
     except OSError as error:
-        raise Fault(f"emulated_gpu: expected to keep PTX in {path.parent}, got: {error}; set SORA_FAST_CACHE to a folder that "
-                    f"can be written") from error
+        raise Fault(f"emulated_gpu: expected to keep PTX in {path.parent}, got: {error}; set SORA_FAST_CACHE to a folder "
+                    f"that can be written") from error

@@ -19,8 +19,8 @@ from . import memory, tma
 from .launches import Emulator
 from .triton_compile import CompiledKernel, compiled
 
-PACK = {"i1": "<b", "i8": "<b", "u8": "<B", "i16": "<h", "u16": "<H", "i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f",
-        "f32": "<f", "fp64": "<d", "u1": "<B"}
+PACK = {"i1": "<b", "i8": "<b", "u8": "<B", "i16": "<h", "u16": "<H", "i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q",
+        "fp32": "<f", "f32": "<f", "fp64": "<d", "u1": "<B"}
 
 _here: ContextVar[Emulator | None] = ContextVar("emulator of Triton's launches", default=None)
 _lock = threading.Lock()
@@ -85,22 +85,22 @@ def _chosen(name: str, configs: list, named: dict) -> "triton.Config":
         values = config.all_kwargs()
         if all(values.get(key) == value for key, value in wanted.items()):
             return config
-    raise ValueError(f"emulated_gpu: expected a config of {name} with {wanted}, got {'; '.join(map(str, configs)) or 'none'}; "
-                     f"name values that one of them has")
+    raise ValueError(f"emulated_gpu: expected a config of {name} with {wanted}, got "
+                     f"{'; '.join(map(str, configs)) or 'none'}; name values that one of them has")
 
 
 def _launch(kernel: CompiledKernel, bound: dict, grid) -> None:
     emulator = _here.get()
     if emulator is None:
-        raise RuntimeError(f"{kernel.name}: expected a launch inside emulated_gpu, for which it was compiled, got one outside; "
-                           f"launch the function itself")
+        raise RuntimeError(f"{kernel.name}: expected a launch inside emulated_gpu, for which it was compiled, got one "
+                           f"outside; launch the function itself")
     grid = (*grid, 1, 1)[:3]
     if 0 in grid:
         return
     metadata = kernel.metadata
     if metadata.num_ctas != 1:
-        raise NotImplementedError(f"{kernel.name}: expected num_ctas=1, got {metadata.num_ctas}: thread-block clusters are not "
-                                  f"executed; launch it without")
+        raise NotImplementedError(f"{kernel.name}: expected num_ctas=1, got {metadata.num_ctas}: thread-block clusters are "
+                                  f"not executed; launch it without")
     allocations = memory.Allocations()
     values = _arguments(kernel, bound, allocations)
     ctas, keep = int(np.prod(grid)), []

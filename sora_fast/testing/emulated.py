@@ -20,16 +20,16 @@ def emulated_gpu(arch: str = "sm90", *, schedules: int | str | Iterable[str] = "
                  change: Callable[[str], str] | None = None, raises: bool = True) -> Iterator["Emulator"]:
     """Inside, in this context (a thread, an asyncio task), kernels take CPU tensors and run as on a GPU that is not here.
 
-    Every launch of a ``@triton.jit`` function, the user's own too, is compiled to PTX for ``arch`` and that PTX is executed in
-    this process; ops take ``backend="triton"`` and ``backend="cuda"`` for CPU tensors, with the configs that such a GPU gets.
-    ``auto`` chooses as outside. PTX is kept in SORA_FAST_CACHE/emulator, never in Triton's cache. torch.compile of our ops is
-    refused inside.
+    Every launch of a ``@triton.jit`` function, the user's own too, is compiled to PTX for ``arch`` and that PTX is executed
+    in this process; ops take ``backend="triton"`` and ``backend="cuda"`` for CPU tensors, with the configs that such a GPU
+    gets. ``auto`` chooses as outside. PTX is kept in SORA_FAST_CACHE/emulator, never in Triton's cache. torch.compile of
+    our ops is refused inside.
 
     Args:
         arch: "sm80", "sm86", "sm89", "sm90", "sm100" or "sm120". tcgen05 and clusters are refused by name.
         schedules: when asynchronous copies and MMAs complete, and in which order warps run: "late" (as late as the PTX ISA
-            allows), "early" (at once), "random" (by a seed), several of them, or how many of late, early, random, random, ...
-            Each launch is executed once under each, from the same memory; the last one's results stay.
+            allows), "early" (at once), "random" (by a seed), several of them, or how many of late, early, random, random,
+            ... Each launch is executed once under each, from the same memory; the last one's results stay.
         race: look for races and missing fences too, three to five times as slow.
         counters: count instructions, transactions and FLOPs of each launch.
         configs: by name of an autotuned kernel, values that its config is to have, as in {"kernel": {"BLOCK": 64}}; without,
@@ -49,8 +49,8 @@ def emulated_gpu(arch: str = "sm90", *, schedules: int | str | Iterable[str] = "
         raise ValueError(f"emulated_gpu: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}; choose one of them")
     missing = [name for name in ("triton", "numpy") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"emulated_gpu: expected the packages triton and numpy, got no {' and no '.join(missing)}; run pip "
-                          f"install 'sora_fast[emulator]'")
+        raise ImportError(f"emulated_gpu: expected the packages triton and numpy, got no {' and no '.join(missing)}; run "
+                          f"pip install 'sora_fast[emulator]'")
     if env.interpreted():
         raise RuntimeError("emulated_gpu: expected kernels that Triton compiles, got TRITON_INTERPRET=1, with which it "
                            "interprets them; unset it")

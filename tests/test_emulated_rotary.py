@@ -1,6 +1,4 @@
-"""The kernels of qk_norm_rope, interpreted.
-
-In float32 and float16: the interpreter's bfloat16 arithmetic is wrong.
+"""The kernels of qk_norm_rope, executed by the emulator.
 """
 
 import itertools
@@ -21,7 +19,7 @@ from sora_fast import configs, ops
 from sora_fast.kernels import rotary as kernels
 from sora_fast.testing import assert_matches, cases, truth
 
-pytestmark = [pytest.mark.full, pytest.mark.ci]
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("emulated_sm90")]
 
 OP = "qk_norm_rope"
 NORMS = ("rms_head", "rms_all", "layer_head", None)

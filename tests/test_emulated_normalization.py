@@ -1,4 +1,4 @@
-"""The kernels of norm_act, interpreted. In float32 and float16: the interpreter's bfloat16 arithmetic is wrong."""
+"""The kernels of norm_act, executed by the emulator."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ from sora_fast.kernels import normalization as kernels
 from sora_fast.ops.normalization import launch_backward, launch_forward
 from sora_fast.testing import assert_matches, cases
 
-pytestmark = [pytest.mark.full, pytest.mark.ci]
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("emulated_sm90")]
 
 norm_act = partial(ops.norm_act, backend="triton")
 

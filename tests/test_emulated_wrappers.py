@@ -20,6 +20,8 @@ from sora_fast.ops.rotary import _table as table
 ROWS = ints(*[0] * 6, *[1] * 2, *[2] * 3, -1)
 POINTWISE = draw(6, 8, 1, 1, 1)  # what a wrapper promises does not depend on the taps
 
+pytestmark = [pytest.mark.full, pytest.mark.ci, pytest.mark.usefixtures("emulated_sm90")]
+
 
 @dataclass(frozen=True)
 class Call:

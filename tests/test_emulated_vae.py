@@ -1,5 +1,5 @@
-"""A whole small VideoVAE on Triton kernels, interpreted: pixels, latents and every gradient against the reference, streams,
-and what is saved for the backward.
+"""A whole small VideoVAE on Triton kernels, executed by the emulator: pixels, latents and every gradient against the
+reference, streams, and what is saved for the backward.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from sora_fast import use_backend
 from sora_fast.models import VAEConfig, VideoVAE
 from sora_fast.nn import StreamState
 
-pytestmark = [pytest.mark.full, pytest.mark.ci]
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("emulated_sm90")]
 
 CONFIG = VAEConfig(width=8, multipliers=(1, 2), encoder_blocks=1, decoder_blocks=1, space_factor=2, time_factor=2,
                    latent_channels=4)

@@ -1,6 +1,4 @@
-"""The kernels of varlen_attention and of its raw forward and backward, interpreted.
-
-In float32 and float16: the interpreter's bfloat16 arithmetic is wrong.
+"""The kernels of varlen_attention and of its raw forward and backward, executed by the emulator.
 """
 
 import itertools
@@ -8,7 +6,7 @@ from functools import partial
 
 import op_checks
 import pytest
-import test_core
+import test_emulated_core
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +20,7 @@ from sora_fast import ops, reference
 from sora_fast.kernels import attention as kernels
 from sora_fast.testing import assert_matches, cases
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("emulated_sm90")]
 
 OPS = ("varlen_attention", "varlen_attention_forward", "varlen_attention_backward")
 NAN = float("nan")
@@ -177,7 +175,7 @@ def test_any_scale(scale):
 
 # -------------------------------------------------------------------------------------------- what is read and written
 def test_isolation_of_tiles_by_descriptors():
-    test_core.test_isolation_of_attention(tma=True)
+    test_emulated_core.test_isolation_of_attention(tma=True)
 
 
 @pytest.mark.parametrize("blocks", ((16, 16), (64, 32)))

@@ -1,4 +1,7 @@
-"""What is registered with PyTorch for the kernels, once for all families: schemas and fakes, and one graph for all sizes."""
+"""What is registered with PyTorch for the kernels, once for all families: schemas and fakes, and one graph for all sizes.
+
+A graph cannot be traced inside emulated_gpu: test_interpreted.py runs this file in a process that has Triton's interpreter.
+"""
 
 import kernel_inputs
 import op_checks
@@ -7,8 +10,6 @@ import torch
 from kernel_inputs import GRIDS, draw, ints, on_kernel
 
 from sora_fast import Pack, pack
-
-pytestmark = [pytest.mark.full, pytest.mark.ci]
 
 
 def _custom_ops():

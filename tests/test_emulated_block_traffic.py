@@ -30,7 +30,7 @@ from sora_fast import Pack, ops, use_backend
 from sora_fast.models.dit import Block, DiTConfig
 from sora_fast.nn import Residual
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("emulated_sm90")]
 
 TOKENS, CONFIG = 240, DiTConfig(width=128, heads=2, text_width=32, rope_axes=(16, 24, 24))
 LEAST = {torch.bfloat16: (36, 54), torch.float32: (48, 72)}

@@ -23,13 +23,13 @@ norm (first: and the shortcut's dy)    dh and x -> dx, dh, x and dy -> dx    6, 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 from sora_fast import use_backend
 from sora_fast.models.vae import ResidualBlock
 from sora_fast.ops import convolution_triton, normalization
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("emulated_sm90")]
 
 LEAST = 18, 38
 VIDEO = (1, 16, 3, 24, 24)
@@ -73,14 +73,14 @@ class Calls(TorchDispatchMode):
 def traffic(backend, monkeypatch) -> tuple[Calls, Calls]:
     """Of a block's forward and backward, with kernels called as plain functions, so that what they call is seen too."""
     calls = [Calls(), Calls()]
-    launch = InterpretedFunction.run
+    launch = JITFunction.run
 
     def run(self, *args, **kwargs):
         calls[-1].launched(self, *args)
         with _disable_current_modes():
             return launch(self, *args, **kwargs)
 
-    monkeypatch.setattr(InterpretedFunction, "run", run)
+    monkeypatch.setattr(JITFunction, "run", run)
     for module, names in ((convolution_triton, ("convolution_forward", "convolution_backward")),
                           (normalization, ("norm_act_forward", "norm_act_backward"))):
         for name in names:

@@ -4,10 +4,10 @@ import op_checks
 import pytest
 import torch
 from kernel_inputs import DTYPES, on_kernel
-from test_kernels_attention import PRODUCT, _agrees
-from test_kernels_convolution import AXES, _arguments, _legal
+from test_emulated_attention import PRODUCT, _agrees
+from test_emulated_convolution import AXES, _arguments, _legal
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("emulated_sm90")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

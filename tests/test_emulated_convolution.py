@@ -1,6 +1,4 @@
-"""The kernels of causal_conv3d and norm_act_conv3d, interpreted.
-
-In float32 and float16: the interpreter's bfloat16 arithmetic is wrong.
+"""The kernels of causal_conv3d and norm_act_conv3d, executed by the emulator.
 """
 
 import itertools
@@ -21,7 +19,7 @@ from sora_fast import nn, ops, use_backend
 from sora_fast.kernels import convolution as kernels
 from sora_fast.testing import assert_matches, cases
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("emulated_sm90")]
 
 OPS = ("causal_conv3d", "norm_act_conv3d")
 TENSORS = ("x", "weight", "bias", "cache", "residual", "norm_weight", "norm_bias")

@@ -1,6 +1,4 @@
-"""The kernels of norm_modulate, gate_residual and gate_residual_norm_modulate, interpreted.
-
-In float32 and float16: the interpreter's bfloat16 arithmetic is wrong.
+"""The kernels of norm_modulate, gate_residual and gate_residual_norm_modulate, executed by the emulator.
 """
 
 
@@ -17,7 +15,7 @@ from sora_fast import configs
 from sora_fast.kernels import modulation as kernels
 from sora_fast.testing import assert_matches, cases
 
-pytestmark = [pytest.mark.full, pytest.mark.ci]
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("emulated_sm90")]
 
 OPS = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
 

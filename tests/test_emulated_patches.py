@@ -1,13 +1,11 @@
-"""The kernels of patch_embed and unpatchify, interpreted.
-
-In float32 and float16: the interpreter's bfloat16 arithmetic is wrong.
+"""The kernels of patch_embed and unpatchify, executed by the emulator.
 """
 
 from math import prod
 
 import op_checks
 import pytest
-import test_core
+import test_emulated_core
 import torch
 import torch.nn.functional as F
 import triton
@@ -24,7 +22,7 @@ from sora_fast.kernels import patches as kernels
 from sora_fast.reference import patches as reference
 from sora_fast.testing import assert_matches, cases
 
-pytestmark = [pytest.mark.full, pytest.mark.ci]
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("emulated_sm90")]
 
 OPS = ("patch_embed", "unpatchify")
 
@@ -103,7 +101,7 @@ def test_drawn(grids, tail, patch, channels, width, bias, dtype, block_k, op):
 @pytest.mark.parametrize("patch", ((1, 2, 2), (2, 3, 1), (4, 1, 2), (1, 1, 1), (1, 2, 3)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_embedding_bit_for_bit(dtype, patch):
-    test_core.test_patches_are_those_of_conv3d(patch, dtype)
+    test_emulated_core.test_patches_are_those_of_conv3d(patch, dtype)
 
 
 @pytest.mark.parametrize("patch", ((1, 2, 2), (2, 3, 1), (1, 2, 3)))
@@ -260,15 +258,6 @@ def test_too_many_tokens():
     with pytest.raises(ValueError) as caught:
         pack._upload(((2**16, 2**15, 1),), torch.device("cpu"))
     op_checks.assert_sentence(str(caught.value), "grids")
-
-
-# --------------------------------------------------------------------------------------------------------- compile
-def test_compiled_batches():
-    """Sizes of a batch are symbols: they reach the device when the graph runs."""
-    weight = torch.randn(5, 3, 1, 2, 2)
-    fn = lambda x: on_kernel("patch_embed")(x, weight)
-    counts = op_checks.graphs(fn, lambda n: dict(x=torch.randn(2, 3, n, 2 * n, 4)), (5, 4, 3, 6), None)
-    assert counts[1] == counts[-1] <= 2, counts
 
 
 # ----------------------------------------------------------------------------------------------------------- wrong
