@@ -157,6 +157,7 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         self.tma_loads: list[dict] = []
         self.tma_stores: list[dict] = []
         self.store_group = np.zeros(total, np.int64)
+        self.unfenced_maps: set[int] = set()  # addresses of tensor maps the kernel has made
         # barriers
         self.barriers: dict[tuple[int, int], Mbarrier] = {}
         self.changed = True  # an mbarrier, since blocked groups were tried
@@ -173,7 +174,7 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         return when == "early" or when == "random" and self.random.random() < 0.5
 
     def names(self, thread, launch) -> dict:
-        """What the sources of blocks refer to: arithmetic, registers (V_), accumulators (D_), special registers (S_)."""
+        """What the sources of blocks name: arithmetic, registers (V_), accumulators (D_), special registers (S_)."""
         total, block, grid = self.total, launch.block, launch.grid
         space = {name: value for name, value in vars(arith).items() if not name.startswith("__")}
         space |= {"np": np, "M": self, "P": put_masked, "SHARED_WINDOW": SHARED_WINDOW}

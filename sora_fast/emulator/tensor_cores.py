@@ -39,7 +39,7 @@ class TensorCores:
         if self.counters is not None:
             self.counters.access("ldmatrix", None, rows, 16, number, n)
         if self.races:
-            self.races.read(None, place, 16, number)
+            self.races.read(None, place, 16, number, whole_warp=True)
         data = self.shared_rows[2, 8][place // U4(16)].reshape(n, count, 8, 8)  # matrix, row, column
         if trans:
             data = data.swapaxes(2, 3)
@@ -55,7 +55,7 @@ class TensorCores:
         if trans:
             data = data.swapaxes(2, 3)
         if self.races:
-            self.races.write(None, place, 16, number)
+            self.races.write(None, place, 16, number, whole_warp=True)
         if self.counters is not None:
             self.counters.access("stmatrix", None, rows, 16, number, n)
         self.shared_rows[2, 8][place // U4(16)] = data.reshape(n, count * 8, 8)
