@@ -205,6 +205,8 @@ class GlobalRaces:
         conflict = (a["kind"][before] | a["kind"][behind]) & WRITE != 0
         conflict &= (a["kind"][before] & a["kind"][behind] & STRONG) == 0
         conflict &= (a["cta"][before] != a["cta"][behind]) | (a["thread"][before] != a["thread"][behind])
+        one_store = (a["event"][before] == a["event"][behind]) & (a["thread"][before] // 32 == a["thread"][behind] // 32)
+        conflict &= ~one_store | (a["cta"][before] != a["cta"][behind])  # lanes of one store: same_instruction
         before, behind = before[conflict], behind[conflict]
         if not len(before):
             return

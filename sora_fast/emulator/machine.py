@@ -151,7 +151,7 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         self.wgmmas: list[dict] = []
         self.wgmma_group = np.zeros(total, np.int64)
         self.wgmma_done = np.zeros(total, np.int64)  # groups that were waited for
-        # by which instruction a register of wgmma was accessed since the last wgmma.fence: its number, or NO, or NEVER_FENCED
+        # which instruction has accessed a register of wgmma since the last wgmma.fence: its number, NO, or NEVER_FENCED
         self.touched = np.full((len(self.program.wgmma_registers), total), NEVER_FENCED)
         self.in_flight = np.full(self.touched.shape, -1, np.int64)  # the last wgmma group that uses the register
         self.tma_loads: list[dict] = []
