@@ -4,7 +4,9 @@ import numpy as np
 
 from . import memory, tma
 from .arith import UNWRITTEN
+from .lanes import LANES
 from .memory import Fault
+from .races import EVERYBODY
 
 
 class BulkCopies:
@@ -18,6 +20,7 @@ class BulkCopies:
             self.tma_loads.append(e)
             self.mbarrier_at(warp, bar, number)
             box = self.box(e)
+            self.check_map(e)
             if self.races:
                 self.races.load_begins(warp, e, box)
             start = cta * self.size + shared
@@ -70,6 +73,7 @@ class BulkCopies:
                      group=int(self.store_group[warp]))  # fmt: skip
             self.tma_stores.append(e)
             box = self.box(e)
+            self.check_map(e)
             if self.races:
                 self.races.store_begins(e, box)
             if self.counters is not None:
@@ -123,7 +127,7 @@ class BulkCopies:
     # ---- tensor maps made on the device
     def tensormap_replace(self, i, k, space, address, field, ordinal, value, number):
         name = tma.REPLACED[field]
-        for warp, a, v in self.lanes(i, k, address, value):
+        for warp, lane, a, v in self.lanes(i, k, LANES, address, value):
             raw = self.map_at(space, warp, a)
             if field == "elemtype":
                 v = tma.ELEMTYPE.get(v, v)
@@ -133,6 +137,8 @@ class BulkCopies:
                 raw[name][ordinal] = v
             else:
                 raw[name] = v
+            if self.races and space == "shared":
+                self.races.map_accessed(warp, lane, a, number, write=True)
             self.write_map(space, warp, a, raw)
 
     def map_at(self, space, warp, a):
@@ -151,12 +157,31 @@ class BulkCopies:
                 raise Fault(f"{self.program.kernel.name}: a tensor map at {a:#x} is out of bounds, {self.thread_of(warp)}")
             memory.store(np.arange(a, a + 128, dtype=np.uint64), data, 1, 1)
 
-    def tensormap_copy(self, i, k, to, source):
+    def tensormap_copy(self, i, k, to, source, number):
+        """tensormap.cp_fenceproxy, executed by a warp in convergence: from shared to global memory, with a release."""
         done = set()
         for warp, a, s in self.lanes(i, k, to, source):
-            if (warp, a) not in done:
-                done.add((warp, a))
-                self.write_map("global", warp, a, self.map_at("shared", warp, s))
+            if (warp, a) in done:
+                continue
+            done.add((warp, a))
+            if self.races:
+                self.races.map_accessed(warp, EVERYBODY, s, number, write=False)
+                self.races.globals.map_accessed(self, warp, a, number, write=True)
+            self.write_map("global", warp, a, self.map_at("shared", warp, s))
+            self.unfenced_maps.add(a)
+
+    def tensormap_fence(self, i, k, address):
+        """fence.proxy.tensormap::generic.acquire of the 128 bytes at ``address``."""
+        for _, a in self.lanes(i, k, address):
+            self.unfenced_maps.discard(a)
+
+    def check_map(self, e) -> None:
+        """A tensor map that the kernel has made must be acquired by the tensormap proxy before TMA reads it."""
+        if e["map"] in self.unfenced_maps:
+            kind = "no fence.proxy.tensormap::generic.acquire behind the writes of a tensor map"
+            self.launch.report(kind, e["number"], self.thread_of(e["warp"]), self.allocations.name(e["map"]))
+        if self.races:
+            self.races.globals.map_accessed(self, e["warp"], e["map"], e["number"], write=False)
 
     # ---- fences
     def memory_fence(self, i, k):

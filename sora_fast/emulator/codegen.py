@@ -241,8 +241,7 @@ class BlockSource(Arithmetic, Memory):
         """Note accesses to registers of wgmma.
 
         Those between a wgmma.fence and the wgmma behind it in one block are none: registers of PTX are virtual, LLVM moves
-        copies and arithmetic there (Triton's fence does not hold them back), and ptxas puts its WARPGROUP.ARRIVE behind
-        them.
+        copies and arithmetic there (Triton's fence does not hold them back), and ptxas has its WARPGROUP.ARRIVE behind them.
         """
         known = self.program.wgmma_registers
         found = [known[r.name] for part in reads_and_writes(instr) for r in part if r.name in known]

@@ -242,6 +242,8 @@ class Memory:
                 self.emit(f"M.proxy_fence(i, {self.mask()})")
         elif mods[0] == "mbarrier_init":
             self.emit(f"M.mbarrier_init_fence(i, {self.mask()})")
+        elif mods[1] == "tensormap::generic" and mods[2] == "acquire":
+            self.emit(f"M.tensormap_fence(i, {self.mask()}, {self.address(args[0], 'u8')})")
         elif mods[0] != "proxy" and mods[-1] != "cta":
             self.emit(f"M.memory_fence(i, {self.mask()})")
 
@@ -273,9 +275,8 @@ class Memory:
                 f"M.tensormap_replace(i, {mask}, {space!r}, {address}, {field_name!r}, {ordinal}, {value}, {instr.number})"
             )
         if mods[0] == "cp_fenceproxy":
-            return self.emit(
-                f"M.tensormap_copy(i, {mask}, {self.address(args[0], 'u8')}, {self.address(args[1], 'u4')}, {instr.number})"
-            )
+            to, source = self.address(args[0], "u8"), self.address(args[1], "u4")
+            return self.emit(f"M.tensormap_copy(i, {mask}, {to}, {source}, {instr.number})")
         raise Unsupported(instr.text)
 
     def op_wgmma(self, instr, mods, args):

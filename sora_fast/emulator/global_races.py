@@ -6,7 +6,7 @@ one may meet what an earlier one did: the log is judged once, after the last. Fo
 they were executed; each must be ordered behind the last write before it, each write behind every read since the one before.
 
 Inside a warp, lanes are ordered by bar.warp.sync and bar.sync, not by running together; but a read that comes first in the
-program does not race with a later write of another lane: Triton lets lanes load twice what one of them stores, and drops
+program does not race with a later write of another lane: Triton lets several lanes load what one of them stores, and drops
 what the others have loaded.
 """
 
@@ -115,6 +115,11 @@ class GlobalRaces:
             kind = WRITE if write else READ
             self.add(m, warps, np.zeros(len(address), np.int64), address, box.size, entry["number"], kind, pending)
 
+    def map_accessed(self, m, warp, address, number, write):
+        """A tensor map in global memory: made by the kernel, or read by TMA."""
+        warps, address = np.array([warp]), np.array([address], np.uint64)
+        self.add(m, warps, np.zeros(1, np.int64), address, 128, number, WRITE if write else READ)
+
     # ---- the verdict
     def judge(self) -> None:
         writes = [e for e in self.events if e.kind & WRITE]
@@ -200,6 +205,8 @@ class GlobalRaces:
         conflict = (a["kind"][before] | a["kind"][behind]) & WRITE != 0
         conflict &= (a["kind"][before] & a["kind"][behind] & STRONG) == 0
         conflict &= (a["cta"][before] != a["cta"][behind]) | (a["thread"][before] != a["thread"][behind])
+        one_store = (a["event"][before] == a["event"][behind]) & (a["thread"][before] // 32 == a["thread"][behind] // 32)
+        conflict &= ~one_store | (a["cta"][before] != a["cta"][behind])  # lanes of one store: same_instruction
         before, behind = before[conflict], behind[conflict]
         if not len(before):
             return

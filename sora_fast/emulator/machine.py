@@ -151,12 +151,13 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         self.wgmmas: list[dict] = []
         self.wgmma_group = np.zeros(total, np.int64)
         self.wgmma_done = np.zeros(total, np.int64)  # groups that were waited for
-        # by which instruction a register of wgmma was accessed since the last wgmma.fence: its number, or NO, or NEVER_FENCED
+        # which instruction has accessed a register of wgmma since the last wgmma.fence: its number, NO, or NEVER_FENCED
         self.touched = np.full((len(self.program.wgmma_registers), total), NEVER_FENCED)
         self.in_flight = np.full(self.touched.shape, -1, np.int64)  # the last wgmma group that uses the register
         self.tma_loads: list[dict] = []
         self.tma_stores: list[dict] = []
         self.store_group = np.zeros(total, np.int64)
+        self.unfenced_maps: set[int] = set()  # addresses of tensor maps the kernel has made
         # barriers
         self.barriers: dict[tuple[int, int], Mbarrier] = {}
         self.changed = True  # an mbarrier, since blocked groups were tried
@@ -173,7 +174,7 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         return when == "early" or when == "random" and self.random.random() < 0.5
 
     def names(self, thread, launch) -> dict:
-        """What the sources of blocks refer to: arithmetic, registers (V_), accumulators (D_), special registers (S_)."""
+        """What the sources of blocks name: arithmetic, registers (V_), accumulators (D_), special registers (S_)."""
         total, block, grid = self.total, launch.block, launch.grid
         space = {name: value for name, value in vars(arith).items() if not name.startswith("__")}
         space |= {"np": np, "M": self, "P": put_masked, "SHARED_WINDOW": SHARED_WINDOW}

@@ -38,7 +38,7 @@ class TensorCores:
         if self.counters is not None:
             self.counters.access("ldmatrix", None, rows, 16, number, n)
         if self.races:
-            self.races.read(None, place, 16, number)
+            self.races.read(None, place, 16, number, whole_warp=True)
         data = self.shared_rows[2, 8][place // U4(16)].reshape(n, count, 8, 8)  # matrix, row, column
         if trans:
             data = data.swapaxes(2, 3)
@@ -54,7 +54,7 @@ class TensorCores:
         if trans:
             data = data.swapaxes(2, 3)
         if self.races:
-            self.races.write(None, place, 16, number)
+            self.races.write(None, place, 16, number, whole_warp=True)
         if self.counters is not None:
             self.counters.access("stmatrix", None, rows, 16, number, n)
         self.shared_rows[2, 8][place // U4(16)] = data.reshape(n, count * 8, 8)
@@ -161,11 +161,17 @@ class TensorCores:
         return same and (e["scale"] is None or bool(e["scale"][which].all()))
 
     def run_wgmmas(self, run) -> None:
+        """The products of a run, added to the accumulators one after the other, so that bits do not depend on the schedule."""
         e, which = run[0]
         warps = e["warps"][which]
-        n, columns = len(warps), e["columns"]
-        total = np.zeros((n, 16, columns), F4)
+        n, columns, accumulators = len(warps), e["columns"], e["accumulators"]
         size = 4 if e["kind"] == "tf32" else 2
+        index = slice(int(warps[0]), int(warps[-1]) + 1) if int(warps[-1]) - int(warps[0]) + 1 == n else warps
+        row, column = matrix.coords_d(columns)
+        total = np.empty((n, 16, columns), F4)
+        total[:, row.T, column.T] = accumulators[:, index].swapaxes(0, 1)  # accumulators: registers, warps, lanes
+        if e["scale"] is not None:
+            total[~e["scale"][which]] = 0
         for e, which in run:
             depth = e["depth"]
             if isinstance(e["a"], tuple):
@@ -182,16 +188,7 @@ class TensorCores:
                 if e["scales"] not in ([1, 1], []):
                     product *= F4(e["scales"][0] * e["scales"][1])
                 total[part] += product
-        row, column = matrix.coords_d(columns)
-        values = total[:, row.T, column.T].swapaxes(0, 1)  # registers, warps, lanes
-        first, which = run[0]
-        keep = None if first["scale"] is None else first["scale"][which]
-        index = slice(int(warps[0]), int(warps[-1]) + 1) if int(warps[-1]) - int(warps[0]) + 1 == n else warps
-        accumulators = first["accumulators"]
-        if keep is None or keep.all():
-            accumulators[:, index] += values
-        else:
-            accumulators[:, index] = np.where(keep[:, None], accumulators[:, index], F4(0)) + values
+        accumulators[:, index] = total[:, row.T, column.T].swapaxes(0, 1)
 
     def by_descriptor(self, descriptors, warps):
         """Warps that read the same operand: (CTA, descriptor) -> their places."""
