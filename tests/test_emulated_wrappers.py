@@ -13,7 +13,7 @@ from kernel_inputs import GRIDS, draw, ints, on_kernel
 from op_checks import gradients, same_bits, tensors, with_grad
 from torch._subclasses import FakeTensorMode
 
-from sora_fast import pack
+from sora_fast import ops, pack
 from sora_fast.kernels import rotary
 from sora_fast.ops.rotary import _table as table
 
@@ -141,3 +141,12 @@ def test_what_is_saved(call):
     weights = {t.data_ptr() for name, t in named.items() if "weight" in str(name)}
     large = {t.data_ptr() for t in saved if t.numel() >= size and t.is_floating_point()} - weights
     assert large == {named[name].data_ptr() for name in call.saves}
+
+
+def test_graphs_are_refused():
+    """A graph would keep the GPU that was emulated when it was traced."""
+    x = torch.randn(4, 8)
+    for fullgraph in (True, False):
+        fn = torch.compile(lambda x: ops.norm_modulate(x, None, None, None), backend="eager", fullgraph=fullgraph)
+        with pytest.raises(Exception, match="emulated_gpu: expected calls of ops outside torch.compile"):
+            fn(x)
