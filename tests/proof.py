@@ -3,7 +3,7 @@ writes kernels/PROOF.md from it.
 
 A row is one call, forward and backward, of one op in one dtype, compiled for one architecture and executed under three
 schedules: asynchronous copies and MMAs as late as the PTX ISA allows, at once, and at random times with warps in random
-order. Results of the three must agree to the bit, and those of the last obey the error rule. The first case of each op in
+order. The results of each must obey the error rule. The first case of each op in
 bfloat16 on sm80 and sm90 runs with the race detector. Rows belong to a kernel's hash and a Triton minor version: a changed
 kernel's are dropped, and missing again. The command can be stopped at any time and goes on where it was. Rows are no
 validation records.
@@ -24,14 +24,14 @@ import torch
 from sora_fast import files, ops, records
 from sora_fast.explanation import all_ops
 from sora_fast.ops import cuda_backend
-from sora_fast.testing import cases, compare_with_reference, emulated_gpu
+from sora_fast.testing import Truth, cases, emulated_gpu, truth
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, TABLE = ROOT / "kernels" / "proof.jsonl", ROOT / "kernels" / "PROOF.md"
 DTYPES = ("bfloat16", "float16", "float32")
 ARCHS = ("sm90", "sm80")
 FORWARD_ONLY = ("varlen_attention_forward", "varlen_attention_backward")  # without a backward of their own
-SCHEDULES = 3
+SCHEDULES = ("late", "early", "random")
 KEY = ("op", "backend", "emulated", "dtype", "kind", "case", "kernel_hash", "triton")  # of a row
 
 
@@ -93,23 +93,33 @@ def prove(call: Call) -> dict:
     label, inputs = inputs_of(call.op, call.dtype, call.kind)[call.place]
     public = getattr(ops, call.op)
     row = dict(zip(KEY, call.key(), strict=True))
-    row |= dict(row="proof", kernel=call.kernel, race=call.race, schedules=SCHEDULES, passed=False, refused=None,
+    row |= dict(row="proof", kernel=call.kernel, race=call.race, schedules=len(SCHEDULES), passed=False, refused=None,
                 failure=None)
     start = time.perf_counter()
-    with emulated_gpu(call.arch, schedules=SCHEDULES, race=call.race) as emulator:
-        try:
-            found = compare_with_reference(call.op, lambda **given: public(**given, backend=call.backend), inputs,
-                                           grads=call.backend == "triton" and call.op not in FORWARD_ONLY)
-            worst = max(found, key=lambda each: each.severity)
-            row |= dict(passed=all(each.passed for each in found), error=worst.error_max, allowed=worst.allowed_max,
-                        tensor=worst.name)
-        except NotImplementedError as refusal:
-            row["refused"] = str(refusal)
-        except Exception as error:  # a finding, or a fault of the emulator's: either way it is not proven
-            row["failure"] = f"{type(error).__name__}: {error}"
-    row |= dict(launches=len(emulator.records), instructions=sum(each.instructions for each in emulator.records),
+    wanted = truth(call.op, inputs, grads=call.backend == "triton" and call.op not in FORWARD_ONLY)
+    launched = []
+    for schedule in SCHEDULES:
+        with emulated_gpu(call.arch, schedules=schedule, race=call.race) as emulator:
+            launched = emulator.records
+            if not _judge(row, wanted, lambda **given: public(**given, backend=call.backend)):
+                break
+    row |= dict(launches=len(launched), instructions=sum(each.instructions for each in launched),
                 seconds=round(time.perf_counter() - start, 1))
     return row
+
+
+def _judge(row: dict, wanted: Truth, fn) -> bool:
+    """Write into ``row`` what came of ``fn`` under one schedule; whether the next one is to be tried."""
+    try:
+        found = wanted.compare(fn)
+        worst = max(found, key=lambda each: each.severity)
+        row |= dict(passed=all(each.passed for each in found), error=worst.error_max, allowed=worst.allowed_max,
+                    tensor=worst.name)
+    except NotImplementedError as refusal:
+        row |= dict(passed=False, refused=str(refusal))
+    except Exception as error:  # a finding, or a fault of the emulator's: either way it is not proven
+        row |= dict(passed=False, failure=f"{type(error).__name__}: {error}")
+    return row["passed"]
 
 
 def key_of(row: dict) -> tuple:
@@ -139,8 +149,8 @@ def table(found: list[dict]) -> str:
     lines = ["# What passes in the emulator", "",
              "Made by `python tests/proof.py` from `kernels/proof.jsonl`: calls of every op, forward and backward, compiled",
              "for an architecture and executed on a CPU under three schedules (asynchronous copies and MMAs late, early, at",
-             "random times). The results of the three agree to the bit and obey the error rule, and nothing was found. This",
-             "is no validation: what ptxas makes of the PTX, and the GPU of that, is seen on hardware alone.", "",
+             "random times). The results of each obey the error rule, and nothing was found. This is no validation:",
+             "what ptxas makes of the PTX, and the GPU of that, is seen on hardware alone.", "",
              f"{done:,} calls pass, of kernels as they stand now, in {sum(row['instructions'] for row in found):,} warp "
              f"instructions; {len(failed)} fail.", "",
              "| op | backend | emulated | " + " | ".join(DTYPES) + " | races looked for |",

@@ -112,7 +112,7 @@ class Emulator:
         record = Launched(name, tuple(grid), tuple(block), ptx, time.perf_counter() - start, tuple(runs))
         self.records.append(record)
         found = record.findings
-        if not found and not _atomic(program):
+        if not found and not _rounds_by_schedule(program):
             found = [f"{name}: results differ between {self.schedules[0]} and {schedule}, first in {where}, and nothing is "
                      f"added atomically" for schedule, result in zip(self.schedules[1:], results[1:], strict=True)
                      if (where := results[0].difference(result))]
@@ -133,8 +133,10 @@ def program_of(ptx: str) -> Program:
     return _programs[key]
 
 
-def _atomic(program: Program) -> bool:
-    return any(instr.parts[0] in ("atom", "red") for instr in program.instrs)
+def _rounds_by_schedule(program: Program) -> bool:
+    """Whether sums may round otherwise under another schedule: of atomics, and of wgmma, whose steps are executed together
+    where they complete together."""
+    return any(instr.parts[0] in ("atom", "red", "wgmma") for instr in program.instrs)
 
 
 class _Memory:
