@@ -58,7 +58,8 @@ def test_only_missing_rows_are_run(monkeypatch, tmp_path, capsys):
     def prove(call):
         ran.append(call)
         row = dict(zip(proof.KEY, call.key(), strict=True))
-        return row | dict(kernel=call.kernel, passed=call is not some[2], refused=None, failure="wrong", instructions=1)
+        return row | dict(kernel=call.kernel, passed=call is not some[2], refused=None, failure="wrong", instructions=1,
+                          seconds=0)
 
     monkeypatch.setattr(proof, "prove", prove)
     monkeypatch.setattr("sys.argv", ["proof.py", "--minutes", "0"])
