@@ -3,13 +3,13 @@
 ``python tests/emulator_removals.py [target ...]`` runs the study and writes emulator_removals.md beside it. A kernel is run
 as it is; then, from the same memory, with one instruction of its PTX removed. A removal is caught by a finding, a fault, or
 a bit of the results, with copies and MMAs as late and as early as the ISA allows. What is not caught alone is removed
-together with each other such place: a pair that is caught says that one covers the other. What is left orders nothing, or
-nothing the emulator models; ARGUMENTS says why.
+together with other such places: where that is caught, one covers the other. What is left can be removed all at once and
+nothing is noticed: it orders nothing, or nothing the emulator models. ARGUMENTS says why.
 """
 
 import argparse
 import copy
-import itertools
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -141,6 +141,8 @@ TARGETS = {
 
 # (target, place) that nothing notices, alone or with another -> why.
 ARGUMENTS: dict[tuple[str, str], str] = {}
+TOGETHER = "all places of this kind in this table removed at once change nothing"
+CACHE: Path | None = None  # verdicts of an earlier run that was cut off
 
 
 def study(name: str) -> list[tuple[Place, str]]:
@@ -164,21 +166,35 @@ def study(name: str) -> list[tuple[Place, str]]:
 
 
 def rows_of(name: str, subject: Study) -> list[tuple[Place, str]]:
-    found = {}
-    for place in places(subject.ptx):
-        found[place] = subject.verdict(without(subject.ptx, [place]))
-        print(f"{name}: {place.label} ({place.loc}): {found[place] or '-'}", flush=True)
-    silent = [place for place, verdict in found.items() if not verdict]
-    for one, two in itertools.combinations(silent, 2):
-        if found[one] and found[two]:
-            continue
-        if verdict := subject.verdict(without(subject.ptx, [one, two])):
-            print(f"{name}: {one.label} with {two.label}: {verdict}", flush=True)
-            for a, b in ((one, two), (two, one)):
-                found[a] = found[a] or f"covered by {b.label}: without both, {verdict}"
+    every = places(subject.ptx)
+    known = json.loads(CACHE.read_text()).get(name, {}) if CACHE and CACHE.exists() else {}
+
+    def verdict(removed) -> str:
+        key = " + ".join(place.label for place in sorted(removed, key=lambda place: place.start))
+        if key not in known:
+            known[key] = subject.verdict(without(subject.ptx, removed))
+            print(f"{name}: {key}: {known[key] or '-'}", flush=True)
+            if CACHE:
+                CACHE.write_text(json.dumps({**(json.loads(CACHE.read_text()) if CACHE.exists() else {}), name: known}, indent=1))
+        return known[key]
+
+    found = {place: verdict([place]) for place in every}
+    silent = [place for place, noticed in found.items() if not noticed]
+    together: list[Place] = []  # as many as can be removed at once without notice
     for place in silent:
-        if not found[place]:
-            found[place] = f"orders nothing: {ARGUMENTS.get((name, place.label), 'NO ARGUMENT')}"
+        if noticed := verdict([*together, place]):
+            cover = next((one for one in together if verdict([one, place])), None)
+            names = cover.label if cover else " and ".join(one.label for one in together)
+            found[place] = f"covered by {names}: without all of these, {noticed}"
+        else:
+            together.append(place)
+    for place in together:
+        others = [one for one in silent if one not in together and f"covered by {place.label}:" in found[one]]
+        if others:
+            noticed = verdict([place, others[0]])
+            found[place] = f"covered by {others[0].label}: without all of these, {noticed}"
+        else:
+            found[place] = f"orders nothing: {ARGUMENTS.get((name, place.label), TOGETHER)}"
     return list(found.items())
 
 
@@ -196,10 +212,13 @@ def table(results: dict[str, list[tuple[Place, str]]]) -> str:
 
 
 def main() -> None:
+    global CACHE
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", nargs="*", help=f"some of {list(TARGETS)}; all")
     parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--cache", type=Path, help="JSON file of verdicts, so that a run can be continued")
     args = parser.parse_args()
+    CACHE = args.cache
     results = {name: study(name) for name in args.targets or TARGETS}
     args.out.write_text(table(results))
 
