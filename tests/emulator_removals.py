@@ -98,7 +98,7 @@ class Study:
                 launch = Launch(program, self.grid, self.block, self.params(program), allocations, shared=self.shared,
                                 schedule=schedule, race=race)  # fmt: skip
             except Fault as fault:
-                return "; ".join(kind for kind, _ in fault.findings) or shorten(str(fault))
+                return "; ".join(dict.fromkeys(kind for kind, _ in fault.findings)) or shorten(str(fault))
             if launch.findings:
                 return "; ".join(dict.fromkeys(kind for kind, _ in launch.findings))
             after = _Memory(self.allocations)
@@ -175,7 +175,8 @@ def rows_of(name: str, subject: Study) -> list[tuple[Place, str]]:
             known[key] = subject.verdict(without(subject.ptx, removed))
             print(f"{name}: {key}: {known[key] or '-'}", flush=True)
             if CACHE:
-                CACHE.write_text(json.dumps({**(json.loads(CACHE.read_text()) if CACHE.exists() else {}), name: known}, indent=1))
+                rest = json.loads(CACHE.read_text()) if CACHE.exists() else {}
+                CACHE.write_text(json.dumps({**rest, name: known}, indent=1))
         return known[key]
 
     found = {place: verdict([place]) for place in every}

@@ -8,7 +8,6 @@ import numpy as np
 from . import matrix
 from .arith import F4, U2, U4
 
-
 NO, NEVER_FENCED = -1, -2
 
 
