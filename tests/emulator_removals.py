@@ -142,6 +142,7 @@ TARGETS = {
 # (target, place) that nothing notices, alone or with another -> why.
 ARGUMENTS: dict[tuple[str, str], str] = {}
 TOGETHER = "all places of this kind in this table removed at once change nothing"
+NEAR = 3  # places around a covered one that are tried as the only one that covers it
 CACHE: Path | None = None  # verdicts of an earlier run that was cut off
 
 
@@ -184,7 +185,8 @@ def rows_of(name: str, subject: Study) -> list[tuple[Place, str]]:
     together: list[Place] = []  # as many as can be removed at once without notice
     for place in silent:
         if noticed := verdict([*together, place]):
-            cover = next((one for one in together if verdict([one, place])), None)
+            nearest = sorted(together, key=lambda one: abs(one.start - place.start))[:NEAR]
+            cover = next((one for one in nearest if verdict([one, place])), None)
             names = cover.label if cover else " and ".join(one.label for one in together)
             found[place] = f"covered by {names}: without all of these, {noticed}"
         else:
