@@ -141,12 +141,12 @@ TARGETS = {
 
 # Why a place orders nothing, by kind. "The rest" are the other places of its table that order nothing.
 ARGUMENTS = {
-    "bar.sync": "the race detector, which knows every access and what happens before it, finds none unordered, the rest gone too",
-    "cp.async.wait_group": "what is in flight there is for tiles nobody reads, in stages nobody touches again (it would be a race)",
-    "cp.async.bulk.wait_group": "no bulk group is in flight: TMA loads complete on mbarriers, and the kernel has no bulk store",
+    "bar.sync": "the race detector, which orders every access, finds none unordered without it, the rest gone too",
+    "cp.async.wait_group": "what is in flight there is for tiles nobody reads, in stages nobody touches again",
+    "cp.async.bulk.wait_group": "no bulk group is in flight: TMA loads complete on mbarriers, and there is no bulk store",
     "fence.proxy.async": "nothing is written through the generic proxy between the fence before it and this one",
 }
-NEAR = 3  # places around a covered one that are tried as the only one that covers it
+NEAR = 3  # places around a covered one that are tried first, each alone
 CACHE: Path | None = None  # verdicts of an earlier run that was cut off
 
 
@@ -187,19 +187,23 @@ def rows_of(name: str, subject: Study) -> list[tuple[Place, str]]:
     found = {place: verdict([place]) for place in every}
     silent = [place for place, noticed in found.items() if not noticed]
     together: list[Place] = []  # as many as can be removed at once without notice
+    groups: list[list[Place]] = []
     for place in silent:
-        if noticed := verdict([*together, place]):
-            nearest = sorted(together, key=lambda one: abs(one.start - place.start))[:NEAR]
-            cover = next((one for one in nearest if verdict([one, place])), None)
-            names = cover.label if cover else " and ".join(one.label for one in together)
-            found[place] = f"covered by {names}: without all of these, {noticed}"
+        if verdict([*together, place]):
+            cover = sorted(together, key=lambda one: abs(one.start - place.start))
+            single = next((one for one in cover[:NEAR] if verdict([one, place])), None)
+            cover = [single] if single else cover
+            for one in reversed(cover[:]):  # the furthest first
+                if len(cover) > 1 and verdict([place, *(other for other in cover if other is not one)]):
+                    cover.remove(one)
+            groups.append([place, *cover])  # of which any one is enough
         else:
             together.append(place)
-    for place in together:
-        others = [one for one in silent if one not in together and f"covered by {place.label}:" in found[one]]
-        if others:
-            noticed = verdict([place, others[0]])
-            found[place] = f"covered by {others[0].label}: without all of these, {noticed}"
+    for place in silent:
+        group = next((group for group in groups if place in group), None)
+        if group:
+            names = " and ".join(one.label for one in group if one is not place)
+            found[place] = f"covered by {names}: without all of these, {verdict(group)}"
         else:
             found[place] = f"orders nothing: {ARGUMENTS.get(place.kind, 'NO ARGUMENT')}"
     return list(found.items())
