@@ -230,8 +230,10 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="JSON file of verdicts, so that a run can be continued")
     args = parser.parse_args()
     CACHE = args.cache
-    results = {name: study(name) for name in args.targets or TARGETS}
-    args.out.write_text(table(results))
+    results = {}
+    for name in args.targets or TARGETS:
+        results[name] = study(name)
+        args.out.write_text(table(results))  # after each target, lest a run that is cut off has made nothing
 
 
 if __name__ == "__main__":
