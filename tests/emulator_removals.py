@@ -150,8 +150,11 @@ NEAR = 3  # places around a covered one that are tried first, each alone
 CACHE: Path | None = None  # verdicts of an earlier run that was cut off
 
 
-def study(name: str) -> list[tuple[Place, str]]:
-    """(place, what happens without it) for every place of a target, in the middle of its first launch."""
+def study(name: str, judge=None) -> list[tuple[Place, str]]:
+    """(place, what happens without it) for every place of a target, in the middle of its first launch.
+
+    ``judge(name, Study)`` finds the rows; rows_of does, unless another is given.
+    """
     from sora_fast.emulator import launches
     from sora_fast.testing import emulated_gpu
 
@@ -162,7 +165,7 @@ def study(name: str) -> list[tuple[Place, str]]:
 
     def studied(emulator, kernel, ptx, *launch):
         if wanted in kernel and not rows:
-            rows.extend(rows_of(name, Study(ptx, *launch)))
+            rows.extend((judge or rows_of)(name, Study(ptx, *launch)))
         return execute(emulator, kernel, ptx, *launch)
 
     with mock.patch.object(launches.Emulator, "execute", studied), emulated_gpu("sm90"):
