@@ -142,6 +142,8 @@ TARGETS = {
 # Why a place orders nothing, by kind. "The rest" are the other places of its table that order nothing.
 ARGUMENTS = {
     "bar.sync": "the race detector, which orders every access, finds none unordered without it, the rest gone too",
+    "bar.warp.sync": "it orders no memory but brings a warp together for wgmma; the emulator does so where paths meet",
+    "wgmma.fence": "only wgmma of one shape have touched the accumulators since the fence before (PTX ISA 9.7.15.7.1)",
     "cp.async.wait_group": "what is in flight there is for tiles nobody reads, in stages nobody touches again",
     "cp.async.bulk.wait_group": "no bulk group is in flight: TMA loads complete on mbarriers, and there is no bulk store",
     "fence.proxy.async": "nothing is written through the generic proxy between the fence before it and this one",
