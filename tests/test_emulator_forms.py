@@ -262,6 +262,8 @@ def test_halves(kind):
     source = [np.array(halves, np.uint64), *as_bits(SAFE[1:])]
     values = [half_value(h, kind) for h in halves]
     assert run(f"cvt.f32.{kind} %f0, %h1;", "f", source) == [bits_of(v) for v in values]
+    got = run(f"fma.rn.f32.{kind} %f0, %h1, %h1, %f2;", "f", source)
+    assert got == [bits_of(nearest(Fraction(v) ** 2 + Fraction(b))) for v, b in zip(values, y.tolist(), strict=True)]
     got = run(f"add.rn.f32.{kind} %f0, %h1, %f2;", "f", source)
     assert got == [bits_of(nearest(Fraction(v) + Fraction(b))) for v, b in zip(values, y.tolist(), strict=True)]
 
@@ -365,7 +367,7 @@ def is_tested(op) -> bool:
     here = re.escape(op) + r"(?![\w.:])"
     tests = [test for name, test in globals().items() if name.startswith("test_")]
     marks = [mark for test in tests for mark in getattr(test, "pytestmark", ())]
-    halves = r"cvt\.rn\.b?f16(x2)?\.f32|cvt\.f32\.b?f16|add\.rn\.f32\.b?f16|cvt\.rn\.f32\.s(32|64)"
+    halves = r"cvt\.rn\.b?f16(x2)?\.f32|cvt\.f32\.b?f16|(add|fma)\.rn\.f32\.b?f16|cvt\.rn\.f32\.s(32|64)"
     return bool(
         any(mark.name == "parametrize" and op in mark.args[1] for mark in marks)
         or any(op in forms and re.search(here, text_of(name)) for name, forms in ELSEWHERE.items())

@@ -85,6 +85,9 @@ class Arithmetic:
             a, b, c = (self.get(arg, "u8") for arg in args[1:4])
             return self.put(args[0], "u8", f"pairs(fma32, {self.ftz}, {a}, {b}, {c})")
         kind = self.type_of(mods)
+        if kind in ("f16", "bf16") and "f32" in mods:  # mixed precision: the operands of the product are of 16 bits
+            a, b = (f"half_to_float({self.get(arg, 'u2')}, {kind!r})" for arg in args[1:3])
+            return self.put(args[0], "f4", f"fma32({a}, {b}, {self.get(args[3], 'f4')})")
         if kind == "f32":
             a, b, c = (self.get(arg, "f4") for arg in args[1:4])
             self.put(args[0], "f4", f"fma32({a}, {b}, {c})")

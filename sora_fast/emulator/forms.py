@@ -32,7 +32,7 @@ FORMS = {
     "sub": rf"{INT}|(rn\.)?{FLOAT}|(rn\.)?{HALF}|{PAIR}|(rn\.)?f32\.b?f16",
     "mul": rf"(lo|hi)\.{INT}|wide\.[su](16|32)|(rn\.)?{FLOAT}|(rn\.)?{HALF}|{PAIR}",
     "mad": rf"lo\.{INT}|hi\.{INT}|wide\.[su](16|32)|rn\.{FLOAT}",
-    "fma": rf"rn\.(ftz\.)?f32x2|rn\.{FLOAT}|rn\.(relu\.)?{HALF}",
+    "fma": rf"rn\.(ftz\.)?f32x2|rn\.f32\.b?f16|rn\.{FLOAT}|rn\.(relu\.)?{HALF}",
     "div": rf"{INT}|(approx|full|rn)\.(ftz\.)?f32|rn\.f64",
     "rem": INT,
     "min": rf"{INT}|(ftz\.)?(NaN\.)?f32|f64|(NaN\.)?{HALF}",
