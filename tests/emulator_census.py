@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import importlib
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -56,7 +57,8 @@ def triton_ptx(families=FAMILIES, ccs=CCS):
                         attrs = {(case.fn.arg_names.index(name),): [aot.ALIGNED] for name in case.aligned}
                         signature = {n: case.signature[n] for n in case.fn.arg_names}
                         source = ASTSource(case.fn, signature, dict(case.constexprs), attrs)
-                        kernel = triton.compile(source, target=GPUTarget("cuda", cc, 32), options={**aot.FUSION, **case.options})
+                        options = {**aot.FUSION, **case.options}
+                        kernel = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
                         yield f"{family} {case.name} {case.fn.__name__}", cc, kernel.asm["ptx"]
 
 
@@ -66,7 +68,8 @@ def csrc_ptx(folder: Path, ccs=CCS):
         if int(arch.strip("sm_a")) not in ccs:
             continue
         out = folder / f"{source}.ptx"
-        command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-ptx", f"-arch={arch}", str(ROOT / "csrc" / source), "-o", str(out)]
+        flags = ["-std=c++17", "-O3", "-lineinfo", "-ptx", f"-arch={arch}"]
+        command = ["nvcc", *flags, str(ROOT / "csrc" / source), "-o", str(out)]
         subprocess.run(command, check=True)
         yield f"csrc {source}", int(arch.strip("sm_a")), out.read_text()
 
@@ -78,6 +81,7 @@ def main() -> None:
     parser.add_argument("--ccs", nargs="*", type=int, default=CCS)
     args = parser.parse_args()
     args.keep.mkdir(parents=True, exist_ok=True)
+    os.environ["TRITON_CACHE_DIR"] = str(args.keep / "cache")  # kernels without machine code stay out of Triton's own
     for label, cc, ptx in itertools.chain(triton_ptx(args.families, args.ccs), csrc_ptx(args.keep, args.ccs)):
         name = re.sub(r"\W+", "-", label.lower())
         (args.keep / f"{name}-{hashlib.sha256(ptx.encode()).hexdigest()[:8]}-sm{cc}.ptx").write_text(ptx)
@@ -85,7 +89,7 @@ def main() -> None:
 
 
 def write(folder: Path) -> None:
-    """The committed list, from a folder of PTX files: form, and the architectures whose kernels use it."""
+    """The list, from a folder of PTX files: each form, and the architectures whose kernels use it."""
     used = defaultdict(set)
     for path in sorted(folder.glob("*-sm*.ptx")):
         for each in forms_of(path.read_text()):

@@ -3,13 +3,13 @@
 ``python tests/emulator_removals.py [target ...]`` runs the study and writes emulator_removals.md beside it. A kernel is run
 as it is; then, from the same memory, with one instruction of its PTX removed. A removal is caught by a finding, a fault, or
 a bit of the results, with copies and MMAs as late and as early as the ISA allows. What is not caught alone is removed
-together with each other such place: a pair that is caught says that one covers the other. What is left orders nothing, or
-nothing the emulator models; ARGUMENTS says why.
+together with other such places: where that is caught, one covers the other. What is left can be removed all at once and
+nothing is noticed: it orders nothing for this launch. ARGUMENTS says why.
 """
 
 import argparse
 import copy
-import itertools
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -98,7 +98,7 @@ class Study:
                 launch = Launch(program, self.grid, self.block, self.params(program), allocations, shared=self.shared,
                                 schedule=schedule, race=race)  # fmt: skip
             except Fault as fault:
-                return "; ".join(kind for kind, _ in fault.findings) or shorten(str(fault))
+                return "; ".join(dict.fromkeys(kind for kind, _ in fault.findings)) or shorten(str(fault))
             if launch.findings:
                 return "; ".join(dict.fromkeys(kind for kind, _ in launch.findings))
             after = _Memory(self.allocations)
@@ -139,12 +139,24 @@ TARGETS = {
     "convolution, csrc": (lambda: convolution("cuda"), "causal_conv3d_kernel"),
 }
 
-# (target, place) that nothing notices, alone or with another -> why.
-ARGUMENTS: dict[tuple[str, str], str] = {}
+# Why a place orders nothing, by kind. "The rest" are the other places of its table that order nothing.
+ARGUMENTS = {
+    "bar.sync": "the race detector, which orders every access, finds none unordered without it, the rest gone too",
+    "bar.warp.sync": "it orders no memory but brings a warp together for wgmma; the emulator does so where paths meet",
+    "wgmma.fence": "only wgmma of one shape have touched the accumulators since the fence before (PTX ISA 9.7.15.7.1)",
+    "cp.async.wait_group": "what is in flight there is for tiles nobody reads, in stages nobody touches again",
+    "cp.async.bulk.wait_group": "no bulk group is in flight: TMA loads complete on mbarriers, and there is no bulk store",
+    "fence.proxy.async": "nothing is written through the generic proxy between the fence before it and this one",
+}
+NEAR = 3  # places around a covered one that are tried first, each alone
+CACHE: Path | None = None  # verdicts of an earlier run that was cut off
 
 
-def study(name: str) -> list[tuple[Place, str]]:
-    """(place, what happens without it) for every place of a target, in the middle of its first launch."""
+def study(name: str, judge=None) -> list[tuple[Place, str]]:
+    """(place, what happens without it) for every place of a target, in the middle of its first launch.
+
+    ``judge(name, Study)`` finds the rows; rows_of does, unless another is given.
+    """
     from sora_fast.emulator import launches
     from sora_fast.testing import emulated_gpu
 
@@ -155,7 +167,7 @@ def study(name: str) -> list[tuple[Place, str]]:
 
     def studied(emulator, kernel, ptx, *launch):
         if wanted in kernel and not rows:
-            rows.extend(rows_of(name, Study(ptx, *launch)))
+            rows.extend((judge or rows_of)(name, Study(ptx, *launch)))
         return execute(emulator, kernel, ptx, *launch)
 
     with mock.patch.object(launches.Emulator, "execute", studied), emulated_gpu("sm90"):
@@ -164,21 +176,41 @@ def study(name: str) -> list[tuple[Place, str]]:
 
 
 def rows_of(name: str, subject: Study) -> list[tuple[Place, str]]:
-    found = {}
-    for place in places(subject.ptx):
-        found[place] = subject.verdict(without(subject.ptx, [place]))
-        print(f"{name}: {place.label} ({place.loc}): {found[place] or '-'}", flush=True)
-    silent = [place for place, verdict in found.items() if not verdict]
-    for one, two in itertools.combinations(silent, 2):
-        if found[one] and found[two]:
-            continue
-        if verdict := subject.verdict(without(subject.ptx, [one, two])):
-            print(f"{name}: {one.label} with {two.label}: {verdict}", flush=True)
-            for a, b in ((one, two), (two, one)):
-                found[a] = found[a] or f"covered by {b.label}: without both, {verdict}"
+    every = places(subject.ptx)
+    known = json.loads(CACHE.read_text()).get(name, {}) if CACHE and CACHE.exists() else {}
+
+    def verdict(removed) -> str:
+        key = " + ".join(place.label for place in sorted(removed, key=lambda place: place.start))
+        if key not in known:
+            known[key] = subject.verdict(without(subject.ptx, removed))
+            print(f"{name}: {key}: {known[key] or '-'}", flush=True)
+            if CACHE:
+                rest = json.loads(CACHE.read_text()) if CACHE.exists() else {}
+                CACHE.write_text(json.dumps({**rest, name: known}, indent=1))
+        return known[key]
+
+    found = {place: verdict([place]) for place in every}
+    silent = [place for place, noticed in found.items() if not noticed]
+    together: list[Place] = []  # as many as can be removed at once without notice
+    groups: list[list[Place]] = []
     for place in silent:
-        if not found[place]:
-            found[place] = f"orders nothing: {ARGUMENTS.get((name, place.label), 'NO ARGUMENT')}"
+        if verdict([*together, place]):
+            cover = sorted(together, key=lambda one: abs(one.start - place.start))
+            single = next((one for one in cover[:NEAR] if verdict([one, place])), None)
+            cover = [single] if single else cover
+            for one in reversed(cover[:]):  # the furthest first
+                if len(cover) > 1 and verdict([place, *(other for other in cover if other is not one)]):
+                    cover.remove(one)
+            groups.append([place, *cover])  # of which any one is enough
+        else:
+            together.append(place)
+    for place in silent:
+        group = next((group for group in groups if place in group), None)
+        if group:
+            names = " and ".join(one.label for one in group if one is not place)
+            found[place] = f"covered by {names}: without all of these, {verdict(group)}"
+        else:
+            found[place] = f"orders nothing: {ARGUMENTS.get(place.kind, 'NO ARGUMENT')}"
     return list(found.items())
 
 
@@ -196,12 +228,17 @@ def table(results: dict[str, list[tuple[Place, str]]]) -> str:
 
 
 def main() -> None:
+    global CACHE
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", nargs="*", help=f"some of {list(TARGETS)}; all")
     parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--cache", type=Path, help="JSON file of verdicts, so that a run can be continued")
     args = parser.parse_args()
-    results = {name: study(name) for name in args.targets or TARGETS}
-    args.out.write_text(table(results))
+    CACHE = args.cache
+    results = {}
+    for name in args.targets or TARGETS:
+        results[name] = study(name)
+        args.out.write_text(table(results))  # after each target, lest a run that is cut off has made nothing
 
 
 if __name__ == "__main__":

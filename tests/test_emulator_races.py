@@ -5,7 +5,9 @@ import pytest
 from emulator_runs import execute
 
 from sora_fast.emulator import tma
+from sora_fast.emulator.codegen import Program
 from sora_fast.emulator.forms import Unsupported
+from sora_fast.emulator.ptx import parse
 
 SHARED = ".shared .align 128 .b8 buffer[4096];\n"
 
@@ -242,3 +244,10 @@ def test_what_is_not_emulated_is_refused_by_name(instruction, said):
     with pytest.raises(Unsupported, match=said) as raised:
         execute(instruction, [])
     assert instruction.rstrip(";") in str(raised.value)
+
+
+def test_clusters_are_refused():
+    head = ".version 8.5\n.target sm_90a\n.address_size 64\n.visible .entry k() .reqnctapercluster 2 {"
+    with pytest.raises(Unsupported, match="clusters of CTAs"):
+        Program(parse(head + "ret; }")["k"])
+    Program(parse(head.replace("cluster 2", "cluster 1, 1, 1") + "ret; }")["k"])

@@ -23,7 +23,14 @@ class Arithmetic:
     """Emits one expression per instruction; the helpers it names are in arith.py."""
 
     def binary(self, instr, mods, args, operator: str) -> None:
+        if "f32x2" in mods:
+            function = {"+": "np.add", "-": "np.subtract", "*": "np.multiply"}[operator]
+            a, b = self.get(args[1], "u8"), self.get(args[2], "u8")
+            return self.put(args[0], "u8", f"pairs({function}, {self.ftz}, {a}, {b})")
         kind = self.type_of(mods)
+        if kind in ("f16", "bf16") and "f32" in mods:  # mixed precision (PTX ISA 9.7.5): the first operand is of 16 bits
+            first = f"half_to_float({self.get(args[1], 'u2')}, {kind!r})"
+            return self.put(args[0], "f4", f"{first} {operator} {self.get(args[2], 'f4')}")
         if kind in ("f16x2", "bf16x2", "bf16", "f16"):
             helper = {"+": "add", "-": "sub", "*": "mul"}[operator]
             t = TYPES[kind] if kind != "f16" else "u2"
@@ -47,6 +54,8 @@ class Arithmetic:
         self.binary(instr, mods, args, "-")
 
     def op_mul(self, instr, mods, args):
+        if "f32x2" in mods:
+            return self.binary(instr, mods, args, "*")
         kind = self.type_of(mods)
         t = TYPES[kind]
         if "wide" in mods:
@@ -72,7 +81,13 @@ class Arithmetic:
         self.put(args[0], t, f"{a} * {b} + {self.get(args[3], t)}")
 
     def op_fma(self, instr, mods, args):
+        if "f32x2" in mods:
+            a, b, c = (self.get(arg, "u8") for arg in args[1:4])
+            return self.put(args[0], "u8", f"pairs(fma32, {self.ftz}, {a}, {b}, {c})")
         kind = self.type_of(mods)
+        if kind in ("f16", "bf16") and "f32" in mods:  # mixed precision: the operands of the product are of 16 bits
+            a, b = (f"half_to_float({self.get(arg, 'u2')}, {kind!r})" for arg in args[1:3])
+            return self.put(args[0], "f4", f"fma32({a}, {b}, {self.get(args[3], 'f4')})")
         if kind == "f32":
             a, b, c = (self.get(arg, "f4") for arg in args[1:4])
             self.put(args[0], "f4", f"fma32({a}, {b}, {c})")

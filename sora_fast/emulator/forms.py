@@ -16,6 +16,7 @@ class Unsupported(Exception):
 
 INT = r"[su](16|32|64)"
 HALF = r"(f16|f16x2|bf16|bf16x2)"
+PAIR = r"(rn\.)?(ftz\.)?f32x2"
 FLOAT = r"((ftz\.)?f32|f64)"
 ANY = r"([busf](8|16|32|64)|bf16)"
 SCOPE = r"(cta|gpu|sys)"
@@ -27,11 +28,11 @@ VECTOR = r"(\.v[248])?"
 
 FORMS = {
     # integer and floating-point arithmetic (PTX ISA 9.7.1, 9.7.3, 9.7.4)
-    "add": rf"{INT}|[su]16x2|(rn\.)?{FLOAT}|(rn\.)?{HALF}",
-    "sub": rf"{INT}|(rn\.)?{FLOAT}|(rn\.)?{HALF}",
-    "mul": rf"(lo|hi)\.{INT}|wide\.[su](16|32)|(rn\.)?{FLOAT}|(rn\.)?{HALF}",
+    "add": rf"{INT}|[su]16x2|(rn\.)?{FLOAT}|(rn\.)?{HALF}|{PAIR}|(rn\.)?f32\.b?f16",
+    "sub": rf"{INT}|(rn\.)?{FLOAT}|(rn\.)?{HALF}|{PAIR}|(rn\.)?f32\.b?f16",
+    "mul": rf"(lo|hi)\.{INT}|wide\.[su](16|32)|(rn\.)?{FLOAT}|(rn\.)?{HALF}|{PAIR}",
     "mad": rf"lo\.{INT}|hi\.{INT}|wide\.[su](16|32)|rn\.{FLOAT}",
-    "fma": rf"rn\.{FLOAT}|rn\.(relu\.)?{HALF}",
+    "fma": rf"rn\.(ftz\.)?f32x2|rn\.f32\.b?f16|rn\.{FLOAT}|rn\.(relu\.)?{HALF}",
     "div": rf"{INT}|(approx|full|rn)\.(ftz\.)?f32|rn\.f64",
     "rem": INT,
     "min": rf"{INT}|(ftz\.)?(NaN\.)?f32|f64|(NaN\.)?{HALF}",

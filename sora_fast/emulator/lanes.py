@@ -65,7 +65,8 @@ class Lanes:
         active = self.members(mask, n) & self.lane_mask(k, n)
         out = np.empty((n, 1), value.dtype)
         for row in range(n):
-            out[row] = REDUX[operation].reduce(value[row][active[row]]) if active[row].any() else 0
+            chosen = value[row][active[row]]
+            out[row] = REDUX[operation].reduce(chosen, dtype=value.dtype) if len(chosen) else 0
         return out
 
     def elect(self, i, k, mask):

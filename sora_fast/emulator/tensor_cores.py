@@ -161,7 +161,7 @@ class TensorCores:
         return same and (e["scale"] is None or bool(e["scale"][which].all()))
 
     def run_wgmmas(self, run) -> None:
-        """The products of a run, added to the accumulators one after the other, so that bits do not depend on the schedule."""
+        """Add the products of a run to its accumulators one after the other: bits do not depend on the schedule."""
         e, which = run[0]
         warps = e["warps"][which]
         n, columns, accumulators = len(warps), e["columns"], e["accumulators"]
