@@ -30,7 +30,7 @@ KERNELS = {
     "product": ("hopper", ()),
     "convolution": ("hopper", ("normalization",)),
 }
-HOST = ("bindings.cpp", "host.cpp", "tensor_map.cpp")
+HOST = [f"{name}.cpp" for name in ("bindings", "emulated", "host", "runtime", "tensor_map")]
 PYTHON = sysconfig.get_paths()["include"]
 LEAST = (12, 5)  # of nvcc: the first with cudaGetDriverEntryPointByVersion
 FLAGS = "-std=c++17 -O3 -lineinfo -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas".split()
@@ -47,8 +47,7 @@ def find_nvcc() -> tuple[str | None, str]:  # and its version
     places = [f"{home}/bin"] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     found = shutil.which("nvcc", path=os.pathsep.join(places))
     said = dict(capture_output=True, encoding="utf-8", errors="replace")
-    told = subprocess.run([found, "--version"], **said).stdout if found else ""
-    version = re.search(r"V(\d+\.\d+\.\d+)", told)
+    version = re.search(r"V(\d+\.\d+\.\d+)", subprocess.run([found, "--version"], **said).stdout if found else "")
     return (found, version[1]) if version else (None, "")
 
 
@@ -78,7 +77,8 @@ def architectures(kind: str) -> list[str]:
     if not re.fullmatch(r"(8|9|1\d)\da?( *[;, ] *(8|9|1\d)\da?)*", asked):
         raise SystemExit(f'SORA_FAST_CUDA_ARCHS: expected numbers from 80 on, as in "80;90", got {asked!r}; mend it')
     numbers = sorted({int(each) for each in re.findall(r"\d+", asked)})
-    return ["sm_90a"] if kind == "hopper" else [f"sm_{number}" for number in numbers] + [f"compute_{numbers[-1]}"]
+    ends = sorted({numbers[0], numbers[-1]})  # of these PTX too: for the emulator, and for GPUs newer than all
+    return ["sm_90a", "compute_90a"] if kind == "hopper" else [f"sm_{n}" for n in numbers] + [f"compute_{n}" for n in ends]
 
 
 def kernel_hash(family: str) -> str:

@@ -10,9 +10,11 @@
 #include <type_traits>
 
 #include "convolution.cuh"
+#include "emulated.h"
 #include "host.h"
 #include "normalization.cuh"
 #include "product.cuh"
+#include "runtime.h"
 
 namespace py = pybind11;
 
@@ -65,12 +67,12 @@ Args collect(const std::string& op, const py::kwargs& given) {
 class OnDevice {
  public:
   explicit OnDevice(int device) {
-    status = cudaGetDevice(&before_);
-    if (status == cudaSuccess && device != before_) status = cudaSetDevice(device);
+    status = sf::runtime().get_device(&before_);
+    if (status == cudaSuccess && device != before_) status = sf::runtime().set_device(device);
   }
   ~OnDevice() {
     int now = before_;
-    if (cudaGetDevice(&now) == cudaSuccess && now != before_) cudaSetDevice(before_);
+    if (sf::runtime().get_device(&now) == cudaSuccess && now != before_) sf::runtime().set_device(before_);
   }
   cudaError_t status;
 
@@ -111,4 +113,5 @@ PYBIND11_MODULE(_C, m) {
   bind<sf::NormActArgs>(m, "norm_act", sf_norm_act, "norm, activation, padding and cache refresh in one pass");
   bind<sf::CausalConv3dArgs>(m, "causal_conv3d", sf_causal_conv3d, "causal 3-D convolution, forward, on sm_90a");
   bind<sf::ProductArgs>(m, "product", sf_product, "a matrix product that proves the primitives of sm_90a");
+  sf::bind_emulator(m);
 }

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include "host.h"
+#include "runtime.h"
 #include "tensor_map.h"
 
 namespace sf {
@@ -66,18 +67,15 @@ int launch(const CausalConv3dArgs& a, cudaStream_t stream) {
     status = make(&maps.weight, &maps.weight_rest, [&](int channels) { return boxed_weight(a, channels, N); });
   if (status != cudaSuccess) return status;
 
-  int device = 0, multiprocessors = 0;
-  const auto kernel = causal_conv3d_kernel<N, FULL>;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Plan::kShared);
+  int sms = 0;
+  constexpr auto kernel = causal_conv3d_kernel<N, FULL>;
+  cudaError_t error = runtime().count_sms(&sms);
+  if (error == cudaSuccess) error = allow_shared<kernel>(Plan::kShared);
   if (error != cudaSuccess) return error;
   const ConvolutionTensors tensors{static_cast<const float*>(a.bias), static_cast<const __nv_bfloat16*>(a.residual),
                                    static_cast<__nv_bfloat16*>(a.y), int(a.out_channels)};
   const int64_t tiles = count_tiles(shape);
-  kernel<<<unsigned(tiles < multiprocessors ? tiles : multiprocessors), 384, Plan::kShared, stream>>>(maps, tensors, shape);
-  return cudaGetLastError();
+  return launch_kernel<kernel>(unsigned(tiles < sms ? tiles : sms), 384, Plan::kShared, stream, maps, tensors, shape);
 }
 
 template <int N>

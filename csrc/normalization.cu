@@ -64,9 +64,7 @@ const char* wrong(const NormActArgs& a) {
 }  // namespace sf
 
 int sf_norm_act(const sf::NormActArgs& args, cudaStream_t stream) {
-  int device = 0, multiprocessors = 0;
-  if (const auto error = cudaGetDevice(&device)) return error;
-  if (const auto error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) return error;
-  sf::norm_act_start(args, sf::kNormActThreads, int64_t(multiprocessors) * sf::kNormActBlocks, stream);
-  return cudaGetLastError();
+  int sms = 0;
+  if (const auto error = sf::runtime().count_sms(&sms)) return error;
+  return sf::norm_act_start(args, sf::kNormActThreads, int64_t(sms) * sf::kNormActBlocks, stream);
 }

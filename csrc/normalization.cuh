@@ -166,8 +166,10 @@ int sf_norm_act(const sf::NormActArgs& args, CUstream_st* stream);
 #ifdef SF_SIMT
 #include "simt.h"  // tests/csrc: a block on the host
 #else
+#include "runtime.h"
 #define SF_SHARED(name) extern __shared__ float4 name[]
-#define SF_LAUNCH(kernel, blocks, threads, shared, stream, ...) kernel<<<blocks, threads, shared, stream>>>(__VA_ARGS__)
+#define SF_LAUNCH(kernel, blocks, threads, shared, stream, ...) \
+  launch_kernel<kernel>(blocks, threads, shared, stream, __VA_ARGS__)
 
 namespace sf {
 
@@ -357,16 +359,17 @@ __global__ void __launch_bounds__(kNormActThreads, norm_act_resident(vectors * c
 }
 
 template <class X, class Y, int count, int vectors>
-void norm_act_start(const NormActArgs& args, int threads, int64_t most_blocks, CUstream_st* stream) {
+int norm_act_start(const NormActArgs& args, int threads, int64_t most_blocks, CUstream_st* stream) {
   const NormActWalk walk = norm_act_walk(args, threads);
   const int64_t blocks = norm_act_places(walk) < most_blocks ? norm_act_places(walk) : most_blocks;
-  const auto kernel = norm_act_kernel<X, Y, count, vectors>;
-  SF_LAUNCH(kernel, int(blocks), threads, norm_act_shared(args.channels), stream, args, walk, norm_act_place(walk, blocks));
+  constexpr auto kernel = norm_act_kernel<X, Y, count, vectors>;
+  return SF_LAUNCH(kernel, int(blocks), threads, norm_act_shared(args.channels), stream, args, walk,
+                   norm_act_place(walk, blocks));
 }
 
 // The kernel for as many numbers a lane as the channels need: 8, 16, 24 or 32.
 template <class X, class Y>
-void norm_act_start(const NormActArgs& args, int threads, int64_t most_blocks, CUstream_st* stream) {
+int norm_act_start(const NormActArgs& args, int threads, int64_t most_blocks, CUstream_st* stream) {
   constexpr int count = sizeof(X) == 4 ? 4 : 8, eight = 8 / count;
   switch (norm_act_numbers(args.channels) / 8) {
     case 1: return norm_act_start<X, Y, count, eight>(args, threads, most_blocks, stream);
@@ -376,8 +379,8 @@ void norm_act_start(const NormActArgs& args, int threads, int64_t most_blocks, C
   }
 }
 
-inline void norm_act_start(const NormActArgs& args, int threads, int64_t most_blocks, CUstream_st* stream) {
-  if (norm_act_places(norm_act_walk(args, threads)) == 0) return;
+inline int norm_act_start(const NormActArgs& args, int threads, int64_t most_blocks, CUstream_st* stream) {
+  if (norm_act_places(norm_act_walk(args, threads)) == 0) return 0;
   if (args.x_dtype == kBFloat16) return norm_act_start<__nv_bfloat16, __nv_bfloat16>(args, threads, most_blocks, stream);
   if (args.x_dtype == kFloat16) return norm_act_start<__half, __half>(args, threads, most_blocks, stream);
   if (args.y_dtype == kBFloat16) return norm_act_start<float, __nv_bfloat16>(args, threads, most_blocks, stream);

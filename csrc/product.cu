@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include "host.h"
+#include "runtime.h"
 #include "tensor_map.h"
 
 namespace sf {
@@ -25,12 +26,10 @@ int launch(const ProductArgs& args, cudaStream_t stream) {
   if (status == cudaSuccess) status = tensor_map(boxed_matrix(args.b, args.columns, args.inner, N, K), &maps.b);
   if (status == cudaSuccess) status = tensor_map(boxed_matrix(args.y, args.rows, args.columns, 64, 32), &maps.y);
   if (status != cudaSuccess) return status;
-  const auto kernel = product_kernel<N, K>;
-  if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Plan::kShared))
-    return error;
+  constexpr auto kernel = product_kernel<N, K>;
+  if (const auto error = allow_shared<kernel>(Plan::kShared)) return error;
   const dim3 grid(ceil_div(args.columns, N), ceil_div(args.rows, 64));
-  kernel<<<grid, 128, Plan::kShared, stream>>>(maps, int(args.inner));
-  return cudaGetLastError();
+  return launch_kernel<kernel>(grid, 128, Plan::kShared, stream, maps, int(args.inner));
 }
 
 template <int N>

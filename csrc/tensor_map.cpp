@@ -1,13 +1,12 @@
 #include "tensor_map.h"
 
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
 #include <iterator>
 #include <list>
 #include <mutex>
 
 #include "host.h"
+#include "runtime.h"
 
 namespace sf {
 
@@ -29,23 +28,8 @@ CUresult encode(Encoder encoder, const BoxedTensor& tensor, CUtensorMap* map) {
 
 namespace {
 
-int find_encoder(Encoder* encoder) {
-  static Encoder found = nullptr;  // guarded by tensor_map's lock
-  if (found == nullptr) {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
-    if (status != cudaSuccess) return status;
-    if (result != cudaDriverEntryPointSuccess)
-      return refuse(say("expected a driver with tensor maps (CUDA 12), got one without; update the driver"));
-    found = reinterpret_cast<Encoder>(entry);
-  }
-  *encoder = found;
-  return cudaSuccess;
-}
-
 struct Entry {
+  Encoder encoder;
   BoxedTensor tensor;
   CUtensorMap map;
 };
@@ -57,16 +41,17 @@ constexpr size_t kKept = 256;  // a model's layers come back to the same address
 int tensor_map(const BoxedTensor& tensor, CUtensorMap* map) {
   static std::mutex lock;
   static std::list<Entry> entries;  // the one used last comes first
+  Encoder encoder = nullptr;
+  if (const int status = runtime().find_encoder(&encoder)) return status;
   const std::lock_guard<std::mutex> locked(lock);
-  const auto same = std::find_if(entries.begin(), entries.end(), [&](const Entry& e) { return e.tensor == tensor; });
+  const auto same = std::find_if(entries.begin(), entries.end(),
+                                 [&](const Entry& e) { return e.encoder == encoder && e.tensor == tensor; });
   if (same != entries.end()) {
     entries.splice(entries.begin(), entries, same);
     *map = same->map;
     return cudaSuccess;
   }
-  Encoder encoder = nullptr;
-  if (const int status = find_encoder(&encoder)) return status;
-  Entry made{tensor, {}};
+  Entry made{encoder, tensor, {}};
   if (const CUresult status = encode(encoder, tensor, &made.map); status != CUDA_SUCCESS)
     return refuse(say("expected a tensor that the copy engine takes, got CUresult %d from cuTensorMapEncodeTiled; "
                       "strides must be multiples of 16 bytes and boxes of 256 at most", int(status)));

@@ -8,7 +8,9 @@ A backend asked for by name needs no record; it runs or raises: nothing falls ba
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.autograd import forward_ad
@@ -22,11 +24,47 @@ ORDER = ("cuda", "triton", "torch", "reference")
 _forced: str | None = None
 
 
+class EmulatedGPU(Protocol):
+    """A GPU that runs kernels on CPU tensors: what sora_fast.testing.emulated_gpu puts here for the calling context."""
+
+    arch: str  # "sm90"
+
+    def launch(self, extension, op: str, fields: dict) -> None:
+        """Run the launcher ``extension.<op>``; tensors among ``fields`` become addresses."""
+
+
+_emulated: ContextVar[EmulatedGPU | None] = ContextVar("emulated_gpu", default=None)
+
+
+def emulated_gpu() -> EmulatedGPU | None:
+    """The GPU that is emulated in this context, or None."""
+    return _emulated.get()
+
+
+@contextmanager
+def use_emulated_gpu(gpu: EmulatedGPU):
+    """Inside, in this context, CPU tensors are on ``gpu`` for the backends "triton" and "cuda"."""
+    token = _emulated.set(gpu)
+    try:
+        yield
+    finally:
+        _emulated.reset(token)
+
+
+@env.constant_in_graphs
+def _refuse_graphs() -> None:
+    """A graph would keep what is true inside emulated_gpu alone."""
+    if _emulated.get() is not None:
+        raise NotImplementedError("emulated_gpu: expected calls of ops outside torch.compile, got a graph that is traced; "
+                                  "call the function itself, or compile it outside")
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a backend is told about a call: enough to refuse it, nothing that changes from step to step.
 
-    ``device`` is ``"cpu"`` or, with its architecture, ``"cuda:sm90"``; ``grad`` says whether any input needs one.
+    ``device`` is ``"cpu"`` or, with its architecture, ``"cuda:sm90"``, or ``"emulated:sm90"`` of a CPU tensor inside
+    sora_fast.testing.emulated_gpu; ``grad`` says whether any input needs one.
     Families add their own facts in a subclass.
     """
 
@@ -142,14 +180,16 @@ class Op:
         Ops have cast their tensors by now: autocast is off inside, or it would round the products that a backend
         makes in float32 (the reference's, and the angles of learned frequencies).
         """
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            _refuse_graphs()
+        else:
             refuse_transforms(self.name, arguments.values())
         backend = self.choose(problem, requested)
         if not torch.compiler.is_compiling():
             self._tell_if_slow(backend, problem, requested)
         if problem.grad and not torch.compiler.is_compiling():
             arguments = {name: first_order(value, self.name) for name, value in arguments.items()}
-        with no_autocast(problem.device.partition(":")[0]):
+        with no_autocast(problem.device.partition(":")[0].replace("emulated", "cpu")):
             return backend.run(**arguments)
 
 
@@ -178,8 +218,16 @@ def _capability(index: int | None) -> str:
     return f"cuda:sm{major}{minor}"
 
 
+@env.constant_in_graphs
+def _emulated_name() -> str:
+    gpu = _emulated.get()
+    return "cpu" if gpu is None else f"emulated:{gpu.arch}"
+
+
 def device_name(tensor: torch.Tensor) -> str:
-    """``"cpu"``, ``"cuda:sm90"``, or the bare device type of others."""
+    """``"cpu"``, ``"cuda:sm90"``, ``"emulated:sm90"``, or the bare device type of others."""
+    if tensor.device.type == "cpu":
+        return _emulated_name()
     if tensor.device.type == "cuda" and not isinstance(tensor, torch._subclasses.FakeTensor):
         return _capability(tensor.device.index)
     return tensor.device.type

@@ -166,7 +166,7 @@ def _key(record: Mapping) -> tuple:
 def _is_record(row: Mapping) -> bool:
     """Whether a row of validate's is one of a kernel on a CUDA GPU, and whole."""
     return (row.get("schema") == SCHEMA and row.get("row") == "validate" and isinstance(row.get("passed"), bool)
-            and isinstance(row.get("environment"), dict)
+            and not row.get("emulated") and isinstance(row.get("environment"), dict)
             and all(isinstance(row.get(name), str) and row[name]
                     for name in ("op", "backend", "direction", "dtype", "arch", "kernel_hash")))
 

@@ -67,6 +67,16 @@ def clean_state(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture
+def emulated_sm90():
+    """Kernels take CPU tensors, compiled for sm_90 and executed by the emulator."""
+    pytest.importorskip("triton")
+    from sora_fast.testing import emulated_gpu
+
+    with emulated_gpu("sm90") as emulator:
+        yield emulator
+
+
+@pytest.fixture
 def cli(capsys):
     """Run the command line here: (exit code, stdout, stderr)."""
     def run(*argv):

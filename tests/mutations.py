@@ -5,7 +5,6 @@ runs there and must fail. ``full`` guards are what .ci/run adds to the default t
 """
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -41,21 +40,22 @@ FAULTS = [
           "return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, (-1, window[1]))",
           "tests/test_attention.py"),
     Fault("kernel: attention drops the mask of the last key", "kernels/attention_tiles.py",
-          "seen = key < k_len\n", "seen = key <= k_len\n", "tests/interpreted"),
+          "seen = key < k_len\n", "seen = key <= k_len\n", "tests/test_emulated_core.py"),
     Fault("kernel: a strided convolution's gradient begins at the first tap", "kernels/convolution_backward.py",
           "first_t, latest = (distance % ST).to(tl.int32), distance // ST",
-          "first_t, latest = (distance % ST * 0).to(tl.int32), distance // ST", "tests/interpreted"),
+          "first_t, latest = (distance % ST * 0).to(tl.int32), distance // ST", "tests/test_emulated_core.py"),
     Fault("kernel: a rotation turns the wrong way", "kernels/rotary.py",
           "        a, b = a * cos - b * sin, a * sin + b * cos\n    _store_pairs(out",
-          "        a, b = a * cos + b * sin, b * cos - a * sin\n    _store_pairs(out", "tests/interpreted"),
+          "        a, b = a * cos + b * sin, b * cos - a * sin\n    _store_pairs(out", "tests/test_emulated_core.py"),
     Fault("kernel: modulation reads tokens of no sample", "kernels/modulation.py",
-          "used = inside & (row >= 0)  # of a token of no sample nothing is read", "used = inside", "tests/interpreted"),
+          "used = inside & (row >= 0)  # of a token of no sample nothing is read", "used = inside",
+          "tests/test_emulated_core.py"),
     Fault("kernel: height and width of a patch's place are swapped", "kernels/patches.py",
           "(inner // w % h) * (PH * row) + (inner % w).to(tl.int64) * PW",
-          "(inner % h) * (PH * row) + (inner // h % w).to(tl.int64) * PW", "tests/interpreted"),
+          "(inner % h) * (PH * row) + (inner // h % w).to(tl.int64) * PW", "tests/test_emulated_core.py"),
     Fault("kernel: a group norm forgets how long a run is", "kernels/normalization.py",
           "sum_RG += _numbers(squares + at, inside) + away * away * count",
-          "sum_RG += _numbers(squares + at, inside) + away * away", "tests/interpreted"),
+          "sum_RG += _numbers(squares + at, inside) + away * away", "tests/test_emulated_core.py"),
     Fault("pack: rows of frames are counted by height", "sora_fast/pack.py",
           "(first_row[segment_ids[inside].long()] + coords[inside, 0])",
           "(first_row[segment_ids[inside].long()] + coords[inside, 1])", "tests/test_pack.py"),
@@ -115,9 +115,8 @@ def main() -> int:
             if text.count(fault.old) != 1:
                 sys.exit(f"{fault.what}: {fault.file} must have {fault.old!r} once, got {text.count(fault.old)} times")
             path.write_text(text.replace(fault.old, fault.new), "utf-8")
-            interpreted = {"TRITON_INTERPRET": "1"} if "interpreted" in fault.guard else {}
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *fault.guard.split()]
-            done = subprocess.run(command, cwd=copy, env=os.environ | interpreted, capture_output=True, text=True)
+            done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
         failed = [line.partition(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
         if done.returncode != 1 or not failed:
             missed.append(fault.what)

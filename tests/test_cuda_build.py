@@ -142,9 +142,10 @@ def test_another_nvcc_in_the_same_place_compiles_anew(setup, tmp_path, monkeypat
 
 def test_architectures(setup, monkeypatch):
     architectures = setup["architectures"]
-    assert architectures("any") == ["sm_80", "sm_90", "compute_90"] and architectures("hopper") == ["sm_90a"]
+    assert architectures("any") == ["sm_80", "sm_90", "compute_80", "compute_90"]
+    assert architectures("hopper") == ["sm_90a", "compute_90a"]
     monkeypatch.setenv("SORA_FAST_CUDA_ARCHS", "120; 86")
-    assert architectures("any") == ["sm_86", "sm_120", "compute_120"] and architectures("hopper") == ["sm_90a"]
+    assert architectures("any") == ["sm_86", "sm_120", "compute_86", "compute_120"]
     monkeypatch.setenv("SORA_FAST_CUDA_ARCHS", "90a")
     assert architectures("any") == ["sm_90", "compute_90"]
     for wrong in ("", "75", "sm_90", "90;;80", "90b"):

@@ -1,5 +1,5 @@
 """The Triton kernels of all families where no kernel runs: what takes them, how they would be launched, what is compiled
-anew. tests/interpreted runs them, tests/test_aot.py compiles them.
+anew. tests/test_emulated_*.py run them, tests/test_aot.py compiles them.
 """
 
 import importlib

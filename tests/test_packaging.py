@@ -26,10 +26,11 @@ FLOORS = (
     {"models", "data", "diffusion", "evaluation", "integrations", "testing", "explanation"},
     {"nn", "compat"},
     {"ops"},
-    {"dispatch", "kernels", "_C", "reference", "env", "pack", "checks", "files", "records", "environment", "configs"},
+    {"dispatch", "kernels", "_C", "reference", "env", "pack", "checks", "files", "records", "environment", "configs",
+     "emulator"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-NEVER = {"kernels": set(FLOOR) - {"kernels"}, "reference": {"kernels", "ops"}}
+NEVER = {"kernels": set(FLOOR) - {"kernels"}, "reference": {"kernels", "ops"}, "emulator": set(FLOOR) - {"emulator"}}
 
 
 # ---- Checks of source text
@@ -291,6 +292,8 @@ import sora_fast, sora_fast.ops
 print(middle - start, time.perf_counter() - middle)
 assert not torch.cuda.is_initialized(), "importing sora_fast must leave CUDA alone"
 assert "triton" not in sys.modules, "importing sora_fast must leave Triton alone"
+import sora_fast.testing
+assert not [name for name in sys.modules if name.startswith(("triton", "sora_fast.emulator"))], "nor is a GPU emulated"
 """
     took = []
     while len(took) < 3 and not any(ours < 2 for _, ours in took):

@@ -1,12 +1,15 @@
 """README.md's own lines are run."""
 
+import importlib
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import sora_fast
+from sora_fast.testing import cases
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -36,6 +39,22 @@ def test_somebody_else_s_model_runs(capsys):
     assert "modules swapped" in capsys.readouterr().out and type(pipe.vae) is kinds[0]
     assert type(pipe.transformer) is kinds[1]  # nothing of that class itself is swapped
     assert sora_fast.restore(pipe.transformer) > 4
+
+
+def test_a_race_of_a_users_kernel_is_reported_as_printed(cli, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    (code,) = blocks("py")
+    (shown,) = [block for block in blocks("text") if "emulated:sm90" in block]
+    command, *lines = shown.splitlines()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sora_fast.testing.validation.cases", lambda *call: list(cases(*call))[:1])
+    for written, expected in ((code, 1), (code.replace(" // 2", "").replace("(2 * len(x),)", "(len(x),)"), 0)):
+        Path("my_kernels.py").write_text(written, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, "my_kernels", raising=False)
+        importlib.invalidate_caches()
+        _, out, _ = cli(*command.split()[2:])
+        assert all(line in out.splitlines() for line in lines) == bool(expected)
+        assert ("forward     2.29e-02" in out and " ok" in out) != bool(expected)
 
 
 def test_every_public_op_is_in_the_table():

@@ -9,7 +9,7 @@ import pytest
 import tiers
 
 TESTS = Path(__file__).parent
-MODULES = sorted([*TESTS.glob("test_*.py"), *TESTS.glob("interpreted/test_*.py")])
+MODULES = sorted(TESTS.glob("test_*.py"))
 
 
 def marks(text: str) -> tuple[set[str], set[str]]:
@@ -27,7 +27,7 @@ def marks(text: str) -> tuple[set[str], set[str]]:
 def test_tiers_are_marks_on_whole_modules(path):
     own, elsewhere = marks(path.read_text("utf-8"))
     assert own in (set(), {"full"}, {"full", "ci"})
-    assert not elsewhere or path.name == "test_interpreted_full.py"  # which hands marks on
+    assert not elsewhere
 
 
 def test_a_mark_on_one_test_is_found():

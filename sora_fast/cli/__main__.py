@@ -229,6 +229,7 @@ def parser() -> argparse.ArgumentParser:
                   "Ours:  sora-fast validate --op norm_modulate --backend torch\n"
                   "Yours: sora-fast validate --op norm_modulate --impl my_package.kernels:norm_modulate\n"
                   "Your function takes the op's keyword arguments and returns what it returns.\n"
+                  "Without a GPU: --device emulated:sm90 executes the PTX of Triton kernels, yours too, for that GPU.\n"
                   "A whole model of diffusers beside its accelerated self, layer by layer:\n"
                   "       sora-fast validate --model AutoencoderKLWan      (tiny and random)\n"
                   "       sora-fast validate --model path/to/vae           (a folder of save_pretrained)")
@@ -238,7 +239,13 @@ def parser() -> argparse.ArgumentParser:
                                                              "(default: ops)")
     sub.add_argument("--backend", action="append", help="backend of ours; repeat for several (default: all there are)")
     sub.add_argument("--dtype", action="append", choices=DTYPES, help="repeat for several (default: the last three)")
-    sub.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, or a GPU that is emulated, as in emulated:sm90 "
+                                                     "(default: %(default)s)")
+    sub.add_argument("--schedules", type=int, metavar="N", help="emulated: each launch under N schedules: asynchronous "
+                                                                "copies late, early, at random times (default: late alone)")
+    sub.add_argument("--race", action="store_true", help="emulated: look for races and missing fences too (default: not)")
+    sub.add_argument("--counters", action="store_true", help="emulated: what each kernel executed and moved (default: not)")
+    sub.add_argument("--jobs", type=int, default=1, metavar="N", help="emulated: N processes (default: %(default)s)")
     sub.add_argument("--jsonl", metavar="FILE", help="also write a line of JSON per op, backend, dtype and direction")
     sub = command("bench", _bench("run"), "measure every op beside every peer that is installed: gate, then time",
                   "Measures ops (families patches, modulation, rotary, attention, convolution, normalization, latents)\n"

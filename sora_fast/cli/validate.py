@@ -1,7 +1,10 @@
 """sora-fast validate."""
 
 import importlib
+import multiprocessing
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -9,7 +12,7 @@ import torch
 from .. import records
 from ..explanation import all_ops
 from ..files import check_file, save_text
-from ..testing import Report, validate
+from ..testing import Report, emulated_gpu, validate
 from ..testing.validation import Row
 from ..training.loop import pick_device
 
@@ -54,19 +57,16 @@ def run(arguments) -> int:
             raise ValueError(f"--backend: expected one of {', '.join(known)}, got {backend!r}; choose one of them")
     if arguments.jsonl:
         check_file("--jsonl", Path(arguments.jsonl))
-    device = str(pick_device(arguments.device))
+    device = _device(arguments)
     dtypes = [getattr(torch, name) for name in arguments.dtype or ("float32", "bfloat16", "float16")]
     function = load_function(arguments.impl) if arguments.impl else None
     work = _work(table, arguments, device, dtypes)
     reports: list[Report] = []
-    for place, (name, backend) in enumerate(work, start=1):
-        report = validate(name, function, backend=backend, device=device, dtypes=dtypes,
-                          progress=lambda text, place=place: _progress(f"{place} of {len(work)}: {text}"))
-        _progress("")
+    for report, counted in _reports(work, function, device, dtypes, arguments):
         reports.append(report)
         for each in report.tracebacks[:1]:  # a bug of the user's keeps its traceback; the report counts the others
             print(each, file=sys.stderr, end="")
-        print(report, flush=True)
+        print("\n".join([str(report), *counted]), flush=True)
         _keep(report)
         if arguments.jsonl:  # after each report: a run that is killed keeps what it has found
             path = Path(arguments.jsonl)
@@ -80,6 +80,62 @@ def run(arguments) -> int:
     passed = bool(rows) and all(row.passed for row in rows) and not any(report.stopped for report in reports)
     print("validate: every comparison passed" if passed else "validate: FAILED")
     return 0 if passed else 1
+
+
+def _device(arguments) -> str:
+    """The device's name, and one sentence for a flag that goes with another."""
+    if arguments.device.startswith("emulated:"):
+        return arguments.device
+    given = [flag for flag, value in (("--schedules", arguments.schedules), ("--race", arguments.race),
+                                      ("--counters", arguments.counters), ("--jobs", arguments.jobs != 1)) if value]
+    if given:
+        raise ValueError(f"{given[0]}: expected --device emulated:sm90 or another beside it, got --device "
+                         f"{arguments.device}; add it, or leave {given[0]} out")
+    return str(pick_device(arguments.device))
+
+
+def _reports(work, function, device: str, dtypes, arguments) -> Iterator[tuple[Report, list[str]]]:
+    """A report for each op and backend, in order, and lines on what its kernels did."""
+    total = len(work)
+    if arguments.jobs == 1:
+        for place, (name, backend) in enumerate(work, start=1):
+            progress = lambda text, place=place: _progress(f"{place} of {total}: {text}")
+            found = _one(name, backend, function, device, dtypes, arguments, progress)
+            _progress("")
+            yield found
+        return
+    if arguments.jobs < 1:
+        raise ValueError(f"--jobs: expected 1 or more processes, got {arguments.jobs}; pass how many there are cores")
+    pieces = [(name, backend, dtype) for name, backend in work for dtype in dtypes]
+    with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = [pool.submit(_in_process, name, backend, arguments.impl, device, (dtype,), arguments)
+                   for name, backend, dtype in pieces]
+        for place, each in enumerate(running, start=1):
+            _progress(f"{place} of {len(pieces)}: {' '.join(map(str, pieces[place - 1]))}")
+            found = each.result()
+            _progress("")
+            yield found
+
+
+def _in_process(name, backend, impl, device, dtypes, arguments) -> tuple[Report, list[str]]:
+    """One of --jobs processes."""
+    torch.set_num_threads(1)
+    return _one(name, backend, load_function(impl) if impl else None, device, dtypes, arguments)
+
+
+def _one(name, backend, function, device, dtypes, arguments, progress=lambda text: None) -> tuple[Report, list[str]]:
+    run = lambda: validate(name, function, backend=backend, device=device, dtypes=dtypes, progress=progress)
+    if not device.startswith("emulated:"):
+        return run(), []
+    scope = emulated_gpu(device.partition(":")[2], schedules=arguments.schedules or "late", race=arguments.race,
+                         counters=arguments.counters)
+    with scope as emulator:
+        report = run()
+    if not arguments.counters:
+        return report, []
+    from ..emulator.counters import table
+
+    return report, table(emulator.records)
 
 
 def _excused(row: Row, report: Report, arguments) -> bool:

@@ -44,11 +44,11 @@ def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings
         frame = h.shape[1] * h.shape[3] * h.shape[4]
         if halo:
             top = left = 0
-            earlier, start, earlier_stride = h, cached * frame, h.shape[2] * frame
+            clip, earlier, earlier_stride = h[:, :, cached:], h, h.shape[2] * frame
         else:
-            earlier, start, earlier_stride = cache, 0, cached * frame
+            clip, earlier, earlier_stride = h, cache, cached * frame
         cuda_backend.launch(
-            "causal_conv3d", y, x=h.data_ptr() + start * h.element_size(), cache=earlier if cached else None,
+            "causal_conv3d", y, x=clip, cache=earlier if cached else None,
             weight=_dense(weight), bias=None if bias is None else cuda_backend.aligned(bias.float().contiguous()),
             residual=_dense(residual), y=y, samples=batch, frames=frames, height=h.shape[3], width=h.shape[4],
             in_channels=channels, cached=cached, x_stride=h.shape[2] * frame, cache_stride=earlier_stride,

@@ -6,7 +6,7 @@ import importlib
 import torch
 
 from .. import env
-from ..dispatch import Problem
+from ..dispatch import Problem, emulated_gpu
 from ..environment import build_info
 
 AGAIN = "SORA_FAST_BUILD_CUDA=1 pip install -e . builds it, or says why it cannot"
@@ -51,7 +51,7 @@ def _reasons(device: str, kernel: str) -> tuple[str, ...]:
     if missing:
         reasons.append(missing)
     kind, _, architecture = device.partition(":")
-    if kind != "cuda":
+    if kind not in ("cuda", "emulated"):
         reasons.append(f"It is a kernel for CUDA GPUs, and these tensors are on {'a CPU' if kind == 'cpu' else kind}.")
     elif architecture and not missing:
         built = build_info()["architectures"].get(kernel, [])
@@ -80,6 +80,9 @@ def launch(name: str, like: torch.Tensor, **fields) -> None:
     built, missing = extension()
     if missing:
         raise RuntimeError(f"{name}: {missing}")
+    gpu = emulated_gpu()
+    if gpu is not None:
+        return gpu.launch(built, name, fields)
     given = {key: value.data_ptr() if isinstance(value, torch.Tensor) else value for key, value in fields.items()}
     stream = torch.cuda.current_stream(like.device).cuda_stream
     getattr(built, name)(device=like.device.index or 0, stream=stream, **given)

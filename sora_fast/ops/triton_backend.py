@@ -6,7 +6,7 @@ import importlib.util
 import torch
 
 from .. import configs, env
-from ..dispatch import Problem
+from ..dispatch import Problem, emulated_gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,7 +27,7 @@ def _reasons(device: str, dtype: torch.dtype, wide: torch.dtype) -> tuple[str, .
     if not _installed():
         reasons.append("Triton is not installed; install it with pip install triton.")
     kind, _, architecture = device.partition(":")
-    if kind == "cuda":
+    if kind in ("cuda", "emulated"):
         if env.interpreted():
             reasons.append("With TRITON_INTERPRET=1 kernels take CPU tensors and no others; unset it to run on the GPU.")
         if architecture and int(architecture.removeprefix("sm")) < 80:
@@ -35,7 +35,8 @@ def _reasons(device: str, dtype: torch.dtype, wide: torch.dtype) -> tuple[str, .
     elif kind != "cpu":
         reasons.append(f"Its kernels run on CUDA GPUs, and these tensors are on {kind}.")
     elif not env.interpreted():
-        reasons.append("Its kernels run on CUDA GPUs; on a CPU only in Triton's interpreter, with TRITON_INTERPRET=1.")
+        reasons.append("Its kernels run on CUDA GPUs; on a CPU only in sora_fast.testing.emulated_gpu, or in Triton's "
+                       "interpreter, with TRITON_INTERPRET=1.")
     if wide == torch.float64:
         reasons.append("Its kernels compute in float32, and float64 tensors ask for more.")
     elif dtype not in DTYPES:
@@ -44,8 +45,11 @@ def _reasons(device: str, dtype: torch.dtype, wide: torch.dtype) -> tuple[str, .
 
 
 def gpu_name(device: torch.device) -> str:
-    """The gpu that configs are looked up for; "cpu" in the interpreter."""
-    return "cpu" if device.type == "cpu" else configs.gpu_name(device)
+    """The gpu that configs are looked up for; "cpu" in the interpreter, "sm90" where one is emulated."""
+    if device.type == "cpu":
+        gpu = emulated_gpu()
+        return "cpu" if gpu is None else gpu.arch
+    return configs.gpu_name(device)
 
 
 def apply(function: type[torch.autograd.Function], *arguments):

@@ -1,11 +1,13 @@
 """Is a function right? The error rule, the cases, and the report.
 
-``assert_matches(op, got, inputs)`` for one call (used by every test), ``validate(op, fn)`` for all cases of an op.
+``assert_matches(op, got, inputs)`` for one call (used by every test), ``validate(op, fn)`` for all cases of an op,
+``emulated_gpu("sm90")`` for kernels that run on CPU tensors as on a GPU.
 """
 
 from .cases import cases
+from .emulated import emulated_gpu
 from .rule import Comparison, Truth, assert_matches, compare, compare_with_reference, truth
 from .validation import Report, validate
 
-__all__ = ["Comparison", "Report", "Truth", "assert_matches", "cases", "compare", "compare_with_reference", "truth",
-           "validate"]
+__all__ = ["Comparison", "Report", "Truth", "assert_matches", "cases", "compare", "compare_with_reference", "emulated_gpu",
+           "truth", "validate"]

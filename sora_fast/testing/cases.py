@@ -14,15 +14,13 @@ RAGGED = [(2, 3, 5), (0, 4, 4), (1, 1, 1), (1, 7, 3), (3, 2, 2)]  # 30 + 0 + 1 +
 
 
 class _Draw:
-    """Random tensors of one dtype and device, reproducible."""
+    """Random tensors of one dtype and device, reproducible. On "emulated:sm90" they are CPU tensors, for a GPU's cases."""
 
     def __init__(self, dtype, device, seed):
-        self.dtype, self.device = dtype, device
+        emulated = str(device).startswith("emulated:")
+        self.dtype, self.device = dtype, "cpu" if emulated else device
+        self.on_gpu = emulated or torch.device(device).type == "cuda"
         self.generator = torch.Generator().manual_seed(seed)
-
-    @property
-    def on_gpu(self) -> bool:
-        return torch.device(self.device).type == "cuda"
 
     def __call__(self, *shape, dtype=None):
         numbers = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
@@ -175,7 +173,7 @@ def _convolution(op, draw) -> Iterator[tuple[str, dict]]:
 
 
 def _model_convolutions(make) -> Iterator[tuple[str, dict]]:
-    """Channels of models, which other kernels take than a dozen does; minutes of a CPU's interpreter."""
+    """Channels of models, which other kernels take than a dozen does; minutes of a CPU."""
     for channels, out in ((96, 96), (128, 128), (160, 160), (192, 192), (256, 256), (384, 384), (96, 192), (160, 128)):
         yield make(f"{channels} to {out}, cache, residual, cache_out", (1, channels, 3, 17, 34), (3, 3, 3), out, cache=2,
                    residual=(1, out, 3, 17, 34), return_cache=True)
@@ -238,7 +236,7 @@ _MAKERS = {
 
 
 def cases(op: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Iterator[tuple[str, dict]]:
-    """Yield (label, keyword arguments) for ``op`` with tensors of ``dtype``."""
+    """Yield (label, keyword arguments) for ``op`` with tensors of ``dtype``; ``device`` may be "emulated:sm90"."""
     if op not in _MAKERS:
         raise ValueError(f"cases: expected one of {', '.join(_MAKERS)}, got {op!r}; name an op of sora_fast.ops")
     yield from _MAKERS[op](op, _Draw(dtype, device, seed))

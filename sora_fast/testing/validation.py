@@ -10,7 +10,7 @@
     failed: every failed comparison in full; raised: {case, reason} where the call raised or wrote into its arguments;
         refused: {case, reason} where the backend says that it cannot
     kernel, kernel_hash: module of sora_fast.kernels, or family of csrc, and its hash, or null
-    arch: "sm90", or null off NVIDIA GPUs
+    arch: "sm90", or null off NVIDIA GPUs; emulated: "sm90" where that GPU was emulated, or null
     environment: as sora_fast.environment gives it
 
 A number that is not finite is null. Those of a kernel on a CUDA GPU are the records of sora_fast.records.
@@ -20,14 +20,16 @@ import json
 import math
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
-from .. import ops, records
+from .. import dispatch, ops, records
 from ..environment import environment
 from ..explanation import all_ops
 from .cases import cases
+from .emulated import emulated_gpu
 from .rule import Comparison, Truth, run, same_bits, tensors, truth
 
 
@@ -48,6 +50,7 @@ class Row:
     kernel_hash: str | None
     arch: str | None
     environment: dict
+    emulated: str | None = None
     compared: list[tuple[str, Comparison]] = field(default_factory=list)
     raised: list[tuple[str, str]] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
@@ -82,7 +85,7 @@ class Row:
             error=worst and _finite(worst.error_max), allowed=worst and _finite(worst.allowed_max),
             tensor=worst and worst.name, case=case, failed=[_full(label, c) for label, c in self.compared if not c.passed],
             raised=pairs(self.raised), refused=pairs(self.refused), kernel=self.kernel, kernel_hash=self.kernel_hash,
-            arch=self.arch, environment=self.environment)
+            arch=self.arch, emulated=self.emulated, environment=self.environment)
 
     def __str__(self) -> str:
         head = f"{self.op:28s} {self.implementation:16s} {self.dtype:9s} {self.direction:9s}"
@@ -152,7 +155,8 @@ def validate(op: str, fn: Callable | None = None, *, backend: str = "auto", devi
     Args:
         op: name of an op, as in ``sora_fast.ops``.
         fn: takes the op's keyword arguments and returns what it returns; None: our own op on ``backend``.
-        device: where it runs. The truth is computed there too.
+        device: where it runs. The truth is computed there too. "emulated:sm90": CPU tensors inside ``emulated_gpu``, in
+            the scope that is open or, where none is, one with its defaults.
         progress: called before each case with what it is.
 
     Returns:
@@ -173,7 +177,13 @@ def validate(op: str, fn: Callable | None = None, *, backend: str = "auto", devi
                       kernel_hash=records.kernel_hash(kernel, backend) if kernel else None)
     else:
         name = getattr(fn, "__name__", type(fn).__name__)
-    device = torch.device(device)
+    emulated = device.partition(":")[2] if device.startswith("emulated:") else None
+    with nullcontext() if emulated is None or dispatch.emulated_gpu() else emulated_gpu(emulated):
+        return _validate(op, fn, name, facts | dict(emulated=emulated), device, dtypes, progress)
+
+
+def _validate(op: str, fn: Callable, name: str, facts: dict, place: str, dtypes, progress) -> Report:
+    device = torch.device("cpu" if facts["emulated"] else place)
     facts |= dict(implementation=name, arch=_arch(device), environment=environment(device))
     # the raw attention ops are forward and backward themselves, and have no gradients of their own
     directions = ("forward",) if op.startswith("varlen_attention_") else records.DIRECTIONS
@@ -182,7 +192,7 @@ def validate(op: str, fn: Callable | None = None, *, backend: str = "auto", devi
     for dtype in dtypes:
         of_dtype = {way: Row(dtype=str(dtype).removeprefix("torch."), direction=way, **facts) for way in directions}
         rows += of_dtype.values()
-        for label, inputs in cases(op, dtype, device):
+        for label, inputs in cases(op, dtype, place):
             progress(f"{op}, {name}, {str(dtype).removeprefix('torch.')}: {label}")
             error = _case(op, name, fn, label, inputs, of_dtype)
             if error is None:

@@ -4,6 +4,7 @@
 // Compiled by g++ as if it were nvcc's host pass, which halves the time; tests/test_cuda_encodings.py says how.
 
 #include <cstdio>
+#include <cstdlib>
 #include <cute/tensor.hpp>
 #include <cute/atom/copy_traits_sm90_tma.hpp>
 #include <cute/atom/mma_atom.hpp>
@@ -13,6 +14,7 @@
 #include <string>
 
 #include "layout.h"
+#include "runtime.h"
 #include "tensor_map.h"
 
 using namespace cute;
@@ -39,10 +41,7 @@ extern "C" CUresult cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType typ
 }
 
 // tensor_map() is not called here, and encode() needs no CUDA runtime.
-extern "C" cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, unsigned long long,
-                                                        cudaDriverEntryPointQueryResult*) {
-  return cudaErrorNotSupported;
-}
+const sf::Runtime& sf::runtime() { std::abort(); }
 
 static void line(const std::string& what, const std::string& ours, const std::string& cutes) {
   std::printf("%s\t%s\t%s\n", what.c_str(), ours.c_str(), cutes.c_str());

@@ -91,15 +91,18 @@ inline float quick_reciprocal(float x) { return 1.0f / x; }
 
 #define SF_SHARED(name) float4* const name = simt::block->shared.get()
 
-#define SF_LAUNCH(kernel, blocks, threads, shared, stream, ...)                  \
-  for (int number = 0; number < (blocks); ++number) {                            \
-    simt::Block one(threads, shared);                                            \
-    std::vector<std::thread> running;                                            \
-    for (int thread = 0; thread < (threads); ++thread)                           \
-      running.emplace_back([&, thread] {                                         \
-        simt::block = &one;                                                      \
-        threadIdx.x = thread, blockIdx.x = number, blockDim.x = (threads);       \
-        kernel(__VA_ARGS__);                                                     \
-      });                                                                        \
-    for (std::thread& each : running) each.join();                               \
-  }
+#define SF_LAUNCH(kernel, blocks, threads, shared, stream, ...)                    \
+  [&] {                                                                            \
+    for (int number = 0; number < (blocks); ++number) {                            \
+      simt::Block one(threads, shared);                                            \
+      std::vector<std::thread> running;                                            \
+      for (int thread = 0; thread < (threads); ++thread)                           \
+        running.emplace_back([&, thread] {                                         \
+          simt::block = &one;                                                      \
+          threadIdx.x = thread, blockIdx.x = number, blockDim.x = (threads);       \
+          kernel(__VA_ARGS__);                                                     \
+        });                                                                        \
+      for (std::thread& each : running) each.join();                               \
+    }                                                                              \
+    return 0;                                                                      \
+  }()

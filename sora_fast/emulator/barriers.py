@@ -1,0 +1,196 @@
+"""Named barriers (bar, PTX ISA 9.7.13.1) and mbarriers (9.7.13.15)."""
+
+import numpy as np
+
+from .scheduler import Group, put_masked
+
+
+class Mbarrier:
+    """An mbarrier object: arrivals and transaction bytes still pending in this phase."""
+
+    __slots__ = ("count", "pending", "bytes", "phase", "acc", "done", "foreign", "landed")
+
+    def __init__(self, count):
+        self.count = self.pending = count
+        self.bytes, self.phase = 0, 0
+        self.acc = self.done = None  # clocks (order.py) of this phase's arrivals, and of those whose phase has completed
+        self.foreign: dict = {}
+        self.landed = 0  # TMA loads completed
+
+    def settle(self) -> bool:
+        """Complete the phase where nothing is pending."""
+        if self.pending == 0 and self.bytes == 0:
+            self.phase += 1
+            self.pending = self.count
+            if self.acc is not None:
+                self.done = self.acc if self.done is None else np.maximum(self.done, self.acc)
+                self.acc = None
+            return True
+        return False
+
+
+class Barriers:
+    """Arrivals and waits."""
+
+    def lanes(self, i, k, *values):
+        """Of each active lane of the group: its warp and its values."""
+        warps = self.group.warps
+        n = len(warps)
+        mask = self.lane_mask(k, n)
+        columns = [None if v is None else np.broadcast_to(v, (n, 32))[mask] for v in values]
+        rows = np.nonzero(mask)[0]
+        return [(int(warps[row]), *(None if c is None else int(c[j]) for c in columns)) for j, row in enumerate(rows)]
+
+    def first_lane(self, values, k, n):
+        """One value per warp, that of its first active lane."""
+        values = np.broadcast_to(values, (n, 32))
+        return values[:, 0] if k is None else values[np.arange(n), k.argmax(1)]
+
+    # ---- named barriers
+    def barrier(self, group: Group, block, values) -> Group | None:
+        end = block.end
+        number = int(values[0].flat[0])
+        threads = int(values[1].flat[0]) if len(values) > 1 else None
+        if group.mask is not None and (group.mask != self.alive[group.warps]).any():
+            # other lanes of the warp are elsewhere: they come here too, or it is a deadlock
+            self.waiting.setdefault(("converge", block.index), []).append(group)
+            return self.gather_converged(block.index)
+        self.arrive(number, group, threads)
+        if "arrive" in end.parts:
+            self.release(number)
+            group.block += 1
+            return group
+        self.waiting.setdefault(number, []).append(Group(group.block + 1, group.warps, group.mask))
+        self.release(number)
+        return None
+
+    def gather_converged(self, index: int) -> Group | None:
+        """Of the warps whose lanes come one after the other to the barrier that ends a block: those that are complete."""
+        key = ("converge", index)
+        merged = self.merge(self.waiting.pop(key))
+        whole = (merged.full_mask() == self.alive[merged.warps]).all(1)
+        if not whole.all():
+            self.waiting[key] = [self.part(merged, ~whole)]
+        if not whole.any():
+            return None
+        return self.part(merged, whole)
+
+    def arrive(self, number: int, group: Group, threads) -> None:
+        end = self.program.blocks[group.block].end
+        for cta in np.unique(self.cta_of[group.warps]):
+            wanted = self.wanted.setdefault((number, int(cta)), threads)
+            if wanted != threads:
+                raise self.launch.fault(end.number, f"barrier {number} of {wanted} threads is used with {threads}")
+        twice = self.arrived[number][group.warps]
+        if twice.any():
+            thread = self.thread_of(int(group.warps[twice.argmax()]))
+            raise self.launch.fault(end.number, f"a warp arrives twice at barrier {number}", thread)
+        self.arrived[number][group.warps] = True
+
+    def release(self, number) -> None:
+        """Let those go whose barrier is complete."""
+        if isinstance(number, tuple):
+            group = self.gather_converged(number[1])
+            if group is not None:
+                self.ready.append(group)
+            return
+        arrived = self.arrived[number].reshape(self.warps, self.ctas).sum(0)
+        living = self.alive.any(1).reshape(self.warps, self.ctas).sum(0)
+        done = np.zeros(self.ctas, bool)
+        for cta in np.flatnonzero(arrived):
+            wanted = self.wanted.get((number, int(cta)))
+            done[cta] = arrived[cta] == living[cta] if wanted is None else arrived[cta] * 32 >= wanted
+        if not done.any():
+            return
+        if self.races:
+            for cta in np.flatnonzero(done):
+                self.races.barrier(np.flatnonzero(self.arrived[number] & (self.cta_of == cta)))
+        for cta in np.flatnonzero(done):
+            self.wanted.pop((number, int(cta)), None)
+        self.arrived[number][done[self.cta_of]] = False
+        left = []
+        for group in self.waiting.pop(number, []):
+            free = done[self.cta_of[group.warps]]
+            if free.all():
+                self.ready.append(group)
+            else:
+                left.append(self.part(group, ~free))
+                if free.any():
+                    self.ready.append(self.part(group, free))
+        if left:
+            self.waiting[number] = left
+
+    # ---- mbarriers
+    def mbarrier_at(self, warp, address, number) -> Mbarrier:
+        found = self.barriers.get((int(self.cta_of[warp]), address))
+        if found is None:
+            raise self.launch.fault(number, f"no mbarrier at shared address {address:#x}", self.thread_of(warp))
+        return found
+
+    def wait(self, group: Group, block, values) -> Group | None:
+        """try_wait and test_wait of a parity; they return true, or are tried again."""
+        n, number = len(group.warps), block.end.number
+        addresses = self.first_lane(values[0], group.mask, n)
+        parities = self.first_lane(values[1], group.mask, n)
+        tried = zip(group.warps.tolist(), addresses.tolist(), parities.tolist(), strict=True)
+        done = np.array([self.mbarrier_at(w, a, number).phase % 2 != p & 1 for w, a, p in tried])
+        if self.races:
+            for w, a in zip(group.warps[done].tolist(), addresses[done].tolist(), strict=True):
+                self.races.mbarrier_used(w, a, number)
+                self.races.acquired(w, self.mbarrier_at(w, a, number))
+        if not done.all():
+            self.blocked.append(self.part(group, ~done))
+            if not done.any():
+                return None
+            group = self.part(group, done)
+        put_masked(self.space[f"V_{block.end.args[0].name}_b"], group.index, group.mask, True)
+        group.block += 1
+        return group
+
+    def mbarrier_init(self, i, k, address, count, number):
+        for warp, a, c in self.lanes(i, k, address, count):
+            if a % 8:
+                raise self.launch.fault(number, f"an mbarrier at {a:#x}, which is no multiple of 8", self.thread_of(warp))
+            if self.races:
+                self.races.mbarrier_written(warp, a, number, init=True)
+            self.barriers[int(self.cta_of[warp]), a] = Mbarrier(c)
+        self.changed = True
+
+    def mbarrier_inval(self, i, k, address, number):
+        for warp, a in self.lanes(i, k, address):
+            if self.races:
+                self.races.mbarrier_written(warp, a, number, init=False)
+            barrier = self.barriers.pop((int(self.cta_of[warp]), a), None)
+            if barrier is not None and barrier.bytes:
+                kind = "an mbarrier is invalidated before its copies have completed"
+                self.launch.report(kind, number, self.thread_of(warp), f"{barrier.bytes} bytes pending")
+
+    def mbarrier_arrive(self, i, k, address, count, expect, arrives, number):
+        """mbarrier.arrive, .expect_tx, and both in one; ``count``, ``expect``: None, or a value per lane."""
+        for warp, a, c, e in self.lanes(i, k, address, count, expect):
+            b = self.mbarrier_at(warp, a, number)
+            if self.races:
+                self.races.mbarrier_used(warp, a, number)
+                if arrives:
+                    self.races.released(warp, b)
+            if e is not None:
+                b.bytes += e
+            if arrives:
+                b.pending -= 1 if c is None else c
+                if b.pending < 0:
+                    raise self.launch.fault(number, f"more arrivals than mbarrier {a:#x} counts", self.thread_of(warp))
+            self.changed |= b.settle()
+
+    def async_arrive(self, i, k, address, noinc, number):
+        """cp.async.mbarrier.arrive: an arrival when the thread's copies have completed; here they complete at once."""
+        self.complete_copies(self.group.warps, None)
+        for warp, a in self.lanes(i, k, address):
+            b = self.mbarrier_at(warp, a, number)
+            if self.races:
+                self.races.mbarrier_used(warp, a, number)
+                self.races.released(warp, b)
+            if noinc:  # else pending is raised by one at first
+                b.pending -= 1
+            if b.pending < 0:
+                raise self.launch.fault(number, f"more arrivals than mbarrier {a:#x} counts", self.thread_of(warp))
+            self.changed |= b.settle()

@@ -1,0 +1,137 @@
+"""The launches of sora_fast._C on CPU tensors: the extension's own launchers run, and the emulator takes their kernels.
+
+The extension calls the CUDA runtime through one table (csrc/runtime.h), which ``_C.emulate`` replaces for the calling
+thread. PTX is read from the extension's file by cuobjdump, which the CUDA toolkit and Triton's wheel have.
+"""
+
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from types import ModuleType
+
+import numpy as np
+
+from . import memory, tma
+from .launches import Emulator
+
+
+def launch(emulator: Emulator, extension: ModuleType, op: str, tensors: Mapping[str, object], arguments: Mapping) -> None:
+    """Call ``extension.<op>(**arguments)`` with its kernels on ``emulator``.
+
+    Args:
+        tensors: what the addresses among ``arguments`` belong to, by name.
+    """
+    allocations = memory.Allocations()
+    for name, tensor in tensors.items():
+        allocations.add_tensor(tensor, name)
+
+    def start(name: str, grid, block, addresses: int, shared: int) -> None:
+        kernel = re.search(r"Kernel = (.*)\]$", name)[1]
+
+        def parameters(program) -> bytes:
+            places = (ctypes.c_void_p * len(program.kernel.params)).from_address(addresses)
+            last = program.kernel.params[-1]
+            raw = bytearray(last.offset + last.size)
+            for place, param in zip(places, program.kernel.params, strict=True):
+                raw[param.offset:param.offset + param.size] = ctypes.string_at(place, param.size)
+            return bytes(raw)
+
+        ptx = kernel_ptx(extension.__file__, kernel, emulator.compute_capability)
+        emulator.execute(kernel, ptx, grid, block, parameters, allocations, shared)
+
+    extension.emulate(start, encode, emulator.sms)
+    try:
+        getattr(extension, op)(device=0, stream=0, **arguments)
+    finally:
+        extension.emulate(None, None, 0)
+
+
+def encode(kind: int, address: int, sizes, strides, box, steps, interleave: int, swizzle: int, fill: int) -> bytes | None:
+    """cuTensorMapEncodeTiled of the CUDA driver API, in the emulator's form; None for what the driver refuses."""
+    rank = len(sizes)
+    legal = (1 <= rank <= 5 and address % 16 == 0 and all(1 <= size <= 1 << 32 for size in sizes)
+             and all(stride % 16 == 0 and stride < 1 << 40 for stride in strides) and all(1 <= side <= 256 for side in box)
+             and all(1 <= step <= 8 for step in steps))
+    if not legal:
+        return None
+    made = np.zeros(1, tma.MAP)
+    made["address"], made["rank"], made["type"] = address, rank, kind
+    made["interleave"], made["swizzle"], made["fill"] = interleave, swizzle, fill
+    made["dims"][0, :rank], made["box"][0, :rank], made["steps"][0, :rank] = sizes, box, steps
+    made["strides"][0, :rank - 1] = strides
+    return made.tobytes()
+
+
+@functools.cache
+def kernel_ptx(path: str, kernel: str, compute_capability: int) -> str:
+    """The PTX of one kernel ("causal_conv3d_kernel<96, 1>") for a GPU of this compute capability.
+
+    Of the architectures that the file embeds PTX of, the newest that such a GPU runs.
+    """
+    texts = _embedded(path)
+    runs = [(number, special) for number, special in texts
+            if (number == compute_capability if special else number <= compute_capability)]
+    for key in sorted(runs, reverse=True):
+        for text in texts[key]:
+            for name in re.findall(r"\.entry (\w+)\(", text):
+                if _bare(name) == kernel:
+                    return _alone(text, name)
+    there = ", ".join(f"compute_{number}{'a' * special}" for number, special in sorted(texts)) or "none"
+    raise RuntimeError(f"emulated_gpu: expected PTX of {kernel} for sm{compute_capability} in the CUDA extension, got "
+                       f"{there}; build it anew with SORA_FAST_BUILD_CUDA=1 pip install -e .")
+
+
+@functools.cache
+def _embedded(path: str) -> dict[tuple[int, bool], list[str]]:
+    """Texts of PTX by architecture: (90, True) is compute_90a."""
+    told = subprocess.run([_cuobjdump(), "--dump-ptx", path], capture_output=True, encoding="utf-8", errors="replace",
+                          check=True).stdout
+    found: dict[tuple[int, bool], list[str]] = {}
+    for text in re.split(r"^Fatbin \w+ code:$", told, flags=re.MULTILINE):
+        target = re.search(r"^\.target sm_(\d+)(a?)", text, re.MULTILINE)
+        if target:
+            text = text[text.index(".version"):]
+            found.setdefault((int(target[1]), bool(target[2])), []).append(text)
+    return found
+
+
+def _cuobjdump() -> str:
+    found = shutil.which("cuobjdump")
+    if found is None:
+        try:
+            from triton import knobs
+
+            found = knobs.nvidia.cuobjdump.path
+        except Exception:  # no Triton, or a wheel without the tool
+            raise RuntimeError("emulated_gpu: expected cuobjdump, which reads PTX out of the CUDA extension, got none; "
+                               "install triton, or put the CUDA toolkit on the PATH") from None
+    return found
+
+
+def _alone(text: str, name: str) -> str:
+    """A module with this one kernel, its variables and files: the parser takes seconds for all of them."""
+    at = text.index(f".entry {name}(")
+    first, following = text.index(".entry "), text.find(".entry ", at + 1)
+    # the last brace before the next kernel: inline assembly has its own in the first column too
+    start, end = text.rfind("\n", 0, at), text.rfind("\n}", at, following if following > 0 else len(text)) + 3
+    head = text[:text.rfind("\n", 0, first)]
+    between = text[text.rfind("\n}", 0, at) + 3:start] if at > first else ""
+    files = "\n".join(line for line in text.splitlines() if line.startswith(".file"))
+    return "\n".join([head, between, text[start:end], files])
+
+
+@functools.cache
+def _bare(mangled: str) -> str:
+    """"causal_conv3d_kernel<96, 1>" of an Itanium-mangled function, without namespaces, type and parameters."""
+    demangle = ctypes.CDLL("libstdc++.so.6").__cxa_demangle
+    demangle.restype = ctypes.c_void_p
+    status = ctypes.c_int()
+    made = demangle(mangled.encode(), None, None, ctypes.byref(status))
+    if status.value:
+        return mangled
+    whole = ctypes.string_at(made).decode()
+    ctypes.CDLL(None).free(ctypes.c_void_p(made))
+    return re.sub(r"\w+::", "", whole.partition("(")[0]).removeprefix("void ")

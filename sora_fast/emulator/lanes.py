@@ -1,0 +1,85 @@
+"""Instructions between the lanes of a warp: shfl, vote, redux, elect, bar.warp (PTX ISA 9.7.9.6, 9.7.13)."""
+
+import numpy as np
+
+from .arith import I4, U4
+
+LANES = np.arange(32, dtype=U4).reshape(1, 32)
+REDUX = {"add": np.add, "min": np.minimum, "max": np.maximum}
+REDUX |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+
+
+class Lanes:
+    """Exchanges inside a warp."""
+
+    def members(self, mask, n):
+        """The lanes (n, 32) of a membermask."""
+        return ((np.broadcast_to(mask, (n, 32)) >> LANES) & U4(1)).astype(bool)
+
+    def converged(self, i, k, mask, number):
+        """All lanes of the membermask must execute the instruction; in a divergent warp some may be elsewhere."""
+        missing = self.members(mask, len(self.group.warps)) & self.alive[self.group.warps] & ~k
+        if missing.any():
+            row, lane = np.argwhere(missing)[0]
+            raise self.launch.fault(number, "a lane of its membermask is elsewhere", self.thread(row, lane))
+
+    def shuffle(self, mode, i, value, by, c):
+        """(values, predicate): the predicate says whether the source lane is in range (PTX ISA 9.7.9.6)."""
+        n = len(self.group.warps)
+        value = np.broadcast_to(value, (n, 32))
+        limit, segment = c & U4(31), (c >> U4(8)) & U4(31)
+        low = LANES & segment
+        high = (low | (limit & ~segment)).astype(I4)
+        if mode == "up":
+            source = LANES.astype(I4) - (by & U4(31)).astype(I4)
+            good = source >= high
+        elif mode == "down":
+            source = (LANES + (by & U4(31))).astype(I4)
+            good = source <= high
+        elif mode == "bfly":
+            source = (LANES ^ (by & U4(31))).astype(I4)
+            good = source <= high
+        else:
+            source = (low | (by & ~segment & U4(31))).astype(I4)
+            good = source <= high
+        source = np.where(good, source, LANES.astype(I4))
+        if source.shape[0] == 1:
+            return value[:, source[0]], good
+        return np.take_along_axis(value, np.broadcast_to(source, (n, 32)).astype(np.int64), 1), good
+
+    def vote(self, mode, i, k, p, mask):
+        n = len(self.group.warps)
+        p = np.broadcast_to(p, (n, 32))
+        active = self.members(mask, n) & self.lane_mask(k, n)
+        if mode == "ballot":
+            return np.where(p & active, U4(1) << LANES, U4(0)).sum(1, dtype=U4, keepdims=True)
+        if mode == "any":
+            return (p & active).any(1, keepdims=True)
+        if mode == "all":
+            return (p | ~active).all(1, keepdims=True)
+        return (p | ~active).all(1, keepdims=True) | (~p | ~active).all(1, keepdims=True)  # uni
+
+    def redux(self, operation, i, k, value, mask):
+        n = len(self.group.warps)
+        value = np.broadcast_to(value, (n, 32))
+        active = self.members(mask, n) & self.lane_mask(k, n)
+        out = np.empty((n, 1), value.dtype)
+        for row in range(n):
+            chosen = value[row][active[row]]
+            out[row] = REDUX[operation].reduce(chosen, dtype=value.dtype) if len(chosen) else 0
+        return out
+
+    def elect(self, i, k, mask):
+        """True in one lane of the membermask, the lowest."""
+        n = len(self.group.warps)
+        active = self.members(mask, n) & self.lane_mask(k, n)
+        return LANES == active.argmax(1)[:, None]
+
+    def activemask(self, i, k):
+        n = len(self.group.warps)
+        return np.where(self.lane_mask(k, n), U4(1) << LANES, U4(0)).sum(1, dtype=U4, keepdims=True)
+
+    def warp_barrier(self, i, k):
+        """bar.warp.sync orders memory between the lanes."""
+        if self.races:
+            self.races.advance(self.group.warps)

@@ -1,0 +1,159 @@
+"""What launches of every kind share: a kernel is executed under each schedule, and findings raise."""
+
+import copy
+import ctypes
+import hashlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from . import memory
+from .codegen import Program
+from .counters import Counters
+from .machine import Launch, Schedule
+from .ptx import parse
+
+
+def schedules(asked: int | str | Schedule | Iterable) -> tuple[Schedule, ...]:
+    """The schedules that ``asked`` names, of asynchronous copies and MMAs and of the order of warps.
+
+    Args:
+        asked: "late" (completion as late as the PTX ISA allows, warps in order), "early" (at once), "random" (warps and
+            completions by a seed, 1), a Schedule, several of these, or how many of late, early, random, random, ...
+    """
+    if isinstance(asked, Schedule):
+        return (asked,)
+    if isinstance(asked, bool) or not isinstance(asked, (int, str, Iterable)) or isinstance(asked, int) and asked < 1:
+        raise ValueError(f"emulated_gpu: expected schedules to be a number from 1 on, or some of 'late', 'early' and "
+                         f"'random', got {asked!r}; pass one of them")
+    if isinstance(asked, int):
+        first = (Schedule(), Schedule(when="early"))[:asked]
+        return (*first, *(Schedule(seed, "random") for seed in range(1, asked - 1)))
+    if not isinstance(asked, str):
+        return tuple(schedule for each in asked for schedule in schedules(each))
+    if asked not in ("late", "early", "random"):
+        raise ValueError(f"emulated_gpu: expected schedules among 'late', 'early' and 'random', got {asked!r}; pass some")
+    return (Schedule(1 if asked == "random" else None, asked),)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch as it was executed: ``runs`` holds the machine's Launch of each schedule, ``seconds`` the time of all."""
+
+    name: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    ptx: str
+    seconds: float
+    runs: tuple[Launch, ...]
+
+    @property
+    def counters(self) -> Counters:
+        """Of the last schedule's run; what a kernel executes does not depend on it."""
+        return self.runs[-1].counters
+
+    @property
+    def instructions(self) -> int:
+        """Warp instructions of one run."""
+        return self.runs[-1].warp_instructions
+
+    @property
+    def findings(self) -> list[str]:
+        return list(dict.fromkeys(text for run in self.runs for text in run.findings.values()))
+
+
+@dataclass
+class Emulator:
+    """How kernels are executed, and what was launched.
+
+    ``compute_capability``: 90 of sm90. ``race``: look for races, three to five times as slow. ``count``: Counters for each
+    launch. ``configs``: of autotuned kernels, by name (triton_launch.py). ``cache``: folder of compiled PTX, or None.
+    ``change``: takes and returns the PTX of a kernel: planted faults. ``raises``: whether findings raise memory.Fault.
+    ``sms``: SMs that launchers see.
+    """
+
+    compute_capability: int = 90
+    schedules: tuple[Schedule, ...] = (Schedule(),)
+    race: bool = False
+    count: bool = False
+    configs: dict = field(default_factory=dict)
+    cache: object = None
+    change: Callable[[str], str] | None = None
+    raises: bool = True
+    sms: int = 3
+    records: list[Launched] = field(default_factory=list)
+
+    def execute(self, name: str, ptx: str, grid, block, params: Callable, allocations: memory.Allocations,
+                shared: int) -> Launched:
+        """Run one launch under every schedule, each from the same memory; the last one's results stay.
+
+        Args:
+            ptx: text with this kernel alone. params: Program -> the bytes of its parameters. shared: bytes of dynamic
+            shared memory.
+
+        Raises:
+            memory.Fault: a finding, or results that depend on the schedule though nothing is added atomically.
+        """
+        if self.change is not None:
+            ptx = self.change(ptx)
+        program = program_of(ptx)
+        raw = params(program)
+        before = _Memory(allocations)
+        results, runs, start = [], [], time.perf_counter()
+        for place, schedule in enumerate(self.schedules):
+            if place:
+                before.restore()
+            counters = Counters(program) if self.count else None
+            run = Launch(program, grid, block, raw, copy.deepcopy(allocations), shared=shared, schedule=schedule,
+                         race=self.race, counters=counters)
+            runs.append(run)
+            if len(self.schedules) > 1:
+                results.append(_Memory(allocations))
+        record = Launched(name, tuple(grid), tuple(block), ptx, time.perf_counter() - start, tuple(runs))
+        self.records.append(record)
+        found = record.findings
+        if not found and not _rounds_by_schedule(program):
+            found = [f"{name}: results differ between {self.schedules[0]} and {schedule}, first in {where}, and nothing is "
+                     f"added atomically" for schedule, result in zip(self.schedules[1:], results[1:], strict=True)
+                     if (where := results[0].difference(result))]
+        if found and self.raises:
+            raise memory.Fault("\n".join(found))
+        return record
+
+
+_programs: dict[bytes, Program] = {}
+
+
+def program_of(ptx: str) -> Program:
+    """The numpy program of a text that holds one kernel, made once."""
+    key = hashlib.sha256(ptx.encode()).digest()
+    if key not in _programs:
+        (kernel,) = parse(ptx).values()
+        _programs[key] = Program(kernel)
+    return _programs[key]
+
+
+def _rounds_by_schedule(program: Program) -> bool:
+    """Whether sums may round otherwise under another schedule: of atomics, and of wgmma, whose steps are executed together
+    where they complete together."""
+    return any(instr.parts[0] in ("atom", "red", "wgmma") for instr in program.instrs)
+
+
+class _Memory:
+    """What allocations hold at one moment."""
+
+    def __init__(self, allocations: memory.Allocations):
+        self.allocations = allocations
+        self.bytes = {start: ctypes.string_at(start, end - start) for start, (end, *_) in allocations.ranges.items()}
+
+    def restore(self) -> None:
+        for start, held in self.bytes.items():
+            ctypes.memmove(start, held, len(held))
+
+    def difference(self, other: "_Memory") -> str:
+        """Where the first byte is that another moment has otherwise, or ""."""
+        for start, held in self.bytes.items():
+            if held != other.bytes[start]:
+                at = next(i for i, (a, b) in enumerate(zip(held, other.bytes[start], strict=True)) if a != b)
+                return self.allocations.name(start + at)
+        return ""

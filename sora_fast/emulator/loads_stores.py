@@ -1,0 +1,211 @@
+"""ld, st, atom and red, checked for bounds, alignment and uninitialised shared memory (PTX ISA 9.7.9.8 to 11, 9.7.13.9).
+
+``i`` and ``k`` are those of codegen.py; ``n`` is the number of warps in the group, ``number`` the instruction's.
+"""
+
+import numpy as np
+
+from . import memory
+from .arith import SHARED_WINDOW, U4, U8, packed_add
+
+ATOMIC = {  # old value and operands -> new value; inc and dec wrap
+    "add": lambda old, x: old + x,
+    "min": min,
+    "max": max,
+    "and": lambda old, x: old & x,
+    "or": lambda old, x: old | x,
+    "xor": lambda old, x: old ^ x,
+    "exch": lambda old, x: x,
+    "cas": lambda old, x, new: new if old == x else old,
+    "inc": lambda old, x: old.dtype.type(0) if old >= x else old + old.dtype.type(1),
+    "add_bf16": lambda old, x: packed_add(old, x, "bf16"),
+    "add_bf16x2": lambda old, x: packed_add(old, x, "bf16x2"),
+    "add_f16x2": lambda old, x: packed_add(old, x, "f16x2"),
+    "dec": lambda old, x: x if old == 0 or old > x else old - old.dtype.type(1),
+}
+
+
+class LoadsStores:
+    """Synchronous memory accesses."""
+
+    # ---- addresses
+    def symbol(self, name, t, offset=0):
+        """The address of a parameter or variable. A 32-bit one of a parameter is an offset, to which cvta.param adds."""
+        if name in self.launch.offsets:
+            base = 0 if t == U4 else self.launch.param_start
+            return np.full((1, 1), base + self.launch.offsets[name] + offset, t)
+        return np.full((1, 1), self.launch.symbols[name] + offset, t)
+
+    def param(self, name, offset, t, count):
+        start = self.launch.offsets[name] + offset
+        found = self.launch.param_bytes[start : start + np.dtype(t).itemsize * count].view(t)
+        return found.reshape(1, 1) if count == 1 else found.reshape(1, 1, count)
+
+    def generic_param(self, address):
+        return np.where(address < U8(1 << 31), address + U8(self.launch.param_start), address)
+
+    def param_address(self, name):
+        return np.full((1, 1), self.launch.param_start + self.launch.offsets[name], U8)
+
+    def lane_mask(self, k, n):
+        """The active lanes (n, 32)."""
+        return np.ones((n, 32), bool) if k is None else np.broadcast_to(k, (n, 32))
+
+    def thread(self, row, lane=None) -> str:
+        """ "CTA 3 warp 1 lane 5", of a warp of the group."""
+        return self.thread_of(int(self.group.warps[row]), lane)
+
+    def thread_of(self, warp: int, lane=None) -> str:
+        tail = "" if lane is None else f" lane {lane}"
+        return f"CTA {self.ids[self.cta_of[warp]]} warp {self.warp_of[warp]}{tail}"
+
+    def fault(self, space, number, address, size, thread=""):
+        if space == "global":
+            place = self.allocations.name(address)
+        else:
+            place = f"shared memory is {self.launch.shared_base:#x} .. {self.launch.shared_end:#x}"
+        what = "misaligned" if address % size and size & (size - 1) == 0 else "out of bounds"
+        return self.launch.fault(number, f"{space} access of {size} bytes at {address:#x} is {what}: {place}", thread)
+
+    def global_addresses(self, k, address, size, number, n):
+        """Addresses (n, 32), checked; those of inactive lanes harmless."""
+        address = np.broadcast_to(address, (n, 32))
+        mask = None if k is None else np.broadcast_to(k, (n, 32))
+        active = (address if k is None else address[mask]).ravel()
+        if active.size:
+            misaligned = active & U8(size - 1)
+            wrong = int(np.flatnonzero(misaligned)[0]) if misaligned.any() else self.allocations.check(active, size)
+            if wrong is not None:
+                row, lane = divmod(wrong if k is None else int(np.flatnonzero(mask)[wrong]), 32)
+                raise self.fault("global", number, int(active[wrong]), size, self.thread(row, lane))
+        return address if k is None else np.where(mask, address, U8(memory.HARMLESS))
+
+    def shared_addresses(self, i, k, address, size, number, n):
+        """Indices of bytes in self.shared (n, 32), checked; those of inactive lanes at the CTA's start."""
+        address = np.broadcast_to(address, (n, 32)).astype(U4, copy=False)
+        if k is not None:
+            address = np.where(k, address, U4(self.launch.shared_base + 15 & ~15))
+        if address.size:
+            low, high = int(address.min()), int(address.max()) + size
+            outside = low < self.launch.shared_base or high > self.launch.shared_end
+            if outside and (k is None or np.any(k)) or (address & U4(size - 1)).any():
+                bad = (address < self.launch.shared_base) | (address.astype(np.int64) + size > self.launch.shared_end)
+                row, lane = divmod(int(np.flatnonzero(bad | (address & U4(size - 1) != 0))[0]), 32)
+                raise self.fault("shared", number, int(address[row, lane]), size, self.thread(row, lane))
+        return address + self.shared_start[i]
+
+    def resolve(self, space, address, number, n):
+        """The state space of generic addresses, and addresses in it (PTX ISA 5.1, generic addressing)."""
+        if space != "generic":
+            return space, address
+        shared = np.broadcast_to(address, (n, 32)) >= SHARED_WINDOW
+        if not shared.any():
+            return "global", address
+        if not shared.all():
+            raise self.launch.fault(number, "generic addresses of shared and of global memory in one instruction")
+        return "shared", (address - SHARED_WINDOW).astype(U4)
+
+    # ---- accesses
+    def ld(self, space, i, k, address, t, count, number, order="", scope=""):
+        """``order``: "relaxed" or "acquire" of a strong load, which does not race with atomics; "" of a weak one."""
+        n = len(self.group.warps)
+        size = np.dtype(t).itemsize
+        space, address = self.resolve(space, address, number, n)
+        if space != "shared":
+            address = self.global_addresses(k, address, size * count, number, n)
+            found = memory.load(address, size, count)
+            if self.counters is not None:
+                self.counters.access("ld.global", k, address, size * count, number, n)
+            if self.races and space != "const":
+                if order:
+                    self.races.globals.strong(self, k, address, size * count, number, order, scope, write=False)
+                else:
+                    self.races.globals.access(self, k, address, size * count, number)
+            return found.view(t)
+        place = self.shared_addresses(i, k, address, size * count, number, n)
+        if self.initialized is not None:
+            self.check_initialized(k, place, size * count, number, n)
+        if self.counters is not None:
+            self.counters.access("ld.shared", k, address, size * count, number, n)
+        if self.races:
+            self.races.read(k, place, size * count, number)
+        if count == 1:
+            return self.shared_views[size][place // U4(size) if size > 1 else place].view(t)
+        return self.shared_rows[size, count][place // U4(size * count)].view(t)
+
+    def check_initialized(self, k, place, size, number, n):
+        good = self.initialized[place] & self.initialized[place + U4(size - 1)]
+        if k is not None:
+            good = good | ~np.broadcast_to(k, (n, 32))
+        if not good.all():
+            row, lane = np.argwhere(~good)[0]
+            where = int(place[row, lane]) % self.size
+            detail = f"address {where:#x}, {(~good).sum()} lanes"
+            self.launch.report("uninitialised shared memory", number, self.thread(row, lane), detail)
+
+    def mark_initialized(self, place, size):
+        if self.initialized is not None:
+            for at in range(0, size):
+                self.initialized[place + U4(at)] = True
+
+    def st(self, space, i, k, address, values, t, number, order="", scope=""):
+        n, count = len(self.group.warps), len(values)
+        size = np.dtype(t).itemsize
+        space, address = self.resolve(space, address, number, n)
+        values = [np.broadcast_to(v.view(f"u{size}"), (n, 32)) for v in values]
+        value = values[0] if count == 1 else np.stack(values, axis=-1)
+        mask = None if k is None else np.broadcast_to(k, (n, 32))
+        if space == "global":
+            address = self.global_addresses(k, address, size * count, number, n)
+            if self.counters is not None:
+                self.counters.access("st.global", k, address, size * count, number, n)
+            if self.races:
+                if order:
+                    self.races.globals.strong(self, k, address, size * count, number, order, scope, write=True)
+                else:
+                    self.races.globals.access(self, k, address, size * count, number, value)
+            if mask is None:
+                memory.store(address, value, size, count)
+            else:
+                memory.store(address[mask], value[mask], size, count)
+            return
+        place = self.shared_addresses(i, k, address, size * count, number, n)
+        if self.counters is not None:
+            self.counters.access("st.shared", k, address, size * count, number, n)
+        if mask is not None:
+            place, value = place[mask], value[mask]
+        if self.races:
+            self.races.write(mask, place, size * count, number)
+        if count == 1:
+            self.shared_views[size][place // U4(size) if size > 1 else place] = value
+        else:
+            self.shared_rows[size, count][place // U4(size * count)] = value
+        self.mark_initialized(place, size * count)
+
+    def atomic(self, space, operation, i, k, address, values, t, number, order="relaxed", scope="gpu"):
+        """One lane after the other; the old values (n, 32)."""
+        n = len(self.group.warps)
+        size = np.dtype(t).itemsize
+        mask = self.lane_mask(k, n)
+        out = np.zeros((n, 32), t)
+        space, address = self.resolve(space, address, number, n)
+        if space == "global":
+            address = self.global_addresses(k, address, size, number, n)
+            view, base, shift = memory.words(size, t)
+            places = (address - base) >> shift
+            if self.races:
+                self.races.globals.atomic(self, k, address, size, number, order, scope)
+        else:
+            places = self.shared_addresses(i, k, address, size, number, n)
+            if self.initialized is not None:
+                self.check_initialized(k, places, size, number, n)
+            if self.races:
+                self.races.shared_atomic(k, places, size, number)
+            places, view = places // U4(size), self.shared_views[size].view(t)
+        values = [np.broadcast_to(v, (n, 32)) for v in values]
+        new = ATOMIC[operation]
+        for row, lane in np.argwhere(mask):
+            at = places[row, lane]
+            out[row, lane] = view[at]
+            view[at] = new(view[at], *(v[row, lane] for v in values))
+        return out

@@ -1,0 +1,207 @@
+"""Executes a kernel: a batch of CTAs at a time, warps at the same place together.
+
+Warp w of CTA c is number w * ctas + c, so that one role (the consumers, say) of all CTAs is one slice. What is asynchronous
+completes as late as the ISA allows, at its issue, or at a random moment between (``Schedule.when``). Until then its
+destination in shared memory holds NaN, as does shared memory nobody has written.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import arith, memory
+from .arith import F4, SHARED_WINDOW, U4, UNWRITTEN
+from .async_copies import AsyncCopies
+from .barriers import Barriers, Mbarrier
+from .bulk_copies import BulkCopies
+from .codegen import Program
+from .global_races import GlobalRaces
+from .lanes import LANES, Lanes
+from .loads_stores import LoadsStores
+from .memory import Fault
+from .races import Races
+from .scheduler import Deadlock, Group, Scheduler, put_masked
+from .tensor_cores import NEVER_FENCED, TensorCores
+
+__all__ = ["Deadlock", "Launch", "Machine", "Schedule"]
+
+@dataclass(frozen=True)
+class Schedule:
+    """In which order warps run and asynchronous work completes.
+
+    ``seed``: None runs the warps furthest behind, a number random ones. ``when``: copies and wgmma complete "late" (at the
+    wait for them), "early" (at their issue), or at a "random" one of both.
+    """
+
+    seed: int | None = None
+    when: str = "late"
+
+
+class Launch:
+    """One kernel launch, executed by the constructor; ``findings`` says what was found.
+
+    ``params``: the bytes of the parameter space. ``shared``: bytes of dynamic shared memory. ``checks``: look for
+    uninitialised shared memory. ``race``: look for races in shared and global memory too. ``batch``: CTAs that run at once.
+    Raises Fault where the kernel cannot go on, with ``findings`` of what came before.
+    """
+
+    def __init__(self, program: Program, grid, block, params: bytes, allocations: memory.Allocations, *, shared: int = 0,
+                 shared_base: int = 1024, schedule: Schedule = Schedule(), counters=None, checks: bool = True,
+                 batch: int | None = None, race: bool = False):  # fmt: skip
+        self.program, self.grid, self.block, self.schedule = program, tuple(grid), tuple(block), schedule
+        self.allocations, self.counters, self.checks, self.race = allocations, counters, checks, race
+        self.findings: dict[tuple, str] = {}
+        self.parameters(params)
+        self.shared_base, self.shared_end = shared_base, self.variables(shared_base) + shared
+        self.steps = self.warp_instructions = 0
+        self.global_races = GlobalRaces(self)
+        ctas = int(np.prod(self.grid))
+        if batch is None:
+            batch = max(1, min(8 if race else 64, (64 << 20) // max(self.shared_end, 1)))
+        try:
+            try:
+                for start in range(0, ctas, batch):
+                    Machine(self, range(start, min(start + batch, ctas))).run()
+            finally:
+                self.global_races.judge()
+        except Fault as fault:
+            fault.findings = dict(self.findings)
+            raise
+
+    def parameters(self, params: bytes) -> None:
+        """The parameter space has an address: tensor maps are read there."""
+        self.buffer = np.zeros(len(params) + 256, np.uint8)
+        start = -self.buffer.ctypes.data % 128
+        self.buffer[start : start + len(params)] = np.frombuffer(params, np.uint8)
+        self.param_bytes = self.buffer[start : start + len(params)]
+        self.param_start = self.buffer.ctypes.data + start
+        self.allocations.add(self.param_start, len(params), "the parameters")
+        self.offsets = {p.name: p.offset for p in self.program.kernel.params}
+
+    def variables(self, at: int) -> int:
+        """Place the module's variables; the end of static shared memory. Dynamic shared memory (no size) comes last."""
+        self.symbols, self.module_memory = {}, []
+        for variable in sorted(self.program.kernel.variables.values(), key=lambda v: v.size == 0):
+            align = max(variable.align, 1)
+            if variable.space == "shared":
+                if variable.size:
+                    at = (at + align - 1) // align * align
+                self.symbols[variable.name] = at
+                at += variable.size
+            elif variable.space in ("global", "const"):
+                data = np.zeros(max(variable.size, 1) + align, np.uint8)
+                begin = -data.ctypes.data % align
+                data[begin : begin + len(variable.data)] = np.frombuffer(variable.data, np.uint8)
+                self.module_memory.append(data)
+                self.symbols[variable.name] = data.ctypes.data + begin
+                self.allocations.add(data.ctypes.data + begin, variable.size, variable.name)
+        return at
+
+    # ---- what is said about the kernel
+    def cite(self, number: int) -> str:
+        """An instruction and the line of the kernel's source it comes from."""
+        instr = self.program.instrs[number]
+        return f"`{instr.text}` ({instr.loc or 'no line'})"
+
+    def sentence(self, number: int, what: str, thread: str) -> str:
+        instr = self.program.instrs[number]
+        thread = f", {thread}" if thread else ""
+        return f"{self.program.kernel.name} at {instr.loc or 'no line'}{thread}: {what}, in `{instr.text}`"
+
+    def report(self, kind: str, number: int, thread: str, detail: str) -> None:
+        """A finding: the kernel goes on. One of each kind and instruction is kept."""
+        if (kind, number) not in self.findings:
+            self.findings[kind, number] = self.sentence(number, f"{kind} ({detail})", thread)
+
+    def fault(self, number: int, what: str, thread: str = "") -> Fault:
+        """To be raised: the kernel cannot go on."""
+        return Fault(self.sentence(number, what, thread))
+
+
+class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorCores, Lanes):
+    """A batch of CTAs: their registers, shared memory, barriers and what is in flight."""
+
+    def __init__(self, launch: Launch, ctas: range):
+        self.launch, self.program, self.schedule = launch, launch.program, launch.schedule
+        self.allocations, self.counters = launch.allocations, launch.counters
+        self.random = random.Random(None if self.schedule.seed is None else self.schedule.seed * 1000003 + ctas.start)
+        threads = int(np.prod(launch.block))
+        self.warps = (threads + 31) // 32
+        self.ctas, self.ids = len(ctas), ctas
+        self.total = total = self.warps * self.ctas
+        order = np.arange(total)
+        self.cta_of, self.warp_of = order % self.ctas, order // self.ctas
+        thread = self.warp_of[:, None] * 32 + LANES
+        self.alive = np.broadcast_to(thread < threads, (total, 32)).copy()
+        self.size = (launch.shared_end + 1023) // 1024 * 1024
+        self.shared = np.full(max(self.size, 1024) * self.ctas, UNWRITTEN, np.uint8)
+        self.shared_views = {size: self.shared.view(f"u{size}") for size in (1, 2, 4, 8)}
+        rows = [(size, count) for size in (1, 2, 4, 8) for count in (2, 4, 8) if size * count <= 16]
+        self.shared_rows = {(size, count): self.shared_views[size].reshape(-1, count) for size, count in rows}
+        self.initialized = np.zeros(len(self.shared), bool) if launch.checks else None
+        self.shared_start = (self.cta_of * self.size).astype(U4)[:, None]
+        self.space = self.names(thread, launch)
+        self.functions: dict = {}
+        self.constants = -1
+        self.executed = np.zeros(len(self.program.blocks), np.int64)
+        # asynchronous work, and for each warp the number of the group it is filling
+        self.cp_asyncs: list[dict] = []
+        self.copy_group = np.zeros(total, np.int64)
+        self.wgmmas: list[dict] = []
+        self.wgmma_group = np.zeros(total, np.int64)
+        self.wgmma_done = np.zeros(total, np.int64)  # groups that were waited for
+        # which instruction has accessed a register of wgmma since the last wgmma.fence: its number, NO, or NEVER_FENCED
+        self.touched = np.full((len(self.program.wgmma_registers), total), NEVER_FENCED)
+        self.in_flight = np.full(self.touched.shape, -1, np.int64)  # the last wgmma group that uses the register
+        self.tma_loads: list[dict] = []
+        self.tma_stores: list[dict] = []
+        self.store_group = np.zeros(total, np.int64)
+        self.unfenced_maps: set[int] = set()  # addresses of tensor maps the kernel has made
+        # barriers
+        self.barriers: dict[tuple[int, int], Mbarrier] = {}
+        self.changed = True  # an mbarrier, since blocked groups were tried
+        self.arrived = np.zeros((16, total), bool)
+        self.waiting: dict[int, list] = {}
+        self.wanted: dict[tuple[int, int], int] = {}
+        self.ready: list[Group] = [Group(0, order, self.alive.copy())]
+        self.blocked: list[Group] = []  # at an mbarrier
+        self.races = Races(self) if launch.race else None
+
+    def completes_now(self) -> bool:
+        """Does asynchronous work complete at its issue?"""
+        when = self.schedule.when
+        return when == "early" or when == "random" and self.random.random() < 0.5
+
+    def names(self, thread, launch) -> dict:
+        """What the sources of blocks name: arithmetic, registers (V_), accumulators (D_), special registers (S_)."""
+        total, block, grid = self.total, launch.block, launch.grid
+        space = {name: value for name, value in vars(arith).items() if not name.startswith("__")}
+        space |= {"np": np, "M": self, "P": put_masked, "SHARED_WINDOW": SHARED_WINDOW}
+        for names, number in self.program.pools.items():
+            pool = space[f"D_{number}"] = np.zeros((len(names), total, 32), F4)
+            for at, name in enumerate(names):
+                space |= {f"V_{name}_{kind}4": pool[at].view(f"{kind}4") for kind in "uif"}
+        for name in self.program.lasting - self.program.async_regs:
+            reg = self.program.kernel.regs[name]
+            if reg.pred:
+                space[f"V_{name}_b"] = np.zeros((total, 32), bool)
+                continue
+            array = np.zeros((total, 32), f"u{reg.size}")
+            kinds = "u" if reg.size == 1 else "uif"
+            space |= {f"V_{name}_{kind}{reg.size}": array.view(f"{kind}{reg.size}") for kind in kinds}
+        x, y = block[0], block[1]
+        tid = {"x": thread % x, "y": thread // x % y, "z": thread // (x * y)}
+        index = np.array([self.ids[c] for c in self.cta_of])[:, None]
+        cta = {"x": index % grid[0], "y": index // grid[0] % grid[1], "z": index // (grid[0] * grid[1])}
+        one = lambda value: np.full((1, 1), value, U4)
+        for at, axis in enumerate("xyz"):
+            space[f"S_tid_{axis}"], space[f"S_ntid_{axis}"] = tid[axis].astype(U4), one(block[at])
+            space[f"S_ctaid_{axis}"], space[f"S_nctaid_{axis}"] = cta[axis].astype(U4), one(grid[at])
+        below = (U4(1) << LANES) - U4(1)
+        space |= {"S_laneid": LANES, "S_warpid": self.warp_of[:, None].astype(U4), "S_nwarpid": one(self.warps),
+                  "S_lanemask_lt": below, "S_lanemask_eq": U4(1) << LANES, "S_lanemask_le": below | (U4(1) << LANES),
+                  "S_lanemask_gt": ~(below | (U4(1) << LANES)), "S_lanemask_ge": ~below,
+                  "S_cluster_ctarank": one(0), "S_cluster_nctarank": one(1),
+                  "S_dynamic_smem_size": one(launch.shared_end - launch.shared_base)}  # fmt: skip
+        return space

@@ -1,0 +1,238 @@
+"""Which warps run next, and where branches take them.
+
+Warps at the same basic block, with whatever lanes, form a Group, which runs a block at a time. Inside a warp the lanes
+furthest behind (in the smallest block) go first: compilers let diverged lanes reconverge there.
+"""
+
+import numpy as np
+
+from .memory import Fault
+
+FAIRNESS = 97  # picks between two of the longest waiting group; odd, so that it meets a loop of groups in every phase
+
+
+class Deadlock(Fault):
+    """Every warp waits, and no copy is in flight."""
+
+
+class Group:
+    """Warps (sorted numbers) at the start of one block; ``mask``: their lanes there (warps, 32), None for all."""
+
+    __slots__ = ("block", "warps", "mask", "index")
+
+    def __init__(self, block: int, warps: np.ndarray, mask: np.ndarray | None):
+        self.block, self.warps = block, warps
+        self.mask = None if mask is None or mask.all() else mask
+        first, count = int(warps[0]), len(warps)
+        self.index = slice(first, first + count) if int(warps[-1]) - first + 1 == count else warps
+
+    def full_mask(self):
+        return np.ones((len(self.warps), 32), bool) if self.mask is None else self.mask
+
+
+def put_masked(array, i, k, value):
+    """array[i] = value in the lanes of ``k``."""
+    if k is None:
+        array[i] = value
+    elif isinstance(i, slice):
+        np.copyto(array[i], value, where=k)
+    else:
+        part = array[i]
+        np.copyto(part, value, where=k)
+        array[i] = part
+
+
+class Scheduler:
+    """Groups of warps: ready, waiting at a named barrier, or blocked at an mbarrier."""
+
+    def function(self, block: int, masked: bool):
+        """The block as a Python function, for whole warps or masked."""
+        key = (block, masked)
+        found = self.functions.get(key)
+        if found is None:
+            code = self.program.code(self.program.blocks[block], masked)
+            if self.constants != len(self.program.values):
+                self.space |= self.program.values
+                self.constants = len(self.program.values)
+            exec(code, self.space)
+            found = self.functions[key] = self.space.pop("f")
+        return found
+
+    def run(self) -> None:
+        """Until every warp has left."""
+        self.picks = 0
+        with np.errstate(all="ignore"):
+            steps = 0
+            while self.ready or self.blocked or self.waiting:
+                steps += 1
+                if not self.ready and not self.progress():
+                    raise Deadlock(self.stuck())
+                if self.ready:
+                    self.step()
+                if self.tma_loads and self.schedule.when == "random" and self.random.random() < 0.1:
+                    self.complete_load(self.random.randrange(len(self.tma_loads)))
+            self.finish_bulk()
+        self.launch.steps += steps
+        sizes = np.array([len(b.instrs) + (b.end is not None) for b in self.program.blocks])
+        self.launch.warp_instructions += int((self.executed * sizes).sum())
+        if self.counters is not None:
+            self.counters.add_blocks(self.program, self.executed)
+
+    def pick(self) -> Group:
+        """The next group, merged with all others at its place: the furthest behind, or with a seed any.
+
+        Without a seed too the group that has waited longest goes from time to time, lest a warp that spins on what another
+        one has to write (a lock in global memory) keep that one from running.
+        """
+        ready = self.ready
+        if len(ready) == 1:
+            return ready.pop()
+        self.picks += 1
+        block, behind = min(g.block for g in ready), None
+        if self.schedule.seed is not None or self.picks % FAIRNESS == 0:
+            chosen = (ready[0] if self.schedule.seed is None else self.random.choice(ready)).block
+            late = np.zeros(self.total, bool)  # warps with lanes further behind: those go first
+            for g in ready:
+                if g.block < chosen:
+                    late[g.warps] = True
+            if not all(late[g.warps].all() for g in ready if g.block == chosen):
+                block, behind = chosen, late
+        same, rest = [], []
+        for g in ready:
+            if g.block != block:
+                rest.append(g)
+                continue
+            late = None if behind is None else behind[g.warps]
+            if late is None or not late.any():
+                same.append(g)
+            else:
+                rest.append(self.part(g, late))
+                if not late.all():
+                    same.append(self.part(g, ~late))
+        self.ready = rest
+        group = same[0] if len(same) == 1 else self.merge(same)
+        if self.schedule.seed is not None and len(group.warps) > 1 and self.random.random() < 0.02:
+            part = np.array([self.random.random() < 0.5 for _ in group.warps])
+            if part.any() and not part.all():
+                self.ready.append(self.part(group, ~part))
+                group = self.part(group, part)
+        return group
+
+    @staticmethod
+    def part(group: Group, which: np.ndarray) -> Group:
+        return Group(group.block, group.warps[which], None if group.mask is None else group.mask[which])
+
+    def merge(self, groups) -> Group:
+        warps = np.unique(np.concatenate([g.warps for g in groups]))
+        mask = np.zeros((len(warps), 32), bool)
+        for g in groups:
+            mask[np.searchsorted(warps, g.warps)] |= g.full_mask()
+        return Group(groups[0].block, warps, mask)
+
+    def step(self) -> None:
+        group = self.pick()
+        for _ in range(64):  # on and on where nobody else could join
+            group = self.execute(group)
+            if group is None:
+                return
+            if self.ready:
+                break
+        self.ready.append(group)
+
+    def execute(self, group: Group) -> Group | None:
+        """Run the group's block; the group at its next one, or None where it was put away."""
+        block = self.program.blocks[group.block]
+        self.executed[group.block] += len(group.warps)
+        self.group = group
+        result = self.function(group.block, group.mask is not None)(group.index, group.mask)
+        end = block.end
+        if end is None:
+            group.block += 1
+            return group
+        root = end.parts[0]
+        if root == "bra":
+            if result is None:
+                group.block = block.target
+                return group
+            return self.branch(group, result, block.target)
+        if root in ("ret", "exit", "trap"):
+            if root == "trap" and (result is None or np.any(result & group.full_mask())):
+                raise self.launch.fault(end.number, "a trap is reached", self.thread_of(int(group.warps[0])))
+            if result is None:
+                self.leave(group.warps, group.full_mask())
+                return None
+            taken = np.broadcast_to(result, (len(group.warps), 32)) & group.full_mask()
+            rest = group.full_mask() & ~taken
+            self.leave(group.warps, taken)
+            keep = rest.any(1)
+            if not keep.any():
+                return None
+            return Group(group.block + 1, group.warps[keep], rest[keep])
+        if root in ("bar", "barrier"):
+            return self.barrier(group, block, result)
+        return self.wait(group, block, result)
+
+    def branch(self, group: Group, taken, target: int) -> Group | None:
+        """The group where all its lanes go one way; else two new ones are ready."""
+        n = len(group.warps)
+        taken = np.broadcast_to(taken, (n, 32))
+        active = group.mask
+        if active is None:
+            if taken.all():
+                group.block = target
+                return group
+            if not taken.any():
+                group.block += 1
+                return group
+            yes, no = taken, ~taken
+        else:
+            yes, no = taken & active, active & ~taken
+            if not no.any():
+                group.block = target
+                return group
+            if not yes.any():
+                group.block += 1
+                return group
+        for mask, block in ((yes, target), (no, group.block + 1)):
+            some = mask.any(1)
+            part = mask[some]
+            self.ready.append(Group(block, group.warps[some], part))
+        return None
+
+    def leave(self, warps, mask) -> None:
+        """Exit. Barriers of all threads do not wait for those that have left."""
+        self.alive[warps] &= ~mask
+        if self.waiting:
+            for number in list(self.waiting):
+                self.release(number)
+
+    def progress(self) -> bool:
+        """Where nothing is ready: try the mbarriers again, or complete a TMA load. False: a deadlock."""
+        if self.changed and self.blocked:
+            self.changed = False
+            self.ready += self.blocked
+            self.blocked = []
+            return True
+        if self.tma_loads:
+            at = 0 if self.schedule.seed is None else self.random.randrange(len(self.tma_loads))
+            self.complete_load(at)
+            return True
+        return False
+
+    def stuck(self) -> str:
+        """Which warp waits where, and what each mbarrier still expects."""
+        lines = [f"{self.program.kernel.name}: deadlock:"]
+        for group in self.blocked:
+            end = self.program.blocks[group.block].end
+            for w in group.warps[:40]:
+                lines.append(f"  {self.thread_of(w)} waits at {end.loc}: {end.text}")
+        for number, groups in self.waiting.items():
+            for group in groups:
+                at = number[1] if isinstance(number, tuple) else group.block - 1
+                end = self.program.blocks[at].end
+                what = "for its other lanes at a barrier" if isinstance(number, tuple) else f"at barrier {number}"
+                lines += [f"  {self.thread_of(w)} waits {what}, {end.loc}: {end.text}" for w in group.warps[:40]]
+        for (cta, address), b in list(self.barriers.items())[:40]:
+            pending = f"phase {b.phase}, {b.pending} arrivals and {b.bytes} bytes pending"
+            lines.append(f"  mbarrier {address:#x} of CTA {self.ids[cta]}: {pending}")
+        return "\n".join(lines)
