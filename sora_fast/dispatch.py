@@ -189,7 +189,7 @@ class Op:
             self._tell_if_slow(backend, problem, requested)
         if problem.grad and not torch.compiler.is_compiling():
             arguments = {name: first_order(value, self.name) for name, value in arguments.items()}
-        with no_autocast(problem.device.partition(":")[0].replace("emulated", "cpu")):
+        with no_autocast(_device_type(problem.device)):
             return backend.run(**arguments)
 
 
@@ -216,6 +216,12 @@ def use_backend(name: str):
 def _capability(index: int | None) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     return f"cuda:sm{major}{minor}"
+
+
+def _device_type(device: str) -> str:
+    """PyTorch's type for a Problem's ``device``: what an emulated GPU works on are CPU tensors."""
+    kind = device.partition(":")[0]
+    return "cpu" if kind == "emulated" else kind
 
 
 @env.constant_in_graphs

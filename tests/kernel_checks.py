@@ -1,6 +1,17 @@
-"""What tests of Triton kernels plant: memory with guards around it, and launches that leave work undone."""
+"""What tests of Triton kernels share: the error rule on every case, and what they plant: memory with guards around it, and
+launches that leave work undone.
+"""
 
 import torch
+
+from sora_fast.testing import assert_matches, cases
+
+
+def assert_every_case(op, run, dtype):
+    """``run`` obeys the error rule on each validation case of ``op``, also where the gradient given has stride 0."""
+    for _, inputs in cases(op, dtype):
+        for flat in (False, True):
+            assert_matches(op, run, inputs, flat_cotangent=flat)
 
 
 class Guarded:

@@ -128,7 +128,7 @@ def convolution(op, **more):
 
 @contextmanager
 def convolution_tiles(pixels=64, channels=256, block_k=256, more=0, tma=False, wgrad=(256, 256, 0, 64), programs=1):
-    """Large tiles, few programs: a program costs the interpreter what a large tile does."""
+    """Large tiles, few programs: each program costs the emulator time."""
     config = convolution_kernels.Config(pixels, channels, more, block_k, 4, 2, tma)
     with ExitStack() as stack:
         for kernel in ("forward", "dgrad"):

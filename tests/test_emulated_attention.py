@@ -77,7 +77,7 @@ def _agrees(head_dim, group, mask, lengths, dtype):
     key_heads = max(8 // group, 1) if queries <= 3 else 1
     inputs = pack_of((2, queries, 3), (0, keys, 5), group * key_heads, key_heads, head_dim, tail=2, dtype=dtype,
                      return_lse=True, **MASKS[mask])
-    # few tiles, because a program costs the interpreter what a large tile does, but several in each direction
+    # few tiles, because each program costs the emulator time, but several in each direction
     with tiles(*{1: (16, 64), 3: (16, 256), 113: (64, 128), 128: (64, 128), 1023: (128, 512)}[queries]):
         assert_matches("varlen_attention", on_kernel(), inputs)
 

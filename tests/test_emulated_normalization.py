@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_checks import Guarded, Short
+from kernel_checks import Guarded, Short, assert_every_case
 from kernel_inputs import DTYPES, draw
 from kernel_inputs import normalization as inputs_of
 from kernel_inputs import normalization_tiles as tiles
@@ -26,9 +26,7 @@ norm_act = partial(ops.norm_act, backend="triton")
 # ------------------------------------------------------------------------------------------------------ error rule
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_rule(dtype):
-    for _, inputs in cases("norm_act", dtype):
-        for flat in (False, True):
-            assert_matches("norm_act", norm_act, inputs, flat_cotangent=flat)
+    assert_every_case("norm_act", norm_act, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

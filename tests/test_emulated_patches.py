@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_checks import Guarded, Short
+from kernel_checks import Guarded, Short, assert_every_case
 from kernel_inputs import DTYPES, GRIDS, on_kernel
 from kernel_inputs import patches as inputs_of
 from op_checks import same_bits, with_grad
@@ -45,9 +45,7 @@ def assert_close(op, inputs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_error_rule(op, dtype):
-    for _, inputs in cases(op, dtype):
-        for flat in (False, True):
-            assert_matches(op, on_kernel(op), inputs, flat_cotangent=flat)
+    assert_every_case(op, on_kernel(op), dtype)
 
 
 # label: grids, tail, channels, patch, width; the blocks of tests are 32 tokens (16 of the weight's gradient, of unpatchify)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_checks import Guarded, Short
+from kernel_checks import Guarded, Short, assert_every_case
 from kernel_inputs import DTYPES, ints, rotary_tiles
 from kernel_inputs import rotary as inputs_of
 from op_checks import gradients, same_bits, with_grad
@@ -29,7 +29,7 @@ on_kernel = partial(ops.qk_norm_rope, backend="triton")
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """The interpreter takes its time for each program."""
+    """The emulator takes its time for each program."""
     with rotary_tiles():
         yield
 
@@ -53,9 +53,7 @@ def assert_close(inputs):
 # ------------------------------------------------------------------------------------------------------ error rule
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_rule(dtype):
-    for _, inputs in cases(OP, dtype):
-        for flat in (False, True):
-            assert_matches(OP, on_kernel, inputs, flat_cotangent=flat)
+    assert_every_case(OP, on_kernel, dtype)
 
 
 FORMS = dict(norm=NORMS, pairing=("interleaved", "half"), angles=("full", "part", "learned", "per head", None),

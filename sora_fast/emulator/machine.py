@@ -26,6 +26,7 @@ from .tensor_cores import NEVER_FENCED, TensorCores
 
 __all__ = ["Deadlock", "Launch", "Machine", "Schedule"]
 
+
 @dataclass(frozen=True)
 class Schedule:
     """In which order warps run and asynchronous work completes.

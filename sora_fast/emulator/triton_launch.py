@@ -128,8 +128,7 @@ def _launch(kernel: CompiledKernel, bound: dict, grid) -> None:
 def _arguments(kernel: CompiledKernel, bound: dict, allocations: memory.Allocations) -> list[bytes]:
     """The bytes of every parameter that an argument makes, in order; tensors become allocations."""
     values, descriptors = [], 0
-    for name, kind in _flat(kernel.src.signature, bound):
-        value, kind = kind
+    for name, value, kind in _flat(kernel.src.signature, bound):
         if kind == "constexpr":
             continue
         if kind.startswith("tensordesc"):
@@ -148,13 +147,13 @@ def _arguments(kernel: CompiledKernel, bound: dict, allocations: memory.Allocati
 
 
 def _flat(signature: dict, bound: dict):
-    """(name, (value, type)) of every argument; the elements of a tuple are arguments of their own."""
+    """(name, value, type) of every argument; the elements of a tuple are arguments of their own."""
     def walk(name, value, kind):
         if isinstance(kind, tuple):
             for place, (each, of) in enumerate(zip(value, kind, strict=True)):
                 yield from walk(f"{name}[{place}]", each, of)
         else:
-            yield name, (value, kind)
+            yield name, value, kind
     for name, kind in signature.items():
         yield from walk(name, bound[name], kind)
 

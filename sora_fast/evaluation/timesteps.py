@@ -12,8 +12,7 @@ import torch
 
 from ..data import pack_stream
 from ..diffusion import LearnedVariance, Objective, pairs
-from ..models.dit import token_grid
-from ..pack import Pack
+from ..pack import Pack, token_grid
 
 
 class Clip(Protocol):
@@ -88,7 +87,7 @@ def loss_by_timestep(dit, text_encoder, objective: Objective, clips: Sequence[Cl
                          f"{budget}; pass latents of at least one clip")
     numbers = [clip.latent.numel() for clip in clips]
     whole = hasattr(objective, "alphas")  # DDPM knows whole timesteps only
-    grids = [token_grid(clip.latent.shape[1:], dit.config.patch) for clip in clips]
+    grids = [token_grid("DiT", clip.latent.shape[1:], dit.config.patch) for clip in clips]
     tokens = [t * h * w for t, h, w in grids]
     packs = list(pack_stream(range(len(clips)), tokens.__getitem__, max(budget, *tokens)))
     losses = torch.zeros(strata, len(clips), dtype=torch.float64, device="cpu")

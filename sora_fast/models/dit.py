@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks, ops
-from .. import pack as packs
-from ..nn import FinalLayer, Modulation, PatchEmbed3d, Residual, VarlenAttention, check_stream
+from ..nn import FinalLayer, Modulation, PatchEmbed3d, Residual, VarlenAttention
+from ..nn.modulation import check_stream
 from ..ops.patches import clips as views
-from ..pack import Pack, check_pack, check_text
+from ..pack import Pack, check_pack, check_text, token_grid
 from .text import Text, check_encoded
 
 
@@ -253,7 +253,7 @@ class DiT(nn.Module):
                 if clip.dim() != 4 or clip.shape[0] != config.in_channels:
                     raise ValueError(f"{op}: expected clips of shape ({config.in_channels}, T, H, W), got "
                                      f"{tuple(clip.shape)}; an image is a clip of one frame")
-            grids = tuple(packs.token_grid(op, clip.shape[1:], config.patch) for clip in clips)
+            grids = tuple(token_grid(op, clip.shape[1:], config.patch) for clip in clips)
             if pack is None:
                 pack = Pack(grids, text_lengths=None if text is None else text.lengths, device=weight.device)
             check_grids(op, pack, grids, "latents")
@@ -309,11 +309,6 @@ def check_grids(op: str, pack: Pack, grids: tuple, what: str) -> None:
         more = " and more" if len(grids) > 4 else ""
         raise ValueError(f"{op}: expected the {what}' own pack, with grids {list(grids[:4])}{more}, got {pack}; leave pack "
                          f"out, or build it from these {what}, as Pack.of({what}, patch) does")
-
-
-def token_grid(sizes, patch) -> tuple[int, int, int]:
-    """Tokens in t, h, w of latents of (T, H, W) ``sizes``; an error names the nearest sizes that fit."""
-    return packs.token_grid("DiT", sizes, patch)
 
 
 def sincos(coords_N3, axes: tuple[int, ...], width: int, dtype: torch.dtype):

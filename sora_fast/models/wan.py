@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks, ops
-from ..nn import PatchEmbed3d, Residual, check_stream
+from ..nn import PatchEmbed3d, Residual
+from ..nn.modulation import check_stream
 from ..pack import Pack, check_pack, check_text
 from .dit import DiT, Mlp, TimestepEmbedder, check_timesteps
 from .text import Text, check_encoded

@@ -3,7 +3,7 @@
 from .attention import VarlenAttention
 from .convolution import CausalConv3d, norm_act_conv
 from .masking import Masking, continuous_drop_rates, random_masking, size_drop_rates
-from .modulation import FinalLayer, Modulation, Residual, check_stream
+from .modulation import FinalLayer, Modulation, Residual
 from .normalization import GroupNorm, RMSNorm
 from .patches import PatchEmbed3d
 from .quantize import VectorQuantizer
@@ -21,7 +21,6 @@ __all__ = [
     "StreamState",
     "VarlenAttention",
     "VectorQuantizer",
-    "check_stream",
     "continuous_drop_rates",
     "norm_act_conv",
     "random_masking",

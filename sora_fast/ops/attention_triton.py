@@ -58,9 +58,9 @@ def _fake_backward(dout, dlse, q, k, v, *arguments):
 
 _PACK = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, float? softmax_scale, bool causal, int left, int right"
 operators.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_PACK}) -> Tensor[]", _forward,
-                      _fake_forward)
+                 _fake_forward)
 operators.define(f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-                      f"Tensor? parts, {_PACK}) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
+                 f"Tensor? parts, {_PACK}) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
 
 
 class _Attention(torch.autograd.Function):

@@ -59,7 +59,7 @@ def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings
 
 
 operators.define(f"convolution_cuda_forward({TENSORS}, Tensor? residual, {NORM}, {SCHEMA}) -> Tensor[]", _forward,
-                    fake_forward)
+                 fake_forward)
 
 
 def _run(x, weight, bias, *, norm_weight=None, norm_bias=None, norm=None, groups=1, eps=0.0, act=None, cache, residual,

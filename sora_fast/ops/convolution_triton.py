@@ -96,9 +96,9 @@ def _fake_backward(dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bia
 
 
 operators.define(f"convolution_forward({TENSORS}, Tensor? residual, {NORM}, {SCHEMA}) -> Tensor[]", _forward,
-                      fake_forward)
+                 fake_forward)
 operators.define(f"convolution_backward(Tensor dy, Tensor? dcache_out, {TENSORS}, {NORM}, Tensor? stats, "
-                      f"bool[] wanted, {SCHEMA}) -> Tensor[]", _backward, _fake_backward)
+                 f"bool[] wanted, {SCHEMA}) -> Tensor[]", _backward, _fake_backward)
 
 
 class _Convolution(torch.autograd.Function):

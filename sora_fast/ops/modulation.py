@@ -134,11 +134,11 @@ def _fake_backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, sta
 
 # What is there of x_new, h and stats; the gradients that are wanted of x, y, gate, shift, scale, weight and bias.
 operators.define("modulation_forward(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? rows, "
-                      "Tensor? weight, Tensor? bias, str? norm, float eps, bool save, ScalarType dtype) -> Tensor[]",
-                      _forward, _fake_forward)
+                 "Tensor? weight, Tensor? bias, str? norm, float eps, bool save, ScalarType dtype) -> Tensor[]",
+                 _forward, _fake_forward)
 operators.define("modulation_backward(Tensor? dx_new, Tensor? dh, Tensor? x, Tensor? y, Tensor? gate, Tensor? shift, "
-                      "Tensor? scale, Tensor? rows, Tensor? weight, Tensor? bias, Tensor? stats, str? norm, bool[] wanted) "
-                      "-> Tensor[]", _backward, _fake_backward)
+                 "Tensor? scale, Tensor? rows, Tensor? weight, Tensor? bias, Tensor? stats, str? norm, bool[] wanted) "
+                 "-> Tensor[]", _backward, _fake_backward)
 
 
 class _Modulation(torch.autograd.Function):

@@ -115,9 +115,9 @@ def _fake_backward(dy, x, weight, bias, stats, norm, groups, eps, act, wanted):
 
 # y, and the statistics of a group norm; the gradients that are wanted of x, weight and bias.
 operators.define("norm_act_forward(Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps, str? act) "
-                      "-> Tensor[]", _forward, _fake_forward)
+                 "-> Tensor[]", _forward, _fake_forward)
 operators.define("norm_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? stats, str norm, "
-                      "int groups, float eps, str? act, bool[] wanted) -> Tensor[]", _backward, _fake_backward)
+                 "int groups, float eps, str? act, bool[] wanted) -> Tensor[]", _backward, _fake_backward)
 
 
 class _NormAct(torch.autograd.Function):

@@ -51,7 +51,7 @@ def _fake_forward(x, weight, bias, eps, act):
 
 
 operators.define("norm_act_cuda_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, str? act) -> Tensor",
-                    _forward, _fake_forward)
+                 _forward, _fake_forward)
 
 
 def _run(x, weight=None, bias=None, *, norm, groups, eps, act):

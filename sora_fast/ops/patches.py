@@ -201,11 +201,11 @@ def _fake_permute(source, grids, cu_seqlens, patch, channels, back):
 # sizes: t, h, w of every sample, one after the other; the gradients that are wanted of latents, weight and bias.
 operators.define("patches_grids(Tensor like, SymInt[] sizes) -> Tensor[]", _copies, _fake_copies)
 operators.define("patch_embed_forward(Tensor latents, Tensor weight, Tensor? bias, Tensor grids, Tensor cu_seqlens) "
-                      "-> Tensor", _embed, _fake_embed)
+                 "-> Tensor", _embed, _fake_embed)
 operators.define("patch_embed_backward(Tensor d_out, Tensor latents, Tensor weight, Tensor grids, Tensor cu_seqlens, "
-                      "bool[] wanted) -> Tensor[]", _embed_backward, _fake_embed_backward)
+                 "bool[] wanted) -> Tensor[]", _embed_backward, _fake_embed_backward)
 operators.define("patches_permute(Tensor source, Tensor grids, Tensor cu_seqlens, int[] patch, int channels, "
-                      "bool back) -> Tensor", _permute, _fake_permute)
+                 "bool back) -> Tensor", _permute, _fake_permute)
 
 
 class _PatchEmbed(torch.autograd.Function):

@@ -149,7 +149,7 @@ _SETTINGS = ("Tensor? coords, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias
 # What is there of q and k; the gradients that are wanted of q, k, their weights, their biases and freqs.
 operators.define(f"rotary_forward(Tensor q, Tensor? k, {_SETTINGS}) -> Tensor[]", _forward, _fake_forward)
 operators.define(f"rotary_backward(Tensor? d_q, Tensor? d_k, Tensor? q, Tensor? k, {_SETTINGS}, bool[] wanted) "
-                      f"-> Tensor[]", _backward, _fake_backward)
+                 f"-> Tensor[]", _backward, _fake_backward)
 
 
 class _Rotary(torch.autograd.Function):

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from ..data import FitPolicy, MediaItem, Packer, UnreadableMedia, pack_stream, to_pixels
 from ..data.frames import Frames, bar
 from ..models import VideoVAE
-from ..models.dit import token_grid
-from ..pack import Pack
+from ..pack import Pack, token_grid
 from . import checkpoint
 from .latent_cache import LatentCache
 
@@ -35,7 +34,7 @@ class LatentClip:
     fps: float
 
     def grid(self, patch) -> tuple[int, int, int]:
-        return token_grid(self.latent.shape[1:], patch)
+        return token_grid("DiT", self.latent.shape[1:], patch)
 
     def tokens(self, patch) -> int:
         return _tokens(self.grid(patch))
