@@ -230,7 +230,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path):
 
 
 def test_where_a_run_may_begin(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected a run folder with a checkpoint .*, got none; train first"):
+    with pytest.raises(FileNotFoundError, match="expected a run folder with a checkpoint .*, got none in .*; train first"):
         little(tmp_path, resume=True)
     little(tmp_path, steps=1).run()
     before = (tmp_path / "losses.csv").read_text()
