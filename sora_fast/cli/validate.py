@@ -86,7 +86,7 @@ def _device(arguments) -> str:
     """The device's name, and one sentence for a flag that goes with another."""
     if arguments.device.startswith("emulated:"):
         return arguments.device
-    given = [flag for flag, value in (("--schedules", arguments.schedules), ("--race", arguments.race),
+    given = [flag for flag, value in (("--schedules", arguments.schedules is not None), ("--race", arguments.race),
                                       ("--counters", arguments.counters), ("--jobs", arguments.jobs != 1)) if value]
     if given:
         raise ValueError(f"{given[0]}: expected --device emulated:sm90 or another beside it, got --device "
@@ -127,8 +127,8 @@ def _one(name, backend, function, device, dtypes, arguments, progress=lambda tex
     run = lambda: validate(name, function, backend=backend, device=device, dtypes=dtypes, progress=progress)
     if not device.startswith("emulated:"):
         return run(), []
-    scope = emulated_gpu(device.partition(":")[2], schedules=arguments.schedules or "late", race=arguments.race,
-                         counters=arguments.counters)
+    schedules = "late" if arguments.schedules is None else arguments.schedules
+    scope = emulated_gpu(device.partition(":")[2], schedules=schedules, race=arguments.race, counters=arguments.counters)
     with scope as emulator:
         report = run()
     if not arguments.counters:
