@@ -89,6 +89,7 @@ class BlockSource(Arithmetic, Memory):
         self.dirty: dict[str, Reg] = {}
         self.guard: str | None = None
         self.temp = 0
+        self.carry = False  # has a mad.cc of this block left one?
         self.instr: Instr | None = None
         self.ftz = False
         self.touched: dict[int, None] = {}  # registers of wgmma that other instructions access, in order

@@ -10,7 +10,7 @@ from .ptx import Mem, Not, Reg, Sink, Sym, Vec
 def state_space(mods) -> str:
     """Without one, addresses are generic (PTX ISA 5.1)."""
     spaces = [m.partition("::")[0] for m in mods]
-    return next((space for space in spaces if space in ("global", "shared", "param", "const")), "generic")
+    return next((space for space in spaces if space in ("global", "shared", "param", "const", "local")), "generic")
 
 
 def vector(mods) -> int:
@@ -80,7 +80,7 @@ class Memory:
 
     @staticmethod
     def address_type(space, mem) -> str:
-        wide = space != "shared" or isinstance(mem.base, Reg) and mem.base.size == 8
+        wide = space not in ("shared", "local") or isinstance(mem.base, Reg) and mem.base.size == 8
         return "u8" if wide else "u4"
 
     def op_atom(self, instr, mods, args):
