@@ -22,6 +22,9 @@ def load_function(path: str):
     module, _, name = path.partition(":")
     if not module or not name:
         raise ValueError(f"--impl: expected pkg.mod:fn, got {path!r}; put a colon before the function's name")
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError(f"--impl: expected pkg.mod:fn with the name of a module, got {module!r}; write it as an import "
+                         f"does, and run in its folder")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
