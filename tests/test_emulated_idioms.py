@@ -49,6 +49,16 @@ def branch_kernel(x, y, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def accumulate_kernel(x, y, total, count, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    value = tl.load(x + at)
+    tl.store(total, tl.sum(value))
+    if tl.load(count) > 0:
+        value += tl.load(y + at)
+    tl.store(y + at, value)
+
+
+@triton.jit
 def shift_kernel(x, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     value = tl.load(x + at + 1)
@@ -122,6 +132,15 @@ def test_an_update_in_place_is_no_race(block):
         double_kernel[(2,)](x, len(x), BLOCK=block)
         softmax_kernel[(3,)](rows, block - 1, BLOCK=block)
     assert torch.equal(x, want[0]) and torch.allclose(rows, want[1], atol=1e-6)
+
+
+def test_a_register_that_held_something_else_before():
+    """The sum of what x held goes through shared memory; what is loaded from y takes its register."""
+    x, y, total, count = torch.rand(64), torch.zeros(64), torch.zeros(1), torch.ones(1, dtype=torch.int32)
+    with emulated_gpu(race=True):
+        accumulate_kernel[(1,)](x, y, total, count, BLOCK=64)
+        accumulate_kernel[(1,)](x, y, total, count, BLOCK=64)
+    assert torch.equal(y, x + x)
 
 
 def test_a_number_that_all_threads_load_and_one_stores():
