@@ -1,5 +1,7 @@
 """What users' kernels do, right and wrong, in emulated_gpu: updates in place, locks, assertions, sines, descriptors."""
 
+import re
+
 import pytest
 import torch
 
@@ -77,6 +79,18 @@ def locked_sum_kernel(x, y, lock, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def turns_kernel(x, y, turn, BLOCK: tl.constexpr, RELEASE: tl.constexpr):
+    at, program = tl.arange(0, BLOCK), tl.program_id(0)
+    value = tl.load(x + program * BLOCK + at)
+    while tl.load(turn, volatile=True) != tl.num_programs(0) - 1 - program:  # the last program goes first
+        pass
+    tl.debug_barrier()
+    tl.atomic_add(y + at, value)
+    if RELEASE:
+        tl.atomic_add(turn, 1, sem="release")
+
+
+@triton.jit
 def before_kernel(x, y, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(y + at, tl.load(x + at - 1))
@@ -107,6 +121,13 @@ def waves_kernel(x, y, BLOCK: tl.constexpr):
 def clamp_kernel(x, y, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(y + at, tl.clamp(tl.load(x + at), -1.5, 1.5))
+
+
+@triton.jit
+def add_kernel(x, y, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    before = tl.atomic_add(y + at, tl.load(x + at))
+    tl.store(x + at, before)
 
 
 @triton.jit
@@ -170,6 +191,24 @@ def test_a_lock():
     assert torch.equal(y, x.sum(0)) and lock.item() == 0
 
 
+def take_turns(programs, release):
+    """(what the programs added up, what they should have)"""
+    x, y, turn = torch.randint(9, (programs, 64)).float(), torch.zeros(64), torch.zeros(1, dtype=torch.int32)
+    turns_kernel[(programs,)](x, y, turn, BLOCK=64, RELEASE=release, num_warps=1)
+    return y, x.sum(0)
+
+
+def test_programs_that_wait_for_later_ones():
+    """They run together, also where races are looked for; a turn that never comes is a deadlock, and is reported."""
+    with emulated_gpu(race=True):
+        assert torch.equal(*take_turns(9, release=True))
+    waits = rf"deadlock:\n  CTA 0 warp 0 waits in a loop at {line_of('# the last program goes first')}"
+    with emulated_gpu(), pytest.raises(Fault, match=waits):
+        take_turns(2, release=False)
+    with emulated_gpu(), pytest.raises(Fault, match="CTAs 0 to 63 run together here, and 6 behind them"):
+        take_turns(70, release=True)
+
+
 def test_an_access_before_a_tensor_names_it():
     x, y = torch.zeros(64), torch.zeros(64)
     with emulated_gpu(), pytest.raises(Fault, match=r"out of bounds: element -1 of x \(64 elements\)"):
@@ -207,6 +246,16 @@ def test_a_clamp_between_opposite_numbers():
     with emulated_gpu():
         clamp_kernel[(1,)](x, y, BLOCK=32)
     assert torch.equal(y, x.clamp(-1.5, 1.5)) and torch.equal(y.signbit(), x.signbit())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+def test_vectors_of_atomics(dtype):
+    """Threads of several elements: one instruction on sm_90 adds them."""
+    x, y = torch.randint(9, (256,)).to(dtype), torch.randint(9, (256,)).to(dtype)
+    want = y.clone(), x + y
+    with emulated_gpu("sm90", race=True) as emulator:
+        add_kernel[(1,)](x, y, BLOCK=256, num_warps=1)
+    assert torch.equal(x, want[0]) and torch.equal(y, want[1]) and re.search(r"\.add\.(noftz\.)?v\d", emulator.records[0].ptx)
 
 
 @pytest.mark.parametrize("arch", ("sm80", "sm90"))

@@ -101,7 +101,7 @@ FORMS = {
     "mbarrier": rf"(init|inval)\.{SHARED}\.b64|arrive(\.release\.cta)?(\.expect_tx)?\.{SHARED}\.b64|"
     rf"expect_tx(\.relaxed\.cta)?\.{SHARED}\.b64|(try_wait|test_wait)\.parity(\.acquire\.cta)?\.{SHARED}\.b64",
     "atom": rf"((relaxed|acquire|release|acq_rel)\.)?({SCOPE}\.)?((global|{SHARED})\.)?({SCOPE}\.)?"
-    rf"((relaxed|acquire|release|acq_rel)\.)?({SCOPE}\.)?{ATOMIC}(\.noftz)?(\.L2::cache_hint)?\.([busf](32|64)|{HALF})",
+    rf"((relaxed|acquire|release|acq_rel)\.)?({SCOPE}\.)?{ATOMIC}(\.noftz)?(\.L2::cache_hint)?(\.v[248])?\.([busf](32|64)|{HALF})",
     "vote": r"sync\.(ballot\.b32|(any|all|uni)\.pred)",
     "redux": r"sync\.((add|min|max)\.[su]32|(and|or|xor)\.b32)",
     "elect": r"sync",

@@ -185,6 +185,8 @@ class LoadsStores:
                     self.races.globals.strong(self, k, address, size * count, number, order, scope, write=True)
                 else:
                     self.races.globals.access(self, k, address, size * count, number, value)
+            if self.group.block in self.program.spins:
+                self.notice(memory.load(address, size, count), value, mask)
             if mask is None:
                 memory.store(address, value, size, count)
             else:
@@ -197,11 +199,17 @@ class LoadsStores:
             place, value = place[mask], value[mask]
         if self.races:
             self.races.write(mask, place, size * count, number)
-        if count == 1:
-            self.shared_views[size][place // U4(size) if size > 1 else place] = value
-        else:
-            self.shared_rows[size, count][place // U4(size * count)] = value
+        elements = self.shared_views[size] if count == 1 else self.shared_rows[size, count]
+        if self.group.block in self.program.spins:
+            self.notice(elements[place // U4(size * count)], value)
+        elements[place // U4(size * count)] = value
         self.mark_initialized(place, size * count)
+
+    def notice(self, held, values, mask=None):
+        """A store in a loop that may wait for another CTA: one that changes what is there is no waiting."""
+        changed = held != values
+        if (changed if mask is None else changed[mask]).any():
+            self.idle = 0
 
     def atomic(self, space, operation, i, k, address, values, t, number, order="relaxed", scope="gpu"):
         """One lane after the other; the old values (n, 32)."""
@@ -229,4 +237,6 @@ class LoadsStores:
             at = places[row, lane]
             out[row, lane] = view[at]
             view[at] = new(view[at], *(v[row, lane] for v in values))
+            if view[at] != out[row, lane]:
+                self.idle = 0
         return out

@@ -58,7 +58,8 @@ class Launch:
         self.global_races = GlobalRaces(self)
         ctas = int(np.prod(self.grid))
         if batch is None:
-            batch = max(1, min(8 if race else 64, (64 << 20) // max(self.shared_end, 1)))
+            together = 64 if self.program.spins or not race else 8  # CTAs that wait for each other run together
+            batch = max(1, min(together, (64 << 20) // max(self.shared_end, 1)))
         try:
             try:
                 for start in range(0, ctas, batch):
@@ -165,6 +166,7 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         # barriers
         self.barriers: dict[tuple[int, int], Mbarrier] = {}
         self.changed = True  # an mbarrier, since blocked groups were tried
+        self.idle = 0  # blocks executed, all of loops that may wait for other CTAs, since memory has changed
         self.arrived = np.zeros((16, total), bool)
         self.waiting: dict[int, list] = {}
         self.wanted: dict[tuple[int, int], int] = {}
