@@ -231,6 +231,8 @@ class Pack:
         ``grids`` still describes the whole samples; ``kept`` says where each remaining token stood.
         """
         checks.shape("Pack.keep", "index", index, ("M",), "pass the places of the tokens to keep")
+        checks.require(index.dtype != torch.bool, "Pack.keep", "index of places", "a mask",
+                       "pass mask.nonzero().flatten()")  # as ints its 0 and 1 would be places
         checks.integers("Pack.keep", "index", index, (torch.int64,))
         checks.require(self.kept is None, "Pack.keep", "a pack that has dropped nothing yet", "one that has",
                        "choose all tokens in one call")
@@ -311,6 +313,9 @@ def host_grids(op: str, grids: object) -> tuple[Grid, ...]:
         if grids.device.type != "cpu":
             raise ValueError(f"{op}: expected grids as host data (a list of triples or a CPU tensor), got a tensor on "
                              f"{grids.device}; keep the sizes on the host, as Pack.grids does")
+        if grids.dim() >= 3:
+            raise checks.error(op, "grids of shape (S, 3)", f"a tensor of shape {checks.show_shape(grids.shape)}",
+                               "make the pack of latents with Pack.of(latents, patch)")
         checks.integers(op, "grids", grids, (torch.int64, torch.int32))
         checks.shape(op, "grids", grids, ("S", 3), "one row of t, h, w per sample")
         grids = grids.tolist()
@@ -343,6 +348,13 @@ def token_grid(op: str, sizes: Sequence[int], patch: Sequence[int], what: str = 
             raise ValueError(f"{op}: expected {what.format(axis)} a multiple of the patch's {step}, got {size}; crop or pad "
                              f"to {f'{low} or ' if low else ''}{high}")
     return tuple(size // step for size, step in zip(sizes, patch, strict=True))
+
+
+def check_kind(op: str, name: str, value: object) -> None:
+    """``value``, where an op takes a tensor or a Pack, is one of them or None."""
+    if value is not None and not isinstance(value, (torch.Tensor, Pack)):
+        raise TypeError(f"{op}: expected {name} to be a tensor or a Pack, got {checks.came(value)}; pass Pack(grids), or "
+                        f"Pack.of(latents, patch)")
 
 
 def check_pack(op: str, pack: object, **tokens: torch.Tensor) -> None:
