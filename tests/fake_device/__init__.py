@@ -2,8 +2,8 @@
 
 Host code alone is looked at: which device a tensor is on, what waits for the GPU, what a stream capture permits. Kernels
 that are asked for by name are executed by the emulator (kernels.py). What it does not see: order between streams, memory
-that the allocator uses again, whether host memory is pinned, and time. ../test_fake_device.py runs the drive_*.py here in a
-process of their own, with guard.cpp preloaded.
+that the allocator uses again, and time. ../test_fake_device.py runs the drive_*.py here in a process of
+their own, with guard.cpp preloaded.
 
     waits.py    what waits for the device, with its source line; what a capture forbids
     tensors.py  CudaTensor, and how an operator runs on it

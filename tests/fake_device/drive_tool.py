@@ -11,6 +11,7 @@ from sora_fast import Pack, ops, use_backend
 from sora_fast.kernels import modulation as launches
 from sora_fast.models import VideoVAE, vae_stream
 from sora_fast.ops import modulation, uploads
+from sora_fast.to_device import to_device
 
 from . import graphs, waits
 
@@ -61,6 +62,7 @@ WAITS = [
     (TORCH, "x[rows > 0]", "indexing by a mask"),
     (TORCH, "rows.to('cpu', non_blocking=True)", "copy to the host"),
     (TORCH, "torch.tensor([1.0], device=x.device)", "copy from the host"),
+    (TORCH, "torch.ones(3).to(x.device, non_blocking=True)", "copy from memory that is not pinned"),
     (TORCH, "torch.cuda.synchronize()", "torch.cuda.synchronize")]
 each_wait = pytest.mark.parametrize("place, statement, what", WAITS, ids=[row[1] for row in WAITS])
 
@@ -166,6 +168,6 @@ def test_cpu_tensors_stay_on_the_cpu():
     with waits.none():
         x = torch.arange(6.0)
         assert x.device.type == "cpu" and x[x > 2].sum().item() == 12 and x.numpy().sum() == 15
-        assert torch.tensor([1, 2]).tolist() == [1, 2] and x.to("cuda", non_blocking=True).is_cuda
+        assert torch.tensor([1, 2]).tolist() == [1, 2] and to_device(x, "cuda").is_cuda
     with use_backend("reference"):
         assert ops.kl_sample(torch.zeros(1, 2, 3))[0].device.type == "cpu"

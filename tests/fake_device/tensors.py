@@ -77,7 +77,15 @@ class Mode(TorchDispatchMode):
 
 
 MODE = Mode()
-HOST = {aten.is_pinned.default: lambda x: False, aten._pin_memory.default: lambda x: x.clone()}
+
+
+def _pinned(x):
+    made = x.clone()
+    made.pinned = True  # of this tensor, and of no view of it
+    return made
+
+
+HOST = {aten.is_pinned.default: lambda x: hasattr(x, "pinned"), aten._pin_memory.default: _pinned}
 
 # ------------------------------------------------------------------------------------------------------------ checks
 # Where PyTorch takes tensors of two devices, and where it takes not even a CPU tensor of no dimension.
@@ -117,17 +125,21 @@ def _check_waits(func, args, kwargs, on_cuda: bool) -> None:
         elif from_cuda and not all(isinstance(x, CudaTensor) for x in indices):
             waits.note("indexing by a CPU tensor")
     elif func is aten._to_copy.default:
-        _check_copy(from_cuda, on_cuda, kwargs.get("non_blocking", False))
+        _check_copy(args[0], from_cuda, on_cuda, kwargs.get("non_blocking", False))
     elif func is aten.copy_.default and args[0].numel():
-        _check_copy(isinstance(args[1], CudaTensor), from_cuda, args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+        non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+        _check_copy(args[1], isinstance(args[1], CudaTensor), from_cuda, non_blocking)
 
 
-def _check_copy(source: bool, target: bool, non_blocking: bool) -> None:
-    """Of a copy from and to the device or the host. One to the host is read there: whoever does not wait, must."""
+def _check_copy(x, source: bool, target: bool, non_blocking: bool) -> None:
+    """Of a copy of ``x`` from and to the device or the host. One to the host is read there: whoever does not wait, must."""
     if source and not target:
         waits.note("copy to the host")
-    if target and not source and (not non_blocking or waits.state.capture is not None):
-        waits.note("copy from the host")
+    if target and not source:
+        if non_blocking and not hasattr(x, "pinned"):  # of more than a few KB it waits for the stream
+            waits.note("copy from memory that is not pinned")
+        elif not non_blocking or waits.state.capture is not None:
+            waits.note("copy from the host")
 
 
 # --------------------------------------------------------------------------------------------------------- execution
@@ -142,8 +154,6 @@ def execute(func, args, kwargs):
             return func.decompose(*args, **kwargs)
     if func is aten._fused_sdp_choice.default:
         return 0  # the composition that runs on every memory
-    if func in HOST:
-        return False
     flat, spec = pytree.tree_flatten((args, kwargs))
     tensors = [x for x in flat if isinstance(x, torch.Tensor)]
     any_here = any(isinstance(x, CudaTensor) for x in tensors)
