@@ -130,7 +130,8 @@ def tensor(data, *, dtype=None, device=None, requires_grad=False, pin_memory=Fal
     if isinstance(data, (list, tuple)) and any(isinstance(x, CudaTensor) for x in data):
         waits.note("tensor of values on the device")
         data = [x.held.item() if isinstance(x, CudaTensor) else x for x in data]
-    made = _cpu_tensor(data, dtype=dtype).to(torch.get_default_device() if device is None else device)
+    made = _cpu_tensor(data, dtype=dtype)
+    made = made if device is None else made.to(device)
     return made.requires_grad_(requires_grad)
 
 

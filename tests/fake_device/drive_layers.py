@@ -26,7 +26,7 @@ def test_packs():
 
 
 def test_byte_text():
-    encoder = ByteTextEncoder(32).to("cuda")
+    encoder = ByteTextEncoder(64).to("cuda")
     with waits.none():
         text = encoder(["a clip", ""])
         text.tokens.square().sum().backward()
