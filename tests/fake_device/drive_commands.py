@@ -40,8 +40,8 @@ def test_bench_captures_what_it_times(monkeypatch, kernels, cli, cache, tmp_path
     monkeypatch.setattr(timing, "LEAST_SAMPLES", timing.ROUNDS)
     captured, capture = [], timing.Graph.__init__
     monkeypatch.setattr(timing.Graph, "__init__", lambda *given: (capture(*given), captured.append(given))[0])
-    code, out, err = cli("bench", "latents", "modulation", "--quick", "--device", "cuda", "--providers", "torch",
-                         "--op", "gate_residual", "--out", tmp_path / "out")
+    code, out, err = cli("bench", "modulation", "--quick", "--device", "cuda", "--providers", "torch",
+                         "--case", "DiT-S", "--out", tmp_path / "out")
     assert code == 0, out + err
     found = [row for row in rows.read(tmp_path / "out" / "bench.jsonl") if row["row"] == "time"]
     assert found and {row["status"] for row in found} == {"PASSED"} and len(captured) == len(found)

@@ -152,6 +152,17 @@ def test_a_capture_runs_nothing_and_a_replay_everything():
     assert y.tolist() == [16, 16, 16]
 
 
+def test_a_capture_of_what_gives_no_tensor():
+    """Of the three gradients of a layer norm that has no bias, one is None."""
+    x, graph = torch.randn(3, 8, device="cuda", requires_grad=True), torch.cuda.CUDAGraph()
+    call = lambda: torch.autograd.grad(torch.nn.functional.layer_norm(x, (8,)), x, torch.ones(3, 8, device="cuda"))[0]
+    wanted = call()
+    with torch.cuda.graph(graph):
+        got = call()
+    graph.replay()
+    assert torch.equal(got, wanted)
+
+
 def test_a_capture_of_a_kernel(kernels):
     with torch.no_grad():
         call = residual("triton")

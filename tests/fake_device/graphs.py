@@ -10,6 +10,10 @@ def _memory(x: torch.Tensor) -> torch.Tensor:
     return getattr(x, "held", x)
 
 
+def _results(out) -> list[torch.Tensor]:
+    return [_memory(x) for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+
+
 class Tape:
     """What one capture recorded. Memory that only a replay fills is NaN until then."""
 
@@ -23,7 +27,7 @@ class Tape:
         self.before += [(_memory(x), _memory(x).clone()) for x in written]
         out = run()
         if not func.is_view:
-            made = [_memory(x) for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+            made = _results(out)
             known = {_memory(x).untyped_storage().data_ptr() for x in inputs}
             self.fresh += [x for x in made if x.untyped_storage().data_ptr() not in known]
             self.steps.append((run, made))
@@ -39,8 +43,8 @@ class Tape:
 
     def replay(self) -> None:
         for run, made in self.steps:
-            for old, new in zip(made, pytree.tree_leaves(run()), strict=True):
-                if old is not (new := _memory(new)):
+            for old, new in zip(made, _results(run()), strict=True):
+                if old is not new:
                     old.copy_(new)
 
 
