@@ -82,8 +82,10 @@ def test_generation(objective):
     assert not more, "\n".join(f"{count} x {wait}" for wait, count in more.items())
 
 
-def test_steps_of_a_vae(tmp_path, steps):
-    trainer = tiny_vae(tmp_path / "run", write_media(tmp_path), device="cuda", steps=3)
+@pytest.mark.parametrize("settings", [{}, dict(regularisation="vq", codes=16), dict(adversarial=0.5, adversarial_start=0)],
+                         ids=["kl", "codes", "adversarial"])
+def test_steps_of_a_vae(tmp_path, steps, settings):
+    trainer = tiny_vae(tmp_path / "run", write_media(tmp_path), device="cuda", steps=3, **settings)
     trainer.run()
     assert all(p.is_cuda for p in trainer.parameters.values())
     no_hidden(steps)
