@@ -1,5 +1,7 @@
 """A stream capture: operators are recorded and leave memory as it was; a replay runs them again into the same memory."""
 
+import contextlib
+
 import torch
 from torch.utils import _pytree as pytree
 
@@ -32,6 +34,15 @@ class Tape:
             self.fresh += [x for x in made if x.untyped_storage().data_ptr() not in known]
             self.steps.append((run, made))
         return out
+
+    @contextlib.contextmanager
+    def one_step(self):
+        """Inside, operators are parts of the one that called them and not recorded; waits are refused all the same."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
 
     def finish(self) -> None:
         """A capture runs nothing: put back what was written, and take away what was computed."""

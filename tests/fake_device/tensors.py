@@ -88,9 +88,10 @@ def _pinned(x):
 HOST = {aten.is_pinned.default: lambda x: hasattr(x, "pinned"), aten._pin_memory.default: _pinned}
 
 # ------------------------------------------------------------------------------------------------------------ checks
-# Where PyTorch takes tensors of two devices, and where it takes not even a CPU tensor of no dimension.
-MIXED = (aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default,
-         aten.index_put_.default, aten._index_put_impl_.default)
+COPIES = (aten.copy_.default, aten._to_copy.default)
+INDEXING = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default,
+            aten._index_put_impl_.default)
+# Elsewhere PyTorch takes a CPU tensor of no dimension beside those on the device, but not here.
 NOT_EVEN_SCALARS = ("cat", "stack", "index_select", "gather", "scatter", "scatter_add", "index_add", "index_add_", "mm",
                     "bmm", "addmm", "baddbmm", "convolution", "embedding", "native_layer_norm", "native_group_norm",
                     "_fused_rms_norm")
@@ -99,12 +100,13 @@ WAITING = {aten._local_scalar_dense.default: "item", aten.nonzero.default: "nonz
            aten.masked_select.default: "masked_select", aten._unique2.default: "unique",
            aten.unique_dim.default: "unique", aten.unique_consecutive.default: "unique_consecutive",
            aten.bincount.default: "bincount"}
-INDEXING = MIXED[2:]
 
 
-def _check_devices(func, tensors) -> None:
-    if func in MIXED:
+def _check_devices(func, args, tensors) -> None:
+    if func in COPIES:
         return
+    if func in INDEXING and isinstance(args[0], CudaTensor):  # its indices may be on the CPU
+        tensors = [x for x in args[2:] if isinstance(x, torch.Tensor)]
     name = func._schema.name.partition("::")[2]
     for x in tensors:
         if not isinstance(x, CudaTensor) and (x.dim() or name in NOT_EVEN_SCALARS):
@@ -126,13 +128,15 @@ def _check_waits(func, args, kwargs, on_cuda: bool) -> None:
             waits.note("indexing by a CPU tensor")
     elif func is aten._to_copy.default:
         _check_copy(args[0], from_cuda, on_cuda, kwargs.get("non_blocking", False))
-    elif func is aten.copy_.default and args[0].numel():
+    elif func is aten.copy_.default:
         non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
         _check_copy(args[1], isinstance(args[1], CudaTensor), from_cuda, non_blocking)
 
 
 def _check_copy(x, source: bool, target: bool, non_blocking: bool) -> None:
     """Of a copy of ``x`` from and to the device or the host. One to the host is read there: whoever does not wait, must."""
+    if not x.numel():
+        return
     if source and not target:
         waits.note("copy to the host")
     if target and not source:
@@ -160,7 +164,7 @@ def execute(func, args, kwargs):
     target = kwargs.get("device")
     on_cuda = any_here if target is None else torch.device(target).type == "cuda"
     if any_here:
-        _check_devices(func, tensors)
+        _check_devices(func, args, tensors)
     _check_waits(func, args, kwargs, on_cuda)
 
     tape = waits.state.capture
@@ -174,25 +178,12 @@ def execute(func, args, kwargs):
 
 def _kernel(func, args, kwargs):
     """An operator of ours runs as it would on CUDA, on CudaTensors: its wrapper is host code to be looked at."""
-    with MODE, _no_capture_of_its_parts():
+    tape = waits.state.capture
+    with MODE, contextlib.nullcontext() if tape is None else tape.one_step():
         out = func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
     if not all(isinstance(x, CudaTensor) for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)):
         raise RuntimeError(waits.here(f"{func}: expected outputs on cuda:0, got some on the CPU"))
     return out
-
-
-@contextlib.contextmanager
-def _no_capture_of_its_parts():
-    """A graph replays an operator of ours as a whole; waits inside are refused all the same."""
-    tape = waits.state.capture
-    if tape is None:
-        yield
-        return
-    before, tape.paused = tape.paused, True
-    try:
-        yield
-    finally:
-        tape.paused = before
 
 
 def _on_memory(func, flat, spec):
@@ -207,8 +198,6 @@ def _on_memory(func, flat, spec):
     if wide:  # as cuBLAS and cuDNN: sums in float32, one rounding
         values = [x.float() if isinstance(x, torch.Tensor) else x for x in values]
     args, kwargs = pytree.tree_unflatten(values, spec)
-    if "device" in kwargs and kwargs["device"] is not None:
-        kwargs["device"] = torch.device(kwargs["device"]) if torch.device(kwargs["device"]).type != "cuda" else "cpu"
     if wide:
         return lambda: pytree.tree_map(lambda x: x.to(wide) if isinstance(x, torch.Tensor) else x, func(*args, **kwargs))
     return lambda: func(*args, **kwargs)

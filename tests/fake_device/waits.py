@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 ROOMS = tuple(f"{ROOT / room}/" for room in ("sora_fast", "kernels", "benchmarks"))
+TOOL = tuple(str(Path(__file__).with_name(f"{name}.py")) for name in ("waits", "tensors", "graphs", "cuda", "kernels"))
 
 
 class HiddenWait(RuntimeError):
@@ -21,16 +22,18 @@ class NotCapturable(RuntimeError):
 
 @dataclass(frozen=True)
 class Wait:
-    """``what`` waited, and the innermost line of the library that made it."""
+    """``what`` waited, the innermost line of the library that made it, and where the library called that."""
 
     what: str
     file: str
     line: int
     function: str
+    caller: str = ""
 
     def __str__(self) -> str:
         text = linecache.getline(str(ROOT / self.file), self.line).strip()
-        return f"{self.what} at {self.file}:{self.line} in {self.function}: {text}"
+        called = f" (called from {self.caller})" if self.caller else ""
+        return f"{self.what} at {self.file}:{self.line} in {self.function}: {text}{called}"
 
 
 class _State:
@@ -43,15 +46,18 @@ state = _State()
 
 
 def _wait(what: str) -> Wait:
-    frame, other = sys._getframe(2), None
-    while frame is not None:
+    """Where no line of the library asked, that of a test or of another package."""
+    library, others, frame = [], [], sys._getframe(2)
+    while frame is not None and len(library) < 2:
         path = frame.f_code.co_filename
+        line = path.removeprefix(f"{ROOT}/"), frame.f_lineno, frame.f_code.co_name
         if path.startswith(ROOMS):
-            return Wait(what, str(Path(path).relative_to(ROOT)), frame.f_lineno, frame.f_code.co_name)
-        if other is None and not path.startswith(str(HERE / "")) and "/torch/" not in path and not path.startswith("<"):
-            other = Wait(what, path.removeprefix(f"{ROOT}/"), frame.f_lineno, frame.f_code.co_name)
+            library.append(line)
+        elif not path.startswith((*TOOL, "<")) and "/torch/" not in path:
+            others.append(line)
         frame = frame.f_back
-    return other or Wait(what, "?", 0, "?")
+    caller = "{}:{}".format(*library[1]) if len(library) > 1 else ""
+    return Wait(what, *(library or others or [("?", 0, "?")])[0], caller)
 
 
 def note(what: str) -> None:
