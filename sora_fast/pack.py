@@ -13,6 +13,7 @@ import torch
 
 from . import checks
 from .reference.precision import wide_dtype
+from .to_device import to_device
 
 Grid = tuple[int, int, int]
 
@@ -160,7 +161,8 @@ class Pack:
         lengths = tuple(int(length) for length in lengths)
         counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
         owners = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32, device="cpu"), counts)
-        return self._hold(text_cu_seqlens=_running_sum(counts).to(self.device), text_segment_ids=owners.to(self.device),
+        return self._hold(text_cu_seqlens=to_device(_running_sum(counts), self.device),
+                          text_segment_ids=to_device(owners, self.device),
                           text_max_seqlen=max(lengths, default=0), text_lengths=lengths)
 
     @property
@@ -190,8 +192,7 @@ class Pack:
                      "text_segment_ids", "kept"):
             value = getattr(self, name)
             if value is not None:
-                # towards the host a copy that does not wait may be read before it is there
-                self._hold(**{name: value.to(device, non_blocking=device.type == "cuda")})
+                self._hold(**{name: to_device(value, device)})
 
     def _copy(self) -> "Pack":
         return object.__new__(Pack)._hold(**vars(self))
@@ -241,7 +242,7 @@ class Pack:
             checks.require(inside and bool((index[1:] > index[:-1]).all()), "Pack.keep",
                            f"rising places below {sum(self._lengths()):,}", _first_few(index),
                            "sort them and leave the tail out")
-        index = index.to(self.device)
+        index = to_device(index, self.device)
         other = self._copy()._hold(kept=index)
         segment_ids = self.segment_ids[index]
         lengths = torch.zeros(self.num_samples, dtype=torch.int64, device=self.device)
