@@ -13,7 +13,7 @@ import pytest
 import torch
 from training_checks import Count, Numbers, Rows, Stop, little, rows_of, same_files, same_rows, stop_at, weights
 
-from sora_fast.training import checkpoint, loop
+from sora_fast.training import checkpoint, loop, progress
 from sora_fast.training.config import VAETraining
 from sora_fast.training.loop import pick_device
 
@@ -383,6 +383,7 @@ def test_ctrl_c_finishes_the_step(tmp_path):
 
 
 def test_progress_in_a_log_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_SECONDS", 600.0)  # however slow the machine
     trainer = little(tmp_path, steps=300)
     trainer.run()
     out, wrong = capsys.readouterr()
