@@ -194,13 +194,16 @@ def _on_memory(func, flat, spec):
         return x.held if isinstance(x, CudaTensor) else x
 
     wide = func in WIDE and next((x.dtype for x in flat if isinstance(x, CudaTensor) and x.dtype in HALF), None)
-    values = [held(x) for x in flat]
-    if wide:  # as cuBLAS and cuDNN: sums in float32, one rounding
-        values = [x.float() if isinstance(x, torch.Tensor) else x for x in values]
-    args, kwargs = pytree.tree_unflatten(values, spec)
-    if wide:
-        return lambda: pytree.tree_map(lambda x: x.to(wide) if isinstance(x, torch.Tensor) else x, func(*args, **kwargs))
-    return lambda: func(*args, **kwargs)
+    args, kwargs = pytree.tree_unflatten([held(x) for x in flat], spec)
+
+    def run():
+        if not wide:
+            return func(*args, **kwargs)
+        cast = lambda values, dtype: pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) else x, values)
+        # as cuBLAS and cuDNN: sums in float32, one rounding
+        return cast(func(*cast(args, torch.float32), **cast(kwargs, torch.float32)), wide)
+
+    return run
 
 
 def _argument(func, args, kwargs, at: int):
