@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 try:
@@ -219,6 +220,7 @@ def claimed(folder: Path) -> Iterator[None]:
     with _claiming:
         if key not in _claims:
             check_folder("--out", folder)
+            _kept_from_forks()
             made = [each for each in (folder, *folder.parents) if not each.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             _claims[key] = _Claim(_lock_of(folder), made)
@@ -227,9 +229,26 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         with _claiming:
-            _claims[key].times -= 1
-            if not _claims[key].times:
-                _release(folder, _claims.pop(key))
+            if key in _claims:  # not in a fork of the process that claimed it
+                _claims[key].times -= 1
+                if not _claims[key].times:
+                    _release(folder, _claims.pop(key))
+
+
+@cache
+def _kept_from_forks() -> None:
+    """A forked process, a worker that outlives a killed run, say, does not hold this one's claims."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_forget)
+
+
+def _forget() -> None:
+    global _claiming
+    _claiming = threading.Lock()  # another thread may have held it
+    for claim in _claims.values():
+        if claim.handle is not None:
+            os.close(claim.handle)  # the lock itself stays with the process that took it
+    _claims.clear()
 
 
 def _lock_of(folder: Path) -> int | None:

@@ -13,6 +13,7 @@ import torch
 
 from . import checks
 from .reference.precision import wide_dtype
+from .to_device import to_device
 
 Grid = tuple[int, int, int]
 
@@ -160,7 +161,8 @@ class Pack:
         lengths = tuple(int(length) for length in lengths)
         counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
         owners = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32, device="cpu"), counts)
-        return self._hold(text_cu_seqlens=_running_sum(counts).to(self.device), text_segment_ids=owners.to(self.device),
+        return self._hold(text_cu_seqlens=to_device(_running_sum(counts), self.device),
+                          text_segment_ids=to_device(owners, self.device),
                           text_max_seqlen=max(lengths, default=0), text_lengths=lengths)
 
     @property
@@ -190,8 +192,7 @@ class Pack:
                      "text_segment_ids", "kept"):
             value = getattr(self, name)
             if value is not None:
-                # towards the host a copy that does not wait may be read before it is there
-                self._hold(**{name: value.to(device, non_blocking=device.type == "cuda")})
+                self._hold(**{name: to_device(value, device)})
 
     def _copy(self) -> "Pack":
         return object.__new__(Pack)._hold(**vars(self))
@@ -231,6 +232,8 @@ class Pack:
         ``grids`` still describes the whole samples; ``kept`` says where each remaining token stood.
         """
         checks.shape("Pack.keep", "index", index, ("M",), "pass the places of the tokens to keep")
+        checks.require(index.dtype != torch.bool, "Pack.keep", "index of places", "a mask",
+                       "pass mask.nonzero().flatten()")  # as ints its 0 and 1 would be places
         checks.integers("Pack.keep", "index", index, (torch.int64,))
         checks.require(self.kept is None, "Pack.keep", "a pack that has dropped nothing yet", "one that has",
                        "choose all tokens in one call")
@@ -239,7 +242,7 @@ class Pack:
             checks.require(inside and bool((index[1:] > index[:-1]).all()), "Pack.keep",
                            f"rising places below {sum(self._lengths()):,}", _first_few(index),
                            "sort them and leave the tail out")
-        index = index.to(self.device)
+        index = to_device(index, self.device)
         other = self._copy()._hold(kept=index)
         segment_ids = self.segment_ids[index]
         lengths = torch.zeros(self.num_samples, dtype=torch.int64, device=self.device)
@@ -311,6 +314,9 @@ def host_grids(op: str, grids: object) -> tuple[Grid, ...]:
         if grids.device.type != "cpu":
             raise ValueError(f"{op}: expected grids as host data (a list of triples or a CPU tensor), got a tensor on "
                              f"{grids.device}; keep the sizes on the host, as Pack.grids does")
+        if grids.dim() >= 3:
+            raise checks.error(op, "grids of shape (S, 3)", f"a tensor of shape {checks.show_shape(grids.shape)}",
+                               "make the pack of latents with Pack.of(latents, patch)")
         checks.integers(op, "grids", grids, (torch.int64, torch.int32))
         checks.shape(op, "grids", grids, ("S", 3), "one row of t, h, w per sample")
         grids = grids.tolist()
@@ -343,6 +349,13 @@ def token_grid(op: str, sizes: Sequence[int], patch: Sequence[int], what: str = 
             raise ValueError(f"{op}: expected {what.format(axis)} a multiple of the patch's {step}, got {size}; crop or pad "
                              f"to {f'{low} or ' if low else ''}{high}")
     return tuple(size // step for size, step in zip(sizes, patch, strict=True))
+
+
+def check_kind(op: str, name: str, value: object) -> None:
+    """``value``, where an op takes a tensor or a Pack, is one of them or None."""
+    if value is not None and not isinstance(value, (torch.Tensor, Pack)):
+        raise TypeError(f"{op}: expected {name} to be a tensor or a Pack, got {checks.came(value)}; pass Pack(grids), or "
+                        f"Pack.of(latents, patch)")
 
 
 def check_pack(op: str, pack: object, **tokens: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """One run at a time in a folder: the second is told, a killed one's claim has gone with it."""
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -67,6 +68,34 @@ def test_a_run_holds_its_folder_to_its_end(tmp_path):
     trainer, seen = little(tmp_path, steps=2), []
     trainer.run(lambda row: seen.append((tmp_path / ".lock").exists()))
     assert seen == [True, True] and not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
+def test_a_fork_does_not_hold_a_claim(tmp_path):
+    """A worker that outlives a killed run. Here the run closes its handle, as its death would, while the fork lives."""
+    ends, goes = os.pipe(), os.pipe()
+    claim = files.claimed(tmp_path)
+    claim.__enter__()
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            claim.__exit__(None, None, None)  # takes nothing of its parent's away
+        os.write(goes[1], b"x")
+        os.read(ends[0], 1)
+        os._exit(0)
+    try:
+        os.read(goes[0], 1)
+        assert (tmp_path / ".lock").exists() and files._take(tmp_path / ".lock") is None
+        os.close(files._claims[os.path.realpath(tmp_path), os.getpid()].handle)
+        handle = files._take(tmp_path / ".lock")
+        assert handle is not None
+        os.close(handle)
+        files._claims.clear()
+    finally:
+        os.write(ends[1], b"x")
+        os.waitpid(child, 0)
+        for each in (*ends, *goes):
+            os.close(each)
 
 
 def test_a_claim_is_the_process_s_and_leaves_nothing(tmp_path):

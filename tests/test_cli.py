@@ -358,6 +358,7 @@ def test_validate_a_users_function(cli, functions):
 def test_validate_wrong_flags(cli, functions):
     refused(cli("validate", "--impl", "mine_of_cli:right"), "exactly one --op", "got 0")
     refused(cli("validate", "--op", "gate_residual", "--impl", "mine_of_cli"), "expected pkg.mod:fn")
+    refused(cli("validate", "--op", "gate_residual", "--impl", "./mine_of_cli:f"), "name of a module, got './mine_of_cli'")
     refused(check(cli, "absent"), "expected a function 'absent'")
     refused(check(cli, "number"), "expected a function 'number'")
     refused(cli("validate", "--op", "gate_residual", "--impl", "nowhere_at_all:f"), "No module named 'nowhere_at_all'")

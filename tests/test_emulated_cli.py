@@ -44,6 +44,9 @@ def test_flags_without_an_emulated_gpu_are_refused(cli):
     for flag in (("--schedules", "3"), ("--race",), ("--counters",), ("--jobs", "2")):
         code, _, error = cli("validate", "--op", "gate_residual", *flag)
         assert code != 0 and f"{flag[0]}: expected --device emulated:sm90" in error
+    for device in ("cpu", "emulated:sm90"):
+        code, _, error = cli("validate", "--op", "gate_residual", "--device", device, "--schedules", "0")
+        assert code != 0 and "schedules" in error
     code, _, error = cli("validate", "--op", "gate_residual", "--device", "emulated:sm75")
     assert code != 0 and "emulated_gpu: expected one of sm80" in error
 

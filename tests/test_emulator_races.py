@@ -237,7 +237,7 @@ def test_an_mbarrier_must_be_initialised_before_others_use_it():
     ("add.sat.s32 %r1, %r2, %r3;", "this form"), ("add.rz.f32 %f1, %f2, %f3;", "this form"),
     ("frobnicate.b32 %r1, %r2;", "this instruction"),
     ("cvt.rn.satfinite.e4m3x2.f32 %h1, %f1, %f2;", "this form"), ("mov.u32 %r1, nothing;", "nothing is not declared"),
-    ("ld.local.u32 %r1, [%r2];", "local memory"), ("@%q1 bar.sync 0;", "predicate on a barrier"),
+    ("cvta.local.u64 %d1, %d2;", "generic addresses of local memory"), ("@%q1 bar.sync 0;", "predicate on a barrier"),
     ("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r1,%r2}, {%r1,%r2}, {%r1,%r2}, {%r1,%r2};", "types of a matrix"),
 ])  # fmt: skip
 def test_what_is_not_emulated_is_refused_by_name(instruction, said):

@@ -22,6 +22,9 @@ def load_function(path: str):
     module, _, name = path.partition(":")
     if not module or not name:
         raise ValueError(f"--impl: expected pkg.mod:fn, got {path!r}; put a colon before the function's name")
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError(f"--impl: expected pkg.mod:fn with the name of a module, got {module!r}; write it as an import "
+                         f"does, and run in its folder")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -86,7 +89,7 @@ def _device(arguments) -> str:
     """The device's name, and one sentence for a flag that goes with another."""
     if arguments.device.startswith("emulated:"):
         return arguments.device
-    given = [flag for flag, value in (("--schedules", arguments.schedules), ("--race", arguments.race),
+    given = [flag for flag, value in (("--schedules", arguments.schedules is not None), ("--race", arguments.race),
                                       ("--counters", arguments.counters), ("--jobs", arguments.jobs != 1)) if value]
     if given:
         raise ValueError(f"{given[0]}: expected --device emulated:sm90 or another beside it, got --device "
@@ -127,8 +130,8 @@ def _one(name, backend, function, device, dtypes, arguments, progress=lambda tex
     run = lambda: validate(name, function, backend=backend, device=device, dtypes=dtypes, progress=progress)
     if not device.startswith("emulated:"):
         return run(), []
-    scope = emulated_gpu(device.partition(":")[2], schedules=arguments.schedules or "late", race=arguments.race,
-                         counters=arguments.counters)
+    schedules = "late" if arguments.schedules is None else arguments.schedules
+    scope = emulated_gpu(device.partition(":")[2], schedules=schedules, race=arguments.race, counters=arguments.counters)
     with scope as emulator:
         report = run()
     if not arguments.counters:

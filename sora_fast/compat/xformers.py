@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks, ops
+from ..to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,11 @@ class SeqLenInfo:
         for place, length in enumerate(seqlens):
             checks.whole("BlockDiagonalMask", f"seqlen {place}", length, 0)
             starts.append(starts[-1] + int(length))
-        return cls(torch.tensor(starts, dtype=torch.int32, device=device or "cpu"), starts, max(seqlens, default=0))
+        return cls(to_device(torch.tensor(starts, dtype=torch.int32, device="cpu"), device or "cpu"), starts,
+                   max(seqlens, default=0))
 
     def to(self, device) -> "SeqLenInfo":
-        return replace(self, seqstart=self.seqstart.to(device))
+        return replace(self, seqstart=to_device(self.seqstart, device))
 
     @property
     def lengths(self) -> list[int]:
@@ -310,4 +312,4 @@ def _picked(spans: list[range], device) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows of ``spans`` one after the other, and the cu_seqlens of the pack they make."""
     places = torch.tensor([place for span in spans for place in span], dtype=torch.int64, device="cpu")
     info = SeqLenInfo.from_seqlens([len(span) for span in spans])
-    return places.to(device), info.seqstart.to(device)
+    return to_device(places, device), to_device(info.seqstart, device)

@@ -6,6 +6,7 @@ tokens; P pieces of the buffer that have one row each: a channel of a row's fram
 
 import torch
 
+from ..to_device import to_device
 from .objectives import Objective
 
 
@@ -55,11 +56,11 @@ class FrameTimesteps:
         rows, counts_P = _pieces(counts, grids, channels)
         learned_P = ~clean[rows]
         timesteps = timesteps.cpu().repeat_interleave(frames).masked_fill(clean, 0.0)
-        self.timesteps = timesteps.to(device)
-        self._timesteps_P, self._counts_P = timesteps[rows].to(device), counts_P.to(device)
-        self._learned = learned_P.repeat_interleave(counts_P).nonzero()[:, 0].to(device)
-        self._learned_timesteps = timesteps[rows][learned_P].to(device)
-        self._learned_counts = counts_P[learned_P].to(device)
+        self.timesteps = to_device(timesteps, device)
+        self._timesteps_P, self._counts_P = to_device(timesteps[rows], device), to_device(counts_P, device)
+        self._learned = to_device(learned_P.repeat_interleave(counts_P).nonzero()[:, 0], device)
+        self._learned_timesteps = to_device(timesteps[rows][learned_P], device)
+        self._learned_counts = to_device(counts_P[learned_P], device)
 
     def add_noise(self, objective: Objective, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """What the model sees: clean frames bit for bit, the others noised."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..to_device import to_device
 from .objectives import DDPM, spread
 
 
@@ -107,7 +108,7 @@ class LearnedVariance(DDPM):
         """The variational bound's term of each number, in bits, with no gradient to the noise. (N,), at least float32."""
         wide = torch.promote_types(predicted.dtype, torch.float32)
         total = x0.shape[0]
-        tables = (table.to(timesteps.device, wide) for table in steps_of(self.alphas))
+        tables = (to_device(table.to(wide), timesteps.device) for table in steps_of(self.alphas))
         step = Step(*(spread(table[timesteps.long()], counts, total) for table in tables))
         first = spread((timesteps < 1), counts, total)
         x0, noise, (eps, v) = x0.to(wide), noise.to(wide), predicted.to(wide).unbind(1)
@@ -153,10 +154,10 @@ class Ancestral:
     def step(self, predicted, timestep, x_t, return_dict: bool = False):
         """``(x,)`` of pairs (N, 2) at ``timestep`` and x_t (N,); at the last step the mean."""
         place = self._places[int(timestep)]
-        step = Step(*(t[place].to(x_t) for t in self._steps))
+        step = Step(*(t[place].to(x_t.dtype) for t in self._steps))  # on the host: numbers that go along with a launch
         eps, v = predicted.unbind(1)
         mean = posterior_mean(step, denoised(step, eps, x_t), x_t)
         if place == 0:
             return (mean,)
-        noise = torch.randn(x_t.shape, generator=self.generator, dtype=torch.float32, device="cpu").to(x_t)
-        return (mean + (0.5 * log_variance(step, v)).exp() * noise,)
+        noise = torch.randn(x_t.shape, generator=self.generator, dtype=torch.float32, device="cpu")
+        return (mean + (0.5 * log_variance(step, v)).exp() * to_device(noise.to(x_t.dtype), x_t.device),)

@@ -11,6 +11,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from ..to_device import to_device
+
 Prediction = Literal["x0", "velocity", "noise"]
 
 
@@ -168,7 +170,7 @@ class DDPM:
         return (_stratified(tokens.shape[0], generator) * 1000).floor().clamp(max=999)
 
     def _scales(self, timesteps, counts, total):
-        scales = (scale.float().to(timesteps.device) for scale in (self.alphas.sqrt(), (1 - self.alphas).sqrt()))
+        scales = (to_device(scale.float(), timesteps.device) for scale in (self.alphas.sqrt(), (1 - self.alphas).sqrt()))
         return tuple(spread(scale[timesteps.long()], counts, total) for scale in scales)
 
     def add_noise(self, x0, noise, timesteps, counts):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..pack import Pack
+from ..to_device import to_device
 from .learned_variance import LearnedVariance, pairs
 from .objectives import Objective
 
@@ -95,21 +96,22 @@ def generate(model: Callable, objective: Objective, sizes: Sequence[tuple[int, i
     if not sizes:
         return []
     grids = [tuple(n // p for n, p in zip(size[1:], patch, strict=True)) for size in sizes]
-    counts_S = torch.tensor([torch.Size(size).numel() for size in sizes], device=device)
+    counts = [torch.Size(size).numel() for size in sizes]
+    counts_S = to_device(torch.tensor(counts, device="cpu"), device)
     given = condition(False) if condition else {}
     both = guidance != 1.0
     conditions = _join(given, condition(True)) if both else given
     kept_R = _kept_rows(known, grids, patch[0])
     pack = Pack(grids * (2 if both else 1), modulation="frame" if kept_R.any() else "sample",
                 text_lengths=getattr(conditions.get("text"), "lengths", None), device=device)
-    kept_R = kept_R.repeat(2 if both else 1).to(device)
-    guided = _guided(objective, sizes, guided_channels).to(device) if both else None
+    kept_R = to_device(kept_R.repeat(2 if both else 1), device)
+    guided = to_device(_guided(objective, sizes, guided_channels), device) if both else None
     schedules = [_schedule(objective, steps, t * h * w, k.strength if k else 1.0)
                  for (t, h, w), k in zip(grids, known, strict=True)]
     x, clean, kept = _begin(sizes, known, objective, schedules, generator)
-    x, clean, kept = x.to(device), clean.to(device), kept.to(device)
+    x, clean, kept = (to_device(values, device) for values in (x, clean, kept))
     for step in range(steps):
-        timesteps = torch.stack([times[step].float() for _, times in schedules]).to(device)
+        timesteps = to_device(torch.stack([times[step].float() for _, times in schedules]), device)
         of_model = timesteps.repeat(2 if both else 1)
         if pack.modulation == "frame":
             of_model = of_model[pack.row_samples].masked_fill(kept_R, 0.0)
@@ -120,12 +122,12 @@ def generate(model: Callable, objective: Objective, sizes: Sequence[tuple[int, i
             predicted = null + guidance * (wanted - null)
             predicted = torch.where(guided, predicted, wanted)
         predicted = objective.for_scheduler(predicted, x, timesteps, counts_S)
-        parts = zip(schedules, predicted.split(counts_S.tolist()), x.split(counts_S.tolist()), strict=True)
+        parts = zip(schedules, predicted.split(counts), x.split(counts), strict=True)
         x = torch.cat([s.step(p, times[step], part, return_dict=False)[0] for (s, times), p, part in parts])
         x = torch.where(kept, clean, x)
         if progress:
             progress(step + 1, steps)
-    return [part.view(size) for part, size in zip(x.split(counts_S.tolist()), sizes, strict=True)]
+    return [part.view(size) for part, size in zip(x.split(counts), sizes, strict=True)]
 
 
 def _schedule(objective: Objective, steps: int, tokens: int, strength: float):

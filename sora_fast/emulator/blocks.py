@@ -36,6 +36,9 @@ TYPES = {
 WIDTH = {"u1": 1, "i1": 1, "u2": 2, "i2": 2, "f2": 2, "u4": 4, "i4": 4, "f4": 4, "u8": 8, "i8": 8, "f8": 8}
 
 
+STRONG = {"volatile", "relaxed", "acquire"}  # loads that other CTAs' stores are seen by
+
+
 @dataclass
 class Block:
     index: int
@@ -73,6 +76,18 @@ def cut(kernel: Kernel) -> list[Block]:
         if block.end and block.end.parts[0] == "bra":
             block.target = labels[block.end.args[0].name]
     return blocks
+
+
+def spin_loops(blocks: list[Block]) -> frozenset[int]:
+    """Indices of the blocks of innermost loops with an atomic or a strong load: a warp may wait there for another CTA."""
+    loops = [range(block.target, block.index + 1) for block in blocks if 0 <= block.target <= block.index]
+    found: set[int] = set()
+    for block in blocks:
+        around = [loop for loop in loops if block.index in loop]
+        if around and any(instr.parts[0] == "atom" or instr.parts[0] == "ld" and STRONG & {*instr.parts}
+                          for instr in block.instrs):
+            found |= set(min(around, key=len))
+    return frozenset(found)
 
 
 def registers(arg):

@@ -8,7 +8,7 @@ i4, f4, ...) of the same bits.
 
 import numpy as np
 
-from .blocks import TYPES, WIDTH, Block, cut, reads_and_writes, registers
+from .blocks import TYPES, WIDTH, Block, cut, reads_and_writes, registers, spin_loops
 from .codegen_arithmetic import Arithmetic
 from .codegen_memory import Memory
 from .forms import Unsupported, check
@@ -22,6 +22,7 @@ class Program:
         check(kernel)
         self.kernel = kernel
         self.blocks = cut(kernel)
+        self.spins = spin_loops(self.blocks)
         self.constants: dict[tuple, str] = {}
         self.values: dict[str, np.ndarray] = {}
         self.instrs = [item for item in kernel.code if isinstance(item, Instr)]
@@ -89,6 +90,7 @@ class BlockSource(Arithmetic, Memory):
         self.dirty: dict[str, Reg] = {}
         self.guard: str | None = None
         self.temp = 0
+        self.carry = False  # has a mad.cc of this block left one?
         self.instr: Instr | None = None
         self.ftz = False
         self.touched: dict[int, None] = {}  # registers of wgmma that other instructions access, in order

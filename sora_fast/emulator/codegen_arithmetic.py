@@ -76,9 +76,18 @@ class Arithmetic:
             )
         if "hi" in mods:
             return self.put(args[0], t, f"mul_hi({a}, {b}) + {self.get(args[3], t)}")
+        if "cc" in mods:  # the carry-out (PTX ISA 9.7.2), which a madc in this block adds
+            self.carry = True
+            self.emit(f"carry = (({a} * {b}).astype(U8) + {self.get(args[3], t)}.astype(U8) >> U8(32)).astype(U4)")
         if t[0] == "f":
             return self.op_fma(instr, mods, args)
         self.put(args[0], t, f"{a} * {b} + {self.get(args[3], t)}")
+
+    def op_madc(self, instr, mods, args):
+        if not self.carry:
+            raise Unsupported(f"a carry of another basic block is not emulated: {instr.text}")
+        a, b, c = (self.get(arg, "u4") for arg in args[1:4])
+        self.put(args[0], "u4", f"mul_hi({a}, {b}) + {c} + carry")
 
     def op_fma(self, instr, mods, args):
         if "f32x2" in mods:
@@ -117,6 +126,10 @@ class Arithmetic:
             )
         t = TYPES[kind]
         function = f"np.{name}imum" if t[0] != "f" or "NaN" in mods else f"np.f{name}"
+        if "xorsign" in mods:
+            a, b = (self.get(arg, t) for arg in args[1:3])
+            sign = f"np.where(np.signbit({a}) ^ np.signbit({b}), F4(-1), F4(1))"
+            return self.put(args[0], t, f"np.copysign({function}(np.abs({a}), np.abs({b})), {sign})")
         found = f"{function}({self.get(args[1], t)}, {self.get(args[2], t)})"
         for more in args[3:]:
             found = f"{function}({found}, {self.get(more, t)})"

@@ -1,7 +1,9 @@
 """Loads, stores, copies, barriers, matrix instructions and shuffles become calls of the machine (PTX ISA 9.7.9, 9.7.13 to
 9.7.15)."""
 
-from .blocks import TYPES, registers
+from dataclasses import replace
+
+from .blocks import TYPES, WIDTH, registers
 from .forms import Unsupported
 from .loads_stores import ATOMIC
 from .ptx import Mem, Not, Reg, Sink, Sym, Vec
@@ -10,7 +12,7 @@ from .ptx import Mem, Not, Reg, Sink, Sym, Vec
 def state_space(mods) -> str:
     """Without one, addresses are generic (PTX ISA 5.1)."""
     spaces = [m.partition("::")[0] for m in mods]
-    return next((space for space in spaces if space in ("global", "shared", "param", "const")), "generic")
+    return next((space for space in spaces if space in ("global", "shared", "param", "const", "local")), "generic")
 
 
 def vector(mods) -> int:
@@ -80,7 +82,7 @@ class Memory:
 
     @staticmethod
     def address_type(space, mem) -> str:
-        wide = space != "shared" or isinstance(mem.base, Reg) and mem.base.size == 8
+        wide = space not in ("shared", "local") or isinstance(mem.base, Reg) and mem.base.size == 8
         return "u8" if wide else "u4"
 
     def op_atom(self, instr, mods, args):
@@ -99,14 +101,18 @@ class Memory:
         t = TYPES[kind]
         if "L2::cache_hint" in mods:
             values = values[:-1]
-        operands = ", ".join(self.get(v, t) for v in values)
-        address, order = self.address(mem, self.address_type(space, mem)), ordering(mods) or ("relaxed", "gpu")
-        what = f"{space!r}, {operation!r}, i, {self.mask()}"
-        call = f"M.atomic({what}, {address}, ({operands},), {t.upper()}, {instr.number}, *{order})"
-        if to is None or isinstance(to, Sink):
-            self.emit(call)
-        else:
-            self.put(to, t, call)
+        order, kind = ordering(mods) or ("relaxed", "gpu"), self.address_type(space, mem)
+        # of a vector each element is an atomic operation of its own (PTX ISA 9.7.13.5)
+        for at in range(vector(mods)):
+            each = lambda arg, at=at: arg.items[at] if isinstance(arg, Vec) else arg
+            operands = ", ".join(self.get(each(v), t) for v in values)
+            address = self.address(replace(mem, offset=mem.offset + at * WIDTH[t]), kind)
+            what = f"{space!r}, {operation!r}, i, {self.mask()}"
+            call = f"M.atomic({what}, {address}, ({operands},), {t.upper()}, {instr.number}, *{order})"
+            if to is None or isinstance(each(to), Sink):
+                self.emit(call)
+            else:
+                self.put(each(to), t, call)
 
     def op_ldmatrix(self, instr, mods, args):
         count = next(int(m[1:]) for m in mods if m in ("x1", "x2", "x4"))

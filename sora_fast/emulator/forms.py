@@ -31,12 +31,13 @@ FORMS = {
     "add": rf"{INT}|[su]16x2|(rn\.)?{FLOAT}|(rn\.)?{HALF}|{PAIR}|(rn\.)?f32\.b?f16",
     "sub": rf"{INT}|(rn\.)?{FLOAT}|(rn\.)?{HALF}|{PAIR}|(rn\.)?f32\.b?f16",
     "mul": rf"(lo|hi)\.{INT}|wide\.[su](16|32)|(rn\.)?{FLOAT}|(rn\.)?{HALF}|{PAIR}",
-    "mad": rf"lo\.{INT}|hi\.{INT}|wide\.[su](16|32)|rn\.{FLOAT}",
+    "mad": rf"lo\.cc\.u32|lo\.{INT}|hi\.{INT}|wide\.[su](16|32)|rn\.{FLOAT}",
+    "madc": r"hi\.u32",
     "fma": rf"rn\.(ftz\.)?f32x2|rn\.f32\.b?f16|rn\.{FLOAT}|rn\.(relu\.)?{HALF}",
     "div": rf"{INT}|(approx|full|rn)\.(ftz\.)?f32|rn\.f64",
     "rem": INT,
-    "min": rf"{INT}|(ftz\.)?(NaN\.)?f32|f64|(NaN\.)?{HALF}",
-    "max": rf"{INT}|(ftz\.)?(NaN\.)?f32|f64|(NaN\.)?{HALF}",
+    "min": rf"{INT}|(ftz\.)?(NaN\.)?(xorsign\.abs\.)?f32|f64|(NaN\.)?{HALF}",
+    "max": rf"{INT}|(ftz\.)?(NaN\.)?(xorsign\.abs\.)?f32|f64|(NaN\.)?{HALF}",
     "neg": rf"s(16|32|64)|{FLOAT}|{HALF}",
     "abs": rf"s(16|32|64)|{FLOAT}|{HALF}",
     "ex2": rf"approx\.(ftz\.)?f32|approx\.(ftz\.)?{HALF}",
@@ -71,10 +72,10 @@ FORMS = {
     r"r[nz]\.b?f16(x2)?\.f32|(ftz\.)?f32\.b?f16|r(na|n|z)\.tf32\.f32",
     "cvta": r"(to\.)?(global|shared|const|param)\.u64",
     "shfl": r"sync\.(up|down|bfly|idx)\.b32",
-    "ld": rf"((weak|{STRONG})\.)?((global|{SHARED}|const|param)(\.(ca|cg|cs|lu|cv))?(\.{SCOPE}\.(relaxed|acquire))?(\.nc)?"
-    rf"{HINTS}\.)?(v[248]\.)?{ANY}",
+    "ld": rf"((weak|{STRONG})\.)?((global|{SHARED}|const|param|local)(\.(ca|cg|cs|lu|cv))?"
+    rf"(\.{SCOPE}\.(relaxed|acquire))?(\.nc)?{HINTS}\.)?(v[248]\.)?{ANY}",
     "ldu": rf"global{VECTOR}\.{ANY}",
-    "st": rf"((weak|{STRONG})\.)?((global|{SHARED})(\.(wb|cg|cs|wt))?{HINTS}\.)?(v[248]\.)?{ANY}",
+    "st": rf"((weak|{STRONG})\.)?((global|{SHARED}|local)(\.(wb|cg|cs|wt))?{HINTS}\.)?(v[248]\.)?{ANY}",
     "prefetch": r"tensormap|(global\.)?L[12].*",
     "prefetchu": r"L1",
     "createpolicy": r".*",
@@ -100,7 +101,7 @@ FORMS = {
     "mbarrier": rf"(init|inval)\.{SHARED}\.b64|arrive(\.release\.cta)?(\.expect_tx)?\.{SHARED}\.b64|"
     rf"expect_tx(\.relaxed\.cta)?\.{SHARED}\.b64|(try_wait|test_wait)\.parity(\.acquire\.cta)?\.{SHARED}\.b64",
     "atom": rf"((relaxed|acquire|release|acq_rel)\.)?({SCOPE}\.)?((global|{SHARED})\.)?({SCOPE}\.)?"
-    rf"((relaxed|acquire|release|acq_rel)\.)?{ATOMIC}(\.noftz)?(\.L2::cache_hint)?\.([busf](32|64)|{HALF})",
+    rf"((relaxed|acquire|release|acq_rel)\.)?({SCOPE}\.)?{ATOMIC}(\.noftz)?(\.L2::cache_hint)?(\.v[248])?\.([busf](32|64)|{HALF})",
     "vote": r"sync\.(ballot\.b32|(any|all|uni)\.pred)",
     "redux": r"sync\.((add|min|max)\.[su]32|(and|or|xor)\.b32)",
     "elect": r"sync",
@@ -124,8 +125,8 @@ NAMED = {
     r"tcgen05\..*": "tensor memory and tcgen05 of sm_100",
     r"(mapa|getctarank)\..*|barrier\.cluster.*|.*multicast::cluster.*": "clusters of CTAs",
     r"(ld|st|atom|red|mbarrier)\..*cluster.*": "clusters of CTAs",
-    r"(ld|st)\..*local.*": "local memory",
-    r"call.*": "calls of functions that are not inlined",
+    r"cvta\..*local.*": "generic addresses of local memory",
+    r"call.*": "tl.device_print and other calls of functions",
     r"mma\..*|wgmma\.mma_async.*": "this shape or these types of a matrix multiply",
 }
 SPECIALS = re.compile(
@@ -154,9 +155,8 @@ def check(kernel: Kernel) -> None:
     if "explicitcluster" in kernel.attributes or any(n != 1 for n in kernel.attributes.get("reqnctapercluster", ())):
         raise Unsupported(f"{kernel.name}: clusters of CTAs are not emulated: .reqnctapercluster")
     known = {p.name for p in kernel.params} | set(kernel.variables) | {"WARP_SZ"}
-    for instr in kernel.code:
-        if not isinstance(instr, Instr):
-            continue
+    instrs = [item for item in kernel.code if isinstance(item, Instr)]
+    for instr in sorted(instrs, key=lambda instr: instr.parts[0] != "call"):  # not what prepares a call in its place
         if why := reason(instr.op):
             refuse(instr, why)
         if instr.guard and blocking(instr):

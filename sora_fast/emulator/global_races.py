@@ -7,12 +7,15 @@ they were executed; each must be ordered behind the last write before it, each w
 
 Inside a warp, lanes are ordered by bar.warp.sync and bar.sync, not by running together; but a read that comes first in the
 program does not race with a later write of another lane: Triton lets several lanes load what one of them stores, and drops
-what the others have loaded.
+what the others have loaded. Nor does a read of any thread of the CTA whose result is dropped (dropped_reads.py).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+
+from .dropped_reads import DroppedReads
 
 PENDING = 2**31 - 1
 READ, WRITE, STRONG = 0, 1, 2  # kinds: WRITE | STRONG is an atomic
@@ -211,6 +214,8 @@ class GlobalRaces:
         if not len(before):
             return
         bad = ~self.ordered(a, before, behind)
+        before, behind = before[bad], behind[bad]
+        bad = ~(self.dropped(a, before, behind) | self.dropped(a, behind, before))
         seen = set()
         for x, y in zip(before[bad], behind[bad], strict=True):
             key = self.events[a["event"][x]].number, self.events[a["event"][y]].number
@@ -231,6 +236,28 @@ class GlobalRaces:
         for at in np.flatnonzero(~same_cta & informed[a["stamp"][behind]]):
             row = self.foreign[a["stamp"][behind[at]]].get(int(a["cta"][before[at]]))
             found[at] = row is not None and epoch[at] <= row[warp[at]]
+        return found
+
+    @cached_property
+    def dropped_reads(self) -> DroppedReads:
+        return DroppedReads(self.launch.program)
+
+    def dropped(self, a, reads, others):
+        """Where accesses ``reads`` are weak loads, by threads of the CTAs of ``others``, whose results had no effect."""
+        found = np.zeros(len(reads), bool)
+        candidate = (a["kind"][reads] == READ) & (a["cta"][reads] == a["cta"][others])
+        number = np.array([e.number for e in self.events])[a["event"][reads]]
+        for each in np.unique(number[candidate]):
+            effects = self.dropped_reads.effects(int(each))
+            if effects is None:
+                continue
+            numbers, exchanged = effects
+            by = 32 if exchanged else 1
+            who = lambda cta, thread, by=by: cta.astype(np.int64) * 1024 + thread // by
+            executed = [who(e.cta, e.thread) for e in self.events if e.number in numbers]
+            at = candidate & (number == each)
+            used = np.isin(who(a["cta"][reads], a["thread"][reads]), np.concatenate([*executed, []]))
+            found |= at & ~used
         return found
 
     def report(self, a, x, y):

@@ -62,6 +62,8 @@ class LoadsStores:
     def fault(self, space, number, address, size, thread=""):
         if space == "global":
             place = self.allocations.name(address)
+        elif space == "local":
+            place = f"a thread has {self.launch.local_size} bytes of local memory"
         else:
             place = f"shared memory is {self.launch.shared_base:#x} .. {self.launch.shared_end:#x}"
         what = "misaligned" if address % size and size & (size - 1) == 0 else "out of bounds"
@@ -94,6 +96,18 @@ class LoadsStores:
                 raise self.fault("shared", number, int(address[row, lane]), size, self.thread(row, lane))
         return address + self.shared_start[i]
 
+    def local_place(self, k, address, size, count, number, n):
+        """Local memory as elements, or rows of ``count``, and the index (n, 32) of each; inactive lanes at their start."""
+        address = np.broadcast_to(address, (n, 32)).astype(np.int64)
+        address = address if k is None else np.where(k, address, 0)
+        wrong = (address + size * count > self.launch.local_size) | (address % (size * count) != 0)
+        if wrong.any():
+            row, lane = np.argwhere(wrong)[0]
+            raise self.fault("local", number, int(address[row, lane]), size * count, self.thread(row, lane))
+        start = (np.asarray(self.group.warps)[:, None] * 32 + np.arange(32)) * self.launch.local_size
+        elements = self.local.view(f"u{size}")
+        return elements if count == 1 else elements.reshape(-1, count), (start + address) // (size * count)
+
     def resolve(self, space, address, number, n):
         """The state space of generic addresses, and addresses in it (PTX ISA 5.1, generic addressing)."""
         if space != "generic":
@@ -110,6 +124,9 @@ class LoadsStores:
         """``order``: "relaxed" or "acquire" of a strong load, which does not race with atomics; "" of a weak one."""
         n = len(self.group.warps)
         size = np.dtype(t).itemsize
+        if space == "local":
+            elements, place = self.local_place(k, address, size, count, number, n)
+            return elements[place].view(t)
         space, address = self.resolve(space, address, number, n)
         if space != "shared":
             address = self.global_addresses(k, address, size * count, number, n)
@@ -151,10 +168,14 @@ class LoadsStores:
     def st(self, space, i, k, address, values, t, number, order="", scope=""):
         n, count = len(self.group.warps), len(values)
         size = np.dtype(t).itemsize
-        space, address = self.resolve(space, address, number, n)
+        space, address = (space, address) if space == "local" else self.resolve(space, address, number, n)
         values = [np.broadcast_to(v.view(f"u{size}"), (n, 32)) for v in values]
         value = values[0] if count == 1 else np.stack(values, axis=-1)
         mask = None if k is None else np.broadcast_to(k, (n, 32))
+        if space == "local":
+            elements, place = self.local_place(k, address, size, count, number, n)
+            elements[place if mask is None else place[mask]] = value if mask is None else value[mask]
+            return
         if space == "global":
             address = self.global_addresses(k, address, size * count, number, n)
             if self.counters is not None:
@@ -164,6 +185,8 @@ class LoadsStores:
                     self.races.globals.strong(self, k, address, size * count, number, order, scope, write=True)
                 else:
                     self.races.globals.access(self, k, address, size * count, number, value)
+            if self.group.block in self.program.spins:
+                self.notice(memory.load(address, size, count), value, mask)
             if mask is None:
                 memory.store(address, value, size, count)
             else:
@@ -176,11 +199,17 @@ class LoadsStores:
             place, value = place[mask], value[mask]
         if self.races:
             self.races.write(mask, place, size * count, number)
-        if count == 1:
-            self.shared_views[size][place // U4(size) if size > 1 else place] = value
-        else:
-            self.shared_rows[size, count][place // U4(size * count)] = value
+        elements = self.shared_views[size] if count == 1 else self.shared_rows[size, count]
+        if self.group.block in self.program.spins:
+            self.notice(elements[place // U4(size * count)], value)
+        elements[place // U4(size * count)] = value
         self.mark_initialized(place, size * count)
+
+    def notice(self, held, values, mask=None):
+        """A store in a loop that may wait for another CTA: one that changes what is there is no waiting."""
+        changed = held != values
+        if (changed if mask is None else changed[mask]).any():
+            self.idle = 0
 
     def atomic(self, space, operation, i, k, address, values, t, number, order="relaxed", scope="gpu"):
         """One lane after the other; the old values (n, 32)."""
@@ -208,4 +237,6 @@ class LoadsStores:
             at = places[row, lane]
             out[row, lane] = view[at]
             view[at] = new(view[at], *(v[row, lane] for v in values))
+            if view[at] != out[row, lane]:
+                self.idle = 0
         return out

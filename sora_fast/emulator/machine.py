@@ -59,7 +59,8 @@ class Launch:
         self.global_races = GlobalRaces(self)
         ctas = int(np.prod(self.grid))
         if batch is None:
-            batch = max(1, min(8 if race else 64, (64 << 20) // max(self.shared_end, 1)))
+            together = 64 if self.program.spins or not race else 8  # CTAs that wait for each other run together
+            batch = max(1, min(together, (64 << 20) // max(self.shared_end, 1)))
         try:
             try:
                 for start in range(0, ctas, batch):
@@ -82,7 +83,7 @@ class Launch:
 
     def variables(self, at: int) -> int:
         """Place the module's variables; the end of static shared memory. Dynamic shared memory (no size) comes last."""
-        self.symbols, self.module_memory = {}, []
+        self.symbols, self.module_memory, self.local_size = {}, [], 0
         for variable in sorted(self.program.kernel.variables.values(), key=lambda v: v.size == 0):
             align = max(variable.align, 1)
             if variable.space == "shared":
@@ -90,6 +91,9 @@ class Launch:
                     at = (at + align - 1) // align * align
                 self.symbols[variable.name] = at
                 at += variable.size
+            elif variable.space == "local":
+                self.symbols[variable.name] = (self.local_size + align - 1) // align * align
+                self.local_size = (self.symbols[variable.name] + variable.size + 15) // 16 * 16
             elif variable.space in ("global", "const"):
                 data = np.zeros(max(variable.size, 1) + align, np.uint8)
                 begin = -data.ctypes.data % align
@@ -142,6 +146,7 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         self.shared_rows = {(size, count): self.shared_views[size].reshape(-1, count) for size, count in rows}
         self.initialized = np.zeros(len(self.shared), bool) if launch.checks else None
         self.shared_start = (self.cta_of * self.size).astype(U4)[:, None]
+        self.local = np.full(total * 32 * launch.local_size, UNWRITTEN, np.uint8)  # each thread's own
         self.space = self.names(thread, launch)
         self.functions: dict = {}
         self.constants = -1
@@ -162,6 +167,7 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         # barriers
         self.barriers: dict[tuple[int, int], Mbarrier] = {}
         self.changed = True  # an mbarrier, since blocked groups were tried
+        self.idle = 0  # blocks executed, all of loops that may wait for other CTAs, since memory has changed
         self.arrived = np.zeros((16, total), bool)
         self.waiting: dict[int, list] = {}
         self.wanted: dict[tuple[int, int], int] = {}

@@ -8,6 +8,7 @@ import numpy as np
 
 from .memory import Fault
 
+IDLE = 2000, 100  # and for each group: so many blocks of loops without any effect, and no warp leaves its loop any more
 FAIRNESS = 97  # picks between two of the longest waiting group; odd, so that it meets a loop of groups in every phase
 
 
@@ -69,6 +70,8 @@ class Scheduler:
                     raise Deadlock(self.stuck())
                 if self.ready:
                     self.step()
+                if self.idle > IDLE[0] + IDLE[1] * len(self.ready):  # more than FAIRNESS: each group has had its turn
+                    raise Deadlock(self.stuck())
                 if self.tma_loads and self.schedule.when == "random" and self.random.random() < 0.1:
                     self.complete_load(self.random.randrange(len(self.tma_loads)))
             self.finish_bulk()
@@ -132,6 +135,9 @@ class Scheduler:
     def step(self) -> None:
         group = self.pick()
         for _ in range(64):  # on and on where nobody else could join
+            self.idle = self.idle + 1 if group.block in self.program.spins else 0
+            if self.idle % 1000 == 999:  # those that wait for copies or mbarriers, while others wait in a loop
+                self.progress()
             group = self.execute(group)
             if group is None:
                 return
@@ -220,8 +226,15 @@ class Scheduler:
         return False
 
     def stuck(self) -> str:
-        """Which warp waits where, and what each mbarrier still expects."""
+        """Which warp waits where, and what each mbarrier still expects. Warps that are ready are in loops."""
         lines = [f"{self.program.kernel.name}: deadlock:"]
+        later = int(np.prod(self.launch.grid)) - self.ids[-1] - 1
+        if self.ready and later:
+            lines.append(f"  CTAs {self.ids[0]} to {self.ids[-1]} run together here, and {later} behind them: on a GPU too, "
+                         f"how many run together is not promised")
+        for group in self.ready:
+            at = next((i.loc for i in self.program.blocks[group.block].instrs if i.loc), "no line")
+            lines += [f"  {self.thread_of(w)} waits in a loop at {at}" for w in group.warps[:40]]
         for group in self.blocked:
             end = self.program.blocks[group.block].end
             for w in group.warps[:40]:

@@ -51,7 +51,13 @@ def _run(self, *args, grid, warmup, **options):
     """In the place of JITFunction.run."""
     emulator = _here.get()
     if emulator is None:
-        return _own[JITFunction](self, *args, grid=grid, warmup=warmup, **options)
+        try:
+            return _own[JITFunction](self, *args, grid=grid, warmup=warmup, **options)
+        except RuntimeError as error:
+            if "active drivers" not in str(error):
+                raise
+            raise RuntimeError(f"{self.__name__}: expected a GPU, or a launch in the context that opened emulated_gpu, got "
+                               f"neither; in a thread of your own run it with contextvars.copy_context().run") from error
     for hook in self.pre_run_hooks:
         hook(*args, **options)
 
@@ -132,7 +138,8 @@ def _arguments(kernel: CompiledKernel, bound: dict, allocations: memory.Allocati
         if kind == "constexpr":
             continue
         if kind.startswith("tensordesc"):
-            values += _descriptor(value, kernel.metadata.tensordesc_meta[descriptors], allocations, name)
+            of = kernel.metadata.tensordesc_meta  # none on a GPU without TMA
+            values += _descriptor(value, of[descriptors] if of else None, allocations, name)
             descriptors += 1
         elif kind.startswith("*"):
             values.append(struct.pack("<Q", _address(kernel, name, value, allocations)))
@@ -169,16 +176,23 @@ def _address(kernel: CompiledKernel, name: str, value, allocations: memory.Alloc
     return value.data_ptr()
 
 
-def _descriptor(value, meta: dict, allocations: memory.Allocations, name: str) -> list[bytes]:
-    """A host-side TensorDescriptor as Triton's launcher passes it: a tensor map by value, then its shape and strides."""
+def _descriptor(value, meta: dict | None, allocations: memory.Allocations, name: str) -> list[bytes]:
+    """A host-side TensorDescriptor as Triton's launcher passes it: a tensor map by value, then its shape and strides.
+
+    Without ``meta``, on a GPU without TMA: its fields in place of the map.
+    """
+    allocations.add_tensor(value.base, name)
+    rest = [*(struct.pack("<i", size) for size in value.shape), *(struct.pack("<q", stride) for stride in value.strides)]
+    if meta is None:
+        flags = [value.padding == "nan", *([value.round_f32_to_tf32] if hasattr(value, "round_f32_to_tf32") else [])]
+        sizes = (struct.pack("<q", size) for size in (*value.shape, *value.strides))
+        return [struct.pack("<Q", value.base.data_ptr()), *sizes, *(struct.pack("<B", flag) for flag in flags), *rest]
     made = np.zeros(1, tma.MAP)
     rank, block = len(value.shape), meta["block_size"]
-    allocations.add_tensor(value.base, name)
     made["address"], made["rank"], made["swizzle"] = value.base.data_ptr(), rank, meta["swizzle"]
     made["type"] = tma.ELEMTYPE.get(meta["elem_type"], meta["elem_type"])
     made["dims"][0, :rank], made["box"][0, :rank] = value.shape[::-1], block[::-1]
     made["strides"][0, :rank - 1] = [stride * meta["elem_size"] for stride in value.strides[-2::-1]]
     made["steps"][0, :rank] = 1
     made["fill"] = value.padding == "nan"
-    return [made.tobytes(), *(struct.pack("<i", size) for size in value.shape),
-            *(struct.pack("<q", stride) for stride in value.strides)]
+    return [made.tobytes(), *rest]

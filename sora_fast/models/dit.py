@@ -202,7 +202,8 @@ class DiT(nn.Module):
         given = table[0, rows * side + columns].to(dtype)
         if fixed is None:
             return given
-        own_S = (pack.grids_device == torch.tensor((1, side, side), device=table.device)).all(1)
+        frames, height, width = pack.grids_device.unbind(1)
+        own_S = (frames == 1) & (height == side) & (width == side)
         own_N = F.pad(own_S, (0, 1))[pack.segment_ids.clamp(min=0)]  # a pack of nothing but tail has no row to pick
         return torch.where(own_N[:, None], given, fixed)
 

@@ -10,6 +10,7 @@ from torch import nn
 from .. import checks, ops
 from ..nn import VarlenAttention
 from ..pack import Pack
+from ..to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ class ByteTextEncoder(nn.Module):
         device = self.embedding.weight.device
         data = [[256, *caption.encode("utf-8")[: self.max_bytes]] for caption in captions]
         pack = Pack([(1, 1, len(d)) for d in data], device=device)
-        x = self.embedding(torch.tensor([b for d in data for b in d], dtype=torch.int64, device=device))
-        x = x + self.trigrams(torch.tensor([g for d in data for g in self._hashes(d)], dtype=torch.int64, device=device))
+        on_device = lambda numbers: to_device(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device)
+        x = self.embedding(on_device([b for d in data for b in d]))
+        x = x + self.trigrams(on_device([g for d in data for g in self._hashes(d)]))
         for attention, mlp in zip(self.attentions, self.mlps, strict=True):
             x = x + attention(ops.norm_modulate(x, None, None), pack)
             x = x + mlp(ops.norm_modulate(x, None, None))
@@ -117,12 +119,15 @@ class HuggingFaceTextEncoder(nn.Module):
     def forward(self, captions: Sequence[str]) -> Text:
         _check("HuggingFaceTextEncoder", captions)
         batch = self.tokenizer(list(captions), padding=True, truncation=True, max_length=self.max_length,
-                               return_tensors="pt").to(self.model.device)
-        hidden = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        mask = batch["attention_mask"].bool()
-        lengths = tuple(mask.sum(1).tolist())
+                               return_tensors="pt")
+        ids, kept = (to_device(batch[name], self.model.device) for name in ("input_ids", "attention_mask"))
+        hidden = self.model(input_ids=ids, attention_mask=kept).last_hidden_state
+        # lengths and places are read on the host, where the tokenizer made them: a GPU is not waited for
+        lengths = tuple(batch["attention_mask"].sum(1).tolist())
+        places = to_device(batch["attention_mask"].flatten().nonzero()[:, 0], self.model.device)
+        mask = kept.bool()
         pooled = torch.where(mask[..., None], hidden, 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-        return Text(hidden[mask], pooled, lengths)
+        return Text(hidden.flatten(0, 1)[places], pooled, lengths)
 
 
 def _check(name: str, captions: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from .. import checks
 from ..pack import Pack, check_pack
+from ..to_device import to_device
 
 PATTERNS = ("token", "tube")
 
@@ -70,8 +71,8 @@ def random_masking(pack: Pack, ratio: float | Sequence[float], *, pattern: str =
     ratios = _ratios(ratio, pack.num_samples)
     seen = [_seen(grid, share, pattern, generator) for grid, share in zip(pack.grids, ratios, strict=True)]
     seen_n = torch.cat([torch.zeros(0, dtype=torch.bool, device="cpu"), *seen])
-    to_device = lambda mask: mask.nonzero()[:, 0].to(pack.device, non_blocking=pack.device.type == "cuda")
-    return Masking(to_device(seen_n), to_device(~seen_n), pack.num_tokens)
+    places = lambda mask: to_device(mask.nonzero()[:, 0], pack.device)
+    return Masking(places(seen_n), places(~seen_n), pack.num_tokens)
 
 
 def _ratios(ratio, samples: int) -> list[float]:

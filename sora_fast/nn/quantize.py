@@ -11,6 +11,7 @@ from torch import nn
 from .. import checks
 from ..dispatch import no_autocast
 from ..reference.precision import transformed, wide_dtype
+from ..to_device import to_device
 
 _ROWS = 4096  # vectors whose distances are held at once: 128 MiB of float32 with 8,192 codes
 
@@ -97,7 +98,7 @@ class VectorQuantizer(nn.Module):
         if vectors.shape[0] == 0 or vectors.shape[1] != self.codebook.shape[1]:
             raise ValueError(f"VectorQuantizer.restart: expected at least one vector (B, {self.codebook.shape[1]}, ...), "
                              f"got {tuple(z.shape)}; pass what forward takes")
-        order = torch.randperm(vectors.shape[0], generator=generator, device="cpu").to(z.device)
+        order = to_device(torch.randperm(vectors.shape[0], generator=generator, device="cpu"), z.device)
         dead = self.counts < least
         rank = (dead.cumsum(0) - 1).clamp(min=0) % vectors.shape[0]
         drawn = vectors[order[rank]].to(self.codebook.dtype)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .. import checks
 from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad
-from ..pack import Pack, check_pack
+from ..pack import Pack, check_kind, check_pack
 from ..reference import attention as reference
 from ..reference.precision import holds_numbers, widen
 from . import attention_peers, attention_triton
@@ -153,6 +153,8 @@ def _check(op: str, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
         raise checks.error(op, f"key heads that divide the {heads} query heads", key_heads, "repeat or drop heads")
     checks.floating(op, q=q, k=k, v=v)
     checks.same_device(op, q=q, k=k, v=v)
+    for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_kind(op, name, value)
     if cu_seqlens_k is None:
         checks.require(isinstance(cu_seqlens_q, Pack), op, "cu_seqlens_k beside cu_seqlens_q, or a Pack",
                        "cu_seqlens_q alone", "pass both, or the Pack of queries and keys")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .. import checks, configs
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
-from ..pack import Pack, check_pack
+from ..pack import Pack, check_kind, check_pack
 from ..reference import modulation as reference
 from ..reference.modulation import only_samples, pick
 from ..reference.precision import wide_dtype
@@ -208,6 +208,7 @@ def _check(op: str, x, tables: dict, rows, norm=None, weight=None, bias=None, ep
     checks.shape(op, "x", x, ("N", "D"), "flatten the tokens of all samples into one row each")
     tokens, width = x.shape
     checks.floating(op, x=x, weight=weight, bias=bias, **tables)
+    check_kind(op, "rows", rows)
     pack = rows if isinstance(rows, Pack) else None
     if pack is not None:
         check_pack(op, pack, x=x)

@@ -15,6 +15,7 @@ from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad, 
 from ..pack import Pack, host_grids, token_grid
 from ..reference import patches as reference
 from ..reference.precision import holds_numbers
+from ..to_device import to_device
 from . import operators, triton_backend
 from .uploads import uploaded_grids
 
@@ -126,7 +127,7 @@ def _on_device(grids, pack, like) -> tuple[torch.Tensor, torch.Tensor]:
     if pack is not None and pack.kept is None and pack.device == device:
         return pack.grids_device, pack.cu_seqlens
     if isinstance(grids, torch.Tensor):
-        grids = grids.to(device=device, dtype=torch.int32, non_blocking=device.type == "cuda")
+        grids = to_device(grids.to(torch.int32), device)
         return grids, F.pad(grids.prod(1).cumsum(0), (1, 0)).to(torch.int32)
     if not holds_numbers(like):
         # the numbers go to the device when the graph runs: sizes of a batch may be symbols here, tensors fake

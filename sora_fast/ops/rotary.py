@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .. import checks, configs
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
-from ..pack import Pack, check_pack
+from ..pack import Pack, check_kind, check_pack
 from ..reference import rotary as reference
 from ..reference.modulation import only_samples
 from ..reference.precision import wide_dtype
@@ -236,6 +236,8 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
     """
     op = "qk_norm_rope"
     checks.shape(op, "q", q, ("N", "H", "E"), "split the heads first, as in x.unflatten(-1, (heads, -1))")
+    check_kind(op, "coords", coords)
+    check_kind(op, "rows", rows)
     packed = isinstance(coords, Pack) or isinstance(rows, Pack)
     if packed:
         coords, rows = _of_pack(op, q, coords, rows)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import checks
+from ..to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def _upload(grids: tuple, device: torch.device) -> _Uploaded:
     if device.type != "cuda":
         stream = event = None
     else:
-        table = table.pin_memory().to(device, non_blocking=True)
+        table = to_device(table, device)
         stream = torch.cuda.current_stream(device)
         event = stream.record_event()
     return _Uploaded(table[: 3 * len(grids)].view(-1, 3), table[3 * len(grids) :], stream, event)

@@ -12,6 +12,7 @@ from ..data.frames import bar
 from ..diffusion import FrameTimesteps, Objective, draw_clean_frames, make_objective, pairs
 from ..models import ByteTextEncoder, DiT, DiTConfig, HuggingFaceTextEncoder, VideoVAE
 from ..models.dit import PRESETS
+from ..to_device import to_device
 from . import checkpoint, distributed, memory
 from .config import DiTTraining
 from .latent_cache import LatentCache, default_folder
@@ -123,7 +124,7 @@ def make_trainer(config: DiTTraining, vae: VideoVAE, clips: Sequence[LatentClip]
         text = text_encoder(batch.captions)
         pack = batch.pack(text.lengths, device)
         frames = FrameTimesteps(drawn.timesteps, drawn.clean, batch.counts, batch.grids, dit.config.in_channels, device)
-        x0, noise = batch.latents.to(device), drawn.noise.to(device)
+        x0, noise = to_device(batch.latents, device), to_device(drawn.noise, device)
         noisy = batch.with_tail(frames.add_noise(objective, x0, noise))
         predicted = dit(noisy, frames.timesteps, pack, text=text)
         if config.learn_sigma:

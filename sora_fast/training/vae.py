@@ -18,6 +18,7 @@ from ..data.frames import Frames, bar
 from ..models import VAEConfig, VideoVAE
 from ..models.vae import PRESETS
 from ..models.weights import is_published
+from ..to_device import to_device
 from . import checkpoint, distributed
 from .config import VAETraining
 from .latents import held_out
@@ -203,13 +204,13 @@ def make_trainer(config: VAETraining, items: Sequence[MediaItem], *, span: tuple
                       perceptual_weight=config.perceptual_weight, adversarial=config.adversarial)
 
     def loss(crops: Crops):
-        video, step = crops.video.to(device), None
+        video, step = to_device(crops.video, device), None
         if crops.number is not None:
             step, place = divmod(crops.number, trainer.packs_per_step)
         if vq and step is not None and step % RESTART_EVERY == 0 and place < distributed.size():
             restart_codes(vae, video, checkpoint.generator(config.seed, "codes", step))
         before = vae.quantizer.counts.clone() if vq else None
-        value = measure(video, crops.noise.to(device), step is None or step >= config.adversarial_start)
+        value = measure(video, to_device(crops.noise, device), step is None or step >= config.adversarial_start)
         if vq and vae.training:
             count_together(vae.quantizer, before)
         return value, dict(samples=video.shape[0], tokens=crops.noise[:, 0].numel(), pad=0)

@@ -114,9 +114,12 @@ def count_together(quantizer, before) -> None:
 
 
 @torch.no_grad()
-def restart_codes(vae: VideoVAE, video, generator: torch.Generator) -> int:
-    """Set codes unused since the last restart to latents of ``video``, which is rank 0's on all ranks; returns how many."""
+def restart_codes(vae: VideoVAE, video, generator: torch.Generator) -> torch.Tensor:
+    """Set codes unused since the last restart to latents of ``video``, which is rank 0's on all ranks.
+
+    Returns how many, 0-dim int64 on the device: who reads it waits.
+    """
     if distributed.size() > 1:
         video = video.clone()
         torch.distributed.broadcast(video, 0)
-    return int(vae.quantizer.restart(vae.moments(video), generator=generator))
+    return vae.quantizer.restart(vae.moments(video), generator=generator)

@@ -1,0 +1,72 @@
+"""Loads whose results are dropped: they may race, for nothing depends on what they return.
+
+Where a tensor has fewer elements than the program has threads, Triton lets several threads load each element, and one of
+them store: ``tl.store(x + at, 2 * tl.load(x + at))`` of 64 elements by 128 threads is right, though half of the loads may
+run behind the stores. A result is dropped where no instruction that has an effect and depends on it was executed, by that
+thread, or, where lanes exchange it, by that warp. What depends on it is followed through registers along all paths.
+"""
+
+from .blocks import reads_and_writes
+
+LANES_EXCHANGE = ("shfl", "vote", "redux", "mma", "wgmma", "elect")
+LOGGED = ("st", "atom", "red")  # effects whose execution the log of global accesses shows
+WITHOUT_EFFECT = ("prefetch", "prefetchu", "discard", "applypriority")
+
+
+class DroppedReads:
+    """Of one program: which instructions make the result of a load count."""
+
+    def __init__(self, program):
+        self.blocks = program.blocks
+        self.known: dict[int, tuple[frozenset[int], bool] | None] = {}
+
+    def effects(self, number: int) -> tuple[frozenset[int], bool] | None:
+        """(numbers of the global stores and atomics that depend on load ``number``, whether lanes exchange it between).
+
+        None: it is no load into registers, or has an effect of another kind: a branch, a predicate, shared memory.
+        """
+        if number not in self.known:
+            self.known[number] = self._effects(number)
+        return self.known[number]
+
+    def _effects(self, number: int) -> tuple[frozenset[int], bool] | None:
+        found, exchanged = set(), False
+        depend: dict[int, set[str]] = {}  # registers at the start of each block that is reached
+        start = next(block.index for block in self.blocks if any(i.number == number for i in self._all(block)))
+        waiting = [start]
+        while waiting:
+            block = self.blocks[waiting.pop()]
+            now = set(depend.get(block.index, ()))
+            for instr in self._all(block):
+                root = instr.parts[0]
+                reads, writes = ({reg.name for reg in part} for part in reads_and_writes(instr))
+                if instr.number == number:
+                    if root not in ("ld", "ldu"):
+                        return None
+                    now |= writes
+                elif not reads & now:
+                    now -= writes
+                elif root not in WITHOUT_EFFECT:
+                    if root in LOGGED and "global" in instr.parts and not (instr.guard and instr.guard.name in now):
+                        found.add(instr.number)
+                    elif not writes or root in LOGGED:
+                        return None
+                    exchanged |= root in LANES_EXCHANGE
+                    now |= writes
+            for follower in self._followers(block):
+                known = depend.setdefault(follower, set())
+                if not now <= known:
+                    known |= now
+                    waiting.append(follower)
+        return frozenset(found), exchanged
+
+    @staticmethod
+    def _all(block) -> list:
+        return [*block.instrs, *([block.end] if block.end else [])]
+
+    def _followers(self, block) -> list[int]:
+        root = block.end.parts[0] if block.end else ""
+        followers = [block.target] if root == "bra" else []
+        if root not in ("bra", "ret", "exit", "trap") or block.end.guard:
+            followers.append(block.index + 1)
+        return [index for index in followers if index < len(self.blocks)]

@@ -1,0 +1,49 @@
+"""sora-fast validate and bench on the fake device, times faked: records in a cache of its own, graphs that capture."""
+
+import json
+
+import pytest
+import torch
+
+from sora_fast import env, records
+from sora_fast.benchmarks import rows, timing
+from sora_fast.benchmarks.roofs import Roofs
+from sora_fast.ops.modulation import GATE_RESIDUAL, ModulationProblem
+
+from . import waits
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("SORA_FAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_validate_writes_records_that_auto_takes(kernels, cli, cache, tmp_path):
+    problem = GATE_RESIDUAL.example("cuda:sm90", torch.float32, True)
+    assert isinstance(problem, ModulationProblem) and GATE_RESIDUAL.choose(problem).name == "torch"
+    code, out, err = cli("validate", "--op", "gate_residual", "--backend", "triton", "--device", "cuda", "--dtype",
+                         "float32", "--jsonl", tmp_path / "rows.jsonl")
+    assert code == 0, out + err
+    found = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()]
+    assert {(row["arch"], row["direction"], row["passed"]) for row in found} == {
+        ("sm90", "forward", True), ("sm90", "backward", True)}
+    assert records.user_file().is_relative_to(cache) and records.user_file().is_file() and env.cache() == cache
+    assert GATE_RESIDUAL.choose(problem).name == "triton"
+
+
+def test_bench_captures_what_it_times(monkeypatch, kernels, cli, cache, tmp_path):
+    monkeypatch.setattr(Roofs, "matrix", lambda self, dtype: 1e12)
+    monkeypatch.setattr(Roofs, "copy", lambda self, size: 1e12)
+    monkeypatch.setattr(timing, "GPU", timing.Effort(0.0, 0.0))
+    monkeypatch.setattr(timing, "input_sets", lambda *_: 1)
+    monkeypatch.setattr(timing, "LEAST_SAMPLES", timing.ROUNDS)
+    captured, capture = [], timing.Graph.__init__
+    monkeypatch.setattr(timing.Graph, "__init__", lambda *given: (capture(*given), captured.append(given))[0])
+    code, out, err = cli("bench", "modulation", "--quick", "--device", "cuda", "--providers", "torch",
+                         "--case", "DiT-S", "--out", tmp_path / "out")
+    assert code == 0, out + err
+    found = [row for row in rows.read(tmp_path / "out" / "bench.jsonl") if row["row"] == "time"]
+    assert found and {row["status"] for row in found} == {"PASSED"} and len(captured) == len(found)
+    assert {row["timer"] for row in found} == {"graph"} and (tmp_path / "out" / "report.html").is_file()
+    assert waits.state.capture is None
