@@ -33,11 +33,11 @@ def build(folder: Path) -> Path:
 def test_host_code_on_a_fake_device(tmp_path):
     """Every drive_*.py, none of its tests skipped."""
     report, drives = tmp_path / "report.xml", sorted(FOLDER.glob("drive_*.py"))
-    environment = os.environ | dict(LD_PRELOAD=str(build(tmp_path)), OMP_NUM_THREADS="1")
+    environment = os.environ | dict(LD_PRELOAD=str(build(tmp_path)), OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS", "TRITON_INTERPRET"):
         environment.pop(name, None)
     command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist",
-               f"--basetemp={tmp_path / 'drives'}", f"--junitxml={report}", *map(str, drives)]
+               "-p", "fake_device.plugin", f"--basetemp={tmp_path / 'drives'}", f"--junitxml={report}", *map(str, drives)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=environment)
     assert done.returncode == 0, f"{done.stdout[-20_000:]}\n{done.stderr[-2_000:]}"
     cases = list(ElementTree.parse(report).iter("testcase"))

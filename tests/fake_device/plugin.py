@@ -1,4 +1,7 @@
-"""The fake device is installed before the first drive_*.py is imported, for the whole process."""
+"""Installs the fake device for the whole process, before the first drive_*.py is imported.
+
+No conftest.py: pytest would load it, and fake CUDA, in every run that collects the folder above.
+"""
 
 import pytest
 import torch
