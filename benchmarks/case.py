@@ -7,12 +7,14 @@ providers nothing of shapes: a provider takes the op's keyword arguments and ret
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
 from sora_fast.testing import Truth, truth
 
 FORWARD = "forward"
+FULL, QUICK = ("full",), ("quick",)  # suites
 
 
 def _anywhere(case: "Case", direction: str, device: torch.device) -> str:
@@ -72,6 +74,17 @@ class Case(Subject):
 
 
 @dataclass(frozen=True)
+class PackCase(Case):
+    """One op on a pack of ``grids``, tokens in t, h, w of each sample."""
+
+    grids: tuple[tuple[int, int, int], ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(prod, self.grids))
+
+
+@dataclass(frozen=True)
 class Provider:
     """One implementation of an op.
 
@@ -92,16 +105,3 @@ class Provider:
 
 def nbytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-class Draw:
-    """Random numbers on a device, reproducible: ``draw(3, 4)``, ``draw(3, dtype=torch.float32, scale=0.1)``."""
-
-    def __init__(self, device: torch.device, seed: int, dtype: torch.dtype):
-        self.device, self.dtype = device, dtype
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> torch.Tensor:
-        # in float32 first, so that every dtype gets the same numbers, rounded
-        numbers = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float32)
-        return (numbers * scale if scale != 1.0 else numbers).to(dtype or self.dtype)

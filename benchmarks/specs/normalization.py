@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..case import Case, Draw, Provider
+from sora_fast.testing.draw import Draw
+
+from ..case import Case, Provider
 from ..providers import backends, compiled
 
 WAN_EPS = 1e-24  # Wan divides by the length of the vector: nothing inside the mean but a guard against 0 / 0
