@@ -17,7 +17,7 @@ FORWARD = "forward"
 FULL, QUICK = ("full",), ("quick",)  # suites
 
 
-def _anywhere(case: "Case", direction: str, device: torch.device) -> str:
+def anywhere(case: "Case", direction: str, device: torch.device) -> str:
     return ""
 
 
@@ -59,9 +59,9 @@ class Case(Subject):
     def inputs(self, device: torch.device, seed: int) -> dict:
         """The op's keyword arguments, random numbers drawn on ``device``; the same for the same seed."""
 
-    @abstractmethod
     def flops(self, direction: str) -> int:
         """Multiplications and additions of matrix products and convolutions; other arithmetic counts as none."""
+        return 0
 
     @abstractmethod
     def least_bytes(self, direction: str) -> int:
@@ -98,7 +98,7 @@ class Provider:
     name: str
     run: Callable
     prepare: Callable[[dict], dict] = _unchanged
-    unavailable: Callable[[Case, str, torch.device], str] = _anywhere
+    unavailable: Callable[[Case, str, torch.device], str] = anywhere
     details: Callable[[Case, torch.device], dict] = field(default=lambda case, device: {})
     compiled: bool = False
 

@@ -15,7 +15,7 @@ from sora_fast.dispatch import ORDER
 from sora_fast.explanation import all_ops
 from sora_fast.ops.attention_peers import installed
 
-from .case import Case, Provider
+from .case import Case, Provider, anywhere
 
 
 def backends(op: str) -> list[Provider]:
@@ -24,11 +24,7 @@ def backends(op: str) -> list[Provider]:
     The libraries among the backends are peers: a spec times their own calls, without our copies around them.
     """
     return [Provider(name, partial(getattr(ops, op), backend=name), unavailable=_not_timed_on_a_cpu if backend.kernel else
-                     _anywhere) for name, backend in all_ops()[op].backends.items() if name in ORDER]
-
-
-def _anywhere(case: Case, direction: str, device: torch.device) -> str:
-    return ""
+                     anywhere) for name, backend in all_ops()[op].backends.items() if name in ORDER]
 
 
 def _not_timed_on_a_cpu(case: Case, direction: str, device: torch.device) -> str:

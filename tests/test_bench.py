@@ -37,9 +37,6 @@ class Residual(Case):
     def directions(self):
         return {"forward": (), "backward": ("x", "y", "gate")}
 
-    def flops(self, direction):
-        return 0
-
     def least_bytes(self, direction):
         x = self.tokens * self.width * self.dtype.itemsize
         return 3 * x if direction == "forward" else 4 * x

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from float64_checks import draw, seeded
 from training_checks import latent_clips, tiny_dit
 
 from sora_fast.diffusion import DDPM, LearnedVariance, generate, make_objective, pairs, place
@@ -25,14 +26,6 @@ from sora_fast.training.dit import load_run
 
 diffusers = pytest.importorskip("diffusers")
 LINEAR = (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)).cumprod(0)  # the source's schedule
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def at(steps, place):

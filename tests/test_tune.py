@@ -67,9 +67,6 @@ class Planted(Case):
     def directions(self):
         return {FORWARD: (), "backward": ("x", "y", "gate")}
 
-    def flops(self, direction):
-        return 0
-
     def least_bytes(self, direction):
         return 1
 

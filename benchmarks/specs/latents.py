@@ -29,9 +29,6 @@ class Latents(Case):
     def directions(self):
         return {FORWARD: (), "backward": ("moments",)}  # noise is drawn, not computed
 
-    def flops(self, direction):
-        return 0
-
     def least_bytes(self, direction):
         z, kl = prod(self.latent) * self.dtype.itemsize, self.latent[0] * 4
         # Moments are two of z's size. Forward: moments and noise read, z written. Backward: dz, moments and noise read,

@@ -72,9 +72,6 @@ class Modulation(PackCase):
         affine = ("weight", "bias") if self.affine and self.op != "gate_residual" else ()
         return {FORWARD: (), "backward": ("x", *branch, *self._tables(), *affine)}
 
-    def flops(self, direction):
-        return 0
-
     def least_bytes(self, direction):
         y = self.tokens * self.width * self.dtype.itemsize
         x = self.tokens * self.width * (self.stream or self.dtype).itemsize

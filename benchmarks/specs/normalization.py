@@ -52,9 +52,6 @@ class NormalizationCase(Case):
     def directions(self):
         return {"forward": (), "backward": ("x", "weight", "bias") if self.norm == "group" else ("x", "weight")}
 
-    def flops(self, direction):
-        return 0
-
     def least_bytes(self, direction):
         """Forward reads x and writes y; backward reads x and dy and writes dx; the affine numbers and their gradients.
 

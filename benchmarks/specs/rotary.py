@@ -52,9 +52,6 @@ class Rotary(PackCase):
     def directions(self):
         return {FORWARD: (), "backward": ("q", "k", *self._affine(), *(("freqs",) if self.learned else ()))}
 
-    def flops(self, direction):
-        return 0  # learned angles are 3 products each, made where they are used
-
     def least_bytes(self, direction):
         q = self.tokens * self.heads * self.head_dim * self.dtype.itemsize
         freqs = 4 * 3 * self.heads * self.head_dim // 2 if self.learned else 0

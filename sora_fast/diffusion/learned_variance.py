@@ -136,10 +136,6 @@ class LearnedVariance(DDPM):
         """Ancestral sampling in ``steps`` of the 1000 steps, evenly spaced, with the learned variance; DiT's own is 250."""
         return Ancestral(self.alphas, steps)
 
-    def for_scheduler(self, predicted, x_t, timesteps, counts):
-        """The pairs themselves."""
-        return predicted
-
 
 class Ancestral:
     """x at the next timestep, drawn from N(mean, the model's variance); stands where diffusers' schedulers stand.
