@@ -22,7 +22,7 @@ from . import gate, rows, timing
 from .case import Case, Provider, Subject, nbytes
 from .figures import MODEL, MOST
 from .gate import Verdict
-from .model_cases import ModelCase, ModelProvider
+from .model.case import ModelCase, ModelProvider
 from .roofs import Roofs
 
 
