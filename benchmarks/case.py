@@ -7,15 +7,17 @@ providers nothing of shapes: a provider takes the op's keyword arguments and ret
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
 from sora_fast.testing import Truth, truth
 
 FORWARD = "forward"
+FULL, QUICK = ("full",), ("quick",)  # suites
 
 
-def _anywhere(case: "Case", direction: str, device: torch.device) -> str:
+def anywhere(case: "Case", direction: str, device: torch.device) -> str:
     return ""
 
 
@@ -57,9 +59,9 @@ class Case(Subject):
     def inputs(self, device: torch.device, seed: int) -> dict:
         """The op's keyword arguments, random numbers drawn on ``device``; the same for the same seed."""
 
-    @abstractmethod
     def flops(self, direction: str) -> int:
         """Multiplications and additions of matrix products and convolutions; other arithmetic counts as none."""
+        return 0
 
     @abstractmethod
     def least_bytes(self, direction: str) -> int:
@@ -69,6 +71,17 @@ class Case(Subject):
         """What these inputs must give; a family whose reference does not fit at these sizes computes it in pieces."""
         wanted = {name for names in self.directions().values() for name in names}
         return truth(self.op, inputs, grads=bool(wanted), names=wanted, seed=seed)
+
+
+@dataclass(frozen=True)
+class PackCase(Case):
+    """One op on a pack of ``grids``, tokens in t, h, w of each sample."""
+
+    grids: tuple[tuple[int, int, int], ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(prod, self.grids))
 
 
 @dataclass(frozen=True)
@@ -85,23 +98,10 @@ class Provider:
     name: str
     run: Callable
     prepare: Callable[[dict], dict] = _unchanged
-    unavailable: Callable[[Case, str, torch.device], str] = _anywhere
+    unavailable: Callable[[Case, str, torch.device], str] = anywhere
     details: Callable[[Case, torch.device], dict] = field(default=lambda case, device: {})
     compiled: bool = False
 
 
 def nbytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-class Draw:
-    """Random numbers on a device, reproducible: ``draw(3, 4)``, ``draw(3, dtype=torch.float32, scale=0.1)``."""
-
-    def __init__(self, device: torch.device, seed: int, dtype: torch.dtype):
-        self.device, self.dtype = device, dtype
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> torch.Tensor:
-        # in float32 first, so that every dtype gets the same numbers, rounded
-        numbers = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float32)
-        return (numbers * scale if scale != 1.0 else numbers).to(dtype or self.dtype)

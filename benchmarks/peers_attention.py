@@ -282,7 +282,7 @@ def peers() -> list[Provider]:
         Provider("varlen_attn", _varlen_attn, unavailable=Refusal(Limits("torch.nn.attention.varlen"), plus_inf=True)),
         # on a CPU it has no backward and no log-sum-exp
         Provider("flex", _flex, _with_block_mask, Refusal(Limits(
-            "FlexAttention with its backward", ("triton",), "triton", dtypes=(*HALF, torch.float32), lse="both")),
+            "FlexAttention with its backward", ("triton",), dtypes=(*HALF, torch.float32), lse="both")),
             compiled=True),
         Provider("flash_attn", packed(libraries.flash_attn), unavailable=Refusal(libraries.FLASH_ATTN, plus_inf=True)),
         Provider("flash_attn_3", packed(libraries.flash_attn_3), unavailable=Refusal(libraries.flash_attn_3_limits),

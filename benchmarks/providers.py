@@ -1,18 +1,21 @@
-"""Providers that every op has: our own backends, and torch.compile of the definition."""
+"""Providers that every op has, our own backends and torch.compile of the definition, and what several specs' peers share."""
 
 import functools
 import importlib.util
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from sora_fast import ops
 from sora_fast.dispatch import ORDER
 from sora_fast.explanation import all_ops
-from sora_fast.ops.attention_peers import installed  # noqa: F401 - for the specs
+from sora_fast.ops.attention_peers import installed
 
-from .case import Case, Provider
+from .case import Case, Provider, anywhere
 
 
 def backends(op: str) -> list[Provider]:
@@ -21,11 +24,7 @@ def backends(op: str) -> list[Provider]:
     The libraries among the backends are peers: a spec times their own calls, without our copies around them.
     """
     return [Provider(name, partial(getattr(ops, op), backend=name), unavailable=_not_timed_on_a_cpu if backend.kernel else
-                     _anywhere) for name, backend in all_ops()[op].backends.items() if name in ORDER]
-
-
-def _anywhere(case: Case, direction: str, device: torch.device) -> str:
-    return ""
+                     anywhere) for name, backend in all_ops()[op].backends.items() if name in ORDER]
 
 
 def _not_timed_on_a_cpu(case: Case, direction: str, device: torch.device) -> str:
@@ -45,3 +44,40 @@ def no_compiler(case: Case, direction: str, device: torch.device) -> str:
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile needs Triton for a GPU, and it is not installed."
     return ""
+
+
+# ------------------------------------------------------------------------------------------------ compositions of models
+def eager_norm(x, norm, weight, bias, eps):
+    """PyTorch's norm over the last dimension, in x's dtype, weight and bias inside it."""
+    # on a CPU layer_norm with 16-bit weights gives gradients of them that break the error rule from some 50 tokens on
+    dtype = torch.float32 if x.device.type == "cpu" and weight is not None else x.dtype
+    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    if norm == "layer":
+        return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
+    h = F.rms_norm(x.to(dtype), x.shape[-1:], weight, eps)
+    return (h if bias is None else h + bias).to(x.dtype)
+
+
+def compiled_eager(op: str, eager: Callable, prepare: Callable, also: Callable = lambda case: "") -> Provider:
+    """torch.compile of a model's composition; ``also`` adds a reason, of the case alone, why there is none."""
+    usual = compiled(op)
+    made = functools.cache(lambda: torch.compile(eager, dynamic=False, fullgraph=True))
+    return replace(usual, name="compile_eager", run=lambda **inputs: made()(**inputs), prepare=prepare,
+                   unavailable=lambda case, *where: also(case) or usual.unavailable(case, *where))
+
+
+# ------------------------------------------------------------------------------------------------------------ Liger
+def liger_missing(name: str, device: torch.device) -> str:
+    """"" where Liger's autograd function ``name`` can be used, else one sentence."""
+    if device.type != "cuda":
+        return "Liger's kernels are Triton and need a GPU."
+    reason = installed("liger_kernel")
+    if not reason and not hasattr(liger_ops(), name):
+        reason = f"The installed liger_kernel has no {name}."
+    return reason
+
+
+def liger_ops():
+    import liger_kernel.ops
+
+    return liger_kernel.ops

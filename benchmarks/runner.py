@@ -22,7 +22,7 @@ from . import gate, rows, timing
 from .case import Case, Provider, Subject, nbytes
 from .figures import MODEL, MOST
 from .gate import Verdict
-from .model_cases import ModelCase, ModelProvider
+from .model.case import ModelCase, ModelProvider
 from .roofs import Roofs
 
 
@@ -115,7 +115,7 @@ class Runner:
                 new = [self._blank(family, case, direction, provider.name, verdict, "", None)
                        for direction in case.directions() for provider in left]
             self._write(new)
-            _release(self.settings.device)
+            release(self.settings.device)
         return self.done
 
     def _key(self, case: Subject, direction: str, provider) -> tuple:
@@ -145,7 +145,7 @@ class Runner:
                 scope = truth.scope
             found = gate.check(case, provider, truth, device, tuple(d for d, why in away.items() if not why))
             verdicts[provider.name] |= found
-            _release(device)
+            release(device)
         new = []
         for direction, names in case.directions().items():
             passed = [p for p in providers if verdicts[p.name][direction].status == "PASSED"]
@@ -153,7 +153,7 @@ class Runner:
             for provider in providers:
                 new.append(self._row(family, case, direction, provider, verdicts[provider.name][direction], scope,
                                      timed.get(provider.name), clock))
-            _release(device)
+            release(device)
         return self._fresh_roofs() + new
 
     def _fresh_roofs(self) -> list[dict]:
@@ -208,7 +208,7 @@ class Runner:
             clocks.append(clock_mhz(self.settings.device))
             result |= {name: (timings[name], memory) for name, (memory, _) in ready.items()}
             del ready
-            _release(self.settings.device)
+            release(self.settings.device)
         known = [clock for clock in clocks if clock is not None]
         return result, broken, sum(known) / len(known) if known else None
 
@@ -219,7 +219,7 @@ class Runner:
         for provider in providers:
             why = provider.unavailable(case, device)
             verdicts[provider.name] = gate.refusal("UNSUPPORTED", why) if why else gate.check_model(case, provider, device)
-            _release(device)
+            release(device)
 
         def make(provider):
             step = provider.build(case, device)
@@ -239,7 +239,7 @@ class Runner:
                 row["share"] = share if share <= MOST else None
                 row["mfu"] = row["flops"] / row["median_ms"] * 1e3 / peak if peak else None
             new.append(row)
-        _release(device)
+        release(device)
         return self._fresh_roofs() + new
 
     # -------------------------------------------------------------------------------------------------------- rows
@@ -364,7 +364,8 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
         return t
 
 
-def _release(device: torch.device) -> None:
+def release(device: torch.device) -> None:
+    """Give back what PyTorch's allocator holds of a GPU and nobody uses."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.synchronize(device)

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from sora_fast.ops import FAMILIES
 
-from . import model_cases
 from .figures import MODEL
+from .model import dit, vae
 from .specs import spec
 
 # torch.compile takes about ten seconds a case on a CPU, where the quick suite is done in three minutes.
@@ -25,7 +25,7 @@ def work(families: Sequence[str], suite: str, *, spare_compiling: bool = False) 
     found = []
     for family in families or known:
         if family == MODEL:
-            found += [(MODEL, case, case.providers()) for case in model_cases.CASES if suite in case.suites]
+            found += [(MODEL, case, case.providers()) for case in (*vae.CASES, *dit.CASES) if suite in case.suites]
             continue
         cases = [case for case in spec(family).CASES if suite in case.suites]
         providers = {op: spec(family).providers(op) for op in {case.op for case in cases}}

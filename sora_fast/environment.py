@@ -14,9 +14,10 @@ import torch
 
 from . import __version__, env
 
-# Whatever is measured beside ours: a row says which versions were there.
-PACKAGES = ("triton", "flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4", "nvidia-cudnn-frontend", "xformers",
-            "liger-kernel", "diffusers")
+# What adds a backend or is measured beside ours, none of it required: what to import, and the package to install.
+PEERS = {"triton": "triton", "flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3",
+         "fa3_fwd_interface": "fa3-fwd", "flash_attn.cute": "flash-attn-4", "cudnn": "nvidia-cudnn-frontend",
+         "xformers": "xformers", "liger_kernel": "liger-kernel", "diffusers": "diffusers"}
 
 
 def device_label(device: torch.device) -> str:
@@ -33,7 +34,7 @@ def environment(device: torch.device) -> dict:
         os=f"{platform.system()} {platform.release()}", cpu=_cpu(), cores=os.cpu_count(),
         threads=torch.get_num_threads(), tf32=_tf32(),
         **_commit(), version=__version__, variables=env.settings(),
-        packages={name: version(name) for name in PACKAGES if version(name)},
+        packages={name: version(name) for name in PEERS.values() if version(name)},
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     if device.type == "cuda":

@@ -10,7 +10,7 @@ import torch
 
 from . import __version__, env, environment, ops, records
 from .dispatch import ORDER, Backend, Op, Problem
-from .ops import cuda_backend
+from .ops import attention_peers, cuda_backend
 
 # The ops that a model calls, in the order of its forward.
 MODELS = {
@@ -18,16 +18,14 @@ MODELS = {
             "gate_residual", "unpatchify"),
     "vae": ("causal_conv3d", "norm_act_conv3d", "norm_act", "kl_sample"),
 }
-# Packages that add a backend or a peer to measure against. None is required.
-# Name to import: name to install.
-OPTIONAL = {"triton": "triton", "flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3",
-            "cudnn": "nvidia-cudnn-frontend", "xformers": "xformers", "diffusers": "diffusers",
-            "transformers": "transformers", "safetensors": "safetensors", "numpy": "numpy", "av": "av", "PIL": "pillow",
-            "yaml": "pyyaml", "tqdm": "tqdm", "tensorboard": "tensorboard"}
+# Packages that ``info`` shows, none of them required: name to import, name to install.
+OPTIONAL = {name: environment.PEERS.get(name, name) for name in (
+    "triton", "flash_attn", "flash_attn_interface", "cudnn", "xformers", "diffusers", "transformers", "safetensors", "numpy",
+    "av", "PIL", "yaml", "tqdm", "tensorboard")} | {"PIL": "pillow", "yaml": "pyyaml"}
 
 KINDS = {"reference": "the definition", "torch": "PyTorch's own best composition", "triton": "our Triton kernels",
          "cuda": "our CUDA kernels"} | {
-    name: "a library, by name only" for name in ("flash_attn", "flash_attn_3", "flash_attn_4", "xformers", "cudnn")}
+    backend.name: "a library, by name only" for backend in attention_peers.ATTENTION}
 
 
 def all_ops() -> dict[str, Op]:

@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from float64_checks import draw
 
 import sora_fast
 
@@ -23,10 +24,6 @@ def randomise(model, seed=0):
             noise = torch.randn(p.shape, generator=generator) / (fan**0.5 if fan > 1 else 4)
             p.copy_(1 + noise if fan == 1 and name.endswith(("weight", "gamma")) else noise)
     return model
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def results(model, run, inputs, dtype, grads=True):

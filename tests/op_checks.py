@@ -71,6 +71,10 @@ def gradients(outputs, leaves, seed=0):
     return dict(zip(leaves, found, strict=True))
 
 
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
 def same_bits(a, b):
     """Equal to the last bit, NaN included."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(

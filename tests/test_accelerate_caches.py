@@ -102,10 +102,10 @@ def test_every_swapped_block_that_diffusers_knows_is_known():
 
     TransformerBlockRegistry._register()
     known = [cls for cls in TransformerBlockRegistry._registry if not issubclass(cls, swapping.Fast)]
-    blocks = [cls for cls in known if f"{cls.__module__}.{cls.__qualname__}" in swapping._table("SWAPS")]
+    blocks = [cls for cls in known if f"{cls.__module__}.{cls.__qualname__}" in swapping.SWAPS]
     assert len(blocks) >= 5
     for cls in blocks:
-        made = swapping.fast_class(cls, swapping._table("SWAPS")[f"{cls.__module__}.{cls.__qualname__}"])
+        made = swapping.fast_class(cls, swapping.SWAPS[f"{cls.__module__}.{cls.__qualname__}"])
         ours, theirs = TransformerBlockRegistry.get(made), TransformerBlockRegistry.get(cls)
         assert ours is not theirs and theirs._cls is cls
         for field in ("return_hidden_states_index", "return_encoder_hidden_states_index", "hidden_states_argument_name"):

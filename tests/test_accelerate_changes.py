@@ -13,8 +13,8 @@ from accelerate_checks import draw
 from torch import nn
 
 import sora_fast
-from sora_fast.integrations import known
-from sora_fast.integrations.swapping import is_fast
+from sora_fast.integrations import mixin
+from sora_fast.integrations.mixin import is_fast
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -138,8 +138,8 @@ def test_a_change_acts_whatever_the_order(fault):
 def test_what_is_read_past_computes_with_nothing_else(name):
     """Every attribute that the forward of such a child looks at is read too, or has the one value that is right."""
     model, inputs = copy.deepcopy(changes.plain_model(name)), {}
-    known.resolve()
-    kinds = {module: [kind for kind in known.KINDS if kind.read is not None and kind(module)]
+    mixin.resolve()
+    kinds = {module: [kind for kind in mixin.KINDS if kind.read is not None and kind(module)]
              for module in model.modules()}
     for module in {type(module): module for module, found in kinds.items() if found}.values():
         module.register_forward_pre_hook(lambda module, args, kwargs: inputs.setdefault(module, (args, kwargs)) and None,

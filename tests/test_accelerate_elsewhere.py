@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_module
 
 import sora_fast
-from sora_fast.integrations.swapping import is_fast
+from sora_fast.integrations.mixin import is_fast
 
 pytestmark = [pytest.mark.full, pytest.mark.ci]
 offload = pytest.importorskip("accelerate").cpu_offload

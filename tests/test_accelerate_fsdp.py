@@ -8,7 +8,7 @@ from test_accelerate_training import batch, loss_of, wan
 from torch.distributed.fsdp import fully_shard
 
 import sora_fast
-from sora_fast.integrations.swapping import is_fast
+from sora_fast.integrations.mixin import is_fast
 
 pytestmark = [pytest.mark.full, pytest.mark.ci]
 

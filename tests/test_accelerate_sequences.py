@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import sora_fast
-from sora_fast.integrations.swapping import is_fast
+from sora_fast.integrations.mixin import is_fast
 
 PAST = (1, 1, 1, 1, 2, 0)
 

@@ -1,11 +1,19 @@
 """Blocks known by their form: the official DiT's and timm's, written here as in those files; what differs is left alone."""
 
+import inspect
+import re
+import sys
+import textwrap
+import types
+from pathlib import Path
+
 import accelerate_checks as checks
 import torch
 from accelerate_checks import draw
 from torch import nn
 
 import sora_fast
+from sora_fast.integrations import swapping
 
 
 class Attention(nn.Module):
@@ -149,3 +157,32 @@ def test_what_has_the_name_and_does_something_else_is_left():
     hooked = Real()
     hooked.norm2.register_forward_hook(lambda m, i, o: o)
     assert "hook" in sora_fast.accelerate(hooked).rows[0].note
+
+
+THEIRS = """
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(24, elementwise_affine=False), nn.LayerNorm(24)
+        self.attn, self.mlp, self.modulation = Attention(24, 2), mlp(24), nn.Linear(24, 144)
+
+    def forward(self, x, c):
+"""
+
+
+def test_the_template_for_another_model_is_as_right_as_what_it_replaces(monkeypatch):
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code, = re.findall("^```python\n(.*?)^```", text, flags=re.M | re.S)
+    family = dict(__name__="sora_fast.integrations.theirs", __package__="sora_fast.integrations")
+    exec(compile(code, "CONTRIBUTING.md", "exec"), family)
+    theirs = types.ModuleType("theirs.models")
+    vars(theirs).update(nn=nn, Attention=Attention, mlp=mlp)
+    exec(THEIRS + textwrap.indent(inspect.getdoc(family["Block"]).partition("\n")[2], " " * 8), vars(theirs))
+    monkeypatch.setitem(sys.modules, theirs.__name__, theirs)
+    for path, mixin in family["SWAPS"].items():
+        monkeypatch.setitem(swapping.SWAPS, path, mixin)
+    block, given = checks.randomise(theirs.Block()), dict(x=draw(2, 5, 24), c=draw(2, 24, seed=1))
+    run = lambda block, x, c: [block(x, c)]
+    checks.assert_catches(*checks.assert_accelerates(block, run, given))
+    block.norm2.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    assert not sora_fast.accelerate(block).swapped and len(code.splitlines()) <= 35

@@ -12,7 +12,7 @@ from torch import nn
 
 import sora_fast
 from sora_fast.integrations.attention_backend import attend
-from sora_fast.integrations.swapping import is_fast
+from sora_fast.integrations.mixin import is_fast
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")

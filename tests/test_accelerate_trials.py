@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import sora_fast
 from sora_fast.integrations import trials
-from sora_fast.integrations.swapping import is_fast
+from sora_fast.integrations.mixin import is_fast
 
 
 class Scaled(forms.DiTBlock):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import same_bits, with_grad
+from op_checks import double, same_bits, with_grad
 
 from sora_fast import ops, reference
 from sora_fast.testing import assert_matches
@@ -100,10 +100,6 @@ def test_refused_backends_say_why():
 
 
 # ---------------------------------------------------------------------------------------------------- gradcheck
-def _double(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
-
-
 CU_Q, CU_K = offsets(2, 0, 1, 1), offsets(1, 2, 3, 0)
 
 
@@ -115,18 +111,18 @@ def _seen(result):
 
 test_gradcheck = op_checks.gradchecks([
     ("plain", lambda q, k, v: reference.varlen_attention(q, k, v, CU_Q, CU_K),
-     (_double(4, 2, 3), _double(6, 1, 3), _double(6, 1, 3) + 1)),
+     (double(4, 2, 3), double(6, 1, 3), double(6, 1, 3) + 1)),
     ("causal, lse", lambda q, k, v: _seen(reference.varlen_attention(q, k, v, CU_Q, CU_K, causal=True,
                                                                      return_lse=True)),
-     (_double(4, 2, 3), _double(6, 2, 3), _double(6, 2, 3) + 1)),
+     (double(4, 2, 3), double(6, 2, 3), double(6, 2, 3) + 1)),
     ("window, scale, tail", lambda q, k, v: _seen(reference.varlen_attention(
         q, k, v, CU_Q, CU_K, window=(1, 0), softmax_scale=0.7, return_lse=True)),
-     (_double(5, 2, 3), _double(8, 1, 3), _double(8, 1, 3) + 1)),
+     (double(5, 2, 3), double(8, 1, 3), double(8, 1, 3) + 1)),
     ("merge", lambda a, b, la, lb: reference.merge_attention([a, b], [la, lb]),
-     (_double(3, 2, 2), _double(3, 2, 2) + 1, _double(2, 3), _double(2, 3) + 1)),
+     (double(3, 2, 2), double(3, 2, 2) + 1, double(2, 3), double(2, 3) + 1)),
     ("merge with an empty part", lambda a, b, la, lb: _seen(reference.merge_attention(
         [a, b], [la.masked_fill(EMPTY_A, -torch.inf), lb.masked_fill(EMPTY_B, -torch.inf)])),
-     (_double(3, 2, 2), _double(3, 2, 2) + 1, _double(2, 3), _double(2, 3) + 1)),
+     (double(3, 2, 2), double(3, 2, 2) + 1, double(2, 3), double(2, 3) + 1)),
 ])
 EMPTY_A = torch.tensor([[True, True, False], [False, False, True]])
 EMPTY_B = torch.tensor([[True, False, False], [False, True, True]])
@@ -158,7 +154,7 @@ def by_row(q, k, v, cu_q, cu_k, scale, causal, window):
                                             (False, (0, -1)), (False, (-1, 0)), (False, (0, 0))])
 def test_row_by_row(causal, window, backend):
     lengths_q, lengths_k = (5, 0, 3, 1, 7, 4), (5, 4, 0, 1, 3, 9)
-    q, k, v = _double(22, 4, 16), _double(24, 2, 16), _double(24, 2, 16) + 1  # two rows of tail each
+    q, k, v = double(22, 4, 16), double(24, 2, 16), double(24, 2, 16) + 1  # two rows of tail each
     cu_q, cu_k = offsets(*lengths_q), offsets(*lengths_k)
     want, want_lse = by_row(q, k, v, cu_q, cu_k, 0.3, causal, window)
     options = dict(softmax_scale=0.3, causal=causal, window=window)
@@ -219,7 +215,7 @@ def test_raw_backward_is_the_gradient(dlse):
 
 def test_ring_of_key_parts():
     """Parts merged forward, and backward with the global out and lse, are the whole attention."""
-    q, k, v = _double(9, 4, 16), _double(20, 2, 16), _double(20, 2, 16) + 1
+    q, k, v = double(9, 4, 16), double(20, 2, 16), double(20, 2, 16) + 1
     cu_q, whole = offsets(4, 0, 5), offsets(10, 0, 10)
     parts = [(torch.cat([torch.arange(a, b), torch.arange(10 + a, 10 + b)]), offsets(b - a, 0, b - a))
              for a, b in ((0, 3), (3, 3), (3, 10))]

@@ -9,10 +9,11 @@ import torch
 
 from sora_fast import ops
 from sora_fast.benchmarks import gate, rows, timing
-from sora_fast.benchmarks.case import Case, Draw, Provider, nbytes
+from sora_fast.benchmarks.case import Case, Provider, nbytes
 from sora_fast.benchmarks.roofs import PUBLISHED, Roofs, published
 from sora_fast.benchmarks.runner import Runner, Settings
 from sora_fast.benchmarks.suites import select
+from sora_fast.testing.draw import Draw
 
 CPU = torch.device("cpu")
 QUICKLY = timing.Effort(0.0, 2.0)
@@ -35,9 +36,6 @@ class Residual(Case):
 
     def directions(self):
         return {"forward": (), "backward": ("x", "y", "gate")}
-
-    def flops(self, direction):
-        return 0
 
     def least_bytes(self, direction):
         x = self.tokens * self.width * self.dtype.itemsize

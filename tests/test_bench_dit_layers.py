@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sora_fast import Pack, ops
-from sora_fast.benchmarks.specs import latents, modulation, patches, rotary, spec
+from sora_fast.benchmarks import providers as shared
+from sora_fast.benchmarks.specs import latents, modulation, rotary, shapes, spec
 from sora_fast.testing.rule import run
 
 CPU = torch.device("cpu")
@@ -61,8 +62,8 @@ def test_every_op_has_quick_cases_and_real_ones():
 
 
 def test_the_mixed_pack_holds_as_much_as_one_clip():
-    assert Pack(patches.MIXED_480).num_tokens == Pack([patches.WAN_480]).num_tokens == 32_760
-    assert len({t for t, _, _ in patches.MIXED_480}) == 3 and len(set(patches.MIXED_480)) > 4
+    assert Pack(shapes.MIXED_480).num_tokens == Pack([shapes.WAN_480]).num_tokens == 32_760
+    assert len({t for t, _, _ in shapes.MIXED_480}) == 3 and len(set(shapes.MIXED_480)) > 4
 
 
 @pytest.mark.parametrize("case", EVERY, ids=names(EVERY))
@@ -226,12 +227,12 @@ def test_liger_says_in_one_sentence_what_it_cannot_do(op, monkeypatch):
         for direction in case.directions():
             reason = provider.unavailable(case, direction, CPU)
             assert reason.endswith(".") and ". " not in reason and "\n" not in reason, reason
-    monkeypatch.setattr(modulation, "installed", lambda module: "")
-    monkeypatch.setattr(modulation, "liger_ops", lambda: object())
+    monkeypatch.setattr(shared, "installed", lambda module: "")
+    monkeypatch.setattr(shared, "liger_ops", lambda: object())
     reasons = {provider.unavailable(case, "forward", torch.device("cuda")) for case in cases}
     assert any(reason.startswith("The installed liger_kernel has no Liger") for reason in reasons)
     known = dict.fromkeys(("LigerModulatedRMSNormFunction", "LigerRMSNormFunction", "LigerRopeFunction"))
-    monkeypatch.setattr(modulation, "liger_ops", lambda: type("Library", (), known))
+    monkeypatch.setattr(shared, "liger_ops", lambda: type("Library", (), known))
     able = {case.label for case in cases if not provider.unavailable(case, "forward", torch.device("cuda"))}
     assert able == {"norm_modulate": {"Mochi, small clip", "Mochi, 480p"},
                     "qk_norm_rope": {"Open-Sora 2, 256px", "Open-Sora 2, 768px"}}[op]

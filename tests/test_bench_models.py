@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from sora_fast.benchmarks import loss_parity
 from sora_fast.benchmarks.model import case as frame
 from sora_fast.benchmarks.model import dit, vae, wan
-from sora_fast.benchmarks.model_cases import CASES, ModelCase, ModelProvider
+from sora_fast.benchmarks.model.case import ModelCase, ModelProvider
 from sora_fast.models.vae import PRESETS
 
 CPU = torch.device("cpu")
+CASES = (*vae.CASES, *dit.CASES)
 QUICK = {case.op: case for case in CASES if "quick" in case.suites}
 FULL = {case.id: case for case in CASES if "model" in case.suites}
 

@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 import torch
+from float64_checks import draw
 from test_dit import official, official_positions
 from torch import nn
 
@@ -25,10 +26,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 WAN = dict(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
 SMALL = dict(base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True], latents_mean=[0.5, 1, 2, 3],
              latents_std=[1.1, 2, 3, 4])
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def make_wan(dtype=torch.float32, **sizes):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from convolution_checks import EXACT, integers
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import same_bits, with_grad
+from op_checks import double, same_bits, with_grad
 
 from sora_fast import explain, ops, reference
 from sora_fast.dispatch import Op
@@ -87,33 +87,29 @@ test_refusals = op_checks.refusals(_table(), good)
 
 
 # ---------------------------------------------------------------------------------------------------- gradcheck
-def _double(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
-
-
 _PADS = dict(padding=(1, 0, 1, 1))
 test_gradcheck = op_checks.gradchecks([
     ("conv, cache, residual, cache_out",
      lambda x, w, b, c, r: reference.causal_conv3d(x, w, b, padding=(1, 1, 0, 0), cache=c, residual=r,
                                                    return_cache=True),
-     (_double(1, 2, 2, 1, 2), _double(1, 2, 3, 1, 3), _double(1), _double(1, 2, 1, 1, 2), _double(1, 1, 2, 1, 2))),
+     (double(1, 2, 2, 1, 2), double(1, 2, 3, 1, 3), double(1), double(1, 2, 1, 1, 2), double(1, 1, 2, 1, 2))),
     ("conv, replicate, stride, phase",
      lambda x, w: reference.causal_conv3d(x, w, stride=(2, 1, 2), phase=1, time_pad="replicate",
                                           space_pad="replicate", **_PADS),
-     (_double(1, 1, 4, 2, 2), _double(1, 1, 3, 2, 2))),
+     (double(1, 1, 4, 2, 2), double(1, 1, 3, 2, 2))),
     ("conv, reflect, lookahead",
      lambda x, w: reference.causal_conv3d(x, w, lookahead=1, time_pad="replicate", space_pad="reflect", **_PADS),
-     (_double(1, 1, 2, 2, 2), _double(2, 1, 3, 2, 2))),
+     (double(1, 1, 2, 2, 2), double(2, 1, 3, 2, 2))),
     ("conv, upsampled, replicate, cache, residual",
      lambda x, w, c, r: reference.causal_conv3d(x, w, upsample=2, stride=(1, 1, 2), space_pad="replicate", cache=c,
                                                 residual=r, return_cache=True, **_PADS),
-     (_double(1, 1, 2, 1, 2), _double(1, 1, 2, 3, 2), _double(1, 1, 1, 1, 2), _double(1, 1, 2, 2, 2))),
+     (double(1, 1, 2, 1, 2), double(1, 1, 2, 3, 2), double(1, 1, 1, 1, 2), double(1, 1, 2, 2, 2))),
     ("norm_act_conv rms", lambda x, w, b, nw, nb, c: reference.norm_act_conv3d(
         x, w, b, norm_weight=nw, norm_bias=nb, cache=c, padding=(0, 0, 0, 0), return_cache=True),
-     (_double(1, 2, 2, 1, 2), _double(1, 2, 2, 1, 1), _double(1), _double(2), _double(2), _double(1, 2, 1, 1, 2))),
+     (double(1, 2, 2, 1, 2), double(1, 2, 2, 1, 1), double(1), double(2), double(2), double(1, 2, 1, 1, 2))),
     ("norm_act_conv group", lambda x, w, nw: reference.norm_act_conv3d(
         x, w, norm_weight=nw, norm="group", groups=1, act=None, eps=0.1, padding=(0, 0, 0, 0)),
-     (_double(1, 2, 2, 1, 2), _double(1, 2, 2, 1, 1), _double(2))),
+     (double(1, 2, 2, 1, 2), double(1, 2, 2, 1, 1), double(2))),
 ])
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from float64_checks import assert_close, draw
 from torch import nn
 
 from sora_fast import Pack
@@ -26,15 +27,6 @@ SMALL = {
 SIZES = {"tiny": [(2, 4, 6), (1, 2, 2), (3, 2, 4), (1, 6, 4)], "S/2": [(1, 4, 4), (1, 8, 2), (2, 2, 2)],
          "XL/4": [(1, 8, 4), (1, 4, 4), (1, 12, 8)], "tubelets": [(4, 3, 6), (2, 1, 3), (2, 2, 9)]}
 LENGTHS = (3, 0, 5, 1)  # text tokens
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def assert_close(got, wanted, tolerance=1e-12):
-    assert got.shape == wanted.shape
-    assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 def make(config, seed=0):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from float64_checks import assert_close, draw
 
 from sora_fast import Pack, ops
 from sora_fast.models import DiT, VideoVAE
@@ -22,10 +23,6 @@ VIT = MAEConfig(in_channels=3, patch=(1, 2, 4), width=32, depth=2, heads=2, deco
                 decoder_heads=1, positions=(1, 2), pattern="tube", normalise_target=False)
 
 
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def make(model):
     """Every parameter random, the zeros of the start too, so that every path is open."""
     model, generator = model.double(), torch.Generator().manual_seed(1)
@@ -34,11 +31,6 @@ def make(model):
             fan = p[0].numel() if p.dim() > 1 else 4
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / math.sqrt(fan))
     return model
-
-
-def assert_close(got, wanted, tolerance=1e-12):
-    assert got.shape == wanted.shape
-    assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 def clip_of(image, frames, tubelets, how):

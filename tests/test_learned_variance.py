@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from float64_checks import draw, seeded
 from training_checks import latent_clips, tiny_dit
 
 from sora_fast.diffusion import DDPM, LearnedVariance, generate, make_objective, pairs, place
@@ -25,14 +26,6 @@ from sora_fast.training.dit import load_run
 
 diffusers = pytest.importorskip("diffusers")
 LINEAR = (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)).cumprod(0)  # the source's schedule
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def at(steps, place):
@@ -322,6 +315,7 @@ def test_errors_and_names():
     for words, call in (("prediction 'noise', got 'x0'", lambda: LearnedVariance(prediction="x0")),
                         ("learn_sigma with 'ddpm' alone", lambda: make_objective("flow", learn_sigma=True)),
                         ("expected 1 to 1,000 steps, got 1,500", lambda: LearnedVariance().scheduler(1500, 1)),
+                        ("2 C channels, 12 numbers or more, got 6", lambda: LearnedVariance().split(draw(6), [6])),
                         (r"predictions \(N, 2\)", lambda: LearnedVariance().loss(draw(3), draw(3), draw(3), draw(1), None))):
         with pytest.raises(ValueError, match=words):
             call()

@@ -3,7 +3,7 @@
 import pytest
 import test_training_tasks
 import torch
-from test_mae import seeded
+from float64_checks import seeded
 from training_checks import latent_clips
 
 from sora_fast.models.mae import MAE, MAEConfig

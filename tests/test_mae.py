@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from float64_checks import assert_close, draw, seeded
 
 from sora_fast import Pack, ops
 from sora_fast.models.dit import sincos
@@ -26,19 +27,6 @@ SMALL = {
 }
 TOKENS = [(2, 3, 2), (1, 2, 5), (1, 1, 1), (3, 2, 2)]
 RATIOS = [0.75, 0.5, 0.75, 0.4]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
-
-
-def assert_close(got, wanted, tolerance=1e-12):
-    assert got.shape == wanted.shape
-    assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 def make(config):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import same_bits, with_grad
+from op_checks import double, same_bits, with_grad
 
 from sora_fast import Pack, ops, reference
 from sora_fast.testing import assert_matches, cases
@@ -65,23 +65,19 @@ test_refusals = op_checks.refusals(_table(), good)
 
 
 # ---------------------------------------------------------------------------------------------------- gradcheck
-def _double(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
-
-
 ROWS = torch.tensor([0, 0, 1, -1], dtype=torch.int32)
 test_gradcheck = op_checks.gradchecks([
     ("norm_modulate layer", lambda x, sh, sc, w, b: reference.norm_modulate(x, sh, sc, ROWS, weight=w, bias=b),
-     (_double(4, 3), _double(2, 3), _double(2, 3) + 1, _double(3), _double(3))),
+     (double(4, 3), double(2, 3), double(2, 3) + 1, double(3), double(3))),
     ("norm_modulate rms", lambda x, sh, sc, w: reference.norm_modulate(x, sh, sc, ROWS, norm="rms", weight=w),
-     (_double(4, 3), _double(2, 3), _double(2, 3) + 1, _double(3))),
-    ("norm_modulate, rows None", lambda x, sh: reference.norm_modulate(x, sh, None, None), (_double(4, 3),
-                                                                                           _double(1, 3))),
-    ("gate_residual", lambda x, y, g: reference.gate_residual(x, y, g, ROWS), (_double(4, 3), _double(4, 3) + 1,
-                                                                              _double(2, 3))),
+     (double(4, 3), double(2, 3), double(2, 3) + 1, double(3))),
+    ("norm_modulate, rows None", lambda x, sh: reference.norm_modulate(x, sh, None, None), (double(4, 3),
+                                                                                           double(1, 3))),
+    ("gate_residual", lambda x, y, g: reference.gate_residual(x, y, g, ROWS), (double(4, 3), double(4, 3) + 1,
+                                                                              double(2, 3))),
     ("gate_residual_norm_modulate",
      lambda x, y, g, sh, sc: reference.gate_residual_norm_modulate(x, y, g, sh, sc, ROWS),
-     (_double(4, 3), _double(4, 3) + 1, _double(2, 3), _double(2, 3), _double(2, 3))),
+     (double(4, 3), double(4, 3) + 1, double(2, 3), double(2, 3), double(2, 3))),
 ])
 
 
@@ -106,8 +102,8 @@ def _brute(x, y, gate, shift, scale, rows, norm, weight, bias, eps):
 @pytest.mark.parametrize("rows", (ROWS, torch.tensor([0, 1, 1, 1]), None), ids=("tail", "int64", "none"))
 def test_formula(rows, norm, backend):
     count = 4 if rows is None else 2
-    x, y, gate, shift, scale = _double(4, 5), _double(4, 5) + 1, _double(count, 5), _double(count, 5), _double(count, 5)
-    weight, bias = _double(5), _double(5) + 2
+    x, y, gate, shift, scale = double(4, 5), double(4, 5) + 1, double(count, 5), double(count, 5), double(count, 5)
+    weight, bias = double(5), double(5) + 2
     want_x, want_h = _brute(x, y, gate, shift, scale, rows, norm, weight, bias, 0.1)
     settings = dict(norm=norm, weight=weight, bias=bias, eps=0.1, backend=backend)
     got_x, got_h = ops.gate_residual_norm_modulate(x, y, gate, shift, scale, rows, **settings)

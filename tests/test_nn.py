@@ -5,9 +5,11 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
+from float64_checks import assert_close, draw
 from torch import nn
 
 from sora_fast import Pack, ops
@@ -38,13 +40,7 @@ CONVOLUTIONS = {
 }
 
 
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def assert_close(got, wanted, tolerance=1e-13):
-    assert got.shape == wanted.shape
-    assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
+assert_close = partial(assert_close, tolerance=1e-13)
 
 
 def assert_streams(layer, whole, plan, x):
@@ -327,7 +323,7 @@ def test_rotation_needs_the_place_in_the_clip_and_nothing_else():
     pack, moved, scaled = (Pack([(2, 2, 3)]) for _ in range(3))
     moved.coords, scaled.coords = pack.coords + 5, pack.coords * 2
     out = layer(x, pack)
-    assert_close(layer(x, moved), out, 1e-12)
+    assert_close(layer(x, moved), out, tolerance=1e-12)
     assert (layer(x, scaled) - out).abs().max() > 1e-3 * out.abs().max()
     q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 32)).unbind(1)
     q, k = ops.qk_norm_rope(q, k, pack.coords, norm=None, axes=(8, 12, 12), theta=100.0)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import same_bits, with_grad
+from op_checks import double, same_bits, with_grad
 
 from sora_fast import ops, reference
 from sora_fast.testing import assert_matches
@@ -36,21 +36,17 @@ test_refusals = op_checks.refusals([
 ], good)
 
 
-def _double(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
-
-
 test_gradcheck = op_checks.gradchecks([
-    ("rms, silu", reference.norm_act, (_double(1, 3, 2, 1, 2), _double(3), _double(3))),
-    ("rms, no act", lambda x: reference.norm_act(x, eps=1e-24, act=None), (_double(1, 3, 2, 1, 2),)),
+    ("rms, silu", reference.norm_act, (double(1, 3, 2, 1, 2), double(3), double(3))),
+    ("rms, no act", lambda x: reference.norm_act(x, eps=1e-24, act=None), (double(1, 3, 2, 1, 2),)),
     ("group", lambda x, w, b: reference.norm_act(x, w, b, norm="group", groups=2),
-     (_double(1, 4, 2, 1, 2), _double(4), _double(4))),
+     (double(1, 4, 2, 1, 2), double(4), double(4))),
 ])
 
 
 @pytest.mark.parametrize("backend", op_checks.BACKENDS)
 def test_formula(backend):
-    x, weight, bias = _double(2, 6, 3, 2, 2), _double(6), _double(6)
+    x, weight, bias = double(2, 6, 3, 2, 2), double(6), double(6)
     shape = (6, 1, 1, 1)
     got = ops.norm_act(x, weight, bias, norm="group", groups=3, eps=0.1, backend=backend)
     torch.testing.assert_close(got, F.silu(F.group_norm(x, 3, weight, bias, 0.1)))

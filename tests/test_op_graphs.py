@@ -8,6 +8,7 @@ import test_convolution
 import test_modulation
 import test_pack_arguments
 import torch
+from op_checks import double
 from test_attention import offsets
 
 from sora_fast import Pack, ops
@@ -17,10 +18,6 @@ pytestmark = [pytest.mark.full, pytest.mark.ci]
 BOTH = "torch", "reference"
 
 
-def _double(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
-
-
 # Rows: label, function, its inputs at a size, backends.
 def _attention(label, **options):
     def fn(backend, **tensors):
@@ -28,7 +25,7 @@ def _attention(label, **options):
 
     def inputs_of(size):
         cuts = {17: (9, 3), 16: (0, 16), 15: (1, 1), 33: (20, 13), 1: (1, 0)}[size]
-        return dict(q=_double(size, 4, 16), k=_double(size + 2, 2, 16), v=_double(size + 2, 2, 16),
+        return dict(q=double(size, 4, 16), k=double(size + 2, 2, 16), v=double(size + 2, 2, 16),
                     cu_seqlens_q=offsets(*cuts), cu_seqlens_k=offsets(*(n + 1 for n in cuts)))
 
     return label, fn, inputs_of, ("reference",) if options.get("return_lse") else BOTH
@@ -59,8 +56,8 @@ def _modulation(op):
         grid = [(1, 1, size)] if size < 3 else [(1, 1, 1), (0, 1, 1), (1, 1, size - 2)][: 2 + size % 2] + [(1, 1, 1)]
         rows = Pack(grid).rows[:size] if size < 3 else Pack(grid).pad_to(size + 2).rows
         arguments = {name: value.double() if value.is_floating_point() else value for name, value in arguments.items()}
-        arguments |= {name: _double(rows.shape[0], 8) for name in ("x", "y") if name in arguments}
-        arguments |= {name: _double(len(grid), 8) for name in ("shift", "scale", "gate") if name in arguments}
+        arguments |= {name: double(rows.shape[0], 8) for name in ("x", "y") if name in arguments}
+        arguments |= {name: double(len(grid), 8) for name in ("shift", "scale", "gate") if name in arguments}
         return arguments | dict(rows=rows)
 
     return op, fn, inputs_of, BOTH
@@ -70,7 +67,7 @@ def _norm(norm, axis):
     def inputs_of(size):
         shape = [2, 4, 2, 3, 5]
         shape[axis] = size
-        return dict(x=_double(*shape), weight=_double(4))
+        return dict(x=double(*shape), weight=double(4))
 
     return (f"{norm} {'BCTHW'[axis]}", lambda backend, **a: ops.norm_act(**a, norm=norm, groups=2, backend=backend),
             inputs_of, BOTH)
@@ -78,10 +75,10 @@ def _norm(norm, axis):
 
 def _rotary(label, **options):
     def inputs_of(size):
-        inputs = dict(q=_double(size, 4, 16), k=_double(size, 4, 16), coords=_double(size, 3),
+        inputs = dict(q=double(size, 4, 16), k=double(size, 4, 16), coords=double(size, 3),
                       rows=torch.zeros(size, dtype=torch.int32))
         inputs["rows"][2:] = -1
-        return inputs | ({"freqs": _double(3, 4, 6)} if label == "freqs" else {})
+        return inputs | ({"freqs": double(3, 4, 6)} if label == "freqs" else {})
 
     return (label, lambda backend, **a: ops.qk_norm_rope(**a, **options, backend=backend), inputs_of,
             ("torch",) if label == "axes" else ("reference",))
@@ -105,8 +102,8 @@ test_norms_compile = op_checks.compiles([_norm("rms", 2), _norm("group", 4)])
 test_rotary_compiles = op_checks.compiles([
     _rotary("axes", axes=(4, 4, 6)), _rotary("freqs", norm="rms_all", pairing="half")])
 test_latents_compile = op_checks.compiles([
-    _sample("frames", lambda size: dict(moments=_double(2, 4, size, 3), noise=_double(2, 2, size, 3)), BOTH),
-    _sample("batch", lambda size: dict(moments=_double(size, 4, 3)), ("torch",)),
+    _sample("frames", lambda size: dict(moments=double(2, 4, size, 3), noise=double(2, 2, size, 3)), BOTH),
+    _sample("batch", lambda size: dict(moments=double(size, 4, 3)), ("torch",)),
 ])
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import same_bits, with_grad
+from op_checks import double, same_bits, with_grad
 
 from sora_fast import Pack, ops, reference
 from sora_fast.ops.patches import clips
@@ -64,14 +64,10 @@ test_refusals = op_checks.refusals([
 
 
 # --------------------------------------------------------------------------------------------------- gradcheck
-def _double(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
-
-
 test_gradcheck = op_checks.gradchecks([
     ("patch_embed, tail", lambda x, w, b: reference.patch_embed(x, w, b, grids=((1, 2, 1), (2, 1, 1))),
-     (_double(5 * 4), _double(3, 2, 1, 1, 2), _double(3))),
-    ("unpatchify, tail", lambda t: reference.unpatchify(t, ((1, 2, 1), (2, 1, 1)), (1, 1, 2), 2), (_double(5, 4),)),
+     (double(5 * 4), double(3, 2, 1, 1, 2), double(3))),
+    ("unpatchify, tail", lambda t: reference.unpatchify(t, ((1, 2, 1), (2, 1, 1)), (1, 1, 2), 2), (double(5, 4),)),
 ])
 
 

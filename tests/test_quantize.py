@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from float64_checks import assert_close, draw, seeded
 
 from sora_fast.data import to_pixels
 from sora_fast.models import VAEConfig, VideoVAE
@@ -17,24 +18,11 @@ from sora_fast.nn.quantize import nearest
 from sora_fast.training.vae import measure_latents
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
-
-
 def make(codes=7, channels=3, seed=0, **options):
     quantizer = VectorQuantizer(codes, channels, **options).double()
     with torch.no_grad():
         quantizer.codebook.copy_(draw(codes, channels, seed=seed + 40))
     return quantizer
-
-
-def assert_close(got, wanted, tolerance=1e-12):
-    assert got.shape == wanted.shape
-    assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 # ------------------------------------------------------------------------------------------------ the search

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import same_bits, with_grad
+from op_checks import double, same_bits, with_grad
 
 from sora_fast import Pack, ops, reference
 from sora_fast.testing import assert_matches
@@ -64,22 +64,18 @@ test_refusals = op_checks.refusals([("qk_norm_rope", *row) for row in (
 
 
 # --------------------------------------------------------------------------------------------------- gradcheck
-def _double(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-AT = _double(3, 3)
+AT = double(3, 3)
 test_gradcheck = op_checks.gradchecks([
     ("rms_head, weights, float coords", lambda q, k, c, w, v: reference.qk_norm_rope(
         q, k, c, axes=(2, 2, 0), q_weight=w, k_weight=v),
-     (_double(3, 2, 6), _double(3, 1, 6), AT, _double(6), _double(6) + 1)),
+     (double(3, 2, 6), double(3, 1, 6), AT, double(6), double(6) + 1)),
     ("rms_all, freqs", lambda q, k, f, w: reference.qk_norm_rope(q, k, AT, freqs=f, norm="rms_all", q_weight=w),
-     (_double(3, 2, 4), _double(3, 1, 4), _double(3, 2), _double(8))),
+     (double(3, 2, 4), double(3, 1, 4), double(3, 2), double(8))),
     ("layer_head, bias, freqs per head, half", lambda q, k, f, b: reference.qk_norm_rope(
         q, k, AT, freqs=f, norm="layer_head", q_bias=b, pairing="half"),
-     (_double(3, 2, 6), _double(3, 2, 6) + 1, _double(3, 2, 2), _double(6))),
+     (double(3, 2, 6), double(3, 2, 6) + 1, double(3, 2, 2), double(6))),
     ("no norm, rows", lambda q, k: reference.qk_norm_rope(
-        q, k, AT, axes=(2, 0, 2), norm=None, rows=torch.tensor([0, 0, -1])), (_double(3, 2, 4), _double(3, 1, 4))),
+        q, k, AT, axes=(2, 0, 2), norm=None, rows=torch.tensor([0, 0, -1])), (double(3, 2, 4), double(3, 1, 4))),
 ])
 
 
@@ -90,7 +86,7 @@ test_gradcheck = op_checks.gradchecks([
 @pytest.mark.parametrize("axes", ((4, 4, 6), (0, 8, 8), (2, 0, 0), (0, 0, 0)))
 def test_complex_multiplication(axes, theta, pairing, backend):
     """Each pair is one complex number, turned by exp(i angle); entries past R pass through with their own bits."""
-    q, coords = _double(6, 3, 16), PACK.coords
+    q, coords = double(6, 3, 16), PACK.coords
     thetas = theta if isinstance(theta, tuple) else (theta,) * 3
     angles = [[float(at[a]) * thetas[a] ** (-2 * j / axes[a]) for a in range(3) for j in range(axes[a] // 2)]
               for at in coords]
@@ -126,7 +122,7 @@ def test_which_entries_are_paired_bit_for_bit(dtype, pairing, backend):
 
 @pytest.mark.parametrize("backend", op_checks.BACKENDS)
 def test_freqs(backend):
-    q, k, coords, freqs = _double(6, 4, 16), _double(6, 4, 16) + 1, _double(6, 3), _double(3, 4, 5)
+    q, k, coords, freqs = double(6, 4, 16), double(6, 4, 16) + 1, double(6, 3), double(3, 4, 5)
     got_q, got_k = ops.qk_norm_rope(q, k, coords, norm=None, freqs=freqs, backend=backend)
     for n in range(6):
         for h in range(4):
@@ -145,15 +141,15 @@ def test_freqs(backend):
 
 @pytest.mark.parametrize("backend", op_checks.BACKENDS)
 def test_norms(backend):
-    q, k = _double(6, 4, 16), _double(5, 2, 16)
-    weight, bias = _double(16), _double(16) + 1
+    q, k = double(6, 4, 16), double(5, 2, 16)
+    weight, bias = double(16), double(16) + 1
     run = lambda **options: ops.qk_norm_rope(q, k, None, **options, backend=backend)
     settings = dict(q_weight=weight, k_weight=weight, q_bias=bias, k_bias=bias, eps=0.1)
     rms = lambda x: x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt()
     torch.testing.assert_close(run(**settings), (rms(q) * weight + bias, rms(k) * weight + bias))
     layer = lambda x: F.layer_norm(x, (16,), weight, bias, 0.1)
     torch.testing.assert_close(run(norm="layer_head", **settings), (layer(q), layer(k)))
-    wide = _double(64)
+    wide = double(64)
     got = run(norm="rms_all", q_weight=wide, k_weight=wide[:32], eps=0.1)
     torch.testing.assert_close(got, ((rms(q.flatten(1)) * wide).view_as(q), (rms(k.flatten(1)) * wide[:32]).view_as(k)))
     assert all(map(same_bits, run(norm=None), (q, k)))

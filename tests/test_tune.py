@@ -19,10 +19,11 @@ from cli_checks import refused
 import sora_fast.kernels
 from sora_fast import configs, ops, records
 from sora_fast.benchmarks import rows, suites, timing
-from sora_fast.benchmarks.case import FORWARD, Case, Draw, Provider
+from sora_fast.benchmarks.case import FORWARD, Case, Provider
 from sora_fast.dispatch import Backend
 from sora_fast.explanation import explain
 from sora_fast.ops import modulation
+from sora_fast.testing.draw import Draw
 from sora_fast.tuning import tuner
 
 CPU = torch.device("cpu")
@@ -65,9 +66,6 @@ class Planted(Case):
 
     def directions(self):
         return {FORWARD: (), "backward": ("x", "y", "gate")}
-
-    def flops(self, direction):
-        return 0
 
     def least_bytes(self, direction):
         return 1

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from float64_checks import assert_close, draw
 from torch import nn
 
 from sora_fast import Pack
@@ -27,20 +28,11 @@ SIZES = {  # diffusers' arguments
 OURS = WanDiTConfig(width=48, depth=2, heads=2, mlp_width=40, in_channels=3, out_channels=3, text_width=10, frequencies=32)
 
 
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def randomise(model):
     with torch.no_grad():
         for place, p in enumerate(model.parameters()):
             p.copy_(draw(*p.shape, seed=place) / (p[0].numel() if p.dim() > 1 else 4) ** 0.5)
     return model
-
-
-def assert_close(got, wanted, tolerance=1e-12):
-    assert got.shape == wanted.shape
-    assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 @contextlib.contextmanager

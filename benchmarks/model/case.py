@@ -15,8 +15,9 @@ from torch import nn
 
 from sora_fast.dispatch import use_backend
 from sora_fast.testing import Comparison, compare
+from sora_fast.testing.draw import Draw
 
-from ..case import Draw, Subject
+from ..case import Subject
 from ..providers import no_compiler
 
 Tensors = dict[str, torch.Tensor]

@@ -17,8 +17,9 @@ from sora_fast.models import DiT, DiTConfig
 from sora_fast.models.dit import PRESETS, Block
 from sora_fast.nn import Residual, VarlenAttention
 from sora_fast.pack import Pack
+from sora_fast.testing.draw import Draw
 
-from ..case import Draw
+from ..specs.shapes import MIXED_720, MIXED_IMAGES
 from .case import INPUTS, ModelCase, ModelProvider, Tensors, anywhere, compile_unavailable, model, training_step
 
 SMALL_GRIDS = ((3, 4, 6), (1, 5, 5), (1, 1, 1), (2, 4, 4))
@@ -241,20 +242,16 @@ def _config(width: int, heads: int, hidden: int, axes) -> DiTConfig:
                      rope_theta=1e4)
 
 
-# Tokens of latents 8 times smaller than their pixels, patch 2: clips of 33 and 17 frames, photos, upright and small ones.
-_CLIPS = ((9, 30, 52), (5, 40, 40), (1, 45, 80), (1, 30, 52), (1, 52, 30), (1, 32, 32))
-_IMAGES = ((5, 16, 16), (3, 16, 24), *((1, 16, 16),) * 24, *((1, 12, 20),) * 8, (1, 32, 32), (1, 24, 40), (1, 40, 24),
-           (1, 48, 32))
 _TINY = _config(64, 2, 160, (8, 12, 12))
 _TINY_DIT = replace(PRESETS["S/2"], width=64, depth=2, heads=2, classes=5, learn_sigma=False)
 
 CASES = [
     BlockCase("dit_block_training_step", "Wan 2.1 1.3B's width, mixed pack", torch.bfloat16, ("model",),
-              _config(1536, 12, 8960, (44, 42, 42)), _CLIPS),
+              _config(1536, 12, 8960, (44, 42, 42)), MIXED_720),
     BlockCase("dit_block_training_step", "Wan 2.1 14B's width, mixed pack", torch.bfloat16, ("model",),
-              _config(5120, 40, 13824, (44, 42, 42)), _CLIPS),
+              _config(5120, 40, 13824, (44, 42, 42)), MIXED_720),
     BlockCase("dit_block_training_step", "DiT-XL/2, mixed pack", torch.bfloat16, ("model",),
-              _config(1152, 16, 4608, None), _IMAGES),
+              _config(1152, 16, 4608, None), MIXED_IMAGES),
     BlockCase("dit_block_training_step", "width 64, mixed pack", torch.bfloat16, ("quick",),
               _TINY, ((3, 6, 8), (1, 8, 8), (1, 5, 7), (1, 1, 1))),
     DiTCase("dit_training_step", "DiT-XL/2, 64 images of 256 tokens, autocast", torch.bfloat16, ("model",),

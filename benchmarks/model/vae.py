@@ -16,8 +16,8 @@ from sora_fast.dispatch import use_backend
 from sora_fast.models import VAEConfig, VideoVAE
 from sora_fast.models.vae import PRESETS
 from sora_fast.reference.precision import wide_dtype
+from sora_fast.testing.draw import Draw
 
-from ..case import Draw
 from ..providers import installed
 from .case import (
     INPUTS,

@@ -43,11 +43,9 @@ class Setting:
         """Each side's decode of the same latents; without gradients, on the backend "torch"."""
         case, cpu = self.case, torch.device("cpu")
         vae, latents = _vae(case, cpu), _inputs(case, cpu)[1]
-        codec = {"ours": lambda: _Ours(vae, None, ""), "accelerated": lambda: _accelerated(vae),
-                 "diffusers": lambda: _Wan(vae, False, False)}
 
         def decoder(side):
-            decode = codec[side]().decode
+            decode = _codec(side, vae).decode
 
             def run():
                 with torch.no_grad(), use_backend("torch"):
@@ -56,9 +54,9 @@ class Setting:
         return {side: decoder(side) for side in sides}
 
 
-def _accelerated(vae) -> _Wan:
-    codec = _Wan(vae, False, False)
-    if not accelerate(codec.wan).swapped:
+def _codec(side: str, vae: VideoVAE) -> _Ours | _Wan:
+    codec = _Ours(vae, None, "") if side == "ours" else _Wan(vae, False, False)
+    if side == "accelerated" and not accelerate(codec.wan).swapped:
         raise AssertionError("vae_peer: expected an AutoencoderKLWan to be swapped, got none; install diffusers 0.42")
     return codec
 
@@ -133,8 +131,7 @@ def training_bytes(side: str, backend: str = "torch", *, width: int = 96, size=(
         vae = VideoVAE(replace(PRESETS["wan2.1"], width=width)).to(dtype)
         video = torch.empty(1, 3, *size, dtype=dtype)
         noise = torch.empty(1, *vae.latent_shape(*size), dtype=dtype)
-    codec = {"ours": lambda: _Ours(vae, None, ""), "accelerated": lambda: _accelerated(vae),
-             "diffusers": lambda: _Wan(vae, False, False)}[side]()
+    codec = _codec(side, vae)
     saved = SavedForBackward([*codec.leaves.values(), *vae.parameters()])
     with use_backend(backend), saved:
         outputs = codec.train(video, noise)

@@ -13,11 +13,14 @@ import torch
 
 from sora_fast.reference import attention as reference
 from sora_fast.testing import Truth
+from sora_fast.testing.draw import Draw
 from sora_fast.testing.rule import random_cotangents
 
-from ..case import FORWARD, Case, Draw, Provider
+from ..case import FORWARD, Case, Provider
 from ..peers_attention import peers
 from ..providers import backends, compiled
+from . import shapes
+from .shapes import lengths
 
 FORWARD_OP, BACKWARD_OP, MERGE = "varlen_attention_forward", "varlen_attention_backward", "merge_attention"
 RAW = (FORWARD_OP, BACKWARD_OP)
@@ -275,25 +278,19 @@ QUICK = (
     _quick("3 parts", (200,), 4, 64, op=MERGE, parts=3),
 )
 
-# Sizes of models: tokens are latent frames x rows x columns of patches.
 MODELS = (
-    # Wan 2.1 (arXiv 2503.20314): VAE 4 x 8 x 8, patch 1 x 2 x 2. 81 frames: 21 x 30 x 52 at 480p, 21 x 45 x 80 at 720p.
-    _case("Wan 1.3B, 480p, 81 frames", (32_760,), 12, 128),
-    _case("Wan 1.3B, 720p, 81 frames", (75_600,), 12, 128),
-    _case("Wan 14B, 480p, 81 frames", (32_760,), 40, 128),
-    _case("Wan 14B, 720p, 81 frames", (75_600,), 40, 128),
-    _case("Wan 14B, 480p, cross attention to 512 text tokens", (32_760,), 40, 128, keys=(512,)),
-    # HunyuanVideo (arXiv 2412.03603): 129 frames at 720p are 33 x 45 x 80; its text, up to 256 more, left out.
-    _case("HunyuanVideo, 720p, 129 frames", (118_800,), 24, 128),
-    # CogVideoX-5B (arXiv 2408.06072): 49 frames at 480 x 720 are 13 x 30 x 45, with 226 text tokens in the same row.
-    _case("CogVideoX-5B, 49 frames with text", (17_776,), 48, 64),
-    # Mochi 1 (Genmo's release notes): 163 frames at 480 x 848 are 28 x 30 x 53; its text left out.
-    _case("Mochi, 480p, 163 frames", (44_520,), 24, 128),
-    # DiT-XL/2 (arXiv 2212.09748): an image of 256 x 256 is 16 x 16 tokens; 16 heads of 72.
-    _case("DiT-XL/2, 128 images", (256,) * 128, 16, 72),
-    # Clips of 33 and 17 frames and images at 480p, images of 512 and 256 pixels squared, under Wan's factors.
-    _case("mixed pack of 32k", (14_040, 7_800, *(1_560,) * 4, *(1_024,) * 4, *(256,) * 2), 24, 128),
-    _case("mixed pack of 16k", (7_800, *(1_560,) * 3, *(1_024,) * 3, *(256,) * 2), 16, 72),
+    _case("Wan 1.3B, 480p, 81 frames", lengths(shapes.WAN_480), 12, 128),
+    _case("Wan 1.3B, 720p, 81 frames", lengths(shapes.WAN_720), 12, 128),
+    _case("Wan 14B, 480p, 81 frames", lengths(shapes.WAN_480), 40, 128),
+    _case("Wan 14B, 720p, 81 frames", lengths(shapes.WAN_720), 40, 128),
+    _case("Wan 14B, 480p, cross attention to 512 text tokens", lengths(shapes.WAN_480), 40, 128, keys=(512,)),
+    # HunyuanVideo's text, up to 256 tokens more, and Mochi's are left out; CogVideoX has 226 in the same row.
+    _case("HunyuanVideo, 720p, 129 frames", lengths(shapes.HUNYUAN_720), 24, 128),
+    _case("CogVideoX-5B, 49 frames with text", (lengths(shapes.COGVIDEOX_480)[0] + 226,), 48, 64),
+    _case("Mochi, 480p, 163 frames", lengths(shapes.MOCHI_480), 24, 128),
+    _case("DiT-XL/2, 128 images", lengths(shapes.DIT_256) * 128, 16, 72),
+    _case("mixed pack of 32k", lengths(*shapes.MIXED_32K), 24, 128),
+    _case("mixed pack of 16k", lengths(*shapes.MIXED_16K), 16, 72),
 )
 
 # 64 query heads on 8 key heads, one sample: the lengths of cuDNN's published figures on an H200 (cudnn-frontend,
@@ -309,10 +306,11 @@ ANCHORS = (
       for n in (4_096, 8_192, 16_384, 32_768)),
 )
 
-# Ring attention over 8 GPUs: each holds an eighth of Wan 14B's 75,600 tokens.
+# Ring attention over 8 GPUs: each holds an eighth of Wan 14B's tokens.
+_EIGHTH = (sum(lengths(shapes.WAN_720)) // 8,)
 MERGES = (
-    _case("2 parts, a step of Wan 14B's ring of 8", (9_450,), 40, 128, op=MERGE, parts=2),
-    _case("8 parts, Wan 14B's ring of 8 at once", (9_450,), 40, 128, op=MERGE, parts=8),
+    _case("2 parts, a step of Wan 14B's ring of 8", _EIGHTH, 40, 128, op=MERGE, parts=2),
+    _case("8 parts, Wan 14B's ring of 8 at once", _EIGHTH, 40, 128, op=MERGE, parts=8),
 )
 
 CASES = [*QUICK, *MODELS, *ANCHORS, *MERGES]

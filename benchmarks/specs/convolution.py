@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from sora_fast import ops, reference
+from sora_fast.testing.draw import Draw
 
-from ..case import FORWARD, Case, Draw, Provider
+from ..case import FORWARD, Case, Provider
 from ..providers import backends, compiled
 from .normalization import PEERS, channels_last, norm_settings
 

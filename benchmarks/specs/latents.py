@@ -5,9 +5,11 @@ from math import prod
 
 import torch
 
-from ..case import FORWARD, Case, Draw, Provider
+from sora_fast.testing.draw import Draw
+
+from ..case import FORWARD, FULL, QUICK, Case, Provider
 from ..providers import backends, compiled
-from .patches import FULL, QUICK
+from .shapes import DIT_256, HUNYUAN_720, LTX_480, WAN22_720, WAN_480, latent
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,6 @@ class Latents(Case):
     def directions(self):
         return {FORWARD: (), "backward": ("moments",)}  # noise is drawn, not computed
 
-    def flops(self, direction):
-        return 0
-
     def least_bytes(self, direction):
         z, kl = prod(self.latent) * self.dtype.itemsize, self.latent[0] * 4
         # Moments are two of z's size. Forward: moments and noise read, z written. Backward: dz, moments and noise read,
@@ -38,15 +37,15 @@ class Latents(Case):
 
 
 def _cases():
-    case = Latents("kl_sample", "", torch.bfloat16, FULL, (1, 16, 21, 60, 104))
+    case = Latents("kl_sample", "", torch.bfloat16, FULL, ())
     yield replace(case, label="VideoVAE, small clips", dtype=torch.float32, suites=QUICK, latent=(2, 16, 3, 16, 24))
     yield replace(case, label="Wan, small clip", suites=QUICK, latent=(1, 16, 2, 24, 32))
-    yield replace(case, label="Stable Diffusion VAE, 64 images 256px", latent=(64, 4, 1, 32, 32))
+    yield replace(case, label="Stable Diffusion VAE, 64 images 256px", latent=(64, *latent(4, DIT_256)))
     yield replace(case, label="Wan, 8 clips of 17 frames 256px", latent=(8, 16, 5, 32, 32))
-    yield replace(case, label="LTX, 480p", latent=(1, 128, 16, 15, 22))
-    yield replace(case, label="Wan, 480p", latent=(1, 16, 21, 60, 104))
-    yield replace(case, label="Wan2.2 5B, 720p", latent=(1, 48, 31, 44, 80))
-    yield replace(case, label="Hunyuan, 720p", latent=(1, 16, 33, 90, 160))
+    yield replace(case, label="LTX, 480p", latent=(1, *latent(128, LTX_480, (1, 1, 1))))
+    yield replace(case, label="Wan, 480p", latent=(1, *latent(16, WAN_480)))
+    yield replace(case, label="Wan2.2 5B, 720p", latent=(1, *latent(48, WAN22_720)))
+    yield replace(case, label="Hunyuan, 720p", latent=(1, *latent(16, HUNYUAN_720)))
 
 
 CASES = tuple(_cases())

@@ -3,34 +3,17 @@
 N tokens, D width, S samples, R modulation rows, n tokens of each sample where all have the same number.
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 
 import torch
-import torch.nn.functional as F
 
 from sora_fast.pack import Pack
+from sora_fast.testing.draw import Draw
 
-from ..case import FORWARD, Case, Draw, Provider
-from ..providers import backends, compiled, installed
-from .patches import (
-    COGVIDEOX_480,
-    DIT_256,
-    DIT_512,
-    FULL,
-    HUNYUAN_720,
-    MIXED_256,
-    MIXED_480,
-    MIXED_SMALL,
-    MOCHI_480,
-    QUICK,
-    WAN22_720,
-    WAN_480,
-    WAN_720,
-)
+from ..case import FORWARD, FULL, QUICK, PackCase, Provider
+from ..providers import backends, compiled, compiled_eager, eager_norm, liger_missing, liger_ops
+from . import shapes
 
 OPS = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
 TABLES = {"norm_modulate": ("shift", "scale"), "gate_residual": ("gate",),
@@ -38,13 +21,12 @@ TABLES = {"norm_modulate": ("shift", "scale"), "gate_residual": ("gate",),
 
 
 @dataclass(frozen=True)
-class Modulation(Case):
+class Modulation(PackCase):
     """``dtype`` is y's, and x's unless ``stream`` says otherwise; ``tables`` the modulation's, dtype where it is None.
 
     ``per``: one modulation row per "sample" or per "frame". ``shifted``: False for models that only scale.
     """
 
-    grids: tuple[tuple[int, int, int], ...]
     width: int
     norm: str = "layer"
     affine: bool = False
@@ -52,10 +34,6 @@ class Modulation(Case):
     per: str = "sample"
     stream: torch.dtype | None = None
     tables: torch.dtype | None = None
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(prod, self.grids))
 
     @property
     def rows(self) -> int:
@@ -94,9 +72,6 @@ class Modulation(Case):
         affine = ("weight", "bias") if self.affine and self.op != "gate_residual" else ()
         return {FORWARD: (), "backward": ("x", *branch, *self._tables(), *affine)}
 
-    def flops(self, direction):
-        return 0
-
     def least_bytes(self, direction):
         y = self.tokens * self.width * self.dtype.itemsize
         x = self.tokens * self.width * (self.stream or self.dtype).itemsize
@@ -119,31 +94,31 @@ class Modulation(Case):
 def _cases():
     case = Modulation("norm_modulate", "", torch.bfloat16, FULL, (), 0)
     wan = replace(case, tables=torch.float32)  # Wan keeps modulation in float32
-    yield replace(case, label="DiT-S, small pack", dtype=torch.float32, suites=QUICK, grids=MIXED_SMALL, width=384)
+    yield replace(case, label="DiT-S, small pack", dtype=torch.float32, suites=QUICK, grids=shapes.MIXED_SMALL, width=384)
     yield replace(wan, label="Mochi, small clip", suites=QUICK, grids=((3, 4, 6),), width=768, norm="rms", shifted=False)
-    yield replace(case, label="DiT-S/2, one image 256px", grids=(DIT_256,), width=384)
-    yield replace(case, label="DiT-XL/2, 64 images 256px", grids=(DIT_256,) * 64, width=1152)
-    yield replace(case, label="DiT-B/2, mixed pack 256px", grids=MIXED_256, width=768)
-    yield replace(case, label="CogVideoX 5B, 480p", grids=(COGVIDEOX_480,), width=3072, affine=True)
-    yield replace(wan, label="Wan2.2 5B, 720p, row per frame", grids=(WAN22_720,), width=3072, per="frame")
-    yield replace(wan, label="Wan 1.3B, mixed pack 480p", grids=MIXED_480, width=1536)
-    yield replace(case, label="Mochi, 480p", grids=(MOCHI_480,), width=3072, norm="rms", shifted=False)
+    yield replace(case, label="DiT-S/2, one image 256px", grids=(shapes.DIT_256,), width=384)
+    yield replace(case, label="DiT-XL/2, 64 images 256px", grids=(shapes.DIT_256,) * 64, width=1152)
+    yield replace(case, label="DiT-B/2, mixed pack 256px", grids=shapes.MIXED_256, width=768)
+    yield replace(case, label="CogVideoX 5B, 480p", grids=(shapes.COGVIDEOX_480,), width=3072, affine=True)
+    yield replace(wan, label="Wan2.2 5B, 720p, row per frame", grids=(shapes.WAN22_720,), width=3072, per="frame")
+    yield replace(wan, label="Wan 1.3B, mixed pack 480p", grids=shapes.MIXED_480, width=1536)
+    yield replace(case, label="Mochi, 480p", grids=(shapes.MOCHI_480,), width=3072, norm="rms", shifted=False)
 
     case, wan = replace(case, op="gate_residual"), replace(wan, op="gate_residual", stream=torch.float32)
-    yield replace(case, label="DiT-S, small pack", dtype=torch.float32, suites=QUICK, grids=MIXED_SMALL, width=384)
-    yield replace(case, label="DiT-L/2, 16 images 512px", grids=(DIT_512,) * 16, width=1024)
-    yield replace(wan, label="Wan 14B, 480p, float32 stream", grids=(WAN_480,), width=5120)
-    yield replace(case, label="Hunyuan, 720p", grids=(HUNYUAN_720,), width=3072)
+    yield replace(case, label="DiT-S, small pack", dtype=torch.float32, suites=QUICK, grids=shapes.MIXED_SMALL, width=384)
+    yield replace(case, label="DiT-L/2, 16 images 512px", grids=(shapes.DIT_512,) * 16, width=1024)
+    yield replace(wan, label="Wan 14B, 480p, float32 stream", grids=(shapes.WAN_480,), width=5120)
+    yield replace(case, label="Hunyuan, 720p", grids=(shapes.HUNYUAN_720,), width=3072)
 
     case, wan = (replace(each, op="gate_residual_norm_modulate") for each in (case, wan))
-    yield replace(case, label="DiT-S, small pack", dtype=torch.float32, suites=QUICK, grids=MIXED_SMALL, width=384)
+    yield replace(case, label="DiT-S, small pack", dtype=torch.float32, suites=QUICK, grids=shapes.MIXED_SMALL, width=384)
     yield replace(wan, label="Wan 1.3B, small clip, float32 stream", suites=QUICK, grids=((2, 6, 6),), width=1536,
                   per="frame")
-    yield replace(case, label="DiT-XL/2, 64 images 256px", grids=(DIT_256,) * 64, width=1152)
-    yield replace(case, label="DiT-B/2, mixed pack 256px", grids=MIXED_256, width=768)
-    yield replace(wan, label="Wan 1.3B, mixed pack 480p, float32 stream", grids=MIXED_480, width=1536)
-    yield replace(wan, label="Wan 14B, 720p, float32 stream", grids=(WAN_720,), width=5120)
-    yield replace(case, label="Hunyuan, 720p", grids=(HUNYUAN_720,), width=3072)
+    yield replace(case, label="DiT-XL/2, 64 images 256px", grids=(shapes.DIT_256,) * 64, width=1152)
+    yield replace(case, label="DiT-B/2, mixed pack 256px", grids=shapes.MIXED_256, width=768)
+    yield replace(wan, label="Wan 1.3B, mixed pack 480p, float32 stream", grids=shapes.MIXED_480, width=1536)
+    yield replace(wan, label="Wan 14B, 720p, float32 stream", grids=(shapes.WAN_720,), width=5120)
+    yield replace(case, label="Hunyuan, 720p", grids=(shapes.HUNYUAN_720,), width=3072)
 
 
 CASES = tuple(_cases())
@@ -163,17 +138,6 @@ def _spread(table, rows, batch, dtype):
         return table[:, None].to(dtype)
     # gathered in float32, because a gradient summed in 16 bits breaks the error rule (at 1,200 tokens of one row)
     return table.float().index_select(0, rows).to(dtype)
-
-
-def eager_norm(x, norm, weight, bias, eps):
-    """PyTorch's norm over the last dimension, in x's dtype, weight and bias inside it."""
-    # on a CPU layer_norm with 16-bit weights gives gradients of them that break the error rule from some 50 tokens on
-    dtype = torch.float32 if x.device.type == "cpu" and weight is not None else x.dtype
-    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-    if norm == "layer":
-        return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
-    h = F.rms_norm(x.to(dtype), x.shape[-1:], weight, eps)
-    return (h if bias is None else h + bias).to(x.dtype)
 
 
 def _eager_norm_modulate(x, shift, scale, rows, *, batch, norm, weight=None, bias=None, eps=1e-6):
@@ -201,36 +165,12 @@ def _eager_gate_residual_norm_modulate(x, y, gate, shift, scale, rows, *, batch,
 EAGER = dict(zip(OPS, (_eager_norm_modulate, _eager_gate_residual, _eager_gate_residual_norm_modulate), strict=True))
 
 
-def compiled_eager(op: str, eager: Callable, prepare: Callable, also: Callable = lambda case: "") -> Provider:
-    """torch.compile of a model's composition; ``also`` adds a reason, of the case alone, why there is none."""
-    usual = compiled(op)
-    made = functools.cache(lambda: torch.compile(eager, dynamic=False, fullgraph=True))
-    return replace(usual, name="compile_eager", run=lambda **inputs: made()(**inputs), prepare=prepare,
-                   unavailable=lambda case, *where: also(case) or usual.unavailable(case, *where))
-
-
 def _ragged(case: Modulation) -> str:
     # The batched form sums a table's gradient over n; the gather of the definition gives it by atomic additions.
     return "" if case.batch else "It is for samples of one length; on this ragged pack it is the gather that compile has."
 
 
 # ------------------------------------------------------------------------------------------------------------ Liger
-def liger_missing(name: str, device: torch.device) -> str:
-    """"" where Liger's autograd function ``name`` can be used, else one sentence."""
-    if device.type != "cuda":
-        return "Liger's kernels are Triton and need a GPU."
-    reason = installed("liger_kernel")
-    if not reason and not hasattr(liger_ops(), name):
-        reason = f"The installed liger_kernel has no {name}."
-    return reason
-
-
-def liger_ops():
-    import liger_kernel.ops
-
-    return liger_kernel.ops
-
-
 def _liger_unavailable(case: Modulation, direction: str, device: torch.device) -> str:
     if case.norm != "rms":
         return "Liger modulates an RMS norm only, and this is a layer norm."

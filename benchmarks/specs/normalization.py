@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..case import Case, Draw, Provider
+from sora_fast.testing.draw import Draw
+
+from ..case import Case, Provider
 from ..providers import backends, compiled
 
 WAN_EPS = 1e-24  # Wan divides by the length of the vector: nothing inside the mean but a guard against 0 / 0
@@ -49,9 +51,6 @@ class NormalizationCase(Case):
 
     def directions(self):
         return {"forward": (), "backward": ("x", "weight", "bias") if self.norm == "group" else ("x", "weight")}
-
-    def flops(self, direction):
-        return 0
 
     def least_bytes(self, direction):
         """Forward reads x and writes y; backward reads x and dy and writes dx; the affine numbers and their gradients.

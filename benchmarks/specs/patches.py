@@ -1,4 +1,4 @@
-"""patch_embed and unpatchify at the models' sizes, and the grids of their clips, which other specs use too.
+"""patch_embed and unpatchify at the models' sizes.
 
 N tokens, C channels, D width, K = C * pt * ph * pw numbers of a patch.
 """
@@ -9,43 +9,20 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
-from ..case import FORWARD, Case, Draw, Provider
+from sora_fast.testing.draw import Draw
+
+from ..case import FORWARD, FULL, QUICK, PackCase, Provider
 from ..providers import backends, compiled
-
-# Tokens in t, h, w of a clip behind the model's VAE and patch.
-DIT_256 = (1, 16, 16)  # 256 x 256 image: 256 tokens
-DIT_512 = (1, 32, 32)
-LTX_480 = (16, 15, 22)  # 121 frames of 480 x 704: 5,280
-OPEN_SORA_256 = (33, 16, 16)  # 129 frames of 256 x 256: 8,448
-COGVIDEOX_480 = (13, 30, 45)  # 49 frames of 480 x 720: 17,550
-WAN22_720 = (31, 22, 40)  # 121 frames of 704 x 1280, VAE factor 16: 27,280
-WAN_480 = (21, 30, 52)  # 81 frames of 480 x 832: 32,760
-MOCHI_480 = (28, 30, 53)  # 163 frames of 480 x 848: 44,520
-WAN_720 = (21, 45, 80)  # 81 frames of 720 x 1280: 75,600
-OPEN_SORA_768 = (33, 48, 48)  # 129 frames of 768 x 768: 76,032
-HUNYUAN_720 = (33, 45, 80)  # 129 frames of 720 x 1280: 118,800
-# Clips of 33 and 17 frames and seven images in four aspects: the 32,760 tokens of one Wan clip.
-MIXED_480 = ((9, 30, 52), (5, 52, 30), *((1, 30, 52),) * 3, *((1, 52, 30),) * 2, (1, 39, 40), (1, 40, 39))
-# 24 images of 256 pixels in three aspects and four clips of 17 frames: 8,104 tokens.
-MIXED_256 = (*((1, 16, 16),) * 12, *((1, 14, 18),) * 6, *((1, 20, 12),) * 6, *((5, 10, 8),) * 2, *((5, 16, 8),) * 2)
-# For a CPU core: 120 + 42 + 1 + 64 tokens.
-MIXED_SMALL = ((3, 5, 8), (1, 6, 7), (1, 1, 1), (1, 8, 8))
-
-FULL, QUICK = ("full",), ("quick",)
+from . import shapes
 
 
 @dataclass(frozen=True)
-class Patches(Case):
+class Patches(PackCase):
     """A pack of samples in one flat buffer; ``width`` D is unused by unpatchify."""
 
-    grids: tuple[tuple[int, int, int], ...]
     channels: int
     width: int = 0
     patch: tuple[int, int, int] = (1, 2, 2)
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(prod, self.grids))
 
     @property
     def numbers(self) -> int:
@@ -87,23 +64,23 @@ def _cases():
     # Short in float32: torch.compile sums on a CPU one number after the other, which breaks the rule on MIXED_SMALL's 227.
     yield replace(embed, label="Wan 1.3B, small clip", dtype=torch.float32, suites=QUICK, grids=((2, 4, 6),), channels=16,
                   width=1536)
-    yield replace(embed, label="DiT-S, small pack", suites=QUICK, grids=MIXED_SMALL, channels=4, width=384)
-    yield replace(embed, label="DiT-XL/2, 64 images 256px", grids=(DIT_256,) * 64, channels=4, width=1152)
-    yield replace(embed, label="DiT-B/2, mixed pack 256px", grids=MIXED_256, channels=16, width=768)
-    yield replace(embed, label="LTX 2B, 480p", grids=(LTX_480,), channels=128, width=2048, patch=(1, 1, 1))
-    yield replace(embed, label="Wan 1.3B, mixed pack 480p", grids=MIXED_480, channels=16, width=1536)
-    yield replace(embed, label="Wan2.2 5B, 720p", grids=(WAN22_720,), channels=48, width=3072)
-    yield replace(embed, label="Wan 14B, 720p", grids=(WAN_720,), channels=16, width=5120)
-    yield replace(embed, label="Hunyuan, 720p", grids=(HUNYUAN_720,), channels=16, width=3072)
+    yield replace(embed, label="DiT-S, small pack", suites=QUICK, grids=shapes.MIXED_SMALL, channels=4, width=384)
+    yield replace(embed, label="DiT-XL/2, 64 images 256px", grids=(shapes.DIT_256,) * 64, channels=4, width=1152)
+    yield replace(embed, label="DiT-B/2, mixed pack 256px", grids=shapes.MIXED_256, channels=16, width=768)
+    yield replace(embed, label="LTX 2B, 480p", grids=(shapes.LTX_480,), channels=128, width=2048, patch=(1, 1, 1))
+    yield replace(embed, label="Wan 1.3B, mixed pack 480p", grids=shapes.MIXED_480, channels=16, width=1536)
+    yield replace(embed, label="Wan2.2 5B, 720p", grids=(shapes.WAN22_720,), channels=48, width=3072)
+    yield replace(embed, label="Wan 14B, 720p", grids=(shapes.WAN_720,), channels=16, width=5120)
+    yield replace(embed, label="Hunyuan, 720p", grids=(shapes.HUNYUAN_720,), channels=16, width=3072)
     clips = Patches("unpatchify", "", torch.bfloat16, FULL, (), 0)
-    yield replace(clips, label="DiT-S, small pack", dtype=torch.float32, suites=QUICK, grids=MIXED_SMALL, channels=8)
+    yield replace(clips, label="DiT-S, small pack", dtype=torch.float32, suites=QUICK, grids=shapes.MIXED_SMALL, channels=8)
     # 8 channels: the official DiT predicts a variance beside each of its 4
-    yield replace(clips, label="DiT-XL/2, 64 images 256px", grids=(DIT_256,) * 64, channels=8)
-    yield replace(clips, label="DiT-B/2, mixed pack 256px", grids=MIXED_256, channels=16)
-    yield replace(clips, label="Wan 1.3B, mixed pack 480p", grids=MIXED_480, channels=16)
-    yield replace(clips, label="Wan2.2 5B, 720p", grids=(WAN22_720,), channels=48)
-    yield replace(clips, label="Mochi, 480p", grids=(MOCHI_480,), channels=12)
-    yield replace(clips, label="Hunyuan, 720p", grids=(HUNYUAN_720,), channels=16)
+    yield replace(clips, label="DiT-XL/2, 64 images 256px", grids=(shapes.DIT_256,) * 64, channels=8)
+    yield replace(clips, label="DiT-B/2, mixed pack 256px", grids=shapes.MIXED_256, channels=16)
+    yield replace(clips, label="Wan 1.3B, mixed pack 480p", grids=shapes.MIXED_480, channels=16)
+    yield replace(clips, label="Wan2.2 5B, 720p", grids=(shapes.WAN22_720,), channels=48)
+    yield replace(clips, label="Mochi, 480p", grids=(shapes.MOCHI_480,), channels=12)
+    yield replace(clips, label="Hunyuan, 720p", grids=(shapes.HUNYUAN_720,), channels=16)
 
 
 CASES = tuple(_cases())

@@ -1,35 +1,22 @@
 """qk_norm_rope at the models' sizes. N tokens, H heads, E head dim."""
 
 from dataclasses import dataclass, replace
-from math import prod
 
 import torch
 
 from sora_fast.pack import Pack
 from sora_fast.reference.rotary import angles
+from sora_fast.testing.draw import Draw
 
-from ..case import FORWARD, Case, Draw, Provider
-from ..providers import backends, compiled
-from .modulation import compiled_eager, eager_norm, liger_missing, liger_ops
-from .patches import (
-    COGVIDEOX_480,
-    FULL,
-    HUNYUAN_720,
-    MIXED_480,
-    MIXED_SMALL,
-    MOCHI_480,
-    OPEN_SORA_256,
-    OPEN_SORA_768,
-    QUICK,
-    WAN_720,
-)
+from ..case import FORWARD, FULL, QUICK, PackCase, Provider
+from ..providers import backends, compiled, compiled_eager, eager_norm, liger_missing, liger_ops
+from . import shapes
 
 
 @dataclass(frozen=True)
-class Rotary(Case):
+class Rotary(PackCase):
     """``learned``: frequencies per head with a gradient; ``fused``: q and k are views of one product (N, 3, H, E)."""
 
-    grids: tuple[tuple[int, int, int], ...]
     heads: int
     head_dim: int
     norm: str
@@ -38,10 +25,6 @@ class Rotary(Case):
     pairing: str = "interleaved"
     learned: bool = False
     fused: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(prod, self.grids))
 
     def shape(self):
         return dict(tokens=self.tokens, heads=self.heads, head_dim=self.head_dim, samples=len(self.grids), norm=self.norm,
@@ -69,9 +52,6 @@ class Rotary(Case):
     def directions(self):
         return {FORWARD: (), "backward": ("q", "k", *self._affine(), *(("freqs",) if self.learned else ()))}
 
-    def flops(self, direction):
-        return 0  # learned angles are 3 products each, made where they are used
-
     def least_bytes(self, direction):
         q = self.tokens * self.heads * self.head_dim * self.dtype.itemsize
         freqs = 4 * 3 * self.heads * self.head_dim // 2 if self.learned else 0
@@ -91,15 +71,16 @@ def _cases():
     open_sora = replace(case, axes=(16, 56, 56), pairing="half")
     # short in float32, as in patches.py: 48 tokens to sum for a weight's gradient, where a norm per head has 227 * 6
     yield replace(wan, label="Wan 1.3B, small clip", dtype=torch.float32, suites=QUICK, grids=((2, 4, 6),), heads=12)
-    yield replace(case, label="DiT-S, small pack", suites=QUICK, grids=MIXED_SMALL, heads=6, head_dim=64, axes=(16, 24, 24))
-    yield replace(open_sora, label="Open-Sora 2, 256px", grids=(OPEN_SORA_256,))
-    yield replace(case, label="CogVideoX 5B, 480p", grids=(COGVIDEOX_480,), heads=48, head_dim=64, norm="layer_head",
+    yield replace(case, label="DiT-S, small pack", suites=QUICK, grids=shapes.MIXED_SMALL, heads=6, head_dim=64,
                   axes=(16, 24, 24))
-    yield replace(wan, label="Wan 1.3B, mixed pack 480p", grids=MIXED_480, heads=12)
-    yield replace(case, label="Mochi, 480p, learned frequencies", grids=(MOCHI_480,), learned=True, fused=True)
-    yield replace(wan, label="Wan 14B, 720p", grids=(WAN_720,), heads=40)
-    yield replace(open_sora, label="Open-Sora 2, 768px", grids=(OPEN_SORA_768,))
-    yield replace(hunyuan, label="Hunyuan, 720p", grids=(HUNYUAN_720,))
+    yield replace(open_sora, label="Open-Sora 2, 256px", grids=(shapes.OPEN_SORA_256,))
+    yield replace(case, label="CogVideoX 5B, 480p", grids=(shapes.COGVIDEOX_480,), heads=48, head_dim=64, norm="layer_head",
+                  axes=(16, 24, 24))
+    yield replace(wan, label="Wan 1.3B, mixed pack 480p", grids=shapes.MIXED_480, heads=12)
+    yield replace(case, label="Mochi, 480p, learned frequencies", grids=(shapes.MOCHI_480,), learned=True, fused=True)
+    yield replace(wan, label="Wan 14B, 720p", grids=(shapes.WAN_720,), heads=40)
+    yield replace(open_sora, label="Open-Sora 2, 768px", grids=(shapes.OPEN_SORA_768,))
+    yield replace(hunyuan, label="Hunyuan, 720p", grids=(shapes.HUNYUAN_720,))
 
 
 CASES = tuple(_cases())

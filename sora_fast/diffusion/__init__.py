@@ -7,8 +7,22 @@ pixels and ``Known`` in latents.
 from .clean_frames import FrameTimesteps, draw_clean_frames
 from .conditioning import MediaPrompt, Seam, jumps
 from .learned_variance import LearnedVariance, pairs
-from .objectives import DDPM, FlowMatching, Objective, make_objective
+from .objectives import DDPM, FlowMatching, Objective
 from .sampling import Known, generate, place
 
 __all__ = ["DDPM", "FlowMatching", "FrameTimesteps", "Known", "LearnedVariance", "MediaPrompt", "Objective", "Seam",
            "draw_clean_frames", "generate", "jumps", "make_objective", "pairs", "place"]
+
+
+def make_objective(kind: str, prediction: str | None = None, *, learn_sigma: bool = False, **options) -> Objective:
+    """``"flow"`` or ``"ddpm"``, with that objective's usual prediction unless one is given.
+
+    ``learn_sigma``: DDPM with a learned variance, for a model with ``learn_sigma``.
+    """
+    kinds = {"flow": FlowMatching, "ddpm": LearnedVariance if learn_sigma else DDPM}
+    if learn_sigma and kind == "flow":
+        raise ValueError("make_objective: expected learn_sigma with 'ddpm' alone, got it with 'flow', whose paths have no "
+                         "variance; leave it out, or take 'ddpm'")
+    if kind not in kinds:
+        raise ValueError(f"make_objective: expected 'flow' or 'ddpm', got {kind!r}; choose one of them")
+    return kinds[kind](**options) if prediction is None else kinds[kind](prediction=prediction, **options)

@@ -23,6 +23,9 @@ def pairs(predicted, counts_S):
         counts_S: numbers of each sample's latents of C channels; host data.
     """
     ends = [2 * int(count) for count in counts_S]
+    if predicted.shape[0] < sum(ends):
+        raise ValueError(f"LearnedVariance: expected predictions of 2 C channels, {sum(ends):,} numbers or more, got "
+                         f"{predicted.shape[0]:,}; take a model with learn_sigma=True")
     parts = predicted[: sum(ends)].split(ends)
     return torch.cat([part.view(2, -1).t() for part in parts]) if parts else predicted.new_zeros((0, 2))
 
@@ -118,6 +121,9 @@ class LearnedVariance(DDPM):
         kl = gaussian_kl(posterior_mean(step, x0, x_t), step.log_least, mean, log_var)
         return torch.where(first, -bin_log_likelihood(x0, mean, log_var), kl) / math.log(2)
 
+    def split(self, predicted, counts):
+        return pairs(predicted, counts)
+
     def loss(self, predicted, x0, noise, timesteps, counts):
         """Mean over all numbers, in float32. ``predicted``: (N, 2), see ``pairs``."""
         if predicted.dim() != 2 or predicted.shape[1] != 2:
@@ -129,10 +135,6 @@ class LearnedVariance(DDPM):
     def scheduler(self, steps, tokens):
         """Ancestral sampling in ``steps`` of the 1000 steps, evenly spaced, with the learned variance; DiT's own is 250."""
         return Ancestral(self.alphas, steps)
-
-    def for_scheduler(self, predicted, x_t, timesteps, counts):
-        """The pairs themselves."""
-        return predicted
 
 
 class Ancestral:

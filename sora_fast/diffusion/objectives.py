@@ -6,6 +6,7 @@ frame to frame, the buffer is cut further, and timesteps and counts are those of
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -17,12 +18,17 @@ Prediction = Literal["x0", "velocity", "noise"]
 
 
 class Objective(Protocol):
-    """What training and sampling need of an objective."""
+    """What training and sampling need of an objective.
+
+    ``split`` makes of a model's flat output, of C or 2 C channels per sample, what ``loss`` and ``for_scheduler`` take. Its
+    ``counts`` are host data, of C channels.
+    """
 
     prediction: Prediction
 
     def draw_timesteps(self, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor: ...
     def add_noise(self, x0, noise, timesteps, counts): ...
+    def split(self, predicted, counts: Sequence[int]): ...
     def loss(self, predicted, x0, noise, timesteps, counts) -> torch.Tensor: ...
     def scheduler(self, steps: int, tokens: int): ...
     def for_scheduler(self, predicted, x_t, timesteps, counts): ...
@@ -31,6 +37,13 @@ class Objective(Protocol):
 def spread(values_S, counts_S, total: int | None = None):
     """Each sample's value on all of its numbers: (S,) -> (sum of counts,)."""
     return torch.repeat_interleave(values_S, counts_S, output_size=total)
+
+
+def first_channels(predicted, counts: Sequence[int]):
+    """(M,) of C or 2 C channels per sample -> those of the first C."""
+    if predicted.shape[0] != 2 * sum(counts):
+        return predicted
+    return torch.cat([part.chunk(2)[0] for part in predicted.split([2 * count for count in counts])])
 
 
 def _check_prediction(op: str, prediction: str) -> None:
@@ -108,6 +121,9 @@ class FlowMatching:
     def target(self, x0, noise, timesteps, counts):
         return {"velocity": noise - x0, "x0": x0, "noise": noise}[self.prediction]
 
+    def split(self, predicted, counts):
+        return first_channels(predicted, counts)
+
     def loss(self, predicted, x0, noise, timesteps, counts):
         """Mean squared error over all numbers, in float32."""
         error = (predicted.float() - self.target(x0, noise, timesteps, counts).float()).square()
@@ -183,6 +199,9 @@ class DDPM:
             return signal * noise - sigma * x0
         return x0 if self.prediction == "x0" else noise
 
+    def split(self, predicted, counts):
+        return first_channels(predicted, counts)
+
     def loss(self, predicted, x0, noise, timesteps, counts):
         """Mean squared error over all numbers, in float32."""
         return (predicted.float() - self.target(x0, noise, timesteps, counts).float()).square().mean()
@@ -196,19 +215,3 @@ class DDPM:
     def for_scheduler(self, predicted, x_t, timesteps, counts):
         """The prediction itself: the scheduler knows what it is."""
         return predicted
-
-
-def make_objective(kind: str, prediction: str | None = None, *, learn_sigma: bool = False, **options) -> Objective:
-    """``"flow"`` or ``"ddpm"``, with that objective's usual prediction unless one is given.
-
-    ``learn_sigma``: DDPM with a learned variance, for a model with ``learn_sigma``.
-    """
-    from .learned_variance import LearnedVariance
-
-    kinds = {"flow": FlowMatching, "ddpm": LearnedVariance if learn_sigma else DDPM}
-    if learn_sigma and kind == "flow":
-        raise ValueError("make_objective: expected learn_sigma with 'ddpm' alone, got it with 'flow', whose paths have no "
-                         "variance; leave it out, or take 'ddpm'")
-    if kind not in kinds:
-        raise ValueError(f"make_objective: expected 'flow' or 'ddpm', got {kind!r}; choose one of them")
-    return kinds[kind](**options) if prediction is None else kinds[kind](prediction=prediction, **options)

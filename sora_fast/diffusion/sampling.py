@@ -7,12 +7,12 @@ S samples; sizes are latent (C, T, H, W); R modulation rows, one per frame of to
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
 from ..pack import Pack
 from ..to_device import to_device
-from .learned_variance import LearnedVariance, pairs
 from .objectives import Objective
 
 LONGEST = 1000  # steps of a whole schedule: DDPM has no more
@@ -96,7 +96,7 @@ def generate(model: Callable, objective: Objective, sizes: Sequence[tuple[int, i
     if not sizes:
         return []
     grids = [tuple(n // p for n, p in zip(size[1:], patch, strict=True)) for size in sizes]
-    counts = [torch.Size(size).numel() for size in sizes]
+    counts = [prod(size) for size in sizes]
     counts_S = to_device(torch.tensor(counts, device="cpu"), device)
     given = condition(False) if condition else {}
     both = guidance != 1.0
@@ -116,7 +116,7 @@ def generate(model: Callable, objective: Objective, sizes: Sequence[tuple[int, i
         if pack.modulation == "frame":
             of_model = of_model[pack.row_samples].masked_fill(kept_R, 0.0)
         predicted = model(torch.cat([x, x]) if both else x, of_model, pack, **conditions).float()
-        predicted = _of_objective(objective, predicted, sizes * (2 if both else 1))
+        predicted = objective.split(predicted, counts * (2 if both else 1))
         if both:
             wanted, null = predicted.chunk(2)
             predicted = null + guidance * (wanted - null)
@@ -168,21 +168,11 @@ def _kept_rows(known, grids, pt: int) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def _of_objective(objective, predicted, sizes):
-    """What the objective takes of a model's prediction: pairs with the variance, or the first C of 2 C channels."""
-    counts = [torch.Size(size).numel() for size in sizes]
-    if isinstance(objective, LearnedVariance):
-        return pairs(predicted, counts)
-    if predicted.numel() != 2 * sum(counts):
-        return predicted
-    return torch.cat([part.chunk(2)[0] for part in predicted.split([2 * count for count in counts])])
-
-
-def _guided(objective, sizes, channels: int | None) -> torch.Tensor:
+def _guided(objective: Objective, sizes, channels: int | None) -> torch.Tensor:
     """Which numbers are guided: those of the first ``channels`` (None: all) of their sample; a variance never is."""
-    guided = lambda size: torch.arange(size[0], device="cpu") < (channels or size[0])
-    mask = torch.cat([guided(size).repeat_interleave(torch.Size(size[1:]).numel()) for size in sizes])
-    return torch.stack([mask, torch.zeros_like(mask)], dim=1) if isinstance(objective, LearnedVariance) else mask
+    guided = lambda size: torch.arange(2 * size[0], device="cpu") < (channels or size[0])
+    mask = torch.cat([guided(size).repeat_interleave(prod(size[1:])) for size in sizes])
+    return objective.split(mask, [prod(size) for size in sizes])
 
 
 def _check(sizes, patch, steps: int, guidance: float, guided_channels, condition) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from ..data import pack_stream
-from ..diffusion import LearnedVariance, Objective, pairs
+from ..diffusion import Objective
 from ..pack import Pack, token_grid
 
 
@@ -121,9 +121,7 @@ def loss_by_timestep(dit, text_encoder, objective: Objective, clips: Sequence[Cl
 
 def _per_clip(objective: Objective, predicted, x0, noise, timesteps, numbers: Sequence[int]) -> torch.Tensor:
     """(S,) float64: the objective's loss of each sample alone."""
-    if predicted.shape[0] == 2 * sum(numbers):  # learn_sigma
-        both = pairs(predicted, numbers)
-        predicted = both if isinstance(objective, LearnedVariance) else both[:, 0]
+    predicted = objective.split(predicted, numbers)
     parts = zip(predicted.split(numbers), x0.split(numbers), noise.split(numbers), timesteps.split(1), strict=True)
     return torch.stack([objective.loss(p, x, n, t, t.new_tensor([x.shape[0]], dtype=torch.int64)).double()
                         for p, x, n, t in parts]).cpu()

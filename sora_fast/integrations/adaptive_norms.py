@@ -3,8 +3,8 @@
 B batch, N tokens of a sample, D width.
 """
 
-from .known import LAYER_NORM
-from .swapping import Fast
+from .known import ITS_CHILDREN, LAYER_NORM
+from .mixin import Fast
 from .transformer import add, add_norm_modulate, norm_modulate
 
 
@@ -78,5 +78,4 @@ _NORMS = "diffusers.models.normalization"
 SWAPS = {f"{_NORMS}.{mixin.__name__}": mixin for mixin in (
     AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous, CogVideoXLayerNormZero)}
 SWAPS["diffusers.models.attention.BasicTransformerBlock"] = DiTBlock
-KNOWN = {"diffusers.models.transformers.dit_transformer_2d.DiTTransformer2DModel":
-         "diffusers' own; its children are swapped one by one"}
+KNOWN = {"diffusers.models.transformers.dit_transformer_2d.DiTTransformer2DModel": ITS_CHILDREN}

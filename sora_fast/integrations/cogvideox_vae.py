@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import ops
-from .known import CONV2D, DROPOUT, GROUP_NORM, SILU, STRIDED_CONV2D, Kind, anything
-from .swapping import Fast, held
+from .known import CONV2D, DROPOUT, GROUP_NORM, ITS_CHILDREN, SILU, STRIDED_CONV2D, anything
+from .mixin import Fast, Kind, held
 
 _VAE = "diffusers.models.autoencoders.autoencoder_kl_cogvideox"
 
@@ -162,8 +162,7 @@ SWAPS = {f"{_VAE}.CogVideoX{name}": mixin for name, mixin in {
     "CausalConv3d": CausalConv, "SpatialNorm3D": SpatialNorm, "ResnetBlock3D": ResnetBlock}.items()}
 SWAPS |= {"diffusers.models.upsampling.CogVideoXUpsample3D": Upsample,
           "diffusers.models.downsampling.CogVideoXDownsample3D": Downsample}
-_OWN = "diffusers' own; its children are swapped one by one"
-KNOWN = {f"{_VAE}.{name}": _OWN for name in (
+KNOWN = {f"{_VAE}.{name}": ITS_CHILDREN for name in (
     "AutoencoderKLCogVideoX", "CogVideoXEncoder3D", "CogVideoXDecoder3D", "CogVideoXDownBlock3D", "CogVideoXMidBlock3D",
     "CogVideoXUpBlock3D")}
 KNOWN[f"{_VAE}.CogVideoXSafeConv3d"] = "a convolution that diffusers cuts in time above 2 GB"

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .mixin import original_of
 from .recipes import RECIPES
-from .swapping import Report, accelerate, original_of
+from .swapping import Report, accelerate
 
 
 @dataclass(frozen=True)

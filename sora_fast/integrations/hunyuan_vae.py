@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import ops
-from .known import CONV3D, DROPOUT, GROUP_NORM, SILU, Kind, absent, either
-from .swapping import Fast, held
+from .known import CONV3D, DROPOUT, GROUP_NORM, ITS_CHILDREN, SILU, absent, either
+from .mixin import Fast, Kind, held
 
 _MODULE = "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video"
 _PADS = {"replicate": "replicate", "constant": "zeros"}
@@ -146,6 +146,5 @@ class Ends(Fast):
 SWAPS = {f"{_MODULE}.HunyuanVideo{name}": mixin for name, mixin in {
     "CausalConv3d": CausalConv, "ResnetBlockCausal3D": ResnetBlock, "UpsampleCausal3D": Upsample, "MidBlock3D": MidBlock,
     "Encoder3D": Ends, "Decoder3D": Ends}.items()}
-_OWN = "diffusers' own; its children are swapped one by one"
-KNOWN = {f"{_MODULE}.{name}": _OWN for name in ("AutoencoderKLHunyuanVideo", "HunyuanVideoDownBlock3D",
+KNOWN = {f"{_MODULE}.{name}": ITS_CHILDREN for name in ("AutoencoderKLHunyuanVideo", "HunyuanVideoDownBlock3D",
                                                 "HunyuanVideoUpBlock3D", "HunyuanVideoDownsampleCausal3D")}

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .known import DIFFUSERS_RMS_NORM, LAYER_NORM, QK_LAYER_NORM, RMS_NORM, Kind, anything, either
-from .swapping import Fast, has_hooks, has_own_forward, is_fast, original_of, takes_what_is_ours
+from .known import DIFFUSERS_RMS_NORM, ITS_CHILDREN, LAYER_NORM, QK_LAYER_NORM, RMS_NORM, anything, either
+from .mixin import Fast, Kind, has_hooks, has_own_forward, is_fast, original_of, takes_what_is_ours
 from .transformer import (
     Places,
     add,
@@ -194,8 +194,7 @@ SWAPS = {"diffusers.models.attention_processor.Attention": Attention,
          f"{_HUNYUAN}.HunyuanVideoSingleTransformerBlock": HunyuanSingleBlock,
          f"{_COG}.CogVideoXBlock": CogVideoXBlock}
 PREPARES = {f"{_HUNYUAN}.HunyuanVideoTransformer3DModel": _prepare}
-_OWN = "diffusers' own; its children are swapped one by one"
 _REPLACE = "its first frame has a modulation of its own: children only"
-KNOWN = {f"{_HUNYUAN}.HunyuanVideoTransformer3DModel": _OWN, f"{_COG}.CogVideoXTransformer3DModel": _OWN,
+KNOWN = {f"{_HUNYUAN}.HunyuanVideoTransformer3DModel": ITS_CHILDREN, f"{_COG}.CogVideoXTransformer3DModel": ITS_CHILDREN,
          f"{_HUNYUAN}.HunyuanVideoTokenReplaceTransformerBlock": _REPLACE,
          f"{_HUNYUAN}.HunyuanVideoTokenReplaceSingleTransformerBlock": _REPLACE}

@@ -1,76 +1,10 @@
-"""What a swapped module may read past: children of exactly a known class that compute with nothing but what is read.
+"""Classes of PyTorch and diffusers that several families read past, each with the settings that are right; see mixin.py."""
 
-A mixin reads the weights of some children and leaves their forward out. That is right only while such a child is of the
-very class that was proven, has no hook and nothing replaced on it, and every setting that its forward computes with is
-either read at each call too or has the one value that the mixin computes with. Those values are in a Kind; a mixin's
-``reads`` names one for each child. It is asked when the model is swapped and again at each call, so the order of changes
-does not matter.
-"""
-
-import sys
 from collections.abc import Callable
 
-from torch import nn
+from .mixin import Kind, held
 
-from .swapping import as_built, genuine, held, original_of
-
-KINDS: list["Kind"] = []
-
-
-class Kind:
-    """A class, by the names of its module and its own, and the settings that its objects must have to be read past.
-
-    Call it with a child. ``read``: what the reader reads itself, None where it calls the child and only asks for its class;
-    ``methods``: what the class's forward calls on itself; ``kernel``: the sizes of its weight behind the channels;
-    ``rule(child)``: what no table of values can say.
-    """
-
-    def __init__(self, *paths: str, read: str | None = None, methods: tuple[str, ...] = ("forward",), kernel=None,
-                 rule: Callable[[nn.Module], bool] | None = None, **fixed):
-        self.paths, self.read, self.methods, self.kernel, self.rule, self.fixed = paths, read, methods, kernel, rule, fixed
-        self.classes: tuple[type, ...] = ()
-        KINDS.append(self)
-
-    def but(self, **more) -> "Kind":
-        """The same class in one place, where fewer settings are right."""
-        own = dict(read=self.read, methods=self.methods, kernel=self.kernel, rule=self.rule)
-        return Kind(*self.paths, **(own | self.fixed | more))
-
-    def __call__(self, child) -> bool:
-        return as_built(child, self.classes) and self.settled(child)
-
-    def is_of(self, value) -> bool:
-        """Whether ``value``, not a module, is of the very class."""
-        return type(value) in self.classes
-
-    def built(self, module: nn.Module) -> bool:
-        """Whether ``module`` was built of the very class, whatever has been set and hooked since."""
-        return original_of(type(module)) in self.classes
-
-    def settled(self, module: nn.Module) -> bool:
-        """Whether its settings are those; its class and hooks aside, as a swapped module asks of itself."""
-        own = module.__dict__
-        for name in self.methods:
-            if name != "forward" and name in own:
-                return False
-        for name, value in self.fixed.items():  # no attrgetter: torch.compile does not trace one
-            if getattr(module, name) != value:
-                return False
-        if self.kernel is not None and held(module, "weight").shape[2:] != self.kernel:
-            return False
-        return self.rule is None or self.rule(module)
-
-
-def resolve() -> None:
-    """Look the classes up among the modules that are imported by now; nothing is imported for it."""
-    for kind in KINDS:
-        kind.classes = tuple(cls for cls in map(_find, kind.paths) if cls is not None)
-
-
-def _find(path: str) -> type | None:
-    module, _, name = path.rpartition(".")
-    cls = getattr(sys.modules.get(module), name, None)
-    return cls if isinstance(cls, type) and genuine(cls, ("forward",)) else None
+ITS_CHILDREN = "diffusers' own; its children are swapped one by one"  # why a class in KNOWN is left
 
 
 def either(*checks: Callable) -> Callable:

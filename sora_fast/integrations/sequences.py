@@ -7,7 +7,7 @@ from torch import nn
 
 from .. import ops
 from ..ops.convolution import SPACE_PADS
-from .swapping import Fast, runs_alone
+from .mixin import Fast, runs_alone
 
 _PADS = {nn.ZeroPad3d: "zeros", nn.ConstantPad3d: "zeros", nn.ReplicationPad3d: "replicate"}
 

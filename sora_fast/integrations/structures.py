@@ -11,7 +11,7 @@ from itertools import chain
 from torch import nn
 
 from .known import anything
-from .swapping import Fast, has_own_forward, is_fast, is_sharded, original_of, runs_alone
+from .mixin import Fast, has_own_forward, is_fast, is_sharded, original_of, runs_alone
 from .transformer import add, add_norm_modulate, is_plain_norm, norm_modulate
 from .trials import Proofs
 

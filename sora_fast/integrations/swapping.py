@@ -12,58 +12,43 @@ that people copy from file to file are in structures.py.
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
 
 from .. import env
+from . import (
+    adaptive_norms,
+    cogvideox_vae,
+    hunyuan_vae,
+    joint_transformers,
+    sequences,
+    structures,
+    uncovered,
+    wan_transformer,
+    wan_vae,
+)
 from .attention_backend import register_attention_backend
-from .step_caches import register_block
+from .mixin import (
+    Fast,
+    _new,  # noqa: F401 - pickles of swapped modules may look for it here, where it once was
+    change_class,
+    fast_class,
+    genuine,
+    has_own_forward,
+    is_fast,
+    original_of,
+    resolve,
+)
 
 # Each may hold SWAPS, {"module.Class": mixin}, KNOWN, {"module.Class": why it is left}, and PREPARES, {"module.Class": what
 # is noted on the children of such a module before they are looked at, in attributes that begin with _sora_fast_}.
-FAMILIES = ("wan_vae", "hunyuan_vae", "cogvideox_vae", "wan_transformer", "joint_transformers", "adaptive_norms",
-            "sequences", "uncovered")
+FAMILIES = (wan_vae, hunyuan_vae, cogvideox_vae, wan_transformer, joint_transformers, adaptive_norms, sequences, uncovered)
+SWAPS, KNOWN, PREPARES = ({path: found for family in FAMILIES for path, found in getattr(family, table, {}).items()}
+                          for table in ("SWAPS", "KNOWN", "PREPARES"))
 # Whose classes have been compared with ours, version by version: another version may compute something else.
 PROVEN = {"diffusers": ("0.42.",)}
-
-
-class Fast:
-    """What every mixin is: a forward for a class of somebody else's.
-
-    ``runs``: what it runs on, for the report. ``reads``: children whose parameters it reads itself instead of calling
-    them, each with a check that all it computes with is read (see known.py); ``unsuited(module)``: why this very object
-    cannot be swapped, or None.
-    """
-
-    runs = ""
-    reads: Mapping[str, Callable[[nn.Module | None], bool]] = {}
-
-    @classmethod
-    def runs_of(cls, module: nn.Module) -> str:
-        """``runs`` of one object, where it depends on what is in it."""
-        return cls.runs
-
-    @classmethod
-    def reads_of(cls, module: nn.Module) -> list[str]:
-        """The names in ``reads`` of one object, where they depend on what is in it."""
-        return list(cls.reads)
-
-    @classmethod
-    def unsuited(cls, module: nn.Module) -> str | None:
-        """Asked when a model is swapped, and by each call, since a child may change after."""
-        for name, may_be_read in cls.reads.items():
-            if not may_be_read(held(module, name)):
-                return f"its {name} was replaced, has a hook, or is set to what is not read past it"
-        return None
 
 
 class Progress:
@@ -143,13 +128,13 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
         raise TypeError(f"accelerate: expected an nn.Module, got {type(model).__name__}; pass one part of a pipeline after "
                         f"the other, such as pipeline.vae")
     on, rows, readers = env.accelerate(), [], {}
-    _known().resolve()
+    resolve()
     if on and "diffusers.models.attention_dispatch" in sys.modules:
         register_attention_backend()
     for name, module in model.named_modules():
         kind = original_of(type(module)).__name__
         if on:
-            _table("PREPARES").get(_path(original_of(type(module))), lambda module: None)(module)
+            PREPARES.get(_path(original_of(type(module))), lambda module: None)(module)
         if not on:
             row = Row(name, kind, "left", "SORA_FAST_ACCELERATE=0 switches everything off")
         elif module in readers:
@@ -159,7 +144,7 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
             row = Row(name, kind, "left" if mixin is None else "swapped", reason if mixin is None else mixin.runs_of(module))
         rows.append(row)
         if row.state == "swapped":
-            _change_class(module, lambda original, mixin=mixin: fast_class(original, mixin))
+            change_class(module, lambda original, mixin=mixin: fast_class(original, mixin))
             if progress is not None and hasattr(mixin, "streams"):
                 module._sora_fast_progress = Progress(progress)
             readers |= {inner: kind for child in mixin.reads_of(module) for inner in _modules(module, child)}
@@ -177,83 +162,14 @@ def restore(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
         if is_fast(module):
-            _change_class(module, original_of)
+            change_class(module, original_of)
             count += not is_fast(module)
         for name in [name for name in vars(module) if name.startswith("_sora_fast_")]:
             delattr(module, name)
     return count
 
 
-def is_fast(module: nn.Module) -> bool:
-    """Whether ``module`` has been swapped."""
-    return isinstance(module, Fast)
-
-
-def takes_what_is_ours(module: nn.Module) -> bool:
-    """Whether ``module`` may be called with arguments that mixins alone know: its class has no subclass made since."""
-    return is_fast(module) and not issubclass(original_of(type(module)), Fast)
-
-
-def held(module: nn.Module, name: str):
-    """The child or parameter of that name, else the attribute, or None; by getattr it would take 2 us of each call."""
-    found = module._parameters.get(name)
-    if found is None:
-        found = module._modules.get(name)
-    return getattr(module, name, None) if found is None else found
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 holds ``module`` as such."""
-    return _is_fsdp(type(module))
-
-
-def as_built(module: nn.Module | None, classes: tuple[type, ...]) -> bool:
-    """Whether a child is still of one of these very classes, called as they are: no adapter, subclass or hook."""
-    if not isinstance(module, nn.Module):
-        return False
-    cls = type(module)
-    # the plain class first: torch.compile cannot look into the one of diffusers' attention
-    return (cls in classes or original_of(cls) in classes) and runs_alone(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of ``module`` is more than its forward, by hooks of its own or of all modules."""
-    own = module.__dict__
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-                or _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks
-                or _global_backward_pre_hooks)
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether forward was replaced on the object itself, as by hooks that bring its weights only while it runs.
-
-    Hooks that go leave the class's own forward there, bound, which replaces nothing.
-    """
-    if "forward" not in module.__dict__:
-        return False
-    forward = module.__dict__["forward"]
-    bound_to = getattr(forward, "__self__", None)
-    return bound_to is not module or forward.__func__ is not type(module).forward
-
-
-def runs_alone(module: nn.Module) -> bool:
-    """Whether a call is the class's forward and nothing else: no forward of its own, no hook on it or on all modules."""
-    return not (has_own_forward(module) or has_hooks(module))
-
-
 # ------------------------------------------------------------------------------------------------ deciding
-@functools.cache
-def _table(what: str) -> dict:
-    found: dict = {}
-    for family in FAMILIES:
-        found |= getattr(importlib.import_module(f"sora_fast.integrations.{family}"), what, {})
-    return found
-
-
-def _known():
-    return importlib.import_module("sora_fast.integrations.known")
-
-
 def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -263,11 +179,11 @@ def _decide(module: nn.Module) -> tuple[type[Fast] | None, str]:
     original = original_of(type(module))
     if issubclass(original, Fast):
         return None, "a subclass of a swapped class, as parametrizations make one; it stays as it is"
-    mixin = _table("SWAPS").get(_path(original))
+    mixin = SWAPS.get(_path(original))
     if mixin is not None and not genuine(original, tuple(vars(mixin))):
         return None, f"not the {original.__name__} that its names lead to, or one whose methods were replaced"
     if mixin is None:
-        mixin, reason = importlib.import_module("sora_fast.integrations.structures").mixin_of(module)
+        mixin, reason = structures.mixin_of(module)
         return (None, reason or _why_left(original)) if mixin is None else (mixin, "")
     if has_own_forward(module) and not is_fast(module) and "forward" in vars(mixin):
         return None, "its forward was replaced, as hooks that offload or cast do; accelerate before they come"
@@ -279,25 +195,12 @@ def _decide(module: nn.Module) -> tuple[type[Fast] | None, str]:
     return (None, reason) if reason else (mixin, "")
 
 
-def genuine(cls: type, methods: tuple[str, ...]) -> bool:
-    """Whether the names ``cls`` bears lead to it and its ``methods`` were written there: neither a subclass that took its
-    base's names over, nor a class into which others were put."""
-    if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
-        return False
-    for method in methods:
-        owner = next((base for base in cls.__mro__ if method in vars(base)), object)
-        written = getattr(vars(owner).get(method), "__globals__", None)
-        if written is not None and written.get("__name__") != owner.__module__:
-            return False
-    return True
-
-
 def _why_left(original: type) -> str:
-    known = _table("KNOWN").get(_path(original))
+    known = KNOWN.get(_path(original))
     if known:
         return known
     for base in original.__mro__[1:]:
-        if _path(base) in _table("SWAPS") and base.__module__.partition(".")[0] != "torch":
+        if _path(base) in SWAPS and base.__module__.partition(".")[0] != "torch":
             return f"an altered {base.__name__}: its own forward may do something else"
     if original.__module__.startswith("torch."):
         return "a container" if original in (nn.Sequential, nn.ModuleList, nn.ModuleDict) else "PyTorch's own"
@@ -314,72 +217,3 @@ def _modules(module: nn.Module, name: str) -> list[nn.Module]:
     """The child of that name and all below it; nothing where this module has none."""
     child = getattr(module, name, None)
     return list(child.modules()) if isinstance(child, nn.Module) else []
-
-
-# ------------------------------------------------------------------------------------------------ classes
-def original_of(cls: type) -> type:
-    """The class that a swapped one was made of, else ``cls`` itself; FSDP2's wrapper is looked through.
-
-    A subclass of a swapped class, as parametrizations make one, is itself: it computes something else.
-    """
-    inner = cls.__bases__[1] if _is_fsdp(cls) else cls
-    return inner.__dict__.get("_sora_fast_original", inner)
-
-
-@functools.cache
-def fast_class(original: type, mixin: type[Fast]) -> type:
-    """``original`` with ``mixin`` in front, under the original's own names, which checkpoints and pipelines write down."""
-    _known().resolve()  # a pickle is read without ``accelerate``
-    namespace = dict(__module__=original.__module__, __qualname__=original.__qualname__, __doc__=original.__doc__,
-                     _sora_fast_original=original, __reduce_ex__=_reduce)
-    made = type(original)(original.__name__, (mixin, original), namespace)
-    register_block(original, made)
-    return made
-
-
-def _change_class(module: nn.Module, change: Callable[[type], type]) -> None:
-    """``change`` the class that ``module`` was built with, under what others have made of it since."""
-    if not has_own_forward(module):
-        module.__dict__.pop("forward", None)  # the old class's, left by a hook that went: it would hide the new one's
-    module.__class__ = _changed(type(module), change)
-
-
-def _changed(cls: type, change: Callable[[type], type]) -> type:
-    """FSDP2's wrapper and a parametrization's are made anew on the changed class; a subclass made by hand stays, since its
-    methods may hold it."""
-    if _is_fsdp(cls):
-        bases = (cls.__bases__[0], _changed(cls.__bases__[1], change))
-    elif cls.__module__ == "torch.nn.utils.parametrize":
-        bases = (_changed(cls.__bases__[0], change),)
-    else:
-        return cls if _is_subclass_of_swapped(cls) else change(original_of(cls))
-    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    return type(cls)(cls.__name__, bases, own)
-
-
-def _is_subclass_of_swapped(cls: type) -> bool:
-    return issubclass(original_of(cls), Fast)
-
-
-def _is_fsdp(cls: type) -> bool:
-    """FSDP2 makes a class of FSDPModule and the module's own."""
-    return len(cls.__bases__) == 2 and cls.__bases__[0].__name__ == "FSDPModule"
-
-
-def _reduce(self, protocol):
-    """Copies and pickles are swapped too: by the original class, since a class made here can be found under no name."""
-    original = original_of(type(self))
-    if issubclass(original, Fast):  # somebody's subclass of a class made here
-        return object.__reduce_ex__(self, protocol)
-    mixin = next(base for base in type(self).__mro__ if issubclass(base, Fast) and not issubclass(base, nn.Module))
-    return _new, (original, mixin), vars(self)
-
-
-def _new(original: type, mixin: type[Fast]) -> nn.Module:
-    cls = fast_class(original, mixin)
-    return cls.__new__(cls)
-
-
-def grad_wanted(module: nn.Module, x: torch.Tensor) -> bool:
-    """Whether a call of ``module`` on x may be asked for gradients."""
-    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))

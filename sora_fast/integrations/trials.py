@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..dispatch import use_backend
-from .swapping import original_of, runs_alone
+from .mixin import original_of, runs_alone
 
 _MISSING = object()
 _INTERNAL = frozenset(vars(nn.Module())) | {"forward"}

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from .. import ops
-from .known import IDENTITY, LAYER_NORM, RMS_NORM, Kind, either
-from .swapping import Fast, has_hooks, has_own_forward, is_fast, takes_what_is_ours
+from .known import IDENTITY, ITS_CHILDREN, LAYER_NORM, RMS_NORM, either
+from .mixin import Fast, Kind, has_hooks, has_own_forward, is_fast, takes_what_is_ours
 from .transformer import Places, affine, are_tables, grid_places, norm_rotate, rotate_by_tables, rows_of, tables
 
 _MODULE = "diffusers.models.transformers.transformer_wan"
@@ -154,5 +154,4 @@ def _prepare(model) -> None:
 SWAPS = {f"{_MODULE}.Wan{name}": mixin for name, mixin in {
     "RotaryPosEmbed": Rotary, "Attention": Attention, "TransformerBlock": Block}.items()}
 PREPARES = {f"{_MODULE}.WanTransformer3DModel": _prepare}
-_OWN = "diffusers' own; its children are swapped one by one"
-KNOWN = {f"{_MODULE}.{name}": _OWN for name in ("WanTransformer3DModel", "WanTimeTextImageEmbedding", "WanImageEmbedding")}
+KNOWN = {f"{_MODULE}.Wan{name}": ITS_CHILDREN for name in ("Transformer3DModel", "TimeTextImageEmbedding", "ImageEmbedding")}

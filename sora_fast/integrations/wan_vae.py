@@ -13,8 +13,8 @@ import torch
 from .. import ops
 from ..nn import StreamState
 from ..nn.streaming import starts
-from .known import CONV2D, DROPOUT, IDENTITY, SEQUENTIAL, SILU, STRIDED_CONV2D, ZERO_PAD2D, Kind, absent, either
-from .swapping import Fast, grad_wanted, has_hooks, held, is_sharded, original_of, takes_what_is_ours
+from .known import CONV2D, DROPOUT, IDENTITY, SEQUENTIAL, SILU, STRIDED_CONV2D, ZERO_PAD2D, absent, either
+from .mixin import Fast, Kind, grad_wanted, has_hooks, held, is_sharded, original_of, takes_what_is_ours
 from .video_vae import Whole, convolve, in_chunks, own_slots
 
 _WAN, _QWEN = (f"diffusers.models.autoencoders.autoencoder_kl_{name}" for name in ("wan", "qwenimage"))

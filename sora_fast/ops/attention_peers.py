@@ -17,6 +17,7 @@ import torch
 
 from .. import checks, env
 from ..dispatch import Backend, Problem
+from ..environment import PEERS
 
 HALF = (torch.float16, torch.bfloat16)
 # What a peer of each kind does not take; each takes the masks of those before it too. "behind": windows that end on the
@@ -41,11 +42,12 @@ def installed(module: str) -> str:
 
 
 @env.constant_in_graphs
-def _missing(modules: tuple[str, ...], package: str) -> str:
+def _missing(modules: tuple[str, ...]) -> str:
     """Parents first: flash-attn and flash-attn-4 share one, and where it is missing its child cannot even be looked for."""
     for place, module in enumerate(modules):
         reason = installed(module)
         if reason.endswith("is not installed.") and place:
+            package = next(PEERS[name] for name in reversed(modules) if name in PEERS)
             return f"The installed {modules[0]} has no module {module}; this peer is the package {package}."
         if reason:
             return reason
@@ -67,7 +69,6 @@ class Limits:
 
     name: str
     modules: tuple[str, ...] = ()
-    package: str = ""
     sm: tuple[int, int] = (80, 129)
     dtypes: tuple[torch.dtype, ...] = HALF
     backward: bool = True
@@ -100,7 +101,7 @@ class Limits:
              "has no backward for grouped key heads, and their forward alone is not taken."),
         ]
         found = [f"{self.name} {words}" for refuses, words in facts if refuses] + self.more(problem, sm)
-        missing = _missing(self.modules, self.package)
+        missing = _missing(self.modules)
         return [*found, missing] if missing else found
 
 
@@ -134,7 +135,7 @@ def _cudnn_more(problem: Problem, sm: int | None) -> list[str]:
 @env.constant_in_graphs
 def _cudnn_version() -> int:
     """92500 of cuDNN 9.25; 0 where there is none."""
-    if _missing(CUDNN.modules, CUDNN.package):
+    if _missing(CUDNN.modules):
         return 0
     import cudnn
 
@@ -147,20 +148,19 @@ def only_the_forward_of_flash_attn_3() -> bool:
     return bool(installed("flash_attn_interface")) and not installed("fa3_fwd_interface")
 
 
-FLASH_ATTN = Limits("FlashAttention-2", ("flash_attn", "flash_attn.flash_attn_interface"), "flash-attn")
-FLASH_ATTN_3 = Limits("FlashAttention-3", ("flash_attn_interface",), "flash-attn-3", sm=(90, 90), more=_flash_attn_3_more)
+FLASH_ATTN = Limits("FlashAttention-2", ("flash_attn", "flash_attn.flash_attn_interface"))
+FLASH_ATTN_3 = Limits("FlashAttention-3", ("flash_attn_interface",), sm=(90, 90), more=_flash_attn_3_more)
 # the wheel of its forward: built without fp16, windows and the backward
-FLASH_ATTN_3_FORWARD = Limits("fa3_fwd, the forward of FlashAttention-3,", ("fa3_fwd_interface",), "fa3-fwd", sm=(90, 90),
+FLASH_ATTN_3_FORWARD = Limits("fa3_fwd, the forward of FlashAttention-3,", ("fa3_fwd_interface",), sm=(90, 90),
                               dtypes=(torch.bfloat16,), backward=False, masks="causal")
-FLASH_ATTN_4 = Limits("FlashAttention-4", ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"), "flash-attn-4",
-                      sm=(90, 129), lse="both", more=_flash_attn_4_more)
+FLASH_ATTN_4 = Limits("FlashAttention-4", ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"), sm=(90, 129),
+                      lse="both", more=_flash_attn_4_more)
 # A diagonal of samples with more queries than keys is not defined there, and lengths are not known here. Its backward is
 # deterministic only under torch.use_deterministic_algorithms at the time it runs.
 CUDNN = Limits("cuDNN, as its Python frontend offers it,",
-               ("cudnn", "cudnn.sdpa", "cudnn.sdpa.fwd", "cudnn.sdpa.fwd.torch_op"), "nvidia-cudnn-frontend", masks="full",
+               ("cudnn", "cudnn.sdpa", "cudnn.sdpa.fwd", "cudnn.sdpa.fwd.torch_op"), masks="full",
                deterministic=False, more=_cudnn_more)
-XFORMERS = Limits("xformers", ("xformers", "xformers.ops"), "xformers", lse="no", masks="behind", groups=False,
-                  deterministic=False)
+XFORMERS = Limits("xformers", ("xformers", "xformers.ops"), lse="no", masks="behind", groups=False, deterministic=False)
 
 
 def flash_attn_3_limits() -> Limits:

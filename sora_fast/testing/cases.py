@@ -9,22 +9,9 @@ import torch
 
 from .. import reference
 from ..pack import Pack
+from .draw import Draw
 
 RAGGED = [(2, 3, 5), (0, 4, 4), (1, 1, 1), (1, 7, 3), (3, 2, 2)]  # 30 + 0 + 1 + 21 + 12 = 64 tokens
-
-
-class _Draw:
-    """Random tensors of one dtype and device, reproducible. On "emulated:sm90" they are CPU tensors, for a GPU's cases."""
-
-    def __init__(self, dtype, device, seed):
-        emulated = str(device).startswith("emulated:")
-        self.dtype, self.device = dtype, "cpu" if emulated else device
-        self.on_gpu = emulated or torch.device(device).type == "cuda"
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, *shape, dtype=None):
-        numbers = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
-        return numbers.to(device=self.device, dtype=dtype or self.dtype)
 
 
 def _nan_tail(x, tokens):
@@ -239,4 +226,4 @@ def cases(op: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> It
     """Yield (label, keyword arguments) for ``op`` with tensors of ``dtype``; ``device`` may be "emulated:sm90"."""
     if op not in _MAKERS:
         raise ValueError(f"cases: expected one of {', '.join(_MAKERS)}, got {op!r}; name an op of sora_fast.ops")
-    yield from _MAKERS[op](op, _Draw(dtype, device, seed))
+    yield from _MAKERS[op](op, Draw(device, seed, dtype, alike=True))

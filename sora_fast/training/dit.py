@@ -9,7 +9,7 @@ from torch import nn
 
 from ..data import FitPolicy, MediaItem
 from ..data.frames import bar
-from ..diffusion import FrameTimesteps, Objective, draw_clean_frames, make_objective, pairs
+from ..diffusion import FrameTimesteps, Objective, draw_clean_frames, make_objective
 from ..models import ByteTextEncoder, DiT, DiTConfig, HuggingFaceTextEncoder, VideoVAE
 from ..models.dit import PRESETS
 from ..to_device import to_device
@@ -128,7 +128,7 @@ def make_trainer(config: DiTTraining, vae: VideoVAE, clips: Sequence[LatentClip]
         noisy = batch.with_tail(frames.add_noise(objective, x0, noise))
         predicted = dit(noisy, frames.timesteps, pack, text=text)
         if config.learn_sigma:
-            predicted = pairs(predicted, batch.counts)
+            predicted = objective.split(predicted, batch.counts)
         value, tokens = frames.loss(objective, predicted, x0, noise), int(batch.tokens.sum())
         return value, dict(samples=len(batch.captions), tokens=tokens, pad=batch.length - tokens)
 

@@ -14,7 +14,6 @@ function nothing is tuned. Of each lookup, for the first case that makes it:
    timed in; else the next one's turn comes, and SAME, SLOW or UNDECIDED leaves the heuristic in its place.
 """
 
-import gc
 import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from .. import configs, files, records
 from ..benchmarks import compare, gate, rows, timing
 from ..benchmarks.case import Case, Provider, nbytes
 from ..benchmarks.figures import STATISTICS
-from ..benchmarks.runner import prepare, set_conditions
+from ..benchmarks.runner import prepare, release, set_conditions
 from ..environment import environment
 from ..testing import Truth
 from ..testing.rule import random_cotangents, tensors
@@ -85,7 +84,7 @@ class Tuner:
                     self._fail(f"{case.id} is not tuned: {gate.explain(error)}")
                     continue
                 finally:
-                    _release(self.settings.device)
+                    release(self.settings.device)
                 if not finished:
                     self.left = len(work) - self.place
                     break
@@ -219,7 +218,7 @@ class _Lookup:
         self._progress(f"gate {place} of {count}")
         with self._under(config):
             verdicts = gate.check(self.case, self.provider, self.truth, self.settings.device, tuple(self.case.directions()))
-        _release(self.settings.device)
+        release(self.settings.device)
         bad = next((verdict for verdict in verdicts.values() if verdict.status != "PASSED"), None)
         if bad is not None:
             self._skip(config, bad.status, bad.reason)
@@ -284,11 +283,11 @@ class _Lookup:
         made = timers(capture=True)
         if len({each.name for each in made.values()}) > 1:  # a graph of one that could not be captured by the others
             made.clear()
-            _release(device)
+            release(device)
             made = timers(capture=False)
         measured = timing.measure(made, effort)
         made.clear()
-        _release(device)
+        release(device)
         # one clock for all who take turns
         return {config: found.statistics() | dict(timer=found.timer, clock_mhz=None) for config, found in measured.items()}
 
@@ -330,13 +329,6 @@ def _saving(provider: Provider, values: dict, names: Sequence[str]) -> Callable[
         for tensor in tensors(given.get(name)):
             tensor.requires_grad_(tensor.is_floating_point())
     return lambda: provider.run(**given)
-
-
-def _release(device: torch.device) -> None:
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
 
 
 # ------------------------------------------------------------------------------------------------------ what is kept
