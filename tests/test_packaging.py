@@ -27,7 +27,7 @@ FLOORS = (
     {"nn", "compat"},
     {"ops"},
     {"dispatch", "kernels", "_C", "reference", "env", "pack", "checks", "files", "records", "environment", "configs",
-     "emulator", "to_device"},
+     "emulator", "to_device", "precision"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 NEVER = {"kernels": set(FLOOR) - {"kernels"}, "reference": {"kernels", "ops"}, "emulator": set(FLOOR) - {"emulator"}}
@@ -193,7 +193,7 @@ def test_right_arrows_pass():
         "sora_fast/models/vae.py": "from ..nn import convolution\nfrom .checkpoints import load",
         "sora_fast/nn/convolution.py": "import torch\nfrom .. import ops\nfrom ..pack import Pack",
         "sora_fast/ops/convolution.py": "from ..kernels import convolution\nfrom ..reference import x",
-        "sora_fast/reference/convolution.py": "from .precision import wide_dtype",
+        "sora_fast/reference/convolution.py": "from ..precision import wide_dtype",
         "kernels/convolution.py": "import triton\nfrom .loads import load",
         "sora_fast/ops/x.py": "from .. import __version__",
     }

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks
-from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad
+from ..dispatch import Backend, Op, Problem, device_name, needs_grad
 from ..pack import Pack, check_kind, check_pack
+from ..precision import autocast, holds_numbers, widen
 from ..reference import attention as reference
-from ..reference.precision import holds_numbers, widen
 from . import attention_peers, attention_triton
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks, env
-from ..dispatch import Backend, Op, Problem, autocast, autocast_dtype, device_name, needs_grad, refuse_transforms
+from ..dispatch import Backend, Op, Problem, device_name, needs_grad, refuse_transforms
+from ..precision import autocast, autocast_dtype, emulated_on_cpu, holds_numbers, transformed, wide_dtype
 from ..reference import convolution as reference
-from ..reference.precision import emulated_on_cpu, holds_numbers, transformed, wide_dtype
 from . import convolution_call, convolution_cuda, convolution_triton, normalization
 
 

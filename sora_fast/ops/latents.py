@@ -4,8 +4,8 @@ import torch
 
 from .. import checks
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
+from ..precision import wide_dtype
 from ..reference import latents as reference
-from ..reference.precision import wide_dtype
 
 
 def _example(device: str, dtype: torch.dtype, grad: bool) -> Problem:

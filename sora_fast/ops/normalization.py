@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from .. import checks, configs
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
+from ..precision import wide_dtype, widen
 from ..reference import normalization as reference
-from ..reference.precision import wide_dtype, widen
 from . import normalization_cuda, operators, triton_backend
 
 ACTS = ("silu", None)

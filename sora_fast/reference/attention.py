@@ -7,7 +7,7 @@ Row i of a sample with Sq queries and Sk keys sees key j where
 
 import torch
 
-from .precision import holds_numbers, wide_dtype
+from ..precision import holds_numbers, wide_dtype
 
 
 def visible(cu_q, cu_k, queries: int, keys: int, causal: bool, window, device):

@@ -7,8 +7,8 @@ B batch, C channels, T frames, H height, W width; kT, kH, kW kernel, sT, sH, sW 
 import torch
 import torch.nn.functional as F
 
+from ..precision import wide_dtype
 from .normalization import norm_act
-from .precision import wide_dtype
 
 _SPACE_MODES = {"zeros": "constant", "replicate": "replicate", "reflect": "reflect"}
 

@@ -5,7 +5,7 @@ B batch, C latent channels. (Kingma and Welling, arXiv 1312.6114, appendix B.)
 
 import torch
 
-from .precision import wide_dtype
+from ..precision import wide_dtype
 
 
 def kl_sample(moments, noise=None):

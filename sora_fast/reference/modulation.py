@@ -5,8 +5,8 @@ N tokens, D width, R modulation rows. (DiT: Peebles and Xie, arXiv 2212.09748, s
 
 import torch
 
+from ..precision import holds_numbers, wide_dtype
 from .normalization import normalise
-from .precision import holds_numbers, wide_dtype
 
 
 def pick(table_RD, rows):

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..files import check_folder
-from ..reference.precision import emulated_on_cpu
+from ..precision import emulated_on_cpu
 from . import checkpoint, culprits, distributed, heldout, throughput
 from .config import LoopConfig
 from .interrupt import finish_on_interrupt
