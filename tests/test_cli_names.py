@@ -68,7 +68,7 @@ def test_a_key_near_a_setting_is_told(cli, tmp_path):
 # ------------------------------------------------------------------------------------------------ before any work
 def test_eval_blames_the_run_and_not_its_data(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sora_fast.cli.eval.scan", lambda *given, **more: pytest.fail("the folder was read"))
+    monkeypatch.setattr("sora_fast.data.scan", lambda *given, **more: pytest.fail("the folder was read"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"kind": "mae"}')

@@ -27,7 +27,7 @@ FLOORS = (
     {"nn", "compat"},
     {"ops"},
     {"dispatch", "kernels", "_C", "reference", "env", "pack", "checks", "files", "records", "environment", "configs",
-     "emulator", "to_device", "precision"},
+     "emulator", "to_device", "precision", "named", "progress"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 NEVER = {"kernels": set(FLOOR) - {"kernels"}, "reference": {"kernels", "ops"}, "emulator": set(FLOOR) - {"emulator"}}
