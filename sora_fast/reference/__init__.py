@@ -12,19 +12,6 @@ from .normalization import norm_act
 from .patches import patch_embed, unpatchify
 from .rotary import qk_norm_rope
 
-__all__ = [
-    "causal_conv3d",
-    "gate_residual",
-    "gate_residual_norm_modulate",
-    "kl_sample",
-    "merge_attention",
-    "norm_act",
-    "norm_act_conv3d",
-    "norm_modulate",
-    "patch_embed",
-    "qk_norm_rope",
-    "unpatchify",
-    "varlen_attention",
-    "varlen_attention_backward",
-    "varlen_attention_forward",
-]
+__all__ = ["causal_conv3d", "gate_residual", "gate_residual_norm_modulate", "kl_sample", "merge_attention", "norm_act",
+           "norm_act_conv3d", "norm_modulate", "patch_embed", "qk_norm_rope", "unpatchify", "varlen_attention",
+           "varlen_attention_backward", "varlen_attention_forward"]
