@@ -137,6 +137,7 @@ MERGE_ATTENTION = Op("merge_attention", "attention", _example, [
     Backend("torch", reference.merge_attention),  # element by element: the definition fuses as it stands
     Backend("reference", reference.merge_attention)])
 OPS = (VARLEN_ATTENTION, VARLEN_ATTENTION_FORWARD, VARLEN_ATTENTION_BACKWARD, MERGE_ATTENTION)
+__all__ = ["merge_attention", "varlen_attention", "varlen_attention_backward", "varlen_attention_forward"]
 
 
 # ------------------------------------------------------------------------------------------------------- checks

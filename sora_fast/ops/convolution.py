@@ -243,6 +243,7 @@ NORM_ACT_CONV3D = Op("norm_act_conv3d", "convolution", _example, [
     Backend("torch", _torch_norm_act_conv3d, _torch_unsupported),
     Backend("reference", reference.norm_act_conv3d, _reference_unsupported)])
 OPS = (CAUSAL_CONV3D, NORM_ACT_CONV3D)
+__all__ = ["causal_conv3d", "norm_act_conv3d"]
 
 
 # ------------------------------------------------------------------------------------------------------- checks

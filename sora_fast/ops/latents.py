@@ -25,6 +25,7 @@ def _torch_kl_sample(moments, noise):
 KL_SAMPLE = Op("kl_sample", "latents", _example, [
     Backend("torch", _torch_kl_sample), Backend("reference", reference.kl_sample)])
 OPS = (KL_SAMPLE,)
+__all__ = ["kl_sample"]
 
 
 def kl_sample(moments, noise=None, *, backend="auto"):

@@ -200,6 +200,7 @@ GATE_RESIDUAL_NORM_MODULATE = Op("gate_residual_norm_modulate", "modulation", _e
     _triton_backend(gated=True), Backend("torch", _torch_gate_residual_norm_modulate),
     Backend("reference", reference.gate_residual_norm_modulate)])
 OPS = (NORM_MODULATE, GATE_RESIDUAL, GATE_RESIDUAL_NORM_MODULATE)
+__all__ = ["gate_residual", "gate_residual_norm_modulate", "norm_modulate"]
 
 
 # ------------------------------------------------------------------------------------------------------- checks

@@ -266,6 +266,7 @@ UNPATCHIFY = Op("unpatchify", "patches", _permute_example, [
             config=partial(_typical_config, "permute")),
     Backend("torch", _torch_unpatchify), Backend("reference", _reference_unpatchify, _reference_unsupported)])
 OPS = (PATCH_EMBED, UNPATCHIFY)
+__all__ = ["patch_embed", "unpatchify"]
 
 
 # ------------------------------------------------------------------------------------------------- public ops

@@ -207,6 +207,7 @@ QK_NORM_ROPE = Op("qk_norm_rope", "rotary", _example, [
     Backend("triton", _triton, _triton_unsupported, kernel="rotary", config=_typical_config),
     Backend("torch", _torch_qk_norm_rope), Backend("reference", reference.qk_norm_rope)])
 OPS = (QK_NORM_ROPE,)
+__all__ = ["qk_norm_rope"]
 
 
 # ------------------------------------------------------------------------------------------------- public op

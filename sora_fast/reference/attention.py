@@ -9,6 +9,8 @@ import torch
 
 from ..precision import holds_numbers, wide_dtype
 
+__all__ = ["merge_attention", "varlen_attention", "varlen_attention_backward", "varlen_attention_forward"]
+
 
 def visible(cu_q, cu_k, queries: int, keys: int, causal: bool, window, device):
     """(Nq, Nk) bool: key in the query's sample and in its window. Rows past the end of cu_seqlens see nothing."""

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from ..precision import wide_dtype
 from .normalization import norm_act
 
+__all__ = ["causal_conv3d", "norm_act_conv3d"]
+
 _SPACE_MODES = {"zeros": "constant", "replicate": "replicate", "reflect": "reflect"}
 
 

@@ -7,6 +7,8 @@ import torch
 
 from ..precision import wide_dtype
 
+__all__ = ["kl_sample"]
+
 
 def kl_sample(moments, noise=None):
     """``z = mean + exp(logvar / 2) * noise`` and its KL; see ``sora_fast.ops.kl_sample``."""

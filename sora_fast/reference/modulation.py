@@ -8,6 +8,8 @@ import torch
 from ..precision import holds_numbers, wide_dtype
 from .normalization import normalise
 
+__all__ = ["gate_residual", "gate_residual_norm_modulate", "norm_modulate"]
+
 
 def pick(table_RD, rows):
     """The modulation of every token: row ``rows[n]``, or, without rows, the one row there is or one a token."""

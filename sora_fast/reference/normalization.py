@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from ..precision import widen
 
+__all__ = ["norm_act"]
+
 
 def normalise(x, norm: str, weight, bias, eps: float):
     """Norm over the last dimension, in x's own dtype: ``"layer"`` or ``"rms"``, then ``* weight + bias``."""

@@ -8,6 +8,8 @@ import torch
 
 from ..precision import wide_dtype
 
+__all__ = ["patch_embed", "unpatchify"]
+
 
 def cut(latents, grids, patch, channels):
     """Flat buffer of samples (C, T, H, W) one after the other -> their patches (N, C * pt * ph * pw), tail 0."""

@@ -10,6 +10,8 @@ from ..precision import wide_dtype
 from .modulation import only_samples
 from .normalization import normalise
 
+__all__ = ["qk_norm_rope"]
+
 
 def angles(coords_N3, axes, theta, freqs, dtype):
     """The angle of every pair: (N, 1, P), or (N, H, P) where ``freqs`` has heads."""
