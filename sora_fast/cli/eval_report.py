@@ -4,7 +4,6 @@ T frames, H lines, W columns.
 """
 
 import html
-import io
 import json
 import math
 from base64 import b64encode
@@ -17,6 +16,7 @@ import torch
 from ..data.media import shown
 from ..evaluation import TimestepLosses, frechet
 from ..evaluation.features import sentence
+from ..evaluation.plots import png
 from ..files import replace, save_text
 from ..training.dit import FPS
 from .demo_report import STYLE, picture
@@ -98,23 +98,6 @@ def sheet(rows: Sequence[Sequence[torch.Tensor]], gap: int = 4) -> torch.Tensor:
     return grid
 
 
-def _figure(draw) -> bytes:
-    """A PNG of what ``draw(axes)`` puts on axes; nothing where matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return b""
-    # Not pyplot's: that would choose a backend for everybody.
-    figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    draw(axes)
-    axes.grid(alpha=0.3)
-    data = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(data)
-    return data.getvalue()
-
-
 def vae_plot(curves: Mapping[str, Sequence[float]], most: int = 8) -> bytes:
     """PSNR of each frame, by path; of many clips the ``most`` with the worst frames."""
     def draw(axes):
@@ -124,7 +107,7 @@ def vae_plot(curves: Mapping[str, Sequence[float]], most: int = 8) -> bytes:
         axes.set(title="reconstruction" + (f", the {most} clips with the worst frames" if len(curves) > most else ""),
                  xlabel="frame", ylabel="PSNR, dB")
         axes.legend(frameon=False, fontsize="small")
-    return _figure(draw)
+    return png(draw)
 
 
 def timestep_plot(losses: TimestepLosses) -> bytes:
@@ -137,7 +120,7 @@ def timestep_plot(losses: TimestepLosses) -> bytes:
         axes.set(title=f"loss over timesteps, averaged weights; mean {losses.mean:.4f}",
                  xlabel="timestep (0 clean, 1000 noise)", ylabel="loss", xlim=(0, 1000))
         axes.legend(frameon=False, fontsize="small")
-    return _figure(draw)
+    return png(draw)
 
 
 def write_report(path: Path, found: Findings) -> Path:
