@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from cli_checks import refused
+from cli_checks import options, refused
 from training_checks import little
 
 from sora_fast.cli.__main__ import parser
-from sora_fast.cli.options import read_options
 from sora_fast.cli.parsing import Parser, meant
 from sora_fast.training import checkpoint, throughput
 from sora_fast.training.config import DiTTraining, VAETraining
@@ -99,10 +98,6 @@ def test_lengths_are_checked_before_media_are_read(cli, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ --resume auto
-def options(config, *argv):
-    return read_options(parser().parse_args(["train-vae" if config is VAETraining else "train", *map(str, argv)]), config)
-
-
 def test_resume_auto_goes_on_where_there_is_a_checkpoint(cli, tmp_path):
     run = tmp_path / "run"
     for config in (VAETraining, DiTTraining):

@@ -18,13 +18,7 @@ from sora_fast.named import load_function
 from sora_fast.training import checkpoint
 from sora_fast.training import vae as task
 from sora_fast.training.config import VAETraining
-from sora_fast.training.vae_loss import (
-    VAELoss,
-    adaptive_weight,
-    adversary_losses,
-    modules_of,
-    reconstruction_error,
-)
+from sora_fast.training.vae_loss import VAELoss, adaptive_weight, adversary_losses, modules_of, reconstruction_error
 
 
 def draw(*shape, seed=0):

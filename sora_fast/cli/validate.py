@@ -66,10 +66,11 @@ def run(arguments) -> int:
         check_file("--jsonl", Path(arguments.jsonl))
     device = _device(arguments)
     dtypes = [getattr(torch, name) for name in arguments.dtype or ("float32", "bfloat16", "float16")]
-    function = load_function(arguments.impl, "--impl") if arguments.impl else None
+    if arguments.impl:
+        load_function(arguments.impl, "--impl")  # or its sentence, before any work
     work = _work(table, arguments, device, dtypes)
     reports = []
-    for report, counted in _reports(work, function, device, dtypes, arguments):
+    for report, counted in _reports(work, device, dtypes, arguments):
         reports.append(report)
         for each in report.tracebacks[:1]:  # a bug of the user's keeps its traceback; the report counts the others
             print(each, file=sys.stderr, end="")
@@ -103,22 +104,23 @@ def _device(arguments) -> str:
     return str(pick_device(arguments.device))
 
 
-def _reports(work, function, device: str, dtypes, arguments) -> Iterator[tuple]:
+def _reports(work, device: str, dtypes, arguments) -> Iterator[tuple]:
     """A report for each op and backend, in order, and lines on what its kernels did."""
+    import torch
+
     total = len(work)
     if arguments.jobs == 1:
         for place, (name, backend) in enumerate(work, start=1):
             progress = lambda text, place=place: _progress(f"{place} of {total}: {text}")
-            found = _one(name, backend, function, device, dtypes, arguments, progress)
+            found = _one(name, backend, device, dtypes, arguments, progress)
             _progress("")
             yield found
         return
     if arguments.jobs < 1:
         raise ValueError(f"--jobs: expected 1 or more processes, got {arguments.jobs}; pass how many there are cores")
     pieces = [(name, backend, dtype) for name, backend in work for dtype in dtypes]
-    with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = [pool.submit(_in_process, name, backend, arguments.impl, device, (dtype,), arguments)
-                   for name, backend, dtype in pieces]
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        running = [pool.submit(_one, name, backend, device, (dtype,), arguments) for name, backend, dtype in pieces]
         for place, each in enumerate(running, start=1):
             _progress(f"{place} of {len(pieces)}: {' '.join(map(str, pieces[place - 1]))}")
             found = each.result()
@@ -126,20 +128,12 @@ def _reports(work, function, device: str, dtypes, arguments) -> Iterator[tuple]:
             yield found
 
 
-def _in_process(name, backend, impl, device, dtypes, arguments) -> tuple:
-    """One of --jobs processes."""
-    import torch
-
-    from ..named import load_function
-
-    torch.set_num_threads(1)
-    return _one(name, backend, load_function(impl, "--impl") if impl else None, device, dtypes, arguments)
-
-
-def _one(name, backend, function, device, dtypes, arguments, progress=lambda text: None) -> tuple:
+def _one(name, backend, device, dtypes, arguments, progress=lambda text: None) -> tuple:
     """The report, and lines on what its kernels did."""
+    from ..named import load_function
     from ..testing import emulated_gpu, validate
 
+    function = load_function(arguments.impl, "--impl") if arguments.impl else None
     run = lambda: validate(name, function, backend=backend, device=device, dtypes=dtypes, progress=progress)
     if not device.startswith("emulated:"):
         return run(), []
