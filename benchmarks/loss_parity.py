@@ -28,9 +28,9 @@ from sora_fast.explanation import all_ops
 from sora_fast.files import check_folder
 from sora_fast.models import DiT, DiTConfig
 from sora_fast.models.dit import PRESETS
+from sora_fast.named import pick_device
 from sora_fast.pack import Pack
-from sora_fast.training.loop import pick_device
-from sora_fast.training.progress import Progress
+from sora_fast.progress import Progress
 
 from . import rows
 

@@ -23,17 +23,18 @@ from pathlib import Path
 import torch
 
 from sora_fast.data import FitPolicy, MediaItem, demo_media, scan, to_pixels
-from sora_fast.data.frames import Frames, bar
+from sora_fast.data.frames import Frames
 from sora_fast.environment import environment
 from sora_fast.evaluation import loss_by_timestep
 from sora_fast.files import check_folder, replace, save_text
 from sora_fast.models import VideoVAE
+from sora_fast.named import pick_device
+from sora_fast.progress import bar
 from sora_fast.training import checkpoint
 from sora_fast.training import dit as dit_task
 from sora_fast.training import vae as vae_task
 from sora_fast.training.config import DiTTraining, VAETraining
 from sora_fast.training.latents import LatentClip, load_library, save_library
-from sora_fast.training.loop import pick_device
 
 STRATA = 10
 FILES = ("figures.json", "figures.csv", "scaling.svg", "scaling.png")

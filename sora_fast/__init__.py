@@ -15,16 +15,7 @@ _HOME = {
     "validate": "sora_fast.testing",
     "accelerate": "sora_fast.integrations",
     "restore": "sora_fast.integrations",
-    "ops": None,
-    "nn": None,
-    "models": None,
-    "integrations": None,
-    "diffusion": None,
-    "data": None,
-    "compat": None,
-    "reference": None,
-    "testing": None,
-}
+} | dict.fromkeys(("ops", "nn", "models", "integrations", "diffusion", "data", "compat", "reference", "testing"))
 
 __all__ = ["__version__", *_HOME]
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from . import env
-from .reference.precision import holds_numbers
+from .precision import holds_numbers
 
 
 def show_shape(shape: Sequence[object]) -> str:

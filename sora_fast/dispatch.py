@@ -7,7 +7,7 @@ A backend asked for by name needs no record; it runs or raises: nothing falls ba
 
 import logging
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +16,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import configs, env, records
-from .reference.precision import transformed
+from .precision import no_autocast, transformed
 
 # The one visible order of "auto": kernels, PyTorch's own best composition, then the definition. An op has some of them.
 ORDER = ("cuda", "triton", "torch", "reference")
@@ -241,32 +241,6 @@ def device_name(tensor: torch.Tensor) -> str:
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _autocasts(kind: str) -> bool:
-    """Whether torch.autocast is on for devices of ``kind``; the meta device has no autocast."""
-    return kind != "meta" and torch.is_autocast_enabled(kind)
-
-
-def no_autocast(kind: str):
-    """A context without torch.autocast for devices of ``kind`` (under it even torch.cat refuses some dtypes)."""
-    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
-
-
-def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
-    """The dtype that F.linear would compute in here, or None outside torch.autocast."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if _autocasts(kind) else None
-
-
-def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Cast as F.linear does under torch.autocast: floating tensors other than float64; else leave all alone."""
-    dtype = next((autocast_dtype(t) for t in tensors if t is not None), None)
-    if dtype is None:
-        return tensors
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )
 
 
 def refuse_transforms(op: str, values: Iterable) -> None:

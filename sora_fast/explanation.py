@@ -30,8 +30,6 @@ KINDS = {"reference": "the definition", "torch": "PyTorch's own best composition
 
 def all_ops() -> dict[str, Op]:
     """Every op by name, in the order of the families."""
-    import importlib
-
     found = {}
     for family in ops.FAMILIES:
         for op in importlib.import_module(f"sora_fast.ops.{family}").OPS:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from . import checks
-from .reference.precision import wide_dtype
+from .precision import wide_dtype
 from .to_device import to_device
 
 Grid = tuple[int, int, int]

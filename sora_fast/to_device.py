@@ -2,7 +2,7 @@
 
 import torch
 
-from .reference.precision import holds_numbers
+from .precision import holds_numbers
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

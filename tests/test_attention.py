@@ -12,7 +12,6 @@ from sora_fast import ops, reference
 from sora_fast.testing import assert_matches
 
 OPS = ("varlen_attention", "varlen_attention_forward", "varlen_attention_backward", "merge_attention")
-DIFFERENTIABLE = ("varlen_attention", "merge_attention")
 
 test_error_rule = op_checks.error_rule(OPS)
 

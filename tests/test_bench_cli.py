@@ -11,7 +11,7 @@ import torch
 from cli_checks import refused
 
 from sora_fast.benchmarks import rows, suites
-from sora_fast.cli.bench import slug
+from sora_fast.cli.bench_collect import slug
 from sora_fast.ops import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_checks import refused
+from cli_checks import options, refused
 
 import sora_fast
-from sora_fast.cli.__main__ import is_sentence, main, parser
-from sora_fast.cli.options import read_options
+from sora_fast.cli.__main__ import is_sentence, main
 from sora_fast.explanation import all_ops, explain
 from sora_fast.training.config import DiTTraining, VAETraining
 
@@ -52,11 +51,6 @@ def test_help_and_version(cli):
 
 
 # ---- Settings
-
-
-def options(config, *argv):
-    command = "train-vae" if config is VAETraining else "train"
-    return read_options(parser().parse_args([command, *map(str, argv)]), config)
 
 
 def test_flags_win_over_the_file_and_both_over_defaults(tmp_path):

@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from cli_checks import refused
+from cli_checks import options, refused
 from training_checks import little
 
 from sora_fast.cli.__main__ import parser
-from sora_fast.cli.options import read_options
 from sora_fast.cli.parsing import Parser, meant
 from sora_fast.training import checkpoint, throughput
 from sora_fast.training.config import DiTTraining, VAETraining
@@ -68,7 +67,7 @@ def test_a_key_near_a_setting_is_told(cli, tmp_path):
 # ------------------------------------------------------------------------------------------------ before any work
 def test_eval_blames_the_run_and_not_its_data(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sora_fast.cli.eval.scan", lambda *given, **more: pytest.fail("the folder was read"))
+    monkeypatch.setattr("sora_fast.data.scan", lambda *given, **more: pytest.fail("the folder was read"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"kind": "mae"}')
@@ -99,10 +98,6 @@ def test_lengths_are_checked_before_media_are_read(cli, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ --resume auto
-def options(config, *argv):
-    return read_options(parser().parse_args(["train-vae" if config is VAETraining else "train", *map(str, argv)]), config)
-
-
 def test_resume_auto_goes_on_where_there_is_a_checkpoint(cli, tmp_path):
     run = tmp_path / "run"
     for config in (VAETraining, DiTTraining):

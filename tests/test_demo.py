@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from sora_fast.cli.demo import average_and_interpolate, quality
+from sora_fast.cli.demo_stages import average_and_interpolate, quality
 
 pytest.importorskip("av", reason="the demo extra is not installed")
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sora_fast.cli.demo import WINDOWS
+from sora_fast.cli.demo_stages import WINDOWS
 
 pytestmark = pytest.mark.full
 

@@ -21,7 +21,7 @@ from sora_fast.models import VideoVAE, weights
 from sora_fast.training import checkpoint
 from sora_fast.training.latent_cache import LatentCache
 from sora_fast.training.latents import encode_library
-from sora_fast.training.progress import Events, Table
+from sora_fast.training.logs import Events, Table
 
 resource = pytest.importorskip("resource", reason="this system has no limit on the size of files")
 ROOM = 2000
@@ -210,7 +210,7 @@ def test_the_command_line_tells_it_in_one_sentence(cli, monkeypatch, error, part
 
 def test_figures_of_a_report_are_whole(tmp_path):
     """The writers that commands have of their own go through the same door."""
-    demo = pytest.importorskip("sora_fast.cli.demo")
+    demo = pytest.importorskip("sora_fast.cli.demo_stages")
     (tmp_path / "figures.json").write_text("{}")
     watch = demo.Stopwatch()
     watch.stages = {str(place): 1.0 for place in range(500)}

@@ -13,7 +13,7 @@ import pytest
 
 from sora_fast import files
 from sora_fast.cli.__main__ import main, parser
-from sora_fast.training.progress import Events, Table
+from sora_fast.training.logs import Events, Table
 
 ROOT = Path(__file__).parents[1]
 NAME = os.fsencode("Überzug 雪").decode("ascii", "surrogateescape")  # as Python has it where the encoding is ASCII

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = (
     "pyproject.toml setup.py MANIFEST.in README.md LICENSE CONTRIBUTING.md constraints.txt .ci "
-    "csrc kernels benchmarks sora_fast tests"
+    "csrc docs kernels benchmarks sora_fast tests"
 ).split()
 SHIMS = {"sora_fast/kernels/__init__.py", "sora_fast/benchmarks/__init__.py"}
 

@@ -25,11 +25,8 @@ ARROWS, = re.findall("`(cli -> [^`]*)`", (ROOT / "CONTRIBUTING.md").read_text(en
 FLOOR = {room: floor for floor, rooms in enumerate(ARROWS.split("->")) for room in re.findall(r"\w+", rooms)}
 NEVER = {"kernels": set(FLOOR) - {"kernels"}, "reference": {"kernels", "ops"}, "emulator": set(FLOOR) - {"emulator"},
          "cyclemodel": set(FLOOR) - {"cyclemodel"}}
-# (file, name) of arrows upwards that are known. The first three go when precision moves to the bottom floor.
+# (file, name) of arrows upwards that are known.
 EXCUSED = {
-    ("sora_fast/checks.py", "sora_fast.reference.precision.holds_numbers"),
-    ("sora_fast/pack.py", "sora_fast.reference.precision.wide_dtype"),
-    ("sora_fast/to_device.py", "sora_fast.reference.precision.holds_numbers"),
     ("sora_fast/records.py", "sora_fast."),  # kernels and benchmarks, of which it only asks where they lie
 }
 
@@ -224,7 +221,7 @@ def test_right_arrows_pass():
         "sora_fast/models/vae.py": "from ..nn import convolution\nfrom .checkpoints import load",
         "sora_fast/nn/convolution.py": "import torch\nfrom .. import ops\nfrom ..pack import Pack",
         "sora_fast/ops/convolution.py": "from ..kernels import convolution\nfrom ..reference import x",
-        "sora_fast/reference/convolution.py": "from .precision import wide_dtype",
+        "sora_fast/reference/convolution.py": "from ..precision import wide_dtype",
         "kernels/convolution.py": "import triton\nfrom .loads import load",
         "sora_fast/ops/x.py": "from .. import __version__",
     }

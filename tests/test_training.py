@@ -13,9 +13,10 @@ import pytest
 import torch
 from training_checks import Count, Numbers, Rows, Stop, little, rows_of, same_files, same_rows, stop_at, weights
 
-from sora_fast.training import checkpoint, loop, progress
+from sora_fast import progress
+from sora_fast.named import pick_device
+from sora_fast.training import checkpoint, loop
 from sora_fast.training.config import VAETraining
-from sora_fast.training.loop import pick_device
 
 pytest.importorskip("safetensors", reason="the train extra is not installed")
 

@@ -14,17 +14,11 @@ from sora_fast.data import scan
 from sora_fast.models import VideoVAE
 from sora_fast.models.discriminator import PatchDiscriminator
 from sora_fast.models.vae import PRESETS
+from sora_fast.named import load_function
 from sora_fast.training import checkpoint
 from sora_fast.training import vae as task
 from sora_fast.training.config import VAETraining
-from sora_fast.training.vae_loss import (
-    VAELoss,
-    adaptive_weight,
-    adversary_losses,
-    load_perceptual,
-    modules_of,
-    reconstruction_error,
-)
+from sora_fast.training.vae_loss import VAELoss, adaptive_weight, adversary_losses, modules_of, reconstruction_error
 
 
 def draw(*shape, seed=0):
@@ -231,8 +225,8 @@ def test_errors(tmp_path):
     for words, kind, path in (("a colon before", ValueError, "module"), ("expected to import nowhere_at_all", ImportError,
                               "nowhere_at_all:f"), ("a function 'missing'", ValueError, "math:missing")):
         with pytest.raises(kind, match=words):
-            load_perceptual(path)
-    assert load_perceptual("math:sqrt") is math.sqrt
+            load_function(path, "--perceptual")
+    assert load_function("math:sqrt", "--perceptual") is math.sqrt
     with pytest.raises(ValueError, match="reconstruction"):
         config(tmp_path, reconstruction="l3")
     assert checkpoint.generator(0, "codes", 0).initial_seed() != checkpoint.generator(0, "codes", 100).initial_seed()

@@ -15,7 +15,7 @@ from sora_fast import ops
 from sora_fast.dispatch import use_backend
 from sora_fast.models import VAEConfig, VideoVAE
 from sora_fast.models.vae import PRESETS
-from sora_fast.reference.precision import wide_dtype
+from sora_fast.precision import wide_dtype
 from sora_fast.testing.draw import Draw
 
 from ..providers import installed

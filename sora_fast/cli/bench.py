@@ -1,17 +1,39 @@
-"""sora-fast bench, bench compare, bench report, bench collect, bench readme."""
+"""sora-fast bench."""
 
-import json
-import os
-import re
 from pathlib import Path
 
-import torch
+from ..files import claimed
 
-from ..dispatch import ORDER
-from ..environment import device_label
-from ..files import check_folder, claimed, save_text
-from ..training.loop import pick_device
-from .validate import load_function
+DESCRIPTION = """\
+Measures ops (families patches, modulation, rotary, attention, convolution, normalization, latents)
+and whole models (model). Only what agrees with the reference in float64 gets a time. Writes
+OUT/bench.jsonl and OUT/report.html; the same command goes on where a run was stopped. Exits with 1 if
+one of our backends failed, with 3 if --minutes left cases for the next call.
+
+  sora-fast bench attention --suite full --device cuda
+  sora-fast bench --op norm_modulate --impl my_package.kernels:norm_modulate_fast
+  sora-fast bench compare old/bench.jsonl new/bench.jsonl --fail-slower 5%
+  sora-fast bench report h100/bench.jsonl h200/bench.jsonl --out both"""
+
+
+def add_arguments(parser) -> None:
+    add = parser.add_argument
+    add("families", nargs="*", metavar="FAMILY", help="families to measure (default: all, and model)")
+    add("--suite", choices=("quick", "full", "model"), default="quick",
+        help="quick: small sizes, minutes on a CPU; full: real models' sizes, for a GPU; model: whole steps of real models")
+    add("--quick", action="store_true", help="the same as --suite quick (default: as --suite says)")
+    add("--device", default="auto", help="auto, cpu, cuda")
+    add("--l2", choices=("cold", "hot"),
+        help="whether inputs have left the GPU's L2 when they are read (default: cold on a GPU, hot on a CPU)")
+    add("--providers", nargs="+", metavar="NAME", help="only these (default: all)")
+    add("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT (default: all)")
+    add("--op", metavar="OP", help="only cases of this op (default: all)")
+    add("--impl", metavar="PKG.MOD:FN",
+        help="your function for --op, measured beside all others: it takes the op's keyword arguments (default: none)")
+    add("--list", action="store_true", help="print the cases and their providers (default: measure)")
+    add("--minutes", type=float, default=0.0, help="begin no case after so long; 0: never stop")
+    add("--fresh", action="store_true", help="begin again (default: go on with OUT/bench.jsonl)")
+    add("--out", default="out/bench", help="folder for rows and report")
 
 
 def run(arguments) -> int:
@@ -21,6 +43,8 @@ def run(arguments) -> int:
     """
     from ..benchmarks import report, suites, timing
     from ..benchmarks.runner import Runner, Settings
+    from ..dispatch import ORDER
+    from ..named import pick_device
 
     device = pick_device(arguments.device)
     if device.type not in ("cpu", "cuda"):
@@ -68,10 +92,11 @@ def run(arguments) -> int:
 def _with_function(work: list[tuple], op: str | None, path: str) -> tuple[list[tuple], str]:
     """The cases of ``op`` with the function ``path`` as one more provider, and that provider's name."""
     from ..benchmarks.case import Provider
+    from ..named import load_function
 
     if not op:
         raise ValueError("bench: expected --op beside --impl, got none; name the op that your function computes")
-    function = load_function(path)
+    function = load_function(path, "--impl")
     name = getattr(function, "__name__", path.rpartition(":")[2])
     taken = {provider.name for _, _, providers in work for provider in providers}
     if name in taken:
@@ -82,6 +107,10 @@ def _with_function(work: list[tuple], op: str | None, path: str) -> tuple[list[t
 
 
 def _say_conditions(settings) -> None:
+    import torch
+
+    from ..environment import device_label
+
     where = device_label(settings.device)
     threads = f", {torch.get_num_threads()} threads" if settings.device.type == "cpu" else f", L2 {settings.l2}"
     print(f"{where}{threads}, torch {torch.__version__}, suite {settings.suite}")
@@ -94,78 +123,3 @@ def line(row: dict) -> str:
         return f"{name} {row['status']:11s} {row['reason']}"
     share = f"{row['share']:6.1%} of the floor" if row["share"] is not None else ""
     return f"{name} {row['median_ms']:11.4f} ms  {share}"
-
-
-def compare(arguments) -> int:
-    """Print a verdict for every row that two runs share; 1 if one is slower by more than --fail-slower."""
-    from ..benchmarks import compare as comparing
-    from ..benchmarks import rows
-
-    result = comparing.compare(rows.read(arguments.base), rows.read(arguments.new), fraction(arguments.fail_slower))
-    print(result)
-    return result.exit_code
-
-
-def fraction(text: str) -> float:
-    """0.05 of "5%" or "0.05"."""
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 10:
-        raise ValueError(f"--fail-slower: expected a share such as 5% or 0.05, got {text!r}; write it so")
-    return value
-
-
-def report(arguments) -> int:
-    """Write report.html, report.md and report.csv of one or more runs; the files of one folder are one run."""
-    from ..benchmarks import report as reporting
-    from ..benchmarks import rows
-
-    check_folder("--out", Path(arguments.out))
-    runs: dict[str, list] = {}
-    for path in arguments.files:
-        found = rows.read(path)
-        if not found:
-            raise ValueError(f"bench report: expected rows in {path}, got none; pass the bench.jsonl of a finished run")
-        runs.setdefault(Path(path).resolve().parent.name, []).extend(found)
-    reporting.write(list(runs.items()), Path(arguments.out))
-    print(f"wrote {Path(arguments.out) / 'report.html'}, report.md and report.csv")
-    return 0
-
-
-def collect(arguments) -> int:
-    """Copy the result files of a GPU run into benchmarks/results/<gpu>/ of this checkout."""
-    from .. import benchmarks
-    from ..benchmarks import rows
-
-    folder = Path(arguments.folder)
-    files = {path.name: rows.read(path) for path in sorted(folder.glob("*.jsonl"))}
-    if not files:
-        raise ValueError(f"bench collect: expected *.jsonl files in {folder}, got none; pass the folder that gpu_run.sh "
-                         f"wrote")
-    measured_on = {(row["environment"]["kind"], row["environment"]["device"]) for found in files.values() for row in found}
-    if len(measured_on) != 1 or "cpu" in next(iter(measured_on)):
-        names = ", ".join(sorted(device for _, device in measured_on)) or "no rows"
-        raise ValueError(f"bench collect: expected the rows of one GPU, got {names}; results of CPUs are not kept")
-    ((_, device),) = measured_on
-    target = Path(benchmarks.__path__[0]) / "results" / slug(device)
-    target.mkdir(parents=True, exist_ok=True)
-    for name, found in files.items():
-        save_text(target / name, "".join(json.dumps(row) + "\n" for row in found))
-    print(f"wrote {len(files)} files to {os.path.relpath(target)}; sora-fast bench readme brings README.md up to date")
-    return 0
-
-
-def slug(device: str) -> str:
-    """"nvidia-h200" of "NVIDIA H200"."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
-def readme(arguments) -> int:
-    """Write README.md's measured tables from the committed results, or say that they differ."""
-    from ..benchmarks import tables
-
-    tables.update_readme(Path(arguments.file), check=arguments.check)
-    print(f"{arguments.file} {'matches' if arguments.check else 'holds'} the committed results")
-    return 0

@@ -1,323 +1,34 @@
-"""sora-fast demo: the whole system on real clips and photos, in minutes on a CPU.
+"""sora-fast demo."""
 
-T frames, H lines, W columns.
-"""
-
-import copy
-import json
-import os
-import platform
 import shutil
-import time
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 
-import torch
-import torch.nn.functional as F
+from ..files import claimed
 
-from ..data import FitPolicy, MediaItem, demo_media, read_clip, to_pixels, to_uint8, write_image, write_video
-from ..data.frames import Frames
-from ..diffusion import MediaPrompt
-from ..evaluation import psnr, ssim
-from ..files import claimed, save_text
-from ..models import VideoVAE
-from ..training import dit as dit_task
-from ..training import memory
-from ..training import vae as vae_task
-from ..training.config import DiTTraining, VAETraining
-from ..training.latents import LatentClip, save_library
-from ..training.loop import Trainer, pick_device
-from ..training.throughput import pick_precision
-from .demo_report import write_report
-from .generate import sample
-
-FPS = 12.5
-TRAIN_SPAN = (0.0, 0.8)  # of each clip, for both trainings; the rest is only ever looked at
-FRAMES = 9
-
-# The windows that the DiT learns by caption: file, start in seconds (None: an image), caption.
-WINDOWS = (
-    ("bigbuckbunny.mp4", 0.4, "a grey rabbit crawls out of a burrow in a green hill"),
-    ("bigbuckbunny.mp4", 2.6, "a big grey rabbit stands before a burrow and stretches an arm"),
-    ("bikes.mp4", 4.4, "a cyclist in a helmet waits beside a van at a street corner"),
-    ("bikes.mp4", 6.2, "a bicycle leans on a railing before a street with cars"),
-    ("carphone_pristine.mp4", 0.6, "a man in a dark suit and a red bow tie talks in a car"),
-    ("astronaut.png", None, "a smiling astronaut in an orange space suit"),
-    ("chelsea.png", None, "the face of a tabby cat"),
-    ("coffee.png", None, "a red cup of coffee on a wooden table"),
-    ("rocket.jpg", None, "a white rocket on its launch pad at dusk"),
-    ("motorcycle_left.png", None, "a red motorcycle in a garage"),
-    ("retina.jpg", None, "the retina of an eye, a red disc on black"),
-    ("camera.png", None, "a black and white photo of a man behind a camera"),
-    ("color.png", None, "a colour wheel on black"),
-)
-# Sizes that no training sample has: another aspect ratio, a still of a clip, a wider frame.
-NEW_SIZES = (
-    (1, (1, 96, 160), "a clip's caption as an image"),
-    (4, (5, 96, 96), "a shorter clip in another shape"),
-    (5, (1, 128, 96), "a photo in another shape"),
-)
-
-# Images and clips as prompts: what is shown, the window of the caption, the sample's frames (None: the window's own), and
-# what is given of the real windows.
-PROMPTED = (
-    ("image to video", 4, None, lambda real, f: MediaPrompt.after(real[4][:1], f)),
-    ("extension forward", 0, None, lambda real, f: MediaPrompt.after(real[0][: 1 + f], f)),
-    ("extension backward", 1, None, lambda real, f: MediaPrompt.before(real[1][-f:], f)),
-    ("loop", 1, None, lambda real, f: MediaPrompt.loop(real[1][: 1 + f], f)),
-    ("interpolation", 1, 13, lambda real, f: MediaPrompt.between(real[0][-1 - f :], real[1][:f], f)),
-    ("SDEdit, strength 0.7", 12, None, lambda real, f: MediaPrompt.edit(real[10], 0.7)),
-)
+DESCRIPTION = """\
+The whole system on three real clips and twelve photos that come with two Python packages: trains
+the tiny VAE and the tiny DiT, generates clips and images from captions, images and clips, and
+writes OUT/report.html.
+About six and a half minutes on two CPU cores."""
 
 
-class Stopwatch:
-    """Seconds of each stage, in order."""
-
-    def __init__(self):
-        self.stages: dict[str, float] = {}
-        self.start = time.perf_counter()
-
-    @contextmanager
-    def stage(self, name: str):
-        print(f"[{self.total() / 60:4.1f} min] {name}", flush=True)
-        begin = time.perf_counter()
-        yield
-        self.stages[name] = time.perf_counter() - begin
-
-    def total(self) -> float:
-        return time.perf_counter() - self.start
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """One clip never seen in training: real, decoded and baseline frames uint8 (T, H, W, 3), and their figures in dB."""
-
-    name: str
-    real: torch.Tensor
-    decoded: torch.Tensor
-    baseline: torch.Tensor
-    psnr: float
-    ssim: float
-    baseline_psnr: float
-    baseline_ssim: float
-    start_psnr: float  # of the VAE before its first step, its linear path alone
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A generated clip beside the real one it was trained on (None for sizes that were never trained), or, for a
-    ``MediaPrompt``, the given frames at its beginning and end; for an edit the real one is what was edited."""
-
-    caption: str
-    note: str
-    generated: torch.Tensor
-    real: torch.Tensor | None
-    file: str
-    given: tuple[int, int] | None = None
+def add_arguments(parser) -> None:
+    add = parser.add_argument
+    add("--out", default="out/demo", help="folder for the report and all beside it")
+    add("--vae-steps", type=int, default=500, help="training steps of the VAE")
+    add("--dit-steps", type=int, default=1000, help="training steps of the DiT")
+    add("--minutes", type=float, default=8.0, help="on a slow machine, shorten both trainings to end about then; 0: never")
+    add("--device", default="auto", help="auto, cpu, cuda")
+    add("--threads", type=int, default=0, help="CPU threads; 0: whichever is faster, one or all")
+    add("--seed", type=int, default=0, help="seed of everything")
 
 
 def run(arguments) -> int:
+    from .demo_stages import demo
+
     out = Path(arguments.out)
     with claimed(out):
         for name in ("vae", "dit"):  # a demo starts from nothing; longer work has train --resume
             with claimed(out / name):  # unless somebody trains in it
                 shutil.rmtree(out / name, ignore_errors=True)
-        return _demo(arguments, out)
-
-
-def _demo(arguments, out: Path) -> int:
-    watch = Stopwatch()
-    torch.manual_seed(arguments.seed)
-    threads = arguments.threads or fastest_threads()
-    torch.set_num_threads(threads)
-    precision = pick_precision("auto", pick_device(arguments.device))
-    common = dict(seed=arguments.seed, device=arguments.device, threads=threads, precision=precision, tensorboard=False,
-                  save_every=10**9)
-
-    with watch.stage("find the clips and photos"):
-        items = demo_media()
-        clips, photos = [i for i in items if i.kind == "clip"], [i for i in items if i.kind == "image"]
-        print(f"  {len(clips)} clips, {len(photos)} photos; {threads} CPU threads; {precision}; everything "
-              f"goes to {out}")
-    with watch.stage("train the VAE"):
-        trainer = vae_task.make_trainer(
-            VAETraining(out=str(out / "vae"), steps=arguments.vae_steps, minutes=0.5 * arguments.minutes, fps=FPS,
-                        **common), items, span=TRAIN_SPAN)
-        print("  " + memory.estimate(trainer))
-        before = copy.deepcopy(trainer.modules["vae"]).eval()
-        trainer.run()
-        vae = vae_task.finish(trainer)
-        vae_losses, vae_steps = trainer.rows, trainer.step
-    with watch.stage("reconstruct frames never seen in training"):
-        reconstructions = reconstruct(vae, before, clips)
-        for r in reconstructions:
-            print(f"  {r.name}: {r.real.shape[1]} x {r.real.shape[2]}, PSNR {r.psnr:.2f} dB, SSIM {r.ssim:.3f}; averaged "
-                  f"4x8x8 and interpolated back {r.baseline_psnr:.2f} dB, {r.baseline_ssim:.3f}: "
-                  f"{r.psnr - r.baseline_psnr:+.2f} dB (before training {r.start_psnr:.2f} dB)")
-            write_video(out / "reconstructions" / f"{Path(r.name).stem}.mp4", torch.cat([r.real, r.decoded], dim=2), FPS)
-    with watch.stage("encode the latents"):
-        config = DiTTraining(out=str(out / "dit"), vae=str(out / "vae"), steps=arguments.dit_steps, lr=2e-3, warmup=30,
-                             short_side=96, fps=FPS, frames=FRAMES, budget=1024, look_ahead=52, timesteps="uniform",
-                             shift="2.0", ema=0.99, **common)
-        latents, real = encode_windows(vae, items, config)
-        save_library(out / "latents", latents)
-        print(f"  {len(latents)} latents, {sum(c.latent[0].numel() // 4 for c in latents):,} tokens")
-    with watch.stage("train the DiT on packs of clips and images"):
-        left = arguments.minutes - watch.total() / 60 - 0.08 * arguments.minutes if arguments.minutes else 0.0
-        trainer = dit_task.make_trainer(replace(config, minutes=max(left, 0.5) if arguments.minutes else 0.0), vae, latents)
-        print("  " + memory.estimate(trainer))
-        trainer.run()
-    with watch.stage("generate"):
-        found = dit_task.load_run(str(out / "dit"), pick_device(arguments.device))
-        samples = generate_all(found, latents, real, out, arguments)
-    with watch.stage("generate from images and clips"):
-        prompted = generate_prompted(found, real, out, arguments)
-    report = write_report(out, reconstructions=reconstructions, samples=samples, prompted=prompted, stages=watch.stages,
-                          losses={f"VAE, {vae_steps} steps": vae_losses, f"DiT, {trainer.step} steps": trainer.rows},
-                          facts=facts(arguments, threads, vae, trainer))
-    save_figures(out, reconstructions, watch)
-    print(f"[{watch.total() / 60:4.1f} min] done: open {report}")
-    return 0
-
-
-def fastest_threads() -> int:
-    """All cores, unless something else is using them: a thread that waits for a busy core slows all others down."""
-    most, times = torch.get_num_threads(), {}
-    x, w = torch.randn(2, 64, 9, 32, 32), torch.randn(64, 64, 3, 3, 3)
-    for threads in {1, most}:
-        torch.set_num_threads(threads)
-        F.conv3d(x, w)
-        start = time.perf_counter()
-        for _ in range(5):
-            F.conv3d(x, w)
-        times[threads] = time.perf_counter() - start
-    return min(times, key=times.get)
-
-
-@torch.no_grad()
-def reconstruct(vae: VideoVAE, before: VideoVAE, clips: list[MediaItem]) -> list[Reconstruction]:
-    """The held-out end of each clip through the VAE, and averaged down to the latent's size and interpolated back."""
-    f, step = vae.config.space_factor, vae.config.time_factor
-    frames = Frames(clips, FitPolicy(short_side=180, fps=FPS, space_multiple=f, time_factor=step),
-                    span=(TRAIN_SPAN[1], 1.0), progress=False)
-    results = []
-    for index in range(len(frames)):
-        length = (frames.frames(index) - 1) // step * step + 1
-        real = frames.window(index, 0, length)
-        video = to_pixels(real)[None]
-        decoded, start = (torch.cat(list(v.decode_stream(v.encode_stream(video))), dim=2) for v in (vae, before))
-        baseline = average_and_interpolate(video, step, f)
-        figures = [quality(to_uint8(v[0]), real) for v in (decoded, baseline, start)]
-        results.append(Reconstruction(frames.item(index).path.name, real, to_uint8(decoded[0]), to_uint8(baseline[0]),
-                                      *figures[0], *figures[1], figures[2][0]))
-    return results
-
-
-def average_and_interpolate(video, step: int, f: int):
-    """What a latent of that size holds without learning: the first frame alone, then groups of ``step`` frames,
-    averaged over ``f`` x ``f`` pixels, and trilinear interpolation back."""
-    first, rest = video[:, :, :1], video[:, :, 1:]
-    first = F.interpolate(F.avg_pool3d(first, (1, f, f)), size=first.shape[2:], mode="trilinear")
-    if rest.shape[2] == 0:
-        return first
-    rest = F.interpolate(F.avg_pool3d(rest, (step, f, f)), size=rest.shape[2:], mode="trilinear")
-    return torch.cat([first, rest], dim=2)
-
-
-def quality(got_THWC: torch.Tensor, real_THWC: torch.Tensor) -> tuple[float, float]:
-    """PSNR in dB over the whole clip, and SSIM averaged over frames, of uint8 clips."""
-    return psnr(got_THWC, real_THWC), float(ssim(got_THWC, real_THWC).mean())
-
-
-@torch.no_grad()
-def encode_windows(vae: VideoVAE, items: list[MediaItem], config: DiTTraining):
-    """Latents of WINDOWS and the real frames beside them."""
-    by_name = {item.path.name: item for item in items}
-    policy = dit_task.policy_for(config, vae, (1, 2, 2))
-    latents, real = [], []
-    for name, start, caption in WINDOWS:
-        item = by_name[name]
-        frames, height, width = policy.fit_item(item)
-        if item.kind == "image":
-            frames, height, width = replace(policy, short_side=128).fit_item(item)
-        clip = read_clip(item, frames=frames, start=start or 0.0, fps=policy.read_fps(item.fps), size=(height, width))
-        device = vae.latent_mean.device
-        latents.append(LatentClip(vae.encode(to_pixels(clip)[None].to(device))[0].cpu(), caption, name, 0, frames, FPS))
-        real.append(clip)
-    return latents, real
-
-
-def generate_all(found: dit_task.Generator, latents, real, out: Path, arguments) -> list[Sample]:
-    """Every caption at its own size, and a few at sizes that were never trained, in two packs."""
-    captions = [clip.caption for clip in latents]
-    sizes = [tuple(clip.shape[:3]) for clip in real]
-    own = sample(found, captions, sizes, steps=25, guidance=1.0, seed=arguments.seed)
-    new = sample(found, [captions[i] for i, _, _ in NEW_SIZES], [size for _, size, _ in NEW_SIZES], steps=25, guidance=1.0,
-                 seed=arguments.seed + len(own))
-    rows = [(caption, "trained size", made, true) for caption, made, true in zip(captions, own, real, strict=True)]
-    rows += [(captions[i], note, made, None) for (i, _, note), made in zip(NEW_SIZES, new, strict=True)]
-    samples = []
-    for index, (caption, note, made, true) in enumerate(rows):
-        name = f"{index:02d}-{'-'.join(caption.split()[1:4])}"
-        shown = made if true is None else torch.cat([true, made], dim=2)
-        samples.append(Sample(caption, note, made, true, _save(out, name, shown, made, f"{caption!r}, {note}")))
-    return samples
-
-
-def generate_prompted(found: dit_task.Generator, real, out: Path, arguments) -> list[Sample]:
-    """Every way of prompting with images and clips, in one pack."""
-    step = found.vae.config.time_factor
-    media = [given(real, step) for *_, given in PROMPTED]
-    captions = [WINDOWS[window][2] for _, window, _, _ in PROMPTED]
-    pictures = [(m.source if m.source is not None else real[window]).shape[:3] for m, (_, window, _, _) in
-                zip(media, PROMPTED, strict=True)]
-    sizes = [(frames or own[0], *own[1:]) for own, (_, _, frames, _) in zip(pictures, PROMPTED, strict=True)]
-    made = sample(found, captions, sizes, steps=25, guidance=1.0, seed=arguments.seed + 100, media=media)
-    samples = []
-    for (note, *_), caption, clip, m in zip(PROMPTED, captions, made, media, strict=True):
-        for seam in m.seams(clip, step):
-            own = "" if seam.largest is None else f", {seam.largest:.1f} at most between real ones"
-            note += f"; {seam.place} neighbouring frames differ by {seam.jump:.1f} of 255{own}"
-        begin, end = m.given(step)
-        shown = clip if m.source is None else torch.cat([m.source, clip], dim=2)
-        name = f"{note.split(';')[0].split(',')[0].replace(' ', '-')}"
-        samples.append(Sample(caption, note, clip, m.source, _save(out, name, shown, clip, f"{caption!r}, {note}"),
-                              (begin, 0 if m.cut else end)))
-    return samples
-
-
-def _save(out: Path, name: str, shown, made, note: str) -> str:
-    """Write ``shown`` as samples/name.mp4 or .png, tell it, and return the file's name."""
-    path = out / "samples" / name
-    if made.shape[0] == 1:
-        file = write_image(path.with_suffix(".png"), shown[0])
-    else:
-        file = write_video(path.with_suffix(".mp4"), shown, FPS)
-    print(f"  {file}: {'x'.join(map(str, made.shape[:3]))}, {note}")
-    return file.name
-
-
-def facts(arguments, threads: int, vae: VideoVAE, trainer: Trainer) -> dict[str, str]:
-    """What the report says about where and how it was made."""
-    millions = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters"
-    return {
-        "command": f"sora-fast demo --out {quote(arguments.out)} --vae-steps {arguments.vae_steps} --dit-steps "
-                   f"{arguments.dit_steps} --minutes {arguments.minutes:g} --seed {arguments.seed}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {threads} threads, Python "
-                   f"{platform.python_version()}, torch {torch.__version__}, device {trainer.device}, "
-                   f"{trainer.config.precision}",
-        "VAE": f"preset tiny, {millions(vae)}, {vae.config.time_factor} x {vae.config.space_factor} x "
-               f"{vae.config.space_factor}, {vae.config.latent_channels} channels",
-        "DiT": f"preset tiny with byte-level text encoder, {millions(trainer.modules)}; {trainer.samples:,} samples, "
-               f"{trainer.tokens:,} tokens, {trainer.pad / (trainer.tokens + trainer.pad):.1%} of the packs empty",
-    }
-
-
-def save_figures(out: Path, reconstructions: list[Reconstruction], watch: Stopwatch) -> None:
-    """The printed figures as JSON, for whoever compares runs."""
-    rows = [dict(clip=r.name, frames=r.real.shape[0], lines=r.real.shape[1], columns=r.real.shape[2], psnr=r.psnr,
-                 ssim=r.ssim, baseline_psnr=r.baseline_psnr, baseline_ssim=r.baseline_ssim,
-                 start_psnr=r.start_psnr) for r in reconstructions]
-    save_text(out / "figures.json", json.dumps(dict(reconstructions=rows, seconds=watch.stages), indent=1))
+        return demo(arguments, out)

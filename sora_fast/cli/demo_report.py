@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..evaluation.plots import png
 from ..explanation import explain
 from ..files import save_text
 
@@ -64,19 +65,12 @@ def strip(clip_THWC: torch.Tensor, given: tuple[int, int], alt: str) -> str:
 
 def plot(title: str, rows: Sequence[Mapping]) -> str:
     """An <img> of a loss curve."""
-    import matplotlib
+    def draw(axes):
+        axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#2a78d6", linewidth=1.2)
+        axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5.2, 3.0), layout="constrained")
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#2a78d6", linewidth=1.2)
-    axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150)
-    pyplot.close(figure)
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    data = base64.b64encode(png(draw, size=(5.2, 3.0))).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
 
 
 def write_report(out: Path, *, reconstructions, samples, prompted, stages: Mapping[str, float], losses,

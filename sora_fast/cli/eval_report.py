@@ -1,16 +1,83 @@
-"""Pictures and report.html of sora-fast eval: one file, pictures inside. T frames, H lines, W columns."""
+"""What sora-fast eval has found: tables, pictures, and report.html, one file, pictures inside.
+
+T frames, H lines, W columns.
+"""
 
 import html
-import io
+import json
+import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ..evaluation import TimestepLosses
-from ..files import save_text
+from ..data.media import shown
+from ..evaluation import TimestepLosses, frechet
+from ..evaluation.features import sentence
+from ..evaluation.plots import png
+from ..files import replace, save_text
+from ..training.dit import FPS
 from .demo_report import STYLE, picture
+
+
+@dataclass
+class Findings:
+    """What an evaluation found: facts and figures for eval.json, lines of tables for people, pictures for the report."""
+
+    kind: str
+    facts: dict[str, str]
+    figures: dict = field(default_factory=dict)
+    heads: tuple[str, ...] = ()
+    table: list[tuple[str, ...]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    plot: bytes = b""
+    pictures: list[tuple[str, torch.Tensor]] = field(default_factory=list)  # (caption, clip)
+    fps: float = FPS
+
+    def skip(self, name: str, reason: str) -> None:
+        print(f"skipped {shown(name)}: {shown(reason)}", flush=True)
+        self.skipped.append((shown(name), shown(reason)))
+
+    def distance(self, real: torch.Tensor, got: torch.Tensor) -> None:
+        """The Frechet distance of features, (samples, D)."""
+        if min(len(real), len(got)) < 2:
+            self.notes.append("No Frechet distance: it needs two samples or more; give more media, or fewer "
+                              "--feature-frames.")
+            return
+        distance = frechet(got, real)
+        self.figures["frechet"] = dict(distance=distance, samples=len(got), real_samples=len(real), dimensions=real.shape[1])
+        self.notes.append(sentence(len(got), len(real), real.shape[1], distance))
+
+    def tell(self) -> None:
+        rows = [self.heads, *self.table]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(self.heads))]
+        for row in rows:
+            print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
+                            for i, (cell, width) in enumerate(zip(row, widths, strict=True))))
+        print("\n".join(self.notes))
+        if self.skipped:
+            print(f"{len(self.skipped)} files were skipped; eval.json and the report name them")
+
+    def save(self, out: Path) -> None:
+        """eval.json (null: not defined, or infinite), eval.png where there is matplotlib, report.html."""
+        figures = dict(kind=self.kind, **self.facts, **self.figures, notes=self.notes,
+                       skipped=[dict(file=name, reason=why) for name, why in self.skipped])
+        save_text(out / "eval.json", json.dumps(_finite(figures), indent=1, allow_nan=False))
+        if self.plot:
+            replace(out / "eval.png", lambda path: path.write_bytes(self.plot))
+        write_report(out / "report.html", self)
+
+
+def _finite(value):
+    """``value`` with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sheet(rows: Sequence[Sequence[torch.Tensor]], gap: int = 4) -> torch.Tensor:
@@ -31,23 +98,6 @@ def sheet(rows: Sequence[Sequence[torch.Tensor]], gap: int = 4) -> torch.Tensor:
     return grid
 
 
-def _figure(draw) -> bytes:
-    """A PNG of what ``draw(axes)`` puts on axes; nothing where matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return b""
-    # Not pyplot's: that would choose a backend for everybody.
-    figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    draw(axes)
-    axes.grid(alpha=0.3)
-    data = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(data)
-    return data.getvalue()
-
-
 def vae_plot(curves: Mapping[str, Sequence[float]], most: int = 8) -> bytes:
     """PSNR of each frame, by path; of many clips the ``most`` with the worst frames."""
     def draw(axes):
@@ -57,7 +107,7 @@ def vae_plot(curves: Mapping[str, Sequence[float]], most: int = 8) -> bytes:
         axes.set(title="reconstruction" + (f", the {most} clips with the worst frames" if len(curves) > most else ""),
                  xlabel="frame", ylabel="PSNR, dB")
         axes.legend(frameon=False, fontsize="small")
-    return _figure(draw)
+    return png(draw)
 
 
 def timestep_plot(losses: TimestepLosses) -> bytes:
@@ -70,11 +120,11 @@ def timestep_plot(losses: TimestepLosses) -> bytes:
         axes.set(title=f"loss over timesteps, averaged weights; mean {losses.mean:.4f}",
                  xlabel="timestep (0 clean, 1000 noise)", ylabel="loss", xlim=(0, 1000))
         axes.legend(frameon=False, fontsize="small")
-    return _figure(draw)
+    return png(draw)
 
 
-def write_report(path: Path, found) -> Path:
-    """One page, atomically: figures, plot, pictures, how it was made, what was skipped. ``found``: Findings of eval.py."""
+def write_report(path: Path, found: Findings) -> Path:
+    """One page, atomically: figures, plot, pictures, how it was made, what was skipped."""
     cells = lambda values, tag="td": "".join(
         f'<{tag}{" class=number" if i else ""}>{html.escape(value)}</{tag}>' for i, value in enumerate(values))
     pairs = lambda rows: "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in rows)

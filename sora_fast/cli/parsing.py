@@ -1,9 +1,11 @@
-"""A parser that takes flags and commands by their whole names, and says which one was probably meant."""
+"""A parser that takes flags and commands by their whole names, and says which one was probably meant; what flags share."""
 
 import argparse
 import difflib
 import re
 from collections.abc import Iterable
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -11,6 +13,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings):
         super().__init__(**settings, allow_abbrev=False)
+
+    def add_argument(self, *names, **settings):
+        """The help ends with the default, unless it says so itself."""
+        if settings.get("default") not in (None, argparse.SUPPRESS) and "(default" not in settings["help"]:
+            settings["help"] += " (default: %(default)s)"
+        return super().add_argument(*names, **settings)
 
     def parse_known_args(self, args=None, namespace=None):
         self._check_names(list(args or ()))
@@ -41,3 +49,8 @@ def meant(came: str, known: Iterable[str]) -> str:
     known = list(known)
     near = [name for name in known if name.startswith(came)] or difflib.get_close_matches(came, known, 1)
     return f"did you mean {' or '.join(near)}? " if 0 < len(near) <= 3 else ""
+
+
+def typed(text: str) -> str:
+    """A flag's text as it was typed, also where Python took its bytes for no letters of the system's encoding."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -4,12 +4,39 @@ import importlib.util
 from collections import Counter
 from pathlib import Path
 
-from .. import configs, env
-from ..environment import device_label
+from .. import env
 from ..files import check_file
-from ..ops import FAMILIES
-from ..training.loop import pick_device
-from ..training.progress import Progress
+from ..progress import Progress
+
+DESCRIPTION = """\
+Goes through the benchmark's cases on a GPU. What a kernel may be launched with passes the benchmark's
+gate or is out; the rest is timed beside the heuristic, on the same inputs, in turns. What is faster by
+more than the noise is kept with its figures in SORA_FAST_CACHE (default ~/.cache/sora_fast): launches
+on this GPU find it, for exactly this problem, kernel source and Triton. The same command goes on where
+a run was stopped. Exits with 1 if a case could not be tuned, with 3 if --minutes left cases for the
+next call. With TRITON_INTERPRET=1 and --device cpu the tuner itself can be tried without a GPU.
+
+  sora-fast tune --minutes 20
+  sora-fast tune modulation --case 'Wan 14B'
+  sora-fast tune --from benchmarks/results/nvidia-h200/tune.jsonl --ship"""
+
+
+def add_arguments(parser) -> None:
+    add = parser.add_argument
+    add("families", nargs="*", metavar="FAMILY", help="families to tune (default: all)")
+    add("--suite", choices=("quick", "full"), default="full",
+        help="whose cases: full has real models' sizes, quick small ones")
+    add("--quick", action="store_true", help="the same as --suite quick (default: as --suite says)")
+    add("--device", default="auto", help="auto, cpu, cuda")
+    add("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT (default: all)")
+    add("--candidates", type=int, default=0, metavar="N", help="try no more than the first N of a kernel's; 0: all")
+    add("--minutes", type=float, default=0.0, help="begin nothing after so long; 0: never stop")
+    add("--fresh", action="store_true", help="measure again what is in --out (default: go on)")
+    add("--out", default="out/tune.jsonl", metavar="FILE", help="a row for each lookup")
+    add("--ship", action="store_true",
+        help="keep winners in this checkout's sora_fast/tuning/configs (default: in your cache)")
+    add("--from", dest="source", metavar="FILE",
+        help="measure nothing: keep the winners in FILE, the --out of another run (default: measure)")
 
 
 def run(arguments) -> int:
@@ -22,6 +49,8 @@ def run(arguments) -> int:
         return _keep(arguments.source, root)
     check_file("--out", Path(arguments.out))
     from ..benchmarks import timing
+    from ..environment import device_label
+    from ..named import pick_device
     from ..tuning.tuner import Settings, Tuner
 
     device = pick_device(arguments.device)
@@ -57,6 +86,8 @@ def _check_kernels_run(device, ship: bool) -> None:
 
 
 def _shipped() -> Path:
+    from .. import configs
+
     if not (configs.SHIPPED.parents[2] / "pyproject.toml").is_file():
         raise ValueError(f"tune: expected --ship in a checkout of the sources, got the installed package in "
                          f"{configs.SHIPPED.parents[1]}; leave --ship out to write to your cache")
@@ -66,6 +97,7 @@ def _shipped() -> Path:
 def _work(families: list[str], suite: str, text: str) -> list[tuple]:
     """(family, case, its Triton provider) of every case to go through."""
     from ..benchmarks import suites
+    from ..ops import FAMILIES
 
     unknown = [name for name in families if name not in FAMILIES]
     if unknown:

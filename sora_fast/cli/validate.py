@@ -1,40 +1,39 @@
 """sora-fast validate."""
 
-import importlib
 import multiprocessing
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import torch
-
-from .. import records
-from ..explanation import all_ops
 from ..files import check_file, save_text
-from ..testing import Report, emulated_gpu, validate
-from ..testing.validation import Row
-from ..training.loop import pick_device
+from .parsing import DTYPES
+
+DESCRIPTION = """\
+Ours:  sora-fast validate --op norm_modulate --backend torch
+Yours: sora-fast validate --op norm_modulate --impl my_package.kernels:norm_modulate
+Your function takes the op's keyword arguments and returns what it returns.
+Without a GPU: --device emulated:sm90 executes the PTX of Triton kernels, yours too, for that GPU.
+A whole model of diffusers beside its accelerated self, layer by layer:
+       sora-fast validate --model AutoencoderKLWan      (tiny and random)
+       sora-fast validate --model path/to/vae           (a folder of save_pretrained)"""
 
 
-def load_function(path: str):
-    """The function ``pkg.mod:fn``, looked for in the working folder too."""
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise ValueError(f"--impl: expected pkg.mod:fn, got {path!r}; put a colon before the function's name")
-    if not all(part.isidentifier() for part in module.split(".")):
-        raise ValueError(f"--impl: expected pkg.mod:fn with the name of a module, got {module!r}; write it as an import "
-                         f"does, and run in its folder")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"--impl: expected to import {module} from here or from what is installed, got: {error}; check "
-                          f"the name, or run in its folder") from error
-    if not callable(getattr(found, name, None)):
-        raise ValueError(f"--impl: expected a function {name!r} in {module}, got none; check the name")
-    return getattr(found, name)
+def add_arguments(parser) -> None:
+    add = parser.add_argument
+    add("--op", action="append", help="op to check; repeat for several (default: all)")
+    add("--impl", metavar="PKG.MOD:FN", help="your function, for one --op")
+    add("--model", metavar="CLASS|FOLDER",
+        help="a model of diffusers, plain and accelerated, in place of ops (default: ops)")
+    add("--backend", action="append", help="backend of ours; repeat for several (default: all there are)")
+    add("--dtype", action="append", choices=DTYPES, help="repeat for several (default: the last three)")
+    add("--device", default="cpu", help="cpu, cuda, or a GPU that is emulated, as in emulated:sm90")
+    add("--schedules", type=int, metavar="N", help="emulated: each launch under N schedules: asynchronous copies late, "
+                                                   "early, at random times (default: late alone)")
+    add("--race", action="store_true", help="emulated: look for races and missing fences too (default: not)")
+    add("--counters", action="store_true", help="emulated: what each kernel executed and moved (default: not)")
+    add("--jobs", type=int, default=1, metavar="N", help="emulated: N processes")
+    add("--jsonl", metavar="FILE", help="also write a line of JSON per op, backend, dtype and direction")
 
 
 def run(arguments) -> int:
@@ -45,6 +44,11 @@ def run(arguments) -> int:
     """
     if arguments.model is not None:
         return _model(arguments)
+    import torch
+
+    from ..explanation import all_ops
+    from ..named import load_function
+
     table = all_ops()
     unknown = [name for name in arguments.op or () if name not in table]
     if unknown:
@@ -62,10 +66,11 @@ def run(arguments) -> int:
         check_file("--jsonl", Path(arguments.jsonl))
     device = _device(arguments)
     dtypes = [getattr(torch, name) for name in arguments.dtype or ("float32", "bfloat16", "float16")]
-    function = load_function(arguments.impl) if arguments.impl else None
+    if arguments.impl:
+        load_function(arguments.impl, "--impl")  # or its sentence, before any work
     work = _work(table, arguments, device, dtypes)
-    reports: list[Report] = []
-    for report, counted in _reports(work, function, device, dtypes, arguments):
+    reports = []
+    for report, counted in _reports(work, device, dtypes, arguments):
         reports.append(report)
         for each in report.tracebacks[:1]:  # a bug of the user's keeps its traceback; the report counts the others
             print(each, file=sys.stderr, end="")
@@ -94,25 +99,28 @@ def _device(arguments) -> str:
     if given:
         raise ValueError(f"{given[0]}: expected --device emulated:sm90 or another beside it, got --device "
                          f"{arguments.device}; add it, or leave {given[0]} out")
+    from ..named import pick_device
+
     return str(pick_device(arguments.device))
 
 
-def _reports(work, function, device: str, dtypes, arguments) -> Iterator[tuple[Report, list[str]]]:
+def _reports(work, device: str, dtypes, arguments) -> Iterator[tuple]:
     """A report for each op and backend, in order, and lines on what its kernels did."""
+    import torch
+
     total = len(work)
     if arguments.jobs == 1:
         for place, (name, backend) in enumerate(work, start=1):
             progress = lambda text, place=place: _progress(f"{place} of {total}: {text}")
-            found = _one(name, backend, function, device, dtypes, arguments, progress)
+            found = _one(name, backend, device, dtypes, arguments, progress)
             _progress("")
             yield found
         return
     if arguments.jobs < 1:
         raise ValueError(f"--jobs: expected 1 or more processes, got {arguments.jobs}; pass how many there are cores")
     pieces = [(name, backend, dtype) for name, backend in work for dtype in dtypes]
-    with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = [pool.submit(_in_process, name, backend, arguments.impl, device, (dtype,), arguments)
-                   for name, backend, dtype in pieces]
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        running = [pool.submit(_one, name, backend, device, (dtype,), arguments) for name, backend, dtype in pieces]
         for place, each in enumerate(running, start=1):
             _progress(f"{place} of {len(pieces)}: {' '.join(map(str, pieces[place - 1]))}")
             found = each.result()
@@ -120,13 +128,12 @@ def _reports(work, function, device: str, dtypes, arguments) -> Iterator[tuple[R
             yield found
 
 
-def _in_process(name, backend, impl, device, dtypes, arguments) -> tuple[Report, list[str]]:
-    """One of --jobs processes."""
-    torch.set_num_threads(1)
-    return _one(name, backend, load_function(impl) if impl else None, device, dtypes, arguments)
+def _one(name, backend, device, dtypes, arguments, progress=lambda text: None) -> tuple:
+    """The report, and lines on what its kernels did."""
+    from ..named import load_function
+    from ..testing import emulated_gpu, validate
 
-
-def _one(name, backend, function, device, dtypes, arguments, progress=lambda text: None) -> tuple[Report, list[str]]:
+    function = load_function(arguments.impl, "--impl") if arguments.impl else None
     run = lambda: validate(name, function, backend=backend, device=device, dtypes=dtypes, progress=progress)
     if not device.startswith("emulated:"):
         return run(), []
@@ -141,7 +148,7 @@ def _one(name, backend, function, device, dtypes, arguments, progress=lambda tex
     return report, table(emulator.records)
 
 
-def _excused(row: Row, report: Report, arguments) -> bool:
+def _excused(row, report, arguments) -> bool:
     """Whether nobody asked for just what ``row`` refused whole: a device, an op, a dtype, or a direction of a backend."""
     if arguments.impl or not row.refused_whole:
         return False
@@ -152,7 +159,10 @@ def _excused(row: Row, report: Report, arguments) -> bool:
 
 def _model(arguments) -> int:
     """A model beside its accelerated self; 0 only if every output and gradient is as right as the original's."""
+    import torch
+
     from ..integrations.comparison import compare, open_model
+    from ..named import pick_device
 
     other = [name for name in ("op", "impl", "backend", "jsonl") if getattr(arguments, name)]
     if other:
@@ -181,8 +191,10 @@ def _work(table, arguments, device: str, dtypes) -> list[tuple[str, str]]:
     return work
 
 
-def _keep(report: Report) -> None:
+def _keep(report) -> None:
     """Merge the rows of kernels on a CUDA GPU into the user's records, and say so."""
+    from .. import records
+
     try:
         path = records.save(report.to_dicts())
     except OSError as error:

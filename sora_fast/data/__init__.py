@@ -8,22 +8,10 @@ that importing `sora_fast.data.packing` needs the standard library only; reading
 
 import importlib
 
-_HOME = {
-    "Library": "folders",
-    "MediaItem": "media",
-    "UnreadableMedia": "media",
-    "probe": "media",
-    "read_clip": "media",
-    "scan": "folders",
-    "FitPolicy": "fitting",
-    "to_pixels": "fitting",
-    "to_uint8": "fitting",
-    "Packer": "packing",
-    "pack_stream": "packing",
-    "demo_media": "samples",
-    "write_image": "writing",
-    "write_video": "writing",
-}
+_HOME = {name: module for module, names in dict(
+    folders=("Library", "scan"), media=("MediaItem", "UnreadableMedia", "probe", "read_clip"),
+    fitting=("FitPolicy", "to_pixels", "to_uint8"), packing=("Packer", "pack_stream"), samples=("demo_media",),
+    writing=("write_image", "write_video")).items() for name in names}
 __all__ = sorted(_HOME)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..progress import bar
 from .media import CLIP_SUFFIXES, IMAGE_SUFFIXES, MediaItem, probe_file, reason, shown
 from .packages import require
 
@@ -93,7 +92,9 @@ def scan(folder: str | os.PathLike, *, progress: bool = True) -> Library:
 
     items = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for path, found in zip(media, _bar(pool.map(attempt, media), len(media), progress), strict=True):
+        shown_files = bar(pool.map(attempt, media), "scan", total=len(media), unit="file", leave=True,
+                          disable=not (progress and media))
+        for path, found in zip(media, shown_files, strict=True):
             if isinstance(found, str):
                 skipped.append((path, found))
             else:
@@ -157,14 +158,6 @@ def _others(files: list[Path], media: list[Path], hidden: int) -> tuple[tuple[st
     others = [(shown(suffix) or "without a suffix", count) for suffix, count in sorted(suffixes.items())
               if suffix not in CLIP_SUFFIXES + IMAGE_SUFFIXES]
     return (*others, ("hidden", hidden)) if hidden else tuple(others)
-
-
-def _bar(results: Iterator, total: int, progress: bool) -> Iterator:
-    try:
-        tqdm = importlib.import_module("tqdm").tqdm if progress and total else None
-    except ImportError:
-        tqdm = None
-    return tqdm(results, total=total, desc="scan", unit="file") if tqdm else results
 
 
 def _key(path: Path) -> str:

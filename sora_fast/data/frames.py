@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..progress import bar
 from .fitting import FitPolicy
 from .media import MediaItem, UnreadableMedia, read_clip
 
@@ -104,12 +105,3 @@ class Frames:
             return read_clip(source.item, frames=1, size=source.size)
         later = start / source.fps if start else 0.0
         return read_clip(source.item, frames=frames, start=source.start + later, fps=source.fps or None, size=source.size)
-
-
-def bar(values, label: str, show: bool = True):
-    """``values`` with a bar of their progress in a terminal, where tqdm is installed; never in a log."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return values
-    return tqdm(values, desc=label, disable=None if show else True, leave=False)

@@ -8,24 +8,6 @@ from .text import ByteTextEncoder, HuggingFaceTextEncoder, Text, TextEncoder
 from .vae import VAEConfig, VideoVAE
 from .wan import WanDiT, WanDiTConfig, pad_text
 
-__all__ = [
-    "ByteTextEncoder",
-    "DiT",
-    "DiTConfig",
-    "HuggingFaceTextEncoder",
-    "MAE",
-    "MAEConfig",
-    "Text",
-    "TextEncoder",
-    "VAEConfig",
-    "VideoVAE",
-    "WanDiT",
-    "WanDiTConfig",
-    "inflate",
-    "inflate_patches",
-    "load_dit",
-    "load_vae",
-    "pad_text",
-    "save_dit",
-    "save_vae",
-]
+__all__ = ["ByteTextEncoder", "DiT", "DiTConfig", "HuggingFaceTextEncoder", "MAE", "MAEConfig", "Text", "TextEncoder",
+           "VAEConfig", "VideoVAE", "WanDiT", "WanDiTConfig", "inflate", "inflate_patches", "load_dit", "load_vae",
+           "pad_text", "save_dit", "save_vae"]

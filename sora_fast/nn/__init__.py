@@ -9,20 +9,6 @@ from .patches import PatchEmbed3d
 from .quantize import VectorQuantizer
 from .streaming import StreamState
 
-__all__ = [
-    "CausalConv3d",
-    "FinalLayer",
-    "GroupNorm",
-    "Masking",
-    "Modulation",
-    "PatchEmbed3d",
-    "RMSNorm",
-    "Residual",
-    "StreamState",
-    "VarlenAttention",
-    "VectorQuantizer",
-    "continuous_drop_rates",
-    "norm_act_conv",
-    "random_masking",
-    "size_drop_rates",
-]
+__all__ = ["CausalConv3d", "FinalLayer", "GroupNorm", "Masking", "Modulation", "PatchEmbed3d", "RMSNorm", "Residual",
+           "StreamState", "VarlenAttention", "VectorQuantizer", "continuous_drop_rates", "norm_act_conv", "random_masking",
+           "size_drop_rates"]

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from .. import checks
-from ..dispatch import no_autocast
-from ..reference.precision import transformed, wide_dtype
+from ..precision import no_autocast, transformed, wide_dtype
 from ..to_device import to_device
 
 _ROWS = 4096  # vectors whose distances are held at once: 128 MiB of float32 with 8,192 codes

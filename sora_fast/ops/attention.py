@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks
-from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad
+from ..dispatch import Backend, Op, Problem, device_name, needs_grad
 from ..pack import Pack, check_kind, check_pack
+from ..precision import autocast, holds_numbers, widen
 from ..reference import attention as reference
-from ..reference.precision import holds_numbers, widen
 from . import attention_peers, attention_triton
 
 
@@ -137,6 +137,7 @@ MERGE_ATTENTION = Op("merge_attention", "attention", _example, [
     Backend("torch", reference.merge_attention),  # element by element: the definition fuses as it stands
     Backend("reference", reference.merge_attention)])
 OPS = (VARLEN_ATTENTION, VARLEN_ATTENTION_FORWARD, VARLEN_ATTENTION_BACKWARD, MERGE_ATTENTION)
+__all__ = ["merge_attention", "varlen_attention", "varlen_attention_backward", "varlen_attention_forward"]
 
 
 # ------------------------------------------------------------------------------------------------------- checks

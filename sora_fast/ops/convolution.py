@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks, env
-from ..dispatch import Backend, Op, Problem, autocast, autocast_dtype, device_name, needs_grad, refuse_transforms
+from ..dispatch import Backend, Op, Problem, device_name, needs_grad, refuse_transforms
+from ..precision import autocast, autocast_dtype, emulated_on_cpu, holds_numbers, transformed, wide_dtype
 from ..reference import convolution as reference
-from ..reference.precision import emulated_on_cpu, holds_numbers, transformed, wide_dtype
 from . import convolution_call, convolution_cuda, convolution_triton, normalization
 
 
@@ -243,6 +243,7 @@ NORM_ACT_CONV3D = Op("norm_act_conv3d", "convolution", _example, [
     Backend("torch", _torch_norm_act_conv3d, _torch_unsupported),
     Backend("reference", reference.norm_act_conv3d, _reference_unsupported)])
 OPS = (CAUSAL_CONV3D, NORM_ACT_CONV3D)
+__all__ = ["causal_conv3d", "norm_act_conv3d"]
 
 
 # ------------------------------------------------------------------------------------------------------- checks

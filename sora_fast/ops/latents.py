@@ -4,8 +4,8 @@ import torch
 
 from .. import checks
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
+from ..precision import wide_dtype
 from ..reference import latents as reference
-from ..reference.precision import wide_dtype
 
 
 def _example(device: str, dtype: torch.dtype, grad: bool) -> Problem:
@@ -25,6 +25,7 @@ def _torch_kl_sample(moments, noise):
 KL_SAMPLE = Op("kl_sample", "latents", _example, [
     Backend("torch", _torch_kl_sample), Backend("reference", reference.kl_sample)])
 OPS = (KL_SAMPLE,)
+__all__ = ["kl_sample"]
 
 
 def kl_sample(moments, noise=None, *, backend="auto"):

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from .. import checks, configs
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
 from ..pack import Pack, check_kind, check_pack
+from ..precision import wide_dtype
 from ..reference import modulation as reference
 from ..reference.modulation import only_samples, pick
-from ..reference.precision import wide_dtype
 from . import operators, triton_backend
 
 NORMS = ("layer", "rms")
@@ -200,6 +200,7 @@ GATE_RESIDUAL_NORM_MODULATE = Op("gate_residual_norm_modulate", "modulation", _e
     _triton_backend(gated=True), Backend("torch", _torch_gate_residual_norm_modulate),
     Backend("reference", reference.gate_residual_norm_modulate)])
 OPS = (NORM_MODULATE, GATE_RESIDUAL, GATE_RESIDUAL_NORM_MODULATE)
+__all__ = ["gate_residual", "gate_residual_norm_modulate", "norm_modulate"]
 
 
 # ------------------------------------------------------------------------------------------------------- checks

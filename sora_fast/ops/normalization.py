@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from .. import checks, configs
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
+from ..precision import wide_dtype, widen
 from ..reference import normalization as reference
-from ..reference.precision import wide_dtype, widen
 from . import normalization_cuda, operators, triton_backend
 
 ACTS = ("silu", None)
@@ -157,6 +157,7 @@ NORM_ACT = Op("norm_act", "normalization", _example, [
     Backend("triton", _triton, _triton_unsupported, kernel="normalization", config=_typical_config),
     Backend("torch", torch_norm_act), Backend("reference", reference.norm_act)])
 OPS = (NORM_ACT,)
+__all__ = ["norm_act"]
 
 
 def check(op: str, x, weight, bias, norm: str, groups: int, eps: float, act, prefix: str = "") -> None:

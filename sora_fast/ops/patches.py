@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks, configs
-from ..dispatch import Backend, Op, Problem, autocast, device_name, needs_grad, no_autocast
+from ..dispatch import Backend, Op, Problem, device_name, needs_grad
 from ..pack import Pack, host_grids, token_grid
+from ..precision import autocast, holds_numbers, no_autocast
 from ..reference import patches as reference
-from ..reference.precision import holds_numbers
 from ..to_device import to_device
 from . import operators, triton_backend
 from .uploads import uploaded_grids
@@ -266,6 +266,7 @@ UNPATCHIFY = Op("unpatchify", "patches", _permute_example, [
             config=partial(_typical_config, "permute")),
     Backend("torch", _torch_unpatchify), Backend("reference", _reference_unpatchify, _reference_unsupported)])
 OPS = (PATCH_EMBED, UNPATCHIFY)
+__all__ = ["patch_embed", "unpatchify"]
 
 
 # ------------------------------------------------------------------------------------------------- public ops

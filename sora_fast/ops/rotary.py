@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from .. import checks, configs
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
 from ..pack import Pack, check_kind, check_pack
+from ..precision import wide_dtype
 from ..reference import rotary as reference
 from ..reference.modulation import only_samples
-from ..reference.precision import wide_dtype
 from . import operators, triton_backend
 
 NORMS = ("rms_head", "rms_all", "layer_head", None)
@@ -207,6 +207,7 @@ QK_NORM_ROPE = Op("qk_norm_rope", "rotary", _example, [
     Backend("triton", _triton, _triton_unsupported, kernel="rotary", config=_typical_config),
     Backend("torch", _torch_qk_norm_rope), Backend("reference", reference.qk_norm_rope)])
 OPS = (QK_NORM_ROPE,)
+__all__ = ["qk_norm_rope"]
 
 
 # ------------------------------------------------------------------------------------------------- public op

@@ -7,7 +7,9 @@ Row i of a sample with Sq queries and Sk keys sees key j where
 
 import torch
 
-from .precision import holds_numbers, wide_dtype
+from ..precision import holds_numbers, wide_dtype
+
+__all__ = ["merge_attention", "varlen_attention", "varlen_attention_backward", "varlen_attention_forward"]
 
 
 def visible(cu_q, cu_k, queries: int, keys: int, causal: bool, window, device):

@@ -7,8 +7,10 @@ B batch, C channels, T frames, H height, W width; kT, kH, kW kernel, sT, sH, sW 
 import torch
 import torch.nn.functional as F
 
+from ..precision import wide_dtype
 from .normalization import norm_act
-from .precision import wide_dtype
+
+__all__ = ["causal_conv3d", "norm_act_conv3d"]
 
 _SPACE_MODES = {"zeros": "constant", "replicate": "replicate", "reflect": "reflect"}
 

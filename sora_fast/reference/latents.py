@@ -5,7 +5,9 @@ B batch, C latent channels. (Kingma and Welling, arXiv 1312.6114, appendix B.)
 
 import torch
 
-from .precision import wide_dtype
+from ..precision import wide_dtype
+
+__all__ = ["kl_sample"]
 
 
 def kl_sample(moments, noise=None):

@@ -5,8 +5,10 @@ N tokens, D width, R modulation rows. (DiT: Peebles and Xie, arXiv 2212.09748, s
 
 import torch
 
+from ..precision import holds_numbers, wide_dtype
 from .normalization import normalise
-from .precision import holds_numbers, wide_dtype
+
+__all__ = ["gate_residual", "gate_residual_norm_modulate", "norm_modulate"]
 
 
 def pick(table_RD, rows):

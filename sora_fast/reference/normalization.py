@@ -6,7 +6,9 @@ B batch, C channels, T frames, H height, W width, G groups, D width of a token.
 import torch
 import torch.nn.functional as F
 
-from .precision import widen
+from ..precision import widen
+
+__all__ = ["norm_act"]
 
 
 def normalise(x, norm: str, weight, bias, eps: float):

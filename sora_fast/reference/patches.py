@@ -6,7 +6,9 @@ N tokens, C channels, T frames, H height, W width; a sample has t x h x w tokens
 
 import torch
 
-from .precision import wide_dtype
+from ..precision import wide_dtype
+
+__all__ = ["patch_embed", "unpatchify"]
 
 
 def cut(latents, grids, patch, channels):

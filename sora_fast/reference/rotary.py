@@ -6,9 +6,11 @@ N tokens, H heads, E head dim, R rotated numbers of a head (R <= E), P = R / 2 p
 
 import torch
 
+from ..precision import wide_dtype
 from .modulation import only_samples
 from .normalization import normalise
-from .precision import wide_dtype
+
+__all__ = ["qk_norm_rope"]
 
 
 def angles(coords_N3, axes, theta, freqs, dtype):

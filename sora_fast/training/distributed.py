@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .. import files
+from ..named import pick_device
 
 # A rank may wait for another that encodes latents for hours. One that dies is torchrun's to notice, within a second.
 PATIENCE = timedelta(hours=12)
@@ -76,8 +77,9 @@ def together() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def own_device(device: torch.device) -> torch.device:
-    """``device`` for this rank: each process on a machine has a GPU of its own."""
+def own_device(name: str) -> torch.device:
+    """The device of that name for this rank: each process on a machine has a GPU of its own."""
+    device = pick_device(name)
     if size() == 1 or device.type == "cpu":
         return device
     if device.index is not None:

@@ -1,4 +1,7 @@
-"""Training a text-conditioned DiT on packs of latents, and loading one to generate with."""
+"""Training a text-conditioned DiT on packs of latents, and generating with one.
+
+T frames, H lines, W columns.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -7,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..data import FitPolicy, MediaItem
-from ..data.frames import bar
-from ..diffusion import FrameTimesteps, Objective, draw_clean_frames, make_objective
+from ..data import FitPolicy, MediaItem, to_uint8
+from ..diffusion import FrameTimesteps, MediaPrompt, Objective, draw_clean_frames, generate, make_objective
 from ..models import ByteTextEncoder, DiT, DiTConfig, HuggingFaceTextEncoder, VideoVAE
 from ..models.dit import PRESETS
+from ..progress import Progress, bar
 from ..to_device import to_device
 from . import checkpoint, distributed, memory
 from .config import DiTTraining
@@ -28,12 +31,13 @@ from .latents import (
     probe,
     save_library,
 )
-from .loop import Trainer, check_start, pick_device
+from .loop import Trainer, check_start
 from .throughput import pick_precision
 from .vae import load_vae
 
 BYTE_WIDTH = 128
 HELD_OUT_TIMESTEPS = (100, 300, 500, 700, 900)  # of 1000
+FPS = 12.0  # of generated files, where neither the run nor a given clip says
 
 
 def policy_for(config: DiTTraining, vae: VideoVAE, patch) -> FitPolicy:
@@ -99,7 +103,7 @@ def encode_media(config: DiTTraining, vae: VideoVAE, items: Sequence[MediaItem],
 def make_trainer(config: DiTTraining, vae: VideoVAE, clips: Sequence[LatentClip]) -> Trainer:
     """A Trainer for a new DiT (and its byte text encoder) on latent ``clips``."""
     check_start(config)
-    objective, device = objective_of(config), pick_device(config.device)
+    objective, device = objective_of(config), distributed.own_device(config.device)
     config = replace(config, precision=pick_precision(config.precision, device))  # the budget is found with it
     torch.manual_seed(config.seed)
     if config.threads:
@@ -180,3 +184,34 @@ def load_run(run: str, device="cpu", vae: str = "") -> Generator:
     modules.load_state_dict(weights)
     return Generator(dit.to(device).eval(), text_encoder.to(device).eval(),
                      load_vae(vae or str(folder / "vae"), device), objective_of(training), training)
+
+
+def sample(run: Generator, prompts: Sequence[str], sizes: Sequence[tuple[int, int, int]], *, steps: int, guidance: float,
+           seed: int, media: Sequence[MediaPrompt | None] | None = None, decoded: bool = False) -> list[torch.Tensor]:
+    """Clips uint8 (T, H, W, 3) for ``prompts`` at ``sizes`` (T, H, W) in pixels, all denoised in one pack.
+
+    Args:
+        seed: of the first sample's noise; the next ones' are the next numbers, so that none depends on the others.
+        media: given frames of each sample, or None.
+        decoded: leave the decoder's copy of given frames where it is, in place of the given pixels.
+    """
+    device, step = next(run.dit.parameters()).device, run.vae.config.time_factor
+    media = [None] * len(prompts) if media is None else media
+
+    def condition(null: bool) -> dict:
+        with torch.no_grad():
+            return dict(text=run.text_encoder([""] * len(prompts) if null else list(prompts)))
+
+    known = [given and given.known(run.vae, size[0]) for given, size in zip(media, sizes, strict=True)]
+    shapes = [k.latents.shape if k else run.vae.latent_shape(*size) for k, size in zip(known, sizes, strict=True)]
+    shown = Progress("denoise", steps, 0)
+    latents = generate(run.dit, run.objective, shapes, patch=run.dit.config.patch, steps=steps, guidance=guidance,
+                       condition=condition, known=known, device=device, progress=lambda step, _: shown.update(step, ""),
+                       generator=[torch.Generator().manual_seed(seed + index) for index in range(len(prompts))])
+    shown.close()
+    clips = []
+    with torch.no_grad():
+        for latent, given, (frames, _, _) in zip(bar(latents, "decode"), media, sizes, strict=True):
+            clip = torch.cat([to_uint8(part[0].cpu()) for part in run.vae.decode_stream(latent[None])])
+            clips.append(given.finish(clip, step) if given and not decoded else clip[:frames])
+    return clips

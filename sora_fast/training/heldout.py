@@ -1,12 +1,12 @@
 """The loss on data that is kept from training, with the averaged weights: the same batches every time."""
 
-import io
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from ..evaluation.plots import png
 from ..files import replace
 from . import distributed
 
@@ -49,19 +49,13 @@ def sentence(row: dict) -> str:
 
 def plot(path: Path, rows: Sequence[dict]) -> None:
     """A PNG of held-out losses over steps, a line for each name; nothing where matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")  # not pyplot's: that would choose a backend for everybody
-    axes = figure.add_subplot()
-    for name in [name for name in rows[-1] if name != "step"]:
-        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name, marker=".", linewidth=1.2,
-                  **dict(color="black", linestyle="--") if name == "mean" else {})
-    axes.set(title="held-out loss, averaged weights", xlabel="step", ylabel="loss", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
-    data = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(data)
-    replace(path, lambda temporary: temporary.write_bytes(data.getvalue()))
+    def draw(axes):
+        for name in [name for name in rows[-1] if name != "step"]:
+            axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name, marker=".", linewidth=1.2,
+                      **dict(color="black", linestyle="--") if name == "mean" else {})
+        axes.set(title="held-out loss, averaged weights", xlabel="step", ylabel="loss", yscale="log")
+        axes.legend(fontsize="small")
+
+    plotted = png(draw, size=(6.4, 4.0), dpi=100)
+    if plotted:
+        replace(path, lambda temporary: temporary.write_bytes(plotted))

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from ..data import FitPolicy, MediaItem, Packer, UnreadableMedia, pack_stream, to_pixels
-from ..data.frames import Frames, bar
+from ..data.frames import Frames
 from ..models import VideoVAE
 from ..pack import Pack, token_grid
+from ..progress import bar
 from . import checkpoint
 from .latent_cache import LatentCache
 

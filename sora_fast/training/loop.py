@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 from ..files import check_folder
-from ..reference.precision import emulated_on_cpu
+from ..precision import emulated_on_cpu
+from ..progress import Progress
 from . import checkpoint, culprits, distributed, heldout, throughput
 from .config import LoopConfig
 from .interrupt import finish_on_interrupt
-from .progress import Events, Progress, Table
+from .logs import Events, Table
 
 # Numbers of a run that state.json holds beside what batches know.
 COUNTERS = ("step", "packs_per_step", "samples", "tokens", "pad", "seconds", "warm_seconds", "losses", "window",
@@ -57,20 +58,6 @@ class Batches(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name, "auto" for a GPU where there is one; one sentence where it cannot be used."""
-    if name == "auto":
-        return distributed.own_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an unknown name, no such GPU, a build without CUDA
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"--device: expected auto, cpu, cuda or another device of this machine, got {name!r} ({reason}); "
-                         f"sora-fast info shows what there is") from error
-    return distributed.own_device(device)
-
-
 class Trainer:
     """One run, of one process or of several.
 
@@ -89,7 +76,7 @@ class Trainer:
     def __init__(self, config: LoopConfig, modules: nn.ModuleDict, batches: Batches, draw: Callable, loss: Callable,
                  description: dict, *, units: Sequence[nn.Module] = (),
                  held_out: Callable[[], Iterable[tuple[str, Batch]]] | None = None):
-        self.device = pick_device(config.device)
+        self.device = distributed.own_device(config.device)
         config = replace(config, precision=throughput.pick_precision(config.precision, self.device))
         self.config, self.modules, self.batches, self.draw, self.loss = config, modules, batches, draw, loss
         self.held_out = held_out

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from ..reference.precision import emulated_on_cpu
+from ..precision import emulated_on_cpu
 
 SIDE = {"cuda": 8192, "cpu": 768}  # of the matrices that are multiplied: 1.1 TFLOP and 0.9 GFLOP a product
 SECONDS = 0.15

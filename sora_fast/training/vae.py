@@ -14,16 +14,18 @@ import torch
 
 from .. import models
 from ..data import FitPolicy, MediaItem, UnreadableMedia, to_pixels
-from ..data.frames import Frames, bar
+from ..data.frames import Frames
 from ..models import VAEConfig, VideoVAE
 from ..models.vae import PRESETS
 from ..models.weights import is_published
+from ..named import load_function
+from ..progress import bar
 from ..to_device import to_device
 from . import checkpoint, distributed
 from .config import VAETraining
 from .latents import held_out
-from .loop import Trainer, check_start, pick_device
-from .vae_loss import Perceptual, VAELoss, count_together, load_perceptual, modules_of, restart_codes
+from .loop import Trainer, check_start
+from .vae_loss import Perceptual, VAELoss, count_together, modules_of, restart_codes
 
 RESTART_EVERY = 100  # steps between restarts of unused codes; at the first, the codebook starts from data
 
@@ -176,8 +178,8 @@ def make_trainer(config: VAETraining, items: Sequence[MediaItem], *, span: tuple
     check_start(config)
     check_sizes(config)
     if perceptual is None and config.perceptual:
-        perceptual = load_perceptual(config.perceptual)
-    device = pick_device(config.device)
+        perceptual = load_function(config.perceptual, "--perceptual")
+    device = distributed.own_device(config.device)
     torch.manual_seed(config.seed)
     if config.threads:
         torch.set_num_threads(config.threads)

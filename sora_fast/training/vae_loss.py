@@ -7,10 +7,7 @@ weight: VQGAN, arXiv 2012.09841, equation 7.)
 B batch, T frames, H height, W width.
 """
 
-import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +20,6 @@ from . import distributed
 
 Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 LARGEST_WEIGHT = 1e4  # of the adaptive weight, where the adversary's gradient vanishes
-
-
-def load_perceptual(path: str) -> Perceptual:
-    """The callable ``package.module:function``, looked for in the working folder too."""
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise ValueError(f"--perceptual: expected package.module:function, got {path!r}; put a colon before the function's "
-                         f"name")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ImportError(f"--perceptual: expected to import {module} from here or from what is installed, got: {error}; "
-                          f"check the name, or run in its folder") from error
-    if not callable(found):
-        raise ValueError(f"--perceptual: expected a function {name!r} in {module}, got none; check the name")
-    return found
 
 
 def reconstruction_error(kind: str, reconstruction, video):
