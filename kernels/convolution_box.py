@@ -12,14 +12,12 @@ The product is turned round, channels x pixels, as then the matrix unit reads bo
 Triton brings pixels into registers first, since a box of five axes is no factor that it can pass on.
 """
 
-from contextlib import nullcontext
-
-import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .convolution_frames import frame_seen, output_seeing, sightings
+from .launch import MAXNREG, on
 
 
 # ------------------------------------------------------------------------------------------------------------- kernel
@@ -184,10 +182,10 @@ def box(source, cache, weight, bias, added, out, out_cache, geometry, *, frames:
         return TensorDescriptor(weight, [taps, cout, cin], [cin, taps * cin, 1], block) if channels else None
 
     left, _, top, _ = geometry.padding
-    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+    with on(out.device):
         box_kernel[(boxes * triton.cdiv(made, config.channels + config.more),)](
             _frames(source, config), _frames(cache, config), weights(config.channels), weights(config.more), bias, added,
             out, out_cache if first else None, first, frames, cached, outputs, height, width, geometry.phase,
             kt - 1 - geometry.lookahead, top, left, keep, MADE=made, SUMMED=summed, KT=kt, KH=kh, KW=kw,
             TRANSPOSED=transposed, REPLICATE=geometry.time_pad == "replicate", C0=config.channels, C1=config.more, TH=high,
-            TW=wide, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages, maxnreg=255)
+            TW=wide, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages, maxnreg=MAXNREG)

@@ -7,22 +7,14 @@ from ..dispatch import Backend, Problem
 from . import operators, triton_backend
 
 
-def _config(kernel: str, gpu: str, dtype: torch.dtype, head_dim: int, group: int, band: bool) -> configs.Found:
-    from ..kernels import attention as kernels  # imports Triton, which need not be there
-
-    return configs.lookup("attention", kernel, kernels.Launch(head_dim, dtype, group, band), gpu,
-                          kernels.HEURISTICS[kernel])
-
-
 def _config_of_call(kernel, q, k, causal, left, right):
-    return _config(kernel, triton_backend.gpu_name(q.device), q.dtype, q.shape[2], q.shape[1] // k.shape[1],
-                   causal or left >= 0 or right >= 0).config
+    return triton_backend.config("attention", kernel, q.device, q.shape[2], q.dtype, q.shape[1] // k.shape[1],
+                                 causal or left >= 0 or right >= 0).config
 
 
 def _typical_config(problem) -> configs.Found:
-    gpu = configs.gpu_name(problem.device) if problem.device.startswith("cuda") else "cpu"
-    return _config("forward", gpu, problem.dtype, problem.head_dim, problem.heads // problem.key_heads,
-                   problem.causal or max(problem.window) >= 0)
+    return triton_backend.config("attention", "forward", problem.device, problem.head_dim, problem.dtype,
+                                 problem.heads // problem.key_heads, problem.causal or max(problem.window) >= 0)
 
 
 def _options(q, softmax_scale, causal, left, right):

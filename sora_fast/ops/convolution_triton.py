@@ -17,22 +17,15 @@ def _geometry(settings: Settings, weight):
                     s.lookahead, s.upsample)
 
 
-def _config(kernel: str, gpu: str, *launch) -> configs.Found:
-    from ..kernels import convolution as kernels
-
-    return configs.lookup("convolution", kernel, kernels.Launch(*launch), gpu, kernels.HEURISTICS[kernel])
-
-
 def _config_of_call(kernel, weight, settings):
     outputs, inputs, *size = weight.shape
-    return _config(kernel, triton_backend.gpu_name(weight.device), inputs, outputs, tuple(size), tuple(settings.stride),
-                   settings.upsample, settings.space_pad, weight.dtype).config
+    return triton_backend.config("convolution", kernel, weight.device, inputs, outputs, tuple(size), tuple(settings.stride),
+                                 settings.upsample, settings.space_pad, weight.dtype).config
 
 
 def _typical_config(problem) -> configs.Found:
-    gpu = configs.gpu_name(problem.device) if problem.device.startswith("cuda") else "cpu"
-    return _config("forward", gpu, problem.in_channels, problem.out_channels, problem.kernel, problem.stride,
-                   problem.upsample, problem.space_pad, problem.dtype)
+    return triton_backend.config("convolution", "forward", problem.device, problem.in_channels, problem.out_channels,
+                                 problem.kernel, problem.stride, problem.upsample, problem.space_pad, problem.dtype)
 
 
 def _tf32() -> bool:

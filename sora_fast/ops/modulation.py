@@ -81,22 +81,15 @@ WIDEST = 8192
 _INPUTS = ("x", "y", "gate", "shift", "scale", "weight", "bias")  # that have gradients, in the kernels' order
 
 
-def _config(direction: str, gpu: str, **launch) -> configs.Found:
-    from ..kernels import modulation as kernels  # imports Triton, which need not be there
-
-    heuristic = {"forward": kernels.forward_heuristic, "backward": kernels.backward_heuristic}[direction]
-    return configs.lookup("modulation", direction, kernels.Launch(**launch), gpu, heuristic)
-
-
 def _config_of_call(direction, x, y, norm, affine):
-    return _config(direction, triton_backend.gpu_name(x.device), width=x.shape[1], tokens=configs.bucket(x.shape[0]),
-                   x_dtype=x.dtype, y_dtype=None if y is None else y.dtype, norm=norm, affine=affine).config
+    return triton_backend.config("modulation", direction, x.device, width=x.shape[1], tokens=configs.bucket(x.shape[0]),
+                                 x_dtype=x.dtype, y_dtype=None if y is None else y.dtype, norm=norm, affine=affine).config
 
 
 def _typical_config(problem: ModulationProblem, gated: bool) -> configs.Found:
-    gpu = configs.gpu_name(problem.device) if problem.device.startswith("cuda") else "cpu"
-    return _config("forward", gpu, width=problem.width, tokens=32768, x_dtype=problem.dtype,
-                   y_dtype=problem.dtype if gated else None, norm=problem.norm, affine=problem.affine)
+    return triton_backend.config("modulation", "forward", problem.device, width=problem.width, tokens=32768,
+                                 x_dtype=problem.dtype, y_dtype=problem.dtype if gated else None, norm=problem.norm,
+                                 affine=problem.affine)
 
 
 def _forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save, dtype):

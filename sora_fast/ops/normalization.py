@@ -53,24 +53,18 @@ def torch_norm_act(x, weight=None, bias=None, *, norm, groups, eps, act):
 WIDEST = 2048
 
 
-def _config(direction: str, gpu: str, **launch) -> configs.Found:
-    from ..kernels import normalization as kernels  # imports Triton, which need not be there
-
-    heuristic = {"forward": kernels.forward_heuristic, "backward": kernels.backward_heuristic}[direction]
-    return configs.lookup("normalization", direction, kernels.Launch(**launch), gpu, heuristic)
-
-
 def config_of_call(direction: str, x, norm, act, y_dtype):
     """The Config of kernels.normalization for "forward" or "backward" on x; ``y_dtype``: of the output or its gradient."""
     batch, channels, frames, height, width = x.shape
-    return _config(direction, triton_backend.gpu_name(x.device), channels=channels, norm=norm, act=act, x_dtype=x.dtype,
-                   y_dtype=y_dtype, pixels=configs.bucket(batch * frames * height * width)).config
+    return triton_backend.config("normalization", direction, x.device, channels=channels, norm=norm, act=act,
+                                 x_dtype=x.dtype, y_dtype=y_dtype,
+                                 pixels=configs.bucket(batch * frames * height * width)).config
 
 
 def _typical_config(problem: NormalizationProblem) -> configs.Found:
-    gpu = configs.gpu_name(problem.device) if problem.device.startswith("cuda") else "cpu"
-    return _config("forward", gpu, channels=problem.channels, pixels=configs.bucket(4 * 480 * 832), norm=problem.norm,
-                   act=problem.act, x_dtype=problem.dtype, y_dtype=problem.dtype)
+    return triton_backend.config("normalization", "forward", problem.device, channels=problem.channels,
+                                 pixels=configs.bucket(4 * 480 * 832), norm=problem.norm, act=problem.act,
+                                 x_dtype=problem.dtype, y_dtype=problem.dtype)
 
 
 def launch_forward(x, weight, bias, norm, groups, eps, act, dtype, cache=None, keep=0):

@@ -135,15 +135,9 @@ def _on_device(grids, pack, like) -> tuple[torch.Tensor, torch.Tensor]:
     return uploaded_grids(grids, device)
 
 
-def _config(kernel: str, gpu: str, **launch) -> configs.Found:
-    from ..kernels import patches as kernels  # imports Triton, which need not be there
-
-    return configs.lookup("patches", kernel, kernels.Launch(**launch), gpu, getattr(kernels, f"{kernel}_heuristic"))
-
-
 def _config_of_call(kernel: str, x, tokens: int, width: int, rows: int, run: int):
-    return _config(kernel, triton_backend.gpu_name(x.device), tokens=configs.bucket(tokens), width=width, rows=rows, run=run,
-                   dtype=x.dtype).config
+    return triton_backend.config("patches", kernel, x.device, tokens=configs.bucket(tokens), width=width, rows=rows,
+                                 run=run, dtype=x.dtype).config
 
 
 def _config_of_product(kernel: str, x, tokens: int, weight):
@@ -151,8 +145,8 @@ def _config_of_product(kernel: str, x, tokens: int, weight):
 
 
 def _typical_config(kernel: str, problem: PatchesProblem) -> configs.Found:
-    gpu = configs.gpu_name(problem.device) if problem.device.startswith("cuda") else "cpu"
-    return _config(kernel, gpu, tokens=32768, width=problem.width, rows=problem.rows, run=problem.run, dtype=problem.dtype)
+    return triton_backend.config("patches", kernel, problem.device, tokens=32768, width=problem.width, rows=problem.rows,
+                                 run=problem.run, dtype=problem.dtype)
 
 
 def _embed(latents, weight, bias, grids, cu_seqlens):

@@ -82,27 +82,21 @@ WIDEST = 8192
 _TENSORS = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias", "freqs")  # that have gradients, in the kernels' order
 
 
-def _config(direction: str, gpu: str, **launch) -> configs.Found:
-    from ..kernels import rotary as kernels  # imports Triton, which need not be there
-
-    heuristic = {"forward": kernels.forward_heuristic, "backward": kernels.backward_heuristic}[direction]
-    return configs.lookup("rotary", direction, kernels.Launch(**launch), gpu, heuristic)
-
-
 def _config_of_call(direction, q, k, q_weight, k_weight, q_bias, k_bias, coords, freqs, norm, pairing):
     there = next(t for t in (q, k) if t is not None)
     turned = None if coords is None else "fixed" if freqs is None else "learned"
-    return _config(direction, triton_backend.gpu_name(there.device), heads=0 if q is None else q.shape[1],
-                   key_heads=0 if k is None else k.shape[1], head_dim=there.shape[2], tokens=configs.bucket(there.shape[0]),
-                   dtype=there.dtype, norm=norm, affine=any(t is not None for t in (q_weight, k_weight, q_bias, k_bias)),
-                   freqs=turned, pairing=pairing).config
+    affine = any(t is not None for t in (q_weight, k_weight, q_bias, k_bias))
+    return triton_backend.config("rotary", direction, there.device, heads=0 if q is None else q.shape[1],
+                                 key_heads=0 if k is None else k.shape[1], head_dim=there.shape[2],
+                                 tokens=configs.bucket(there.shape[0]), dtype=there.dtype, norm=norm, affine=affine,
+                                 freqs=turned, pairing=pairing).config
 
 
 def _typical_config(problem: RotaryProblem) -> configs.Found:
-    gpu = configs.gpu_name(problem.device) if problem.device.startswith("cuda") else "cpu"
     turned = None if not problem.rotated else "learned" if problem.learned else "fixed"
-    return _config("forward", gpu, heads=problem.heads, key_heads=problem.key_heads, head_dim=problem.head_dim, tokens=32768,
-                   dtype=problem.dtype, norm=problem.norm, affine=problem.affine, freqs=turned, pairing=problem.pairing)
+    return triton_backend.config("rotary", "forward", problem.device, heads=problem.heads, key_heads=problem.key_heads,
+                                 head_dim=problem.head_dim, tokens=32768, dtype=problem.dtype, norm=problem.norm,
+                                 affine=problem.affine, freqs=turned, pairing=problem.pairing)
 
 
 def _table(coords, freqs, axes, theta):

@@ -1,6 +1,7 @@
 """What the Triton backends of all families share: where they can run, and how an op is made of a launch."""
 
 import functools
+import importlib
 import importlib.util
 
 import torch
@@ -44,8 +45,19 @@ def _reasons(device: str, dtype: torch.dtype, wide: torch.dtype) -> tuple[str, .
     return tuple(reasons)
 
 
-def gpu_name(device: torch.device) -> str:
+def config(family: str, kernel: str, device: torch.device | str, *launch, **named) -> configs.Found:
+    """The Config of one launch: of ``kernel`` of sora_fast.kernels.<family>, for the fields of its Launch.
+
+    ``device``: of tensors, or of a Problem.
+    """
+    rules = importlib.import_module(f"..kernels.{family}_config", __package__)  # needs Triton, which need not be there
+    return configs.lookup(family, kernel, rules.Launch(*launch, **named), _gpu_name(device), rules.HEURISTICS[kernel])
+
+
+def _gpu_name(device: torch.device | str) -> str:
     """The gpu that configs are looked up for; "cpu" in the interpreter, "sm90" where one is emulated."""
+    if isinstance(device, str):
+        return configs.gpu_name(device) if device.startswith("cuda") else "cpu"
     if device.type == "cpu":
         gpu = emulated_gpu()
         return "cpu" if gpu is None else gpu.arch
