@@ -5,8 +5,6 @@ in convolution_forward.py and convolution_backward.py, those that load by TMA in
 convolution_config.py.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 
@@ -14,6 +12,7 @@ from .convolution_backward import dgrad_kernel, wgrad_kernel
 from .convolution_box import box, can_load
 from .convolution_config import Config, WgradConfig
 from .convolution_forward import forward_kernel
+from .convolution_settings import ConvSettings
 from .launch import MAXNREG, dense, multiprocessors, on, precision
 
 
@@ -24,51 +23,22 @@ def empty(shape, like, dtype=None):
     return torch.empty((batch, *sizes, channels), dtype=dtype or like.dtype, device=like.device).permute(0, 4, 1, 2, 3)
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """The settings of a convolution that are no tensors: as in ``sora_fast.ops.causal_conv3d``, all given in full."""
-
-    kernel: tuple[int, int, int]
-    stride: tuple[int, int, int]
-    padding: tuple[int, int, int, int]
-    time_pad: str
-    space_pad: str
-    phase: int
-    lookahead: int
-    upsample: int
-
-    def out_sizes(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """T', H', W' of the output."""
-        left, right, top, bottom = self.padding
-        (_, kh, kw), (st, sh, sw), u = self.kernel, self.stride, self.upsample
-        return (max(0, -(-(frames - self.phase) // st)), (u * height + top + bottom - kh) // sh + 1,
-                (u * width + left + right - kw) // sw + 1)
-
-    @property
-    def pads_with_zeros(self) -> bool:
-        return self.space_pad == "zeros" or not any(self.padding)
-
-    @property
-    def repeats_pixels(self) -> bool:
-        """Whether a pixel stands in places that do not share their taps: its gradients there are added up in memory."""
-        return not self.pads_with_zeros or self.upsample > 1 and max(self.stride[1:]) > 1
-
-    def constants(self, inputs: int, outputs: int, dtype: torch.dtype, tf32: bool) -> dict:
-        """Arguments by keyword that all gather kernels share."""
-        names = ("KT", "KH", "KW", "ST", "SH", "SW")
-        return dict(zip(names, (*self.kernel, *self.stride), strict=True), CIN=inputs, COUT=outputs, UP=self.upsample,
-                    REPLICATE=self.time_pad == "replicate",
-                    PRECISION=precision(dtype, tf32))
-
-    def sizes(self, x, cache) -> tuple:
-        """frames, cached, height, width, outputs, out_height, out_width, phase, before, top, left of the kernels."""
-        frames, height, width = x.shape[2:]
-        left, _, top, _ = self.padding
-        return (frames, 0 if cache is None else cache.shape[2], height, width, *self.out_sizes(frames, height, width),
-                self.phase, self.kernel[0] - 1 - self.lookahead, top, left)
+def _constants(settings: ConvSettings, inputs: int, outputs: int, dtype: torch.dtype, tf32: bool) -> dict:
+    """Arguments by keyword that all gather kernels share."""
+    names = ("KT", "KH", "KW", "ST", "SH", "SW")
+    return dict(zip(names, (*settings.kernel, *settings.stride), strict=True), CIN=inputs, COUT=outputs,
+                UP=settings.upsample, REPLICATE=settings.time_pad == "replicate", PRECISION=precision(dtype, tf32))
 
 
-def forward(x, weight, bias, cache, residual, geometry: Geometry, *, tf32, config: Config):
+def _sizes(settings: ConvSettings, x, cache) -> tuple:
+    """frames, cached, height, width, outputs, out_height, out_width, phase, before, top, left of the kernels."""
+    frames, height, width = x.shape[2:]
+    left, _, top, _ = settings.padding
+    return (frames, 0 if cache is None else cache.shape[2], height, width, *settings.out_sizes(frames, height, width),
+            settings.phase, settings.kernel[0] - 1 - settings.lookahead, top, left)
+
+
+def forward(x, weight, bias, cache, residual, settings: ConvSettings, *, tf32, config: Config):
     """y (B, Cout, T', H', W') in x's dtype, channels_last_3d.
 
     x (B, Cin, T, H, W), weight (Cout, Cin, KT, KH, KW), cache (B, Cin, c, H, W) or None, residual like y or None, all of one
@@ -78,24 +48,24 @@ def forward(x, weight, bias, cache, residual, geometry: Geometry, *, tf32, confi
     x, weight, cache, residual = dense(x), dense(weight), dense(cache), dense(residual)
     cache = None if cache is None or cache.shape[2] == 0 else cache
     inputs, outputs = weight.shape[1], weight.shape[0]
-    y = empty((x.shape[0], outputs, *geometry.out_sizes(*x.shape[2:])), x)
+    y = empty((x.shape[0], outputs, *settings.out_sizes(*x.shape[2:])), x)
     if y.numel() == 0:
         return y
     bias = None if bias is None else bias.contiguous()
-    if config.tma and can_load(geometry, weight, x):
-        box(x, cache, weight, bias, residual, y, None, geometry, frames=x.shape[2], outputs=y.shape[2], config=config)
+    if config.tma and can_load(settings, weight, x):
+        box(x, cache, weight, bias, residual, y, None, settings, frames=x.shape[2], outputs=y.shape[2], config=config)
         return y
     programs = y.shape[0] * y.shape[2] * triton.cdiv(y.shape[3] * y.shape[4], config.pixels)
     with on(x.device):
         forward_kernel[(programs * triton.cdiv(outputs, config.channels),)](
-            x, cache, weight, bias, residual, y, *geometry.sizes(x, cache),
-            **geometry.constants(inputs, outputs, x.dtype, tf32), SPACE=geometry.space_pad, BLOCK_P=config.pixels,
+            x, cache, weight, bias, residual, y, *_sizes(settings, x, cache),
+            **_constants(settings, inputs, outputs, x.dtype, tf32), SPACE=settings.space_pad, BLOCK_P=config.pixels,
             BLOCK_C=config.channels, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages,
             maxnreg=MAXNREG)
     return y
 
 
-def dgrad(dy, weight, dcache_out, x_shape, cached, geometry: Geometry, *, want_x, want_cache, tf32, config: Config):
+def dgrad(dy, weight, dcache_out, x_shape, cached, settings: ConvSettings, *, want_x, want_cache, tf32, config: Config):
     """``(dx, dcache)`` in dy's dtype, channels_last_3d; None for what is not wanted (dcache: or has no frame).
 
     dy (B, Cout, T', H', W'); dcache_out (B, Cin, n, H, W), the gradient of the last n frames, or None; x_shape (B, Cin, T,
@@ -108,10 +78,10 @@ def dgrad(dy, weight, dcache_out, x_shape, cached, geometry: Geometry, *, want_x
     batch, inputs, frames, height, width = x_shape
     make = lambda count: empty((batch, inputs, count, height, width), dy)
     keep = 0 if dcache_out is None else dcache_out.shape[2]
-    folded = geometry.repeats_pixels
+    folded = settings.repeats_pixels
     want_cache = want_cache and cached > 0
-    left, right, top, bottom = geometry.padding
-    u = geometry.upsample
+    left, right, top, bottom = settings.padding
+    u = settings.upsample
     if not folded:
         dx, dcache = make(frames if want_x or frames else 0), make(cached) if want_cache else None
         sizes, start, origin, added, up = (height, width), -cached if want_cache else 0, (top, left), dcache_out, u
@@ -119,21 +89,21 @@ def dgrad(dy, weight, dcache_out, x_shape, cached, geometry: Geometry, *, want_x
         sizes = (u * height + top + bottom, u * width + left + right)
         wide = torch.empty((batch, cached + frames, *sizes, inputs), dtype=torch.float32, device=dy.device)
         dx, dcache, start, origin, added, up = wide, None, -cached, (0, 0), None, 1
-    (_, sh, sw), count = geometry.stride, frames - start
-    if config.tma and can_load(geometry, weight, dy):
-        box(dy, None, weight, None, added, dx, dcache, geometry, frames=frames, outputs=dy.shape[2], cached=cached,
+    (_, sh, sw), count = settings.stride, frames - start
+    if config.tma and can_load(settings, weight, dy):
+        box(dy, None, weight, None, added, dx, dcache, settings, frames=frames, outputs=dy.shape[2], cached=cached,
             keep=keep, transposed=True, config=config)
     elif dx.numel() or dcache is not None and dcache.numel():
-        constants = geometry.constants(inputs, dy.shape[1], dy.dtype, tf32) | dict(UP=up, WIDE=folded)
+        constants = _constants(settings, inputs, dy.shape[1], dy.dtype, tf32) | dict(UP=up, WIDE=folded)
         tiles = triton.cdiv(triton.cdiv(sizes[0], sh) * triton.cdiv(sizes[1], sw), config.pixels) * sh * sw
         with on(dy.device):
             dgrad_kernel[(batch * count * tiles * triton.cdiv(inputs, config.channels),)](
-                dy, weight, added, dx, dcache, frames, cached, *sizes, *dy.shape[2:], geometry.phase,
-                geometry.kernel[0] - 1 - geometry.lookahead, *origin, keep, start, **constants, BLOCK_P=config.pixels,
+                dy, weight, added, dx, dcache, frames, cached, *sizes, *dy.shape[2:], settings.phase,
+                settings.kernel[0] - 1 - settings.lookahead, *origin, keep, start, **constants, BLOCK_P=config.pixels,
                 BLOCK_C=config.channels, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages,
                 maxnreg=MAXNREG)
     if folded:
-        seen = _folded(wide, geometry, height, width)
+        seen = _folded(wide, settings, height, width)
         if keep:
             seen[:, seen.shape[1] - keep:] += dcache_out.permute(0, 2, 3, 4, 1)
         own = lambda part: part.to(dy.dtype).contiguous().permute(0, 4, 1, 2, 3)
@@ -141,23 +111,23 @@ def dgrad(dy, weight, dcache_out, x_shape, cached, geometry: Geometry, *, want_x
     return dx if want_x else None, dcache if want_cache else None
 
 
-def _folded(wide, geometry: Geometry, height: int, width: int):
+def _folded(wide, settings: ConvSettings, height: int, width: int):
     """Each pixel's sum, (B, T, H, W, C), from ``wide`` (B, T, u H + top + bottom, u W + left + right, C); it is changed."""
-    left, right, top, bottom = geometry.padding
+    left, right, top, bottom = settings.padding
     for axis, low, high in ((2, top, bottom), (3, left, right)):
         size = wide.shape[axis] - low - high
         before, wide, after = wide.split((low, size, high), axis)
-        if geometry.space_pad == "replicate":
+        if settings.space_pad == "replicate":
             wide.narrow(axis, 0, 1).add_(before.sum(axis, keepdim=True))
             wide.narrow(axis, size - 1, 1).add_(after.sum(axis, keepdim=True))
-        elif geometry.space_pad == "reflect":
+        elif settings.space_pad == "reflect":
             wide.narrow(axis, 1 if low else 0, low).add_(before.flip(axis))
             wide.narrow(axis, size - 1 - high if high else 0, high).add_(after.flip(axis))
-    u = geometry.upsample
+    u = settings.upsample
     return wide if u == 1 else wide.unflatten(3, (width, u)).unflatten(2, (height, u)).sum((3, 5))
 
 
-def wgrad(dy, x, cache, weight, geometry: Geometry, *, tf32, config: WgradConfig):
+def wgrad(dy, x, cache, weight, settings: ConvSettings, *, tf32, config: WgradConfig):
     """dweight like ``weight``, channels_last_3d; dy (B, Cout, T', H', W'), x and cache as in ``forward``.
 
     Workspace: float32, (pieces, Cout, KT, KH, KW, Cin), as many pieces as fill the multiprocessors.
@@ -167,16 +137,16 @@ def wgrad(dy, x, cache, weight, geometry: Geometry, *, tf32, config: WgradConfig
     outputs, inputs = weight.shape[:2]
     if dy.numel() == 0 or weight.numel() == 0:
         return empty(weight.shape, weight).zero_()
-    taps = geometry.kernel[0] * geometry.kernel[1] * geometry.kernel[2]
+    taps = settings.kernel[0] * settings.kernel[1] * settings.kernel[2]
     tiles = triton.cdiv(outputs, config.outputs) * triton.cdiv(inputs, config.inputs + config.more) * taps
     units = dy.shape[0] * dy.shape[2] * triton.cdiv(dy.shape[3] * dy.shape[4], config.pixels)
     run = triton.cdiv(units, min(units, triton.cdiv(multiprocessors(dy.device) * config.programs, tiles)))
     pieces = triton.cdiv(units, run)
-    sums = torch.empty((pieces, outputs, *geometry.kernel, inputs), dtype=torch.float32, device=dy.device)
+    sums = torch.empty((pieces, outputs, *settings.kernel, inputs), dtype=torch.float32, device=dy.device)
     with on(dy.device):
         wgrad_kernel[(pieces * tiles,)](
-            dy, x, cache, sums, *geometry.sizes(x, cache), units, run,
-            **geometry.constants(inputs, outputs, dy.dtype, tf32), SPACE=geometry.space_pad, BLOCK_O=config.outputs,
+            dy, x, cache, sums, *_sizes(settings, x, cache), units, run,
+            **_constants(settings, inputs, outputs, dy.dtype, tf32), SPACE=settings.space_pad, BLOCK_O=config.outputs,
             BLOCK_I=config.inputs, MORE=config.more, BLOCK_P=config.pixels, num_warps=config.warps,
             num_stages=config.stages, maxnreg=MAXNREG)
     return sums.sum(0).to(weight.dtype).permute(0, 4, 1, 2, 3)

@@ -107,14 +107,6 @@ def _heuristic(launch: Launch, made: int, summed: int, gpu: str) -> Config:
     return Config(256, channels, more, block_k, 8, min(8, (192 if more else 256) // block_k), True)
 
 
-def forward_heuristic(launch: Launch, gpu: str) -> Config:
-    return _heuristic(launch, launch.outputs, launch.inputs, gpu)
-
-
-def dgrad_heuristic(launch: Launch, gpu: str) -> Config:
-    return _heuristic(launch, launch.inputs, launch.outputs, gpu)
-
-
 def wgrad_heuristic(launch: Launch, gpu: str) -> WgradConfig:
     outputs = _tile(launch.outputs)
     if gpu == "cpu":
@@ -127,4 +119,5 @@ def wgrad_heuristic(launch: Launch, gpu: str) -> WgradConfig:
     return WgradConfig(outputs, *_parts(launch.inputs, 128), 32 if arch.is_small(gpu) else 64, 8, 3, 1)
 
 
-HEURISTICS = dict(forward=forward_heuristic, dgrad=dgrad_heuristic, wgrad=wgrad_heuristic)
+HEURISTICS = dict(forward=lambda launch, gpu: _heuristic(launch, launch.outputs, launch.inputs, gpu),
+                  dgrad=lambda launch, gpu: _heuristic(launch, launch.inputs, launch.outputs, gpu), wgrad=wgrad_heuristic)

@@ -46,7 +46,11 @@ def channels_last(tensor):
     return None if tensor is None else tensor.contiguous(memory_format=torch.channels_last_3d)
 
 
-def dense(tensor):
-    """The same, from a multiple of 16 bytes on, copied where it is not."""
-    tensor = channels_last(tensor)
+def aligned(tensor):
+    """``tensor`` from a multiple of 16 bytes on, copied where it is not; None stays None."""
     return tensor.clone() if tensor is not None and tensor.data_ptr() % 16 else tensor
+
+
+def dense(tensor):
+    """``tensor`` (B, C, T, H, W) in channels_last_3d memory, aligned."""
+    return aligned(channels_last(tensor))

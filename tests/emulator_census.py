@@ -7,7 +7,6 @@ as setup.py compiles it. A form is the opcode with its modifiers and the counts 
 import argparse
 import hashlib
 import itertools
-import os
 import re
 import subprocess
 import sys
@@ -37,10 +36,7 @@ def forms_of(ptx: str) -> set[str]:
 
 def triton_ptx(families=FAMILIES, ccs=CCS):
     """(label, compute capability, PTX) of every case; each kernel once per architecture."""
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import compiler as nvidia
-    from triton.compiler import ASTSource
 
     from sora_fast.testing import aot
 
@@ -53,11 +49,7 @@ def triton_ptx(families=FAMILIES, ccs=CCS):
                     if key in seen:
                         continue
                     seen.add(key)
-                    attrs = {(case.fn.arg_names.index(name),): [aot.ALIGNED] for name in case.aligned}
-                    signature = {n: case.signature[n] for n in case.fn.arg_names}
-                    source = ASTSource(case.fn, signature, dict(case.constexprs), attrs)
-                    options = {**aot.FUSION, **case.options}
-                    kernel = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+                    kernel, _ = aot.build(case.fn, case.signature, case.constexprs, case.aligned, cc, case.options)
                     yield f"{family} {case.name} {case.fn.__name__}", cc, kernel.asm["ptx"]
 
 
@@ -80,7 +72,6 @@ def main() -> None:
     parser.add_argument("--ccs", nargs="*", type=int, default=CCS)
     args = parser.parse_args()
     args.keep.mkdir(parents=True, exist_ok=True)
-    os.environ["TRITON_CACHE_DIR"] = str(args.keep / "cache")  # kernels without machine code stay out of Triton's own
     for label, cc, ptx in itertools.chain(triton_ptx(args.families, args.ccs), csrc_ptx(args.keep, args.ccs)):
         name = re.sub(r"\W+", "-", label.lower())
         (args.keep / f"{name}-{hashlib.sha256(ptx.encode()).hexdigest()[:8]}-sm{cc}.ptx").write_text(ptx)

@@ -3,6 +3,7 @@ anew. tests/test_emulated_*.py run them, tests/test_aot.py compiles them.
 """
 
 import importlib
+import itertools
 from dataclasses import replace
 from functools import partial
 
@@ -16,19 +17,14 @@ pytest.importorskip("triton")
 
 import kernel_launches as calls  # noqa: E402
 import triton  # noqa: E402
+from kernel_checks import Guarded  # noqa: E402
 from kernel_launches import CONFIGS, GPUS, HEURISTICS, config_of, launches  # noqa: E402
 
-from sora_fast.kernels import (  # noqa: E402
-    attention,
-    convolution,
-    norm_convolution,
-    normalization,
-    patches,
-    rotary,
-)
+from sora_fast.kernels import attention, convolution, norm_convolution, normalization, patches, rotary  # noqa: E402
 from sora_fast.kernels.arch import SHARED, capability, has_tma  # noqa: E402
 from sora_fast.kernels.convolution_config import loads_by_tma  # noqa: E402
 from sora_fast.kernels.launch import registers  # noqa: E402
+from sora_fast.kernels.modulation_candidates import candidates as candidates_of_modulation  # noqa: E402
 from sora_fast.kernels.rotary_config import tile  # noqa: E402
 from sora_fast.testing import aot  # noqa: E402
 from sora_fast.testing.launches.convolution import padding, padding_share  # noqa: E402
@@ -224,6 +220,19 @@ EXAMPLES = {family: CONFIGS[family].Launch(*facts) for family, facts in {
 OF_PERMUTE = replace(EXAMPLES["patches"], width=16, rows=4)
 
 
+@pytest.mark.parametrize("tokens", (128, 32768))
+def test_candidates_of_modulation_fit(tokens):
+    """Powers of two, two beside the heuristic, at most 32 elements per thread, and backwards that fit an SM."""
+    for width, kernel in itertools.product((1, 64, 384, 1152, 1536, 3072, 5120, 8192), HEURISTICS["modulation"]):
+        launch = replace(EXAMPLES["modulation"], width=width, tokens=tokens)
+        found = set(candidates_of_modulation(kernel, launch, "sm90"))
+        assert len(found - {HEURISTICS["modulation"][kernel](launch, "sm90")}) >= 2
+        for config in found:
+            share = triton.next_power_of_2(width) * (config.tokens if kernel == "forward" else 1) / (32 * config.warps)
+            assert powers(config.warps, config.tokens) and share <= 32 and config.warps <= 16, (width, config)
+            assert kernel == "forward" or config.warps * config.programs <= 32
+
+
 @each_family
 def test_candidates(family):
     """None twice, the heuristic's kind, and the heuristic among them where nothing depends on what they leave out."""
@@ -256,12 +265,12 @@ def _uploaded(start):
 # Each entry: calls that differ in sizes alone, which share one compilation of every kernel.
 KEYS = {
     "patches": [partial(calls.call_patches, *size) for size in SIZES],
-    "unpatchify": [partial(calls.cut_patches, *size) for size in SIZES],
+    **{f"unpatchify, back {back}": [partial(calls.cut_patches, *size, ways=(back,)) for size in SIZES] for back in (0, 1)},
     "places of grids": [partial(_uploaded, start) for start in (0, 1, 2, 4)],
     "modulation": [partial(calls.call_modulation, *size) for size in SIZES],
     "modulation without rows": [partial(calls.call_modulation, tokens, 1, rows=False) for tokens, _ in SIZES],
     "rotary": [partial(calls.call_rotary, tokens) for tokens, _ in SIZES],
-    "rotary, learned": [partial(calls.call_rotary, tokens, "heads first", True, False) for tokens, _ in SIZES],
+    "rotary, learned": [partial(calls.call_rotary, tokens, False, "learned", False) for tokens, _ in SIZES],
     "norm": [partial(calls.call_normalization, video, "rms") for video in VIDEOS],
     "attention": [partial(calls.call_attention, *span) for span in SPANS],
     "causal": [partial(calls.call_attention, *span, causal=True) for span in SPANS],
@@ -379,24 +388,10 @@ def test_the_capacity_is_enough_and_no_more():
         assert most <= attention.capacity(rows, samples, block) <= most + samples
 
 
-class _Allocations:
-    """torch, with every allocation noted."""
-
-    def __init__(self):
-        self.made = []
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    def empty(self, shape, **options):
-        self.made.append(torch.empty(shape, **options))
-        return self.made[-1]
-
-
 def test_workspace_of_attention(monkeypatch):
     """Outputs, tables of tiles, and two float32 a query and head: nothing grows with samples times their length."""
     queries, keys, samples, heads = 100_000, 90_000, 64, 8
-    noted = _Allocations()
+    noted = Guarded()
     monkeypatch.setattr(attention, "torch", noted)
     assert aot.launches(lambda: calls.call_attention(queries, keys, samples, heads, 2, 72))
     tables = lambda rows: [4 * (triton.cdiv(rows, 128) + samples), 4 * (samples + 1)]
@@ -404,7 +399,7 @@ def test_workspace_of_attention(monkeypatch):
     forward = [2 * queries * heads * 72, 4 * queries * heads, *tables(queries)]  # out, lse
     backward = [2 * queries * heads * 72, 2 * keys * 2 * 72, 2 * keys * 2 * 72, 2 * 4 * heads * padded, *tables(queries),
                 *tables(keys)]  # dq, dk, dv, rows of lse and delta
-    assert [t.numel() * t.element_size() for t in noted.made] == forward + backward
+    assert [(t.numel() - 128) * t.element_size() for t in noted.buffers] == forward + backward
 
 
 def test_tma_is_used_where_rows_are_aligned_and_there_is_one():
@@ -444,6 +439,6 @@ def test_products_of_float32_are_no_tf32_unless_allowed():
 
 
 def test_a_row_is_as_long_as_the_kernels_say():
-    from sora_fast.ops.patches import LONGEST_RUN
+    from sora_fast.ops.patches_triton import LONGEST_RUN
 
     assert LONGEST_RUN == CONFIGS["patches"].LONGEST_RUN

@@ -476,27 +476,3 @@ def test_families_without_kernels_are_named(cli, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     code, out, _ = cli("tune", "latents", "--quick", "--device", "cpu")
     assert code == 0 and "nothing to tune in latents: no Triton kernels yet" in out
-
-
-# ------------------------------------------------------------------------------------------------ our own kernels
-def test_candidates_of_modulation_can_be_launched(monkeypatch):
-    """Powers of two, no more than 32 numbers a thread, and backwards that fit a multiprocessor; each once."""
-    pytest.importorskip("triton")
-    monkeypatch.setattr(sora_fast.kernels, "__path__", [str(Path(__file__).parents[1] / "kernels")])
-    from sora_fast.kernels import modulation_candidates
-    from sora_fast.kernels import modulation_config as kernels
-
-    for width in (1, 64, 384, 1152, 1536, 3072, 5120, 8192):
-        block = 1 << (width - 1).bit_length()
-        for tokens in (128, 32768):
-            launch = kernels.Launch(width, tokens, torch.bfloat16, None, "layer", False)
-            for name, heuristic in kernels.HEURISTICS.items():
-                tried = list(modulation_candidates.candidates(name, launch, "sm90-H200"))
-                assert len(set(tried) - {heuristic(launch, "sm90-H200")}) >= 2 and all(
-                    type(each) is type(heuristic(launch, "sm90")) for each in tried)
-                for number in (number for each in tried for number in (each.warps, each.tokens)):
-                    assert number >= 1 and number & (number - 1) == 0
-                for each in tried:
-                    share = block * (each.tokens if name == "forward" else 1) / (32 * each.warps)
-                    assert share <= 32 and each.warps <= 16, (width, each)
-                    assert name == "forward" or each.warps * each.programs <= 32

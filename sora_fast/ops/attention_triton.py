@@ -19,7 +19,7 @@ def _typical_config(problem) -> configs.Found:
 
 def _options(q, softmax_scale, causal, left, right):
     return dict(scale=q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, causal=causal, window=(left, right),
-                tf32=torch.backends.cuda.matmul.fp32_precision == "tf32")
+                tf32=triton_backend.tf32())
 
 
 def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right):
@@ -78,7 +78,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window, return_lse, deterministic):
-    out, lse = triton_backend.apply(_Attention, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, *window)
+    tensors = triton_backend.apart((q, k, v, cu_seqlens_q, cu_seqlens_k))
+    out, lse = _Attention.apply(*tensors, softmax_scale, causal, *window)
     return (out, lse) if return_lse else out
 
 

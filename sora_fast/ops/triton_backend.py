@@ -64,12 +64,17 @@ def _gpu_name(device: torch.device | str) -> str:
     return configs.gpu_name(device)
 
 
-def apply(function: type[torch.autograd.Function], *arguments):
-    """``function.apply(*arguments)``, also where one tensor is given twice: torch.compile traces it as a view then."""
-    if torch.compiler.is_compiling():
-        given = []
-        for value in arguments:
-            twice = isinstance(value, torch.Tensor) and any(value is other for other in given)
-            given.append(value.view_as(value) if twice else value)
-        arguments = given
-    return function.apply(*arguments)
+def tf32() -> bool:
+    """Whether float32 products may drop bits: off unless asked for, where cuDNN's own switch, for convolutions, is on."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def apart(tensors):
+    """The inputs of an autograd.Function, a tensor that is given twice as a view: torch.compile would trace it as one."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    given = []
+    for tensor in tensors:
+        twice = tensor is not None and any(tensor is other for other in given)
+        given.append(tensor.view_as(tensor) if twice else tensor)
+    return given

@@ -1,16 +1,9 @@
 """Ahead-of-time proof of Triton kernels: compiled for GPUs that are not here, their machine code judged.
 
-A family takes part through a function in sora_fast.testing.launches::
-
-    def aot_cases():
-        x = torch.empty(64, 1152, dtype=torch.bfloat16, device="meta")
-        yield "norm_modulate bf16 1152", lambda: norm_modulate(x, ...), dict(wants_wide=True)
-
-Each entry is a name, a function that launches kernels on tensors of the device "meta" (any size, no memory), and what
-their machine code must show: the fields of AotCase from ``wants_matrix`` on. The launches are recorded instead of
-made, and what is compiled is what Triton would compile for them: types, constants, alignment and options are its own.
-A width that masks or strides must be a constant or specialised: under do_not_specialize nothing is known to be a multiple
-of 16, and loads shrink to single numbers.
+A family takes part through ``aot_cases()`` in sora_fast.testing.launches. The launches are recorded instead of made, and
+what is compiled is what Triton would compile for them: types, constants, alignment and options are its own. A width that
+masks or strides must be a constant or specialised: under do_not_specialize nothing is known to be a multiple of 16, and
+loads shrink to single numbers.
 
 Works with Triton 3.6 to 3.9. Nothing here runs a kernel or needs a driver.
 """
@@ -197,7 +190,7 @@ def cache_violations(calls: Iterable[Callable[[], object]]) -> list[str]:
     return found
 
 
-def _build(fn, signature, constexprs, aligned, cc, options):
+def build(fn, signature, constexprs, aligned, cc, options):
     """(Triton's compiled kernel, what ptxas printed). Always from the start: a cached kernel has no messages."""
     _refuse_interpreter(fn)
     attrs = {(fn.arg_names.index(name),): [ALIGNED] for name in aligned}
@@ -227,7 +220,7 @@ def _read(kernel, printed: str, cc: int) -> Compiled:
 def compile_for(fn: JITFunction, signature: Mapping[str, str], constexprs: Mapping[str, object], aligned: Iterable[str],
                 cc: int, **options) -> Compiled:
     """``fn`` compiled for compute capability ``cc`` (90: sm_90); arguments as in AotCase, options by keyword."""
-    return _read(*_build(fn, signature, constexprs, aligned, cc, options), cc)
+    return _read(*build(fn, signature, constexprs, aligned, cc, options), cc)
 
 
 def uses_tf32(compiled: Compiled) -> bool:

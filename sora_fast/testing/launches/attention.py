@@ -9,10 +9,11 @@ from ...kernels.attention import backward, forward
 from ...kernels.attention_config import HEURISTICS, Launch
 
 
-def _both(head_dim, dtype, gpu, group=1, **mask):
-    """Forward and backward of 300 queries and keys on tensors without memory."""
-    make = lambda heads: torch.empty(300, heads, head_dim, dtype=dtype, device="meta")
-    q, k, cu = make(4), make(4 // group), torch.empty(3, dtype=torch.int32, device="meta")
+def both(head_dim, dtype, gpu, group=1, *, queries=300, keys=300, samples=2, heads=4, pitch=None, **mask):
+    """Forward and backward on tensors without memory; ``pitch``: elements from one token to the next."""
+    pitch = pitch or heads * head_dim
+    cut = lambda rows, count: torch.empty_strided((rows, count, head_dim), (pitch, head_dim, 1), dtype=dtype, device="meta")
+    q, k, cu = cut(queries, heads), cut(keys, heads // group), torch.empty(samples + 1, dtype=torch.int32, device="meta")
     options = dict(scale=head_dim ** -0.5, causal=False, window=(-1, -1), tf32=False) | mask
     launch = Launch(head_dim, dtype, group, bool(mask))
     config, dq_config, dkdv_config = (HEURISTICS[kernel](launch, gpu) for kernel in ("forward", "dq", "dkdv"))
@@ -46,4 +47,4 @@ def aot_cases():
             if (head_dim, dtype, gpu) == (64, bf16, "sm80"):
                 wants["schedule_kernel"] = dict(ccs=tuple(SHARED), wants_wide=False, wants_matrix=False)
             label = [f"{head_dim} {str(dtype).removeprefix('torch.')}", *(f"{k} {v}" for k, v in options.items()), gpu]
-            yield ", ".join(label), partial(_both, head_dim, dtype, gpu, **options), wants
+            yield ", ".join(label), partial(both, head_dim, dtype, gpu, **options), wants

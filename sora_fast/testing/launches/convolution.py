@@ -4,19 +4,20 @@ from functools import partial
 
 import torch
 
-from ...kernels.convolution import Geometry, dgrad, forward, wgrad
+from ...kernels.convolution import dgrad, forward, wgrad
 from ...kernels.convolution_config import HEURISTICS, Launch, covered
+from ...kernels.convolution_settings import ConvSettings
 from ...kernels.launch import dense
 
 
-def _configs(inputs, outputs, dtype, gpu, kernel=(3, 3, 3), cached=0, **settings):
-    """The geometry and each kernel's Config."""
+def _configs(inputs, outputs, dtype, gpu, kernel=(3, 3, 3), cached=0, **changes):
+    """The settings and each kernel's Config."""
     _, kh, kw = kernel
-    padding = (kw // 2, kw // 2, kh // 2, kh // 2)
-    geometry = Geometry(**dict(kernel=kernel, stride=(1, 1, 1), padding=padding, time_pad="zeros", space_pad="zeros",
-                               phase=0, lookahead=0, upsample=1) | settings)
-    launch = Launch(inputs, outputs, kernel, geometry.stride, geometry.upsample, geometry.space_pad, dtype)
-    return geometry, {name: heuristic(launch, gpu) for name, heuristic in HEURISTICS.items()}
+    around = (kw // 2, kw // 2, kh // 2, kh // 2)
+    settings = ConvSettings(**dict(kernel=kernel, stride=(1, 1, 1), padding=around, time_pad="zeros", space_pad="zeros",
+                                   phase=0, lookahead=0, upsample=1) | changes)
+    launch = Launch(inputs, outputs, kernel, settings.stride, settings.upsample, settings.space_pad, dtype)
+    return settings, {name: heuristic(launch, gpu) for name, heuristic in HEURISTICS.items()}
 
 
 def padding_share(made: int, summed: int, tile: int, block: int) -> float:
@@ -33,17 +34,19 @@ def padding(inputs, outputs, dtype, gpu, settings) -> float:
                padding_share(outputs, inputs, wgrad.outputs, wgrad.inputs + wgrad.more))
 
 
-def _all(inputs, outputs, dtype, gpu, cached=0, **settings):
-    """Forward, dgrad and wgrad of 4 frames of 32 x 32 on tensors without memory."""
-    geometry, config = _configs(inputs, outputs, dtype, gpu, **settings)
+def run(inputs, outputs, dtype, gpu, cached=0, batch=1, size=(4, 32, 32), kernels=("forward", "dgrad", "wgrad"), **changes):
+    """Forward, dgrad and wgrad on tensors without memory; ``size``: frames, height, width."""
+    settings, config = _configs(inputs, outputs, dtype, gpu, **changes)
     make = lambda *shape: dense(torch.empty(shape, dtype=dtype, device="meta"))
-    x, weight = make(1, inputs, 4, 32, 32), make(outputs, inputs, *geometry.kernel)
-    cache, bias = make(1, inputs, cached, 32, 32), torch.empty(outputs, dtype=dtype, device="meta")
-    y = forward(x, weight, bias, cache, make(1, outputs, *geometry.out_sizes(4, 32, 32)), geometry, tf32=False,
-                config=config["forward"])
-    dgrad(y, weight, cache if cached else None, x.shape, cached, geometry, want_x=True, want_cache=True, tf32=False,
-          config=config["dgrad"])
-    wgrad(y, x, cache, weight, geometry, tf32=False, config=config["wgrad"])
+    x, weight, dy = make(batch, inputs, *size), make(outputs, inputs, *settings.kernel), make(
+        batch, outputs, *settings.out_sizes(*size))
+    cache, bias = make(batch, inputs, cached, *size[1:]), torch.empty(outputs, dtype=dtype, device="meta")
+    calls = dict(forward=partial(forward, x, weight, bias, cache, dy, settings),
+                 dgrad=partial(dgrad, dy, weight, cache if cached else None, x.shape, cached, settings, want_x=True,
+                               want_cache=True),
+                 wgrad=partial(wgrad, dy, x, cache, weight, settings))
+    for kernel in kernels:
+        calls[kernel](tf32=False, config=config[kernel])
 
 
 def aot_cases():
@@ -72,4 +75,4 @@ def aot_cases():
             options = [f"{name} {value}" for name, value in settings.items()]
             yield (", ".join([f"{inputs} to {outputs} {str(dtype).removeprefix('torch.')}", *options, gpu,
                               f"padding {padding(inputs, outputs, dtype, gpu, settings):.0%}"]),
-                   partial(_all, inputs, outputs, dtype, gpu, **settings), wants)
+                   partial(run, inputs, outputs, dtype, gpu, **settings), wants)

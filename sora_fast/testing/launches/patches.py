@@ -9,30 +9,30 @@ from ...kernels.patches import embed, embed_latents_gradient, embed_weight_gradi
 from ...kernels.patches_config import HEURISTICS, Launch
 
 
-def _tables():
-    return (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((3, 3), (4,)))
+def _tables(samples):
+    return (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((samples, 3), (samples + 1,)))
 
 
-def embedding(channels, patch, width, dtype, gpu):
-    """Forward and backward of 4096 tokens on tensors without memory."""
+def embedding(channels, patch, width, dtype, gpu, tokens=4096, samples=3):
+    """Forward and backward on tensors without memory."""
     make = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
     weight, bias = make(width, channels, *patch), make(width)
-    grids, cu_seqlens = _tables()
+    grids, cu_seqlens = _tables(samples)
     launch = Launch(4096, width, prod((channels, *patch[:2])), patch[2], dtype)
-    latents = make(4096 * channels * prod(patch))
+    latents = make(tokens * channels * prod(patch))
     out = embed(latents, weight, bias, grids, cu_seqlens, config=HEURISTICS["embed"](launch, gpu))
     embed_latents_gradient(out, weight, grids, cu_seqlens, config=HEURISTICS["latents"](launch, gpu))
     embed_weight_gradient(out, latents, weight, grids, cu_seqlens, want_weight=True, want_bias=True,
                           config=HEURISTICS["weight"](launch, gpu))
 
 
-def _permutations(channels, patch, dtype):
-    """There and back of 4096 tokens on tensors without memory."""
-    grids, cu_seqlens = _tables()
-    tokens = torch.empty((4096, channels * prod(patch)), dtype=dtype, device="meta")
+def permutations(channels, patch, dtype, tokens=4096, samples=3, ways=(False, True)):
+    """There and back, or one of these ``ways``, on tensors without memory."""
+    grids, cu_seqlens = _tables(samples)
+    given = torch.empty((tokens, channels * prod(patch)), dtype=dtype, device="meta")
     config = HEURISTICS["permute"](Launch(4096, channels, prod(patch[:2]), patch[2], dtype), "sm90")
-    flat = permute(tokens, grids, cu_seqlens, patch, channels, back=False, config=config)
-    permute(flat, grids, cu_seqlens, patch, channels, back=True, config=config)
+    for back in ways:
+        permute(given, grids, cu_seqlens, patch, channels, back=back, config=config)
 
 
 def aot_cases():
@@ -53,7 +53,7 @@ def aot_cases():
                             ("pixels, 1152, float32", 3, (2, 16, 16), 1152, f32)):
             yield f"{name}, {gpu}", partial(embedding, *case, gpu), dict(ccs=ccs)
         yield f"odd, 385, {gpu}", partial(embedding, 3, (1, 3, 3), 385, bf16, gpu), dict(wants_matrix=True, ccs=ccs)
-    yield "16 channels", partial(_permutations, 16, (1, 2, 2), bf16), {}
-    yield "48 channels", partial(_permutations, 48, (1, 2, 2), bf16), {}
-    yield "8 channels, float32", partial(_permutations, 8, (1, 2, 2), f32), {}
-    yield "pixels", partial(_permutations, 3, (2, 16, 16), bf16), {}
+    yield "16 channels", partial(permutations, 16, (1, 2, 2), bf16), {}
+    yield "48 channels", partial(permutations, 48, (1, 2, 2), bf16), {}
+    yield "8 channels, float32", partial(permutations, 8, (1, 2, 2), f32), {}
+    yield "pixels", partial(permutations, 3, (2, 16, 16), bf16), {}

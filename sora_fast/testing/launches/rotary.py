@@ -8,18 +8,18 @@ from ...kernels.rotary import backward, forward
 from ...kernels.rotary_config import HEURISTICS, Launch
 
 
-def both(heads, key_heads, head_dim, dtype, norm, pairing, freqs, affine, fused=True):
-    """Forward and backward of 64 tokens on tensors without memory; ``fused``: q and k are views of one product."""
+def both(heads, key_heads, head_dim, dtype, norm, pairing, freqs, affine, fused=True, tokens=64, rows=True):
+    """Forward and backward on tensors without memory; ``fused``: q and k are parts of one product, else heads come first."""
     make = lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device="meta")
-    qkv = make(64, heads + 2 * key_heads, head_dim)
-    q, k = (qkv[:, :heads], qkv[:, heads:heads + key_heads]) if fused else (make(64, heads, head_dim),
-                                                                            make(64, key_heads, head_dim))
+    qkv = make(tokens, heads + 2 * key_heads, head_dim)
+    q, k = qkv[:, :heads], qkv[:, heads:heads + key_heads]
+    if not fused:
+        q, k = (make(count, tokens, head_dim).transpose(0, 1) for count in (heads, key_heads))
     vector = lambda count, there: make(count * head_dim if norm == "rms_all" else head_dim) if there else None
     affines = [vector(count, name in affine) for name in ("weight", "bias") for count in (heads, key_heads)]
-    coords = make(64, 3, dtype=torch.int32)
-    table = {"fixed": make(3, head_dim // 2, dtype=torch.float32), "learned": make(3, heads, head_dim // 2,
-                                                                                  dtype=torch.float32)}[freqs]
-    rows = make(64, dtype=torch.int32)
+    coords = make(tokens, 3, dtype=torch.int32)
+    table = make(3, *([heads] if freqs == "learned" else []), head_dim // 2, dtype=torch.float32)
+    rows = make(tokens, dtype=torch.int32) if rows else None
     launch = Launch(heads, key_heads, head_dim, 64, dtype, norm, bool(affine), freqs, pairing)
     settings = dict(norm=norm, pairing=pairing, eps=1e-6)
     q_out, k_out = forward(q, k, coords, *affines, table, rows, **settings, config=HEURISTICS["forward"](launch, "sm90"))
