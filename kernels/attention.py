@@ -8,19 +8,17 @@ others compute powers of 2.
 """
 
 import contextvars
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
 from .attention_backward import PAD, dkdv_kernel, dq_kernel, pad_count
+from .attention_config import Config
 from .attention_tiles import (
     LOG2E,
     capacity,
+    chunks,
     keys_of,
     masked,
     power,
@@ -33,137 +31,7 @@ from .attention_tiles import (
     view,
     write,
 )
-
-# Products of float32: three of 10 bits each, exact to the rounding of float32. "ieee" is on no matrix unit, and its unrolled
-# products over a head of 128 spill by the thousand.
-FLOAT32 = "tf32x3"
-
-
-# ------------------------------------------------------------------------------------------------------ configuration
-@dataclass(frozen=True)
-class Launch:
-    """What the best Config depends on; ``band``: causal, or a window."""
-
-    head_dim: int
-    dtype: torch.dtype
-    group: int
-    band: bool
-
-
-@dataclass(frozen=True)
-class Config:
-    """A tile of ``block_m`` queries and ``block_n`` keys, by ``warps``; ``stages`` tiles on their way from memory.
-
-    ``tma``: read by the tensor memory accelerator (sm_90 and later) where strides and addresses are multiples of 16 bytes.
-    Each program makes descriptors that end where its sample ends, so that 0 and no neighbour's number is behind it.
-    ``split``: read heads as two powers of two where one would be more (72 as 64 and 16, not as 128).
-    """
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    tma: bool = False
-    split: bool = True
-
-
-def chunks(head_dim: int, split: bool) -> tuple[int, int]:
-    """Powers of two that a head is read in: 64 and 16 for 72, 128 and 0 for 128. A product is over 16 numbers at least."""
-    if not split:
-        return triton.next_power_of_2(head_dim), 0
-    one = 1 << head_dim.bit_length() - 1
-    two = max(triton.next_power_of_2(head_dim - one), 16) if head_dim > one else 0
-    return (2 * one, 0) if two == one else (one, two)
-
-
-# Bytes of shared memory that one program may have, by compute capability.
-SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-
-
-def _capability(gpu: str) -> int:
-    """90 of "sm90-H200"; of a GPU that is not in the table the nearest below."""
-    asked = int(gpu.removeprefix("sm").partition("-")[0])
-    return max((known for known in SHARED if known <= asked), default=80)
-
-
-def _synchronous(gpu: str) -> bool:
-    """Whether products go through mma.sync, registers on both sides: all but sm_90 (wgmma) and sm_100 (tcgen05)."""
-    return _capability(gpu) not in (90, 100)
-
-
-def forward_heuristic(launch: Launch, gpu: str) -> Config:
-    """Tiles of 128 x 64 by 8 warps: at most 254 registers, no spill, and 64 kB of shared memory for a head of 128.
-
-    On sm_90 128 x 128 has 255 and spills, or ptxas puts all exp2 behind the products. On sm_100 Triton 3.9 refuses two
-    chunks in the product that is carried over ("Trying to multibuffer TMEM while there is no store to the accumulator").
-    """
-    split = gpu == "cpu" or _capability(gpu) != 100
-    if gpu == "cpu":
-        return Config(32, 32, 4, 1)
-    if launch.dtype == torch.float32:
-        return Config(32, 32, 4, 1, split=split) if launch.head_dim <= 64 else Config(32, 16, 8, 1, split=split)
-    if launch.head_dim > 128:
-        return Config(64, 32, 4, 2) if _synchronous(gpu) else Config(128, 32, 8, 2, split=split)
-    if _synchronous(gpu) and launch.band and launch.head_dim > 64:
-        return Config(128, 32, 8, 2)
-    return Config(128, 64, 8, 2, split=split)
-
-
-def dq_heuristic(launch: Launch, gpu: str) -> Config:
-    """As in forward; where factors are in registers, 64 x 32 by 4 warps is what does not spill."""
-    if gpu == "cpu":
-        return Config(32, 32, 4, 1)
-    if launch.dtype == torch.float32:
-        return Config(16, 32, 4, 1)
-    if _synchronous(gpu):
-        if launch.head_dim > 128:
-            return Config(32, 32, 8, 1)
-        return Config(64, 32, 4, 2)
-    return Config(128, 64, 8, 2) if launch.head_dim <= 128 else Config(128, 32, 8, 1)
-
-
-def dkdv_heuristic(launch: Launch, gpu: str) -> Config:
-    """64 queries by 128 keys: with a head of 128 all 255 registers, and TMA, as the addresses of pointers would spill.
-
-    Where factors are in registers, one chunk: with two Triton keeps both chunks of k and v in them and spills by the
-    hundred.
-    """
-    if gpu == "cpu":
-        return Config(32, 32, 4, 1)
-    if launch.dtype == torch.float32:
-        if launch.head_dim <= 64:
-            return Config(32, 16, 4, 1)
-        return Config(16, 16 if chunks(launch.head_dim, True)[1] else 32, 4, 1)
-    if _synchronous(gpu):
-        if launch.head_dim > 128:
-            return Config(32, 32, 8, 1)
-        return Config(32, 128, 8, 2, split=False) if launch.head_dim <= 64 else Config(64, 64, 8, 2, split=False)
-    tma = _capability(gpu) == 90 and launch.head_dim > 96
-    return Config(64, 128, 8, 2, tma) if launch.head_dim <= 128 else Config(64, 64, 8, 1, tma)
-
-
-HEURISTICS = {"forward": forward_heuristic, "dq": dq_heuristic, "dkdv": dkdv_heuristic}
-
-
-def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[Config]:
-    """Configs for the tuner to try, the heuristic's first; all fit into the GPU's shared memory."""
-    best = HEURISTICS[kernel](launch, gpu)
-    yield best
-    if gpu == "cpu":
-        return
-    row = sum(chunks(launch.head_dim, best.split)) * launch.dtype.itemsize
-    for block_m, block_n in ((64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128), (32, 64), (32, 128)):
-        kept, passing, tensors = dict(forward=(block_m, block_n, 1), dq=(block_m, block_n, 2),
-                                    dkdv=(block_n, block_m, 2))[kernel]
-        for stages in (1, 2, 3):
-            carried = passing if kernel == "forward" else 0  # the keys that are asked for a tile ahead
-            if (kept * tensors + passing * 2 * stages + carried) * row > SHARED[_capability(gpu)]:
-                continue
-            for warps in (4, 8):
-                for tma in (False, True) if _capability(gpu) >= 90 else (False,):
-                    config = Config(block_m, block_n, warps, stages, tma, best.split)
-                    if config != best:
-                        yield config
+from .launch import MAXNREG, contiguous, on, precision, rows_dense
 
 
 # ------------------------------------------------------------------------------------------------------------- kernel
@@ -230,11 +98,6 @@ def forward_kernel(q, k, v, out, lse, parts, cu_q, cu_k, table, first, samples, 
 
 
 # ----------------------------------------------------------------------------------------------------------- launches
-def _dense(tensor):
-    """``tensor``, any stride between its tokens and its heads; a copy where the numbers of a head are not side by side."""
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
-
-
 def _strides(*tensors):
     """(UNIT, token and head stride of each in UNITs): with 8, every row starts at a multiple of 16 bytes.
 
@@ -269,25 +132,21 @@ def _launching(device, launch):
     """Call ``launch`` where kernels run on ``device``, with memory for descriptors that nobody else's allocator gives."""
     def run():
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with on(device):
             launch()
 
     contextvars.copy_context().run(run)
 
 
 def _common(q, k, config, tf32, unit, bounds, *tensors):
-    """Arguments by keyword that the three kernels share; ``tensors`` are read by TMA where it can.
-
-    maxnreg: where nothing is said, ptxas spills on sm_100 to stay within 128 registers.
-    """
+    """Arguments by keyword that the three kernels share; ``tensors`` are read by TMA where it can."""
     one, two = chunks(q.shape[2], config.split)
-    precision = ("tf32" if tf32 else FLOAT32) if q.dtype == torch.float32 else "ieee"
-    return dict(GROUP=q.shape[1] // k.shape[1], E=q.shape[2], E0=one, E1=two, UNIT=unit, PRECISION=precision,
+    return dict(GROUP=q.shape[1] // k.shape[1], E=q.shape[2], E0=one, E1=two, UNIT=unit, PRECISION=precision(q.dtype, tf32),
                 TMA=_tma(config, unit, *tensors), BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.warps,
-                num_stages=config.stages, maxnreg=255, **bounds)
+                num_stages=config.stages, maxnreg=MAXNREG, **bounds)
 
 
-def forward(q, k, v, cu_q, cu_k, *, scale, causal, window, tf32, config):
+def forward(q, k, v, cu_q, cu_k, *, scale, causal, window, tf32, config: Config):
     """``(out, lse, parts)``: out (Nq, H, E) in q's dtype, lse (H, Nq) float32, natural logarithm.
 
     parts (2, H, Nq) float32, the largest score and the sum of exp(score - largest), for a float32 q, else None: from their
@@ -307,7 +166,7 @@ def forward(q, k, v, cu_q, cu_k, *, scale, causal, window, tf32, config):
         return out.zero_(), lse.fill_(-torch.inf), parts
     if scale < 0:
         q, scale = -q, -scale
-    q, k, v, cu_q, cu_k = _dense(q), _dense(k), _dense(v), cu_q.contiguous(), cu_k.contiguous()
+    (q, k, v), (cu_q, cu_k) = map(rows_dense, (q, k, v)), contiguous(cu_q, cu_k)
     unit, strides = _strides(q, k, v)
     band, bounds = _band(causal, window, queries, k.shape[0])
 
@@ -338,8 +197,8 @@ def backward(dout, dlse, q, k, v, out, lse, parts, cu_q, cu_k, *, scale, causal,
     negative = scale < 0
     if negative:
         q, scale = -q, -scale
-    q, k, v, dout, cu_q, cu_k = _dense(q), _dense(k), _dense(v), _dense(dout), cu_q.contiguous(), cu_k.contiguous()
-    out, lse, dlse = out.contiguous(), lse.contiguous(), None if dlse is None else dlse.contiguous()
+    q, k, v, dout = map(rows_dense, (q, k, v, dout))
+    out, lse, dlse, cu_q, cu_k = contiguous(out, lse, dlse, cu_q, cu_k)
     unit, strides = _strides(q, k, v, dout)
     band, bounds = _band(causal, window, queries, keys)
     samples = cu_q.shape[0] - 1
@@ -360,45 +219,3 @@ def backward(dout, dlse, q, k, v, out, lse, parts, cu_q, cu_k, *, scale, causal,
 
     _launching(q.device, launch)
     return (-dq if negative else dq), dk, dv
-
-
-# --------------------------------------------------------------------------------------------- ahead-of-time proof
-def _both(head_dim, dtype, gpu, group=1, **mask):
-    """Forward and backward of 300 queries and keys on tensors without memory."""
-    make = lambda heads: torch.empty(300, heads, head_dim, dtype=dtype, device="meta")
-    q, k, cu = make(4), make(4 // group), torch.empty(3, dtype=torch.int32, device="meta")
-    options = dict(scale=head_dim ** -0.5, causal=False, window=(-1, -1), tf32=False) | mask
-    launch = Launch(head_dim, dtype, group, bool(mask))
-    out, lse, parts = forward(q, k, k, cu, cu, config=forward_heuristic(launch, gpu), **options)
-    backward(out, lse, q, k, k, out, lse, parts, cu, cu, dq_config=dq_heuristic(launch, gpu),
-             dkdv_config=dkdv_heuristic(launch, gpu), **options)
-
-
-def aot_cases():
-    """What tests/aot.py compiles: head dims of models, each dtype, masks, with each architecture's own tiles."""
-    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
-    groups = {"sm80": (80, 86, 89, 120), "sm90": (90,), "sm100": (100,)}
-    everywhere = [(64, bf16, {}), (72, bf16, {}), (80, bf16, {}), (96, bf16, {}), (128, bf16, {}),
-                  (128, bf16, dict(causal=True))]
-    more = [(72, bf16, dict(window=(9, 9))), (128, f16, dict(group=4)), (64, f32, {}), (96, f32, {}), (192, bf16, {}),
-            (256, bf16, {})]
-    for head_dim, dtype, options in everywhere + more:
-        # One wait for each product whose result the next step needs, and one more for each link of a chain of chunks:
-        # scores in the forward, scores and dP in the backward.
-        links = 1 if head_dim in (64, 128, 256) else 2
-        for gpu, ccs in groups.items():
-            ccs = ccs if (head_dim, dtype, options) in everywhere else ccs[:1]
-            wants = dict(ccs=ccs, gated=head_dim <= 128, wants_wide=True, schedule_kernel=dict(ccs=()))
-            if dtype != f32:
-                wants |= dict(wants_matrix=True)
-            if dtype != f32 and gpu == "sm90":
-                wants |= {name: dict(expected_drains=count * links) for name, count in
-                          (("forward_kernel", 1), ("dq_kernel", 2), ("dkdv_kernel", 2))}
-            if (head_dim, gpu) == (128, "sm90"):
-                # up to 27 before and behind the main loop, none in it (tests/test_machine_code.py), where a tile that
-                # 1,000 queries see runs through 7,000 instructions
-                wants["dkdv_kernel"] |= dict(allowed_spills=32)
-            if (head_dim, dtype, gpu) == (64, bf16, "sm80"):
-                wants["schedule_kernel"] = dict(ccs=tuple(SHARED), wants_wide=False, wants_matrix=False)
-            label = [f"{head_dim} {str(dtype).removeprefix('torch.')}", *(f"{k} {v}" for k, v in options.items()), gpu]
-            yield ", ".join(label), partial(_both, head_dim, dtype, gpu, **options), wants

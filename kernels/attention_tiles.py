@@ -19,6 +19,15 @@ def capacity(rows: int, samples: int, block: int) -> int:
     return triton.cdiv(rows, block) + samples
 
 
+def chunks(head_dim: int, split: bool) -> tuple[int, int]:
+    """Powers of two that a head is read in: 64 and 16 for 72, 128 and 0 for 128. A product is over 16 numbers at least."""
+    if not split:
+        return triton.next_power_of_2(head_dim), 0
+    one = 1 << head_dim.bit_length() - 1
+    two = max(triton.next_power_of_2(head_dim - one), 16) if head_dim > one else 0
+    return (2 * one, 0) if two == one else (one, two)
+
+
 @triton.jit
 def _length(cu, sample, samples, rows):
     """Rows of ``sample``; of the tail those that are left, and 0 of what is no sample."""

@@ -5,90 +5,40 @@ in convolution_forward.py and convolution_backward.py, those that load by TMA in
 convolution_config.py.
 """
 
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
-
 import torch
 import triton
 
 from .convolution_backward import dgrad_kernel, wgrad_kernel
 from .convolution_box import box, can_load
-from .convolution_config import HEURISTICS, Config, Launch, WgradConfig, candidates, padding_share
+from .convolution_config import Config, WgradConfig
 from .convolution_forward import forward_kernel
-
-__all__ = ["HEURISTICS", "Config", "Geometry", "Launch", "WgradConfig", "aot_cases", "candidates", "dgrad", "forward",
-           "padding_share", "wgrad"]
-
-# Products of float32: three of 10 bits each, exact to the rounding of float32.
-FLOAT32 = "tf32x3"
+from .convolution_settings import ConvSettings
+from .launch import MAXNREG, dense, multiprocessors, on, precision
 
 
 # ----------------------------------------------------------------------------------------------------------- launches
-def dense(tensor):
-    """``tensor`` (B, C, T, H, W) in channels_last_3d memory from a multiple of 16 bytes on, copied where it is not."""
-    if tensor is None:
-        return None
-    tensor = tensor.contiguous(memory_format=torch.channels_last_3d)
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
-def on(tensor):
-    """Kernels run on their tensors' device, which need not be the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def empty(shape, like, dtype=None):
     """(B, C, T, H, W) in channels_last_3d memory."""
     batch, channels, *sizes = shape
     return torch.empty((batch, *sizes, channels), dtype=dtype or like.dtype, device=like.device).permute(0, 4, 1, 2, 3)
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """The settings of a convolution that are no tensors: as in ``sora_fast.ops.causal_conv3d``, all given in full."""
-
-    kernel: tuple[int, int, int]
-    stride: tuple[int, int, int]
-    padding: tuple[int, int, int, int]
-    time_pad: str
-    space_pad: str
-    phase: int
-    lookahead: int
-    upsample: int
-
-    def out_sizes(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """T', H', W' of the output."""
-        left, right, top, bottom = self.padding
-        (_, kh, kw), (st, sh, sw), u = self.kernel, self.stride, self.upsample
-        return (max(0, -(-(frames - self.phase) // st)), (u * height + top + bottom - kh) // sh + 1,
-                (u * width + left + right - kw) // sw + 1)
-
-    @property
-    def pads_with_zeros(self) -> bool:
-        return self.space_pad == "zeros" or not any(self.padding)
-
-    @property
-    def repeats_pixels(self) -> bool:
-        """Whether a pixel stands in places that do not share their taps: its gradients there are added up in memory."""
-        return not self.pads_with_zeros or self.upsample > 1 and max(self.stride[1:]) > 1
-
-    def constants(self, inputs: int, outputs: int, dtype: torch.dtype, tf32: bool) -> dict:
-        """Arguments by keyword that all gather kernels share."""
-        names = ("KT", "KH", "KW", "ST", "SH", "SW")
-        return dict(zip(names, (*self.kernel, *self.stride), strict=True), CIN=inputs, COUT=outputs, UP=self.upsample,
-                    REPLICATE=self.time_pad == "replicate",
-                    PRECISION=("tf32" if tf32 else FLOAT32) if dtype == torch.float32 else "ieee")
-
-    def sizes(self, x, cache) -> tuple:
-        """frames, cached, height, width, outputs, out_height, out_width, phase, before, top, left of the kernels."""
-        frames, height, width = x.shape[2:]
-        left, _, top, _ = self.padding
-        return (frames, 0 if cache is None else cache.shape[2], height, width, *self.out_sizes(frames, height, width),
-                self.phase, self.kernel[0] - 1 - self.lookahead, top, left)
+def _constants(settings: ConvSettings, inputs: int, outputs: int, dtype: torch.dtype, tf32: bool) -> dict:
+    """Arguments by keyword that all gather kernels share."""
+    names = ("KT", "KH", "KW", "ST", "SH", "SW")
+    return dict(zip(names, (*settings.kernel, *settings.stride), strict=True), CIN=inputs, COUT=outputs,
+                UP=settings.upsample, REPLICATE=settings.time_pad == "replicate", PRECISION=precision(dtype, tf32))
 
 
-def forward(x, weight, bias, cache, residual, geometry: Geometry, *, tf32, config):
+def _sizes(settings: ConvSettings, x, cache) -> tuple:
+    """frames, cached, height, width, outputs, out_height, out_width, phase, before, top, left of the kernels."""
+    frames, height, width = x.shape[2:]
+    left, _, top, _ = settings.padding
+    return (frames, 0 if cache is None else cache.shape[2], height, width, *settings.out_sizes(frames, height, width),
+            settings.phase, settings.kernel[0] - 1 - settings.lookahead, top, left)
+
+
+def forward(x, weight, bias, cache, residual, settings: ConvSettings, *, tf32, config: Config):
     """y (B, Cout, T', H', W') in x's dtype, channels_last_3d.
 
     x (B, Cin, T, H, W), weight (Cout, Cin, KT, KH, KW), cache (B, Cin, c, H, W) or None, residual like y or None, all of one
@@ -98,23 +48,24 @@ def forward(x, weight, bias, cache, residual, geometry: Geometry, *, tf32, confi
     x, weight, cache, residual = dense(x), dense(weight), dense(cache), dense(residual)
     cache = None if cache is None or cache.shape[2] == 0 else cache
     inputs, outputs = weight.shape[1], weight.shape[0]
-    y = empty((x.shape[0], outputs, *geometry.out_sizes(*x.shape[2:])), x)
+    y = empty((x.shape[0], outputs, *settings.out_sizes(*x.shape[2:])), x)
     if y.numel() == 0:
         return y
     bias = None if bias is None else bias.contiguous()
-    if config.tma and can_load(geometry, weight, x):
-        box(x, cache, weight, bias, residual, y, None, geometry, frames=x.shape[2], outputs=y.shape[2], config=config)
+    if config.tma and can_load(settings, weight, x):
+        box(x, cache, weight, bias, residual, y, None, settings, frames=x.shape[2], outputs=y.shape[2], config=config)
         return y
     programs = y.shape[0] * y.shape[2] * triton.cdiv(y.shape[3] * y.shape[4], config.pixels)
-    with on(x):
+    with on(x.device):
         forward_kernel[(programs * triton.cdiv(outputs, config.channels),)](
-            x, cache, weight, bias, residual, y, *geometry.sizes(x, cache),
-            **geometry.constants(inputs, outputs, x.dtype, tf32), SPACE=geometry.space_pad, BLOCK_P=config.pixels,
-            BLOCK_C=config.channels, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages, maxnreg=255)
+            x, cache, weight, bias, residual, y, *_sizes(settings, x, cache),
+            **_constants(settings, inputs, outputs, x.dtype, tf32), SPACE=settings.space_pad, BLOCK_P=config.pixels,
+            BLOCK_C=config.channels, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages,
+            maxnreg=MAXNREG)
     return y
 
 
-def dgrad(dy, weight, dcache_out, x_shape, cached, geometry: Geometry, *, want_x, want_cache, tf32, config):
+def dgrad(dy, weight, dcache_out, x_shape, cached, settings: ConvSettings, *, want_x, want_cache, tf32, config: Config):
     """``(dx, dcache)`` in dy's dtype, channels_last_3d; None for what is not wanted (dcache: or has no frame).
 
     dy (B, Cout, T', H', W'); dcache_out (B, Cin, n, H, W), the gradient of the last n frames, or None; x_shape (B, Cin, T,
@@ -127,10 +78,10 @@ def dgrad(dy, weight, dcache_out, x_shape, cached, geometry: Geometry, *, want_x
     batch, inputs, frames, height, width = x_shape
     make = lambda count: empty((batch, inputs, count, height, width), dy)
     keep = 0 if dcache_out is None else dcache_out.shape[2]
-    folded = geometry.repeats_pixels
+    folded = settings.repeats_pixels
     want_cache = want_cache and cached > 0
-    left, right, top, bottom = geometry.padding
-    u = geometry.upsample
+    left, right, top, bottom = settings.padding
+    u = settings.upsample
     if not folded:
         dx, dcache = make(frames if want_x or frames else 0), make(cached) if want_cache else None
         sizes, start, origin, added, up = (height, width), -cached if want_cache else 0, (top, left), dcache_out, u
@@ -138,21 +89,21 @@ def dgrad(dy, weight, dcache_out, x_shape, cached, geometry: Geometry, *, want_x
         sizes = (u * height + top + bottom, u * width + left + right)
         wide = torch.empty((batch, cached + frames, *sizes, inputs), dtype=torch.float32, device=dy.device)
         dx, dcache, start, origin, added, up = wide, None, -cached, (0, 0), None, 1
-    (_, sh, sw), count = geometry.stride, frames - start
-    if config.tma and can_load(geometry, weight, dy):
-        box(dy, None, weight, None, added, dx, dcache, geometry, frames=frames, outputs=dy.shape[2], cached=cached,
+    (_, sh, sw), count = settings.stride, frames - start
+    if config.tma and can_load(settings, weight, dy):
+        box(dy, None, weight, None, added, dx, dcache, settings, frames=frames, outputs=dy.shape[2], cached=cached,
             keep=keep, transposed=True, config=config)
     elif dx.numel() or dcache is not None and dcache.numel():
-        constants = geometry.constants(inputs, dy.shape[1], dy.dtype, tf32) | dict(UP=up, WIDE=folded)
+        constants = _constants(settings, inputs, dy.shape[1], dy.dtype, tf32) | dict(UP=up, WIDE=folded)
         tiles = triton.cdiv(triton.cdiv(sizes[0], sh) * triton.cdiv(sizes[1], sw), config.pixels) * sh * sw
-        with on(dy):
+        with on(dy.device):
             dgrad_kernel[(batch * count * tiles * triton.cdiv(inputs, config.channels),)](
-                dy, weight, added, dx, dcache, frames, cached, *sizes, *dy.shape[2:], geometry.phase,
-                geometry.kernel[0] - 1 - geometry.lookahead, *origin, keep, start, **constants, BLOCK_P=config.pixels,
+                dy, weight, added, dx, dcache, frames, cached, *sizes, *dy.shape[2:], settings.phase,
+                settings.kernel[0] - 1 - settings.lookahead, *origin, keep, start, **constants, BLOCK_P=config.pixels,
                 BLOCK_C=config.channels, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages,
-                maxnreg=255)
+                maxnreg=MAXNREG)
     if folded:
-        seen = _folded(wide, geometry, height, width)
+        seen = _folded(wide, settings, height, width)
         if keep:
             seen[:, seen.shape[1] - keep:] += dcache_out.permute(0, 2, 3, 4, 1)
         own = lambda part: part.to(dy.dtype).contiguous().permute(0, 4, 1, 2, 3)
@@ -160,23 +111,23 @@ def dgrad(dy, weight, dcache_out, x_shape, cached, geometry: Geometry, *, want_x
     return dx if want_x else None, dcache if want_cache else None
 
 
-def _folded(wide, geometry: Geometry, height: int, width: int):
+def _folded(wide, settings: ConvSettings, height: int, width: int):
     """Each pixel's sum, (B, T, H, W, C), from ``wide`` (B, T, u H + top + bottom, u W + left + right, C); it is changed."""
-    left, right, top, bottom = geometry.padding
+    left, right, top, bottom = settings.padding
     for axis, low, high in ((2, top, bottom), (3, left, right)):
         size = wide.shape[axis] - low - high
         before, wide, after = wide.split((low, size, high), axis)
-        if geometry.space_pad == "replicate":
+        if settings.space_pad == "replicate":
             wide.narrow(axis, 0, 1).add_(before.sum(axis, keepdim=True))
             wide.narrow(axis, size - 1, 1).add_(after.sum(axis, keepdim=True))
-        elif geometry.space_pad == "reflect":
+        elif settings.space_pad == "reflect":
             wide.narrow(axis, 1 if low else 0, low).add_(before.flip(axis))
             wide.narrow(axis, size - 1 - high if high else 0, high).add_(after.flip(axis))
-    u = geometry.upsample
+    u = settings.upsample
     return wide if u == 1 else wide.unflatten(3, (width, u)).unflatten(2, (height, u)).sum((3, 5))
 
 
-def wgrad(dy, x, cache, weight, geometry: Geometry, *, tf32, config):
+def wgrad(dy, x, cache, weight, settings: ConvSettings, *, tf32, config: WgradConfig):
     """dweight like ``weight``, channels_last_3d; dy (B, Cout, T', H', W'), x and cache as in ``forward``.
 
     Workspace: float32, (pieces, Cout, KT, KH, KW, Cin), as many pieces as fill the multiprocessors.
@@ -186,80 +137,16 @@ def wgrad(dy, x, cache, weight, geometry: Geometry, *, tf32, config):
     outputs, inputs = weight.shape[:2]
     if dy.numel() == 0 or weight.numel() == 0:
         return empty(weight.shape, weight).zero_()
-    taps = geometry.kernel[0] * geometry.kernel[1] * geometry.kernel[2]
+    taps = settings.kernel[0] * settings.kernel[1] * settings.kernel[2]
     tiles = triton.cdiv(outputs, config.outputs) * triton.cdiv(inputs, config.inputs + config.more) * taps
     units = dy.shape[0] * dy.shape[2] * triton.cdiv(dy.shape[3] * dy.shape[4], config.pixels)
-    multiprocessors = torch.cuda.get_device_properties(dy.device).multi_processor_count if dy.is_cuda else 4
-    run = triton.cdiv(units, min(units, triton.cdiv(multiprocessors * config.programs, tiles)))
+    run = triton.cdiv(units, min(units, triton.cdiv(multiprocessors(dy.device) * config.programs, tiles)))
     pieces = triton.cdiv(units, run)
-    sums = torch.empty((pieces, outputs, *geometry.kernel, inputs), dtype=torch.float32, device=dy.device)
-    with on(dy):
+    sums = torch.empty((pieces, outputs, *settings.kernel, inputs), dtype=torch.float32, device=dy.device)
+    with on(dy.device):
         wgrad_kernel[(pieces * tiles,)](
-            dy, x, cache, sums, *geometry.sizes(x, cache), units, run,
-            **geometry.constants(inputs, outputs, dy.dtype, tf32), SPACE=geometry.space_pad, BLOCK_O=config.outputs,
+            dy, x, cache, sums, *_sizes(settings, x, cache), units, run,
+            **_constants(settings, inputs, outputs, dy.dtype, tf32), SPACE=settings.space_pad, BLOCK_O=config.outputs,
             BLOCK_I=config.inputs, MORE=config.more, BLOCK_P=config.pixels, num_warps=config.warps,
-            num_stages=config.stages, maxnreg=255)
+            num_stages=config.stages, maxnreg=MAXNREG)
     return sums.sum(0).to(weight.dtype).permute(0, 4, 1, 2, 3)
-
-
-# --------------------------------------------------------------------------------------------- ahead-of-time proof
-def _configs(inputs, outputs, dtype, gpu, kernel=(3, 3, 3), cached=0, **settings):
-    """The geometry and each kernel's Config."""
-    _, kh, kw = kernel
-    padding = (kw // 2, kw // 2, kh // 2, kh // 2)
-    geometry = Geometry(**dict(kernel=kernel, stride=(1, 1, 1), padding=padding, time_pad="zeros", space_pad="zeros",
-                               phase=0, lookahead=0, upsample=1) | settings)
-    launch = Launch(inputs, outputs, kernel, geometry.stride, geometry.upsample, geometry.space_pad, dtype)
-    return geometry, {name: heuristic(launch, gpu) for name, heuristic in HEURISTICS.items()}
-
-
-def _padding(inputs, outputs, dtype, gpu, settings) -> float:
-    """The largest share of the three kernels' matrix work that is on channels which do not exist."""
-    _, config = _configs(inputs, outputs, dtype, gpu, **settings)
-    forward, dgrad, wgrad = config["forward"], config["dgrad"], config["wgrad"]
-    return max(padding_share(outputs, inputs, forward.channels + forward.more, forward.block_k),
-               padding_share(inputs, outputs, dgrad.channels + dgrad.more, dgrad.block_k),
-               padding_share(outputs, inputs, wgrad.outputs, wgrad.inputs + wgrad.more))
-
-
-def _all(inputs, outputs, dtype, gpu, cached=0, **settings):
-    """Forward, dgrad and wgrad of 4 frames of 32 x 32 on tensors without memory."""
-    geometry, config = _configs(inputs, outputs, dtype, gpu, **settings)
-    make = lambda *shape: dense(torch.empty(shape, dtype=dtype, device="meta"))
-    x, weight = make(1, inputs, 4, 32, 32), make(outputs, inputs, *geometry.kernel)
-    cache, bias = make(1, inputs, cached, 32, 32), torch.empty(outputs, dtype=dtype, device="meta")
-    y = forward(x, weight, bias, cache, make(1, outputs, *geometry.out_sizes(4, 32, 32)), geometry, tf32=False,
-                config=config["forward"])
-    dgrad(y, weight, cache if cached else None, x.shape, cached, geometry, want_x=True, want_cache=True, tf32=False,
-          config=config["dgrad"])
-    wgrad(y, x, cache, weight, geometry, tf32=False, config=config["wgrad"])
-
-
-def aot_cases():
-    """What tests/aot.py compiles: channels of models, with each architecture's own tiles."""
-    bf16, f32 = torch.bfloat16, torch.float32
-    gpus = {"sm80": (80,), "sm86": (86, 89), "sm90": (90,), "sm100": (100,), "sm120": (120,)}
-    everywhere = [(96, 96, bf16, {}), (128, 128, bf16, dict(cached=2)), (160, 160, bf16, {}), (192, 192, bf16, {}),
-                  (384, 384, bf16, dict(cached=2))]
-    more = [(96, 96, f32, {}), (256, 256, torch.float16, {}), (384, 768, bf16, dict(kernel=(3, 1, 1), cached=2)),
-            (192, 96, bf16, dict(kernel=(1, 3, 3), upsample=2)), (192, 192, bf16, dict(kernel=(1, 3, 3), stride=(1, 2, 2))),
-            (128, 128, bf16, dict(time_pad="replicate", space_pad="replicate")), (16, 384, bf16, {}), (3, 96, bf16, {}),
-            (96, 3, bf16, {})]
-    for inputs, outputs, dtype, settings in everywhere + more:
-        for gpu, ccs in gpus.items():
-            if (inputs, outputs, dtype, settings) not in everywhere:
-                if gpu not in ("sm80", "sm90"):
-                    continue
-            large = min(inputs, outputs) >= 64
-            wants = dict(ccs=ccs, wants_wide=large)
-            if dtype != f32:
-                wants |= dict(wants_matrix=True)
-            if dtype != f32 and gpu == "sm90" and large:
-                wants |= dict(expected_drains=0, wants_shared=True)
-            if gpu == "sm120":
-                # ptxas 12.8 (Triton 3.6) stores a 0 beside each of the 6 loads by TMA and reads none again
-                wants |= dict(box_kernel=dict(allowed_spills=6))
-            options = [f"{name} {value}" for name, value in settings.items()]
-            yield (", ".join([f"{inputs} to {outputs} {str(dtype).removeprefix('torch.')}", *options, gpu,
-                              f"padding {_padding(inputs, outputs, dtype, gpu, settings):.0%}"]),
-                   partial(_all, inputs, outputs, dtype, gpu, **settings), wants)

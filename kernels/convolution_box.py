@@ -12,14 +12,13 @@ The product is turned round, channels x pixels, as then the matrix unit reads bo
 Triton brings pixels into registers first, since a box of five axes is no factor that it can pass on.
 """
 
-from contextlib import nullcontext
-
-import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .convolution_frames import frame_seen, output_seeing, sightings
+from .convolution_settings import ConvSettings
+from .launch import MAXNREG, on
 
 
 # ------------------------------------------------------------------------------------------------------------- kernel
@@ -127,12 +126,12 @@ def box_kernel(source, cache, weight0, weight1, bias, added, out, out_cache, fir
 
 
 # ------------------------------------------------------------------------------------------------------------- launch
-def can_load(geometry, weight, source) -> bool:
+def can_load(settings: ConvSettings, weight, source) -> bool:
     """Whether TMA can load ``source`` and ``weight`` as the convolution needs them; addresses are multiples of 16 bytes.
 
     The interpreter takes float32 too; a GPU transposes factors of 16 bits alone.
     """
-    plain = geometry.stride == (1, 1, 1) and geometry.upsample == 1 and geometry.pads_with_zeros
+    plain = settings.stride == (1, 1, 1) and settings.upsample == 1 and settings.pads_with_zeros
     return (plain and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
             and (source.dtype.itemsize == 2 or source.device.type == "cpu"))
 
@@ -156,8 +155,8 @@ def _frames(tensor, config):
                             [1, 1, *_sides(config.pixels), config.block_k])
 
 
-def box(source, cache, weight, bias, added, out, out_cache, geometry, *, frames: int, outputs: int, config, cached: int = 0,
-        keep: int = 0, transposed: bool = False) -> None:
+def box(source, cache, weight, bias, added, out, out_cache, settings: ConvSettings, *, frames: int, outputs: int, config,
+        cached: int = 0, keep: int = 0, transposed: bool = False) -> None:
     """Write ``out``, and of a ``transposed`` convolution ``out_cache``. No workspace, no atomics; sums are rounded once.
 
     Forward: source x (B, Cin, T, H, W), cache (B, Cin, c, H, W) or None, bias (Cout,) or None, out y (B, Cout, outputs, H',
@@ -165,8 +164,8 @@ def box(source, cache, weight, bias, added, out, out_cache, geometry, *, frames:
     or, where nobody asks, None; added (B, Cin, keep, H, W) or None goes to the last ``keep`` frames of cache and clip. What
     only the other one takes is None.
 
-    weight (Cout, Cin, KT, KH, KW). ``geometry``: convolution.Geometry. ``frames`` of the clip, ``outputs`` frames of y. All
-    tensors are of one dtype, in channels_last_3d memory, and such as ``can_load`` says.
+    weight (Cout, Cin, KT, KH, KW). ``frames`` of the clip, ``outputs`` frames of y. All tensors are of one dtype, in
+    channels_last_3d memory, and such as ``can_load`` says.
     """
     cout, cin, kt, kh, kw = weight.shape
     taps, made, summed = kt * kh * kw, *((cin, cout) if transposed else (cout, cin))
@@ -183,11 +182,11 @@ def box(source, cache, weight, bias, added, out, out_cache, geometry, *, frames:
         block = [1, config.block_k, channels] if transposed else [1, channels, config.block_k]
         return TensorDescriptor(weight, [taps, cout, cin], [cin, taps * cin, 1], block) if channels else None
 
-    left, _, top, _ = geometry.padding
-    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+    left, _, top, _ = settings.padding
+    with on(out.device):
         box_kernel[(boxes * triton.cdiv(made, config.channels + config.more),)](
             _frames(source, config), _frames(cache, config), weights(config.channels), weights(config.more), bias, added,
-            out, out_cache if first else None, first, frames, cached, outputs, height, width, geometry.phase,
-            kt - 1 - geometry.lookahead, top, left, keep, MADE=made, SUMMED=summed, KT=kt, KH=kh, KW=kw,
-            TRANSPOSED=transposed, REPLICATE=geometry.time_pad == "replicate", C0=config.channels, C1=config.more, TH=high,
-            TW=wide, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages, maxnreg=255)
+            out, out_cache if first else None, first, frames, cached, outputs, height, width, settings.phase,
+            kt - 1 - settings.lookahead, top, left, keep, MADE=made, SUMMED=summed, KT=kt, KH=kh, KW=kw,
+            TRANSPOSED=transposed, REPLICATE=settings.time_pad == "replicate", C0=config.channels, C1=config.more, TH=high,
+            TW=wide, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages, maxnreg=MAXNREG)

@@ -1,10 +1,11 @@
-"""Tiles of the convolution's kernels: what the best ones depend on, what is taken where nothing is tuned, what is tried."""
+"""Tiles of the convolution's kernels: what the best ones depend on, and what is taken where nothing is tuned."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
+
+from . import arch
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,6 @@ def covered(channels: int, tile: int) -> int:
     return triton.cdiv(channels, tile) * tile
 
 
-def padding_share(made: int, summed: int, tile: int, block: int) -> float:
-    """Share of the matrix work that is on channels which do not exist: ``made`` x ``summed``, in ``tile`` x ``block``."""
-    return 1 - made * summed / (covered(made, tile) * covered(summed, block))
-
-
 def _parts(channels: int, most: int) -> tuple[int, int]:
     """One or two powers of two, ``most`` together at the most, that tile ``channels`` with the least left over."""
     pairs = [(one, two) for one in (128, 64, 32, 16) for two in (0, 64, 32, 16) if two < one and one + two <= most]
@@ -86,13 +82,12 @@ def loads_by_tma(launch: Launch, gpu: str) -> bool:
     """
     around = launch.space_pad == "zeros" or launch.kernel[1:] == (1, 1)
     plain = launch.stride == (1, 1, 1) and launch.upsample == 1 and around
-    return (gpu.startswith("sm") and int(gpu[2:].partition("-")[0]) >= 90 and plain and launch.dtype.itemsize == 2
-            and launch.inputs % 8 == launch.outputs % 8 == 0)
+    return arch.has_tma(gpu) and plain and launch.dtype.itemsize == 2 and launch.inputs % 8 == launch.outputs % 8 == 0
 
 
 def _heuristic(launch: Launch, made: int, summed: int, gpu: str) -> Config:
     """For ``made`` channels written and ``summed`` read: Cout and Cin, of a dgrad the reverse."""
-    small = gpu.startswith(("sm86", "sm89", "sm12"))  # 99 kB of shared memory
+    small = arch.is_small(gpu)
     block_k = min((32, 16) if small or launch.dtype == torch.float32 else (64, 32, 16),
                   key=lambda block: (covered(summed, block), -block))
     if gpu == "cpu":  # the interpreter: few programs of small tiles
@@ -112,43 +107,17 @@ def _heuristic(launch: Launch, made: int, summed: int, gpu: str) -> Config:
     return Config(256, channels, more, block_k, 8, min(8, (192 if more else 256) // block_k), True)
 
 
-def forward_heuristic(launch: Launch, gpu: str) -> Config:
-    return _heuristic(launch, launch.outputs, launch.inputs, gpu)
-
-
-def dgrad_heuristic(launch: Launch, gpu: str) -> Config:
-    return _heuristic(launch, launch.inputs, launch.outputs, gpu)
-
-
 def wgrad_heuristic(launch: Launch, gpu: str) -> WgradConfig:
     outputs = _tile(launch.outputs)
     if gpu == "cpu":
         return WgradConfig(min(64, outputs), *_parts(launch.inputs, 96), 64, 4, 2, 1)
     if launch.dtype == torch.float32:
         return WgradConfig(min(64, outputs), *_parts(launch.inputs, 64), 32, 4, 2, 2)
-    if gpu.startswith("sm90"):
+    if arch.capability(gpu) == 90:
         # 4 warps: of 8, ptxas 12.8 waits for every product of 128 x 128 or 64 x 192
         return WgradConfig(outputs, *_parts(launch.inputs, 192 if outputs <= 64 else 128), 64, 4, 3, 2)
-    return WgradConfig(outputs, *_parts(launch.inputs, 128), 64 if gpu.startswith(("sm80", "sm100")) else 32, 8, 3, 1)
+    return WgradConfig(outputs, *_parts(launch.inputs, 128), 32 if arch.is_small(gpu) else 64, 8, 3, 1)
 
 
-HEURISTICS = dict(forward=forward_heuristic, dgrad=dgrad_heuristic, wgrad=wgrad_heuristic)
-
-
-def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[Config | WgradConfig]:
-    """What the tuner tries beside the heuristic of ``kernel``, "forward", "dgrad" or "wgrad"; the likeliest first."""
-    first = HEURISTICS[kernel](launch, gpu)
-    if kernel == "wgrad":
-        for programs in (1, 2, 4):
-            for warps, stages in ((4, 3), (8, 3), (4, 2), (4, 4), (8, 4)):
-                for outputs in sorted({first.outputs, 64, 128}):
-                    for pixels in (64, 32, 128):
-                        yield WgradConfig(outputs, first.inputs, first.more, pixels, warps, stages, programs)
-        return
-    for tma in ((True, False) if loads_by_tma(launch, gpu) else (False,)):
-        for channels, more in dict.fromkeys(((first.channels, first.more if tma else 0), (128, 0), (64, 0))):
-            for pixels in (256, 128, 64):
-                for block_k in dict.fromkeys((first.block_k, max(first.block_k // 2, 16))):
-                    for warps, stages in ((8, 3), (8, 4), (8, 6), (4, 3), (4, 4)):
-                        if (channels + more) * pixels <= 32 * warps * 192:  # sums in three quarters of the registers
-                            yield Config(pixels, channels, more, block_k, warps, stages, tma)
+HEURISTICS = dict(forward=lambda launch, gpu: _heuristic(launch, launch.outputs, launch.inputs, gpu),
+                  dgrad=lambda launch, gpu: _heuristic(launch, launch.inputs, launch.outputs, gpu), wgrad=wgrad_heuristic)

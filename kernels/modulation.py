@@ -12,85 +12,12 @@ written at once; the sums of the run's first and last row go to two slots of a w
 the order of the tokens. No atomics: two runs give the same bits.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 
-
-# ------------------------------------------------------------------------------------------------------ configuration
-@dataclass(frozen=True)
-class Launch:
-    """What the best Config depends on; ``y_dtype`` is None without a gate, ``tokens`` a bucket."""
-
-    width: int
-    tokens: int
-    x_dtype: torch.dtype
-    y_dtype: torch.dtype | None
-    norm: str | None
-    affine: bool
-
-
-@dataclass(frozen=True)
-class ForwardConfig:
-    """``warps`` of a program and ``tokens`` it takes at once, a power of two."""
-
-    warps: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class BackwardConfig:
-    """``warps`` of a program, the fewest ``tokens`` it walks over, and ``programs`` for each multiprocessor."""
-
-    warps: int
-    tokens: int
-    programs: int
-
-
-def forward_heuristic(launch: Launch, gpu: str) -> ForwardConfig:
-    """16 numbers a thread, and no fewer than 2048 a program, or narrow rows would cost more to launch than to move."""
-    block = triton.next_power_of_2(max(launch.width, 1))
-    tile = max(block, 2048)
-    return ForwardConfig(warps=min(tile // 512, 16), tokens=min(tile // block, 16))
-
-
-def backward_heuristic(launch: Launch, gpu: str) -> BackwardConfig:
-    """16 numbers a thread, and as many programs as are resident, or the last ones would wait for a turn of their own.
-
-    They take at most 128 registers a thread with two sums, 130 to 184 with a gate's besides or an affine norm, 64 to 80
-    without a norm.
-    From 4097 columns on 8 warps may have 255, where 16 warps may have 128 and spill.
-    """
-    warps = min(max(triton.next_power_of_2(max(launch.width, 1)) // 512, 1), 8)
-    resident = 1 if launch.width > 4096 else 16 // warps
-    if launch.norm is None:
-        resident = resident * 3 // 2
-    elif launch.y_dtype is not None or launch.affine:
-        resident = 1 if warps == 8 else resident * 3 // 4
-    return BackwardConfig(warps=warps, tokens=8, programs=resident)
-
-
-def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[ForwardConfig | BackwardConfig]:
-    """What the tuner tries beside the heuristic of ``kernel``, "forward" or "backward"; the first are the likeliest."""
-    block = triton.next_power_of_2(max(launch.width, 1))
-    if kernel == "forward":
-        for numbers in (16, 8, 32):  # a thread's share; 64 would not fit in its registers
-            for tokens in (1, 2, 4, 8, 16):
-                warps = max(block * tokens // (32 * numbers), 1)
-                if warps <= 16:
-                    yield ForwardConfig(warps=warps, tokens=tokens)
-        return
-    for numbers in (16, 8, 32):
-        warps = min(max(block // (32 * numbers), 1), 16)
-        for resident in (16, 12, 24, 8, 32):  # warps of a multiprocessor, each thread with 65,536 / 32 / resident registers
-            for tokens in (8, 2, 32) if launch.tokens <= 16384 else (8,):  # a long pack's programs walk over more anyway
-                if resident % warps == 0:
-                    yield BackwardConfig(warps=warps, tokens=tokens, programs=resident // warps)
+from .launch import contiguous, multiprocessors, on, registers, rows_dense
+from .modulation_config import BackwardConfig, ForwardConfig
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -319,17 +246,8 @@ def _dense(tensor):
     """``tensor`` (R, D) with the numbers of a row side by side (a copy where they are not), and the stride of its rows."""
     if tensor is None:
         return None, 0
-    tensor = tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+    tensor = rows_dense(tensor)
     return tensor, tensor.stride(0)
-
-
-def _contiguous(*tensors):
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-def _on(tensor):
-    """Kernels run on their tensors' device, which need not be the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _one_row(rows, *tables) -> bool:
@@ -337,7 +255,7 @@ def _one_row(rows, *tables) -> bool:
     return rows is None and all(table is None or table.shape[0] == 1 for table in tables)
 
 
-def forward(x, y, gate, shift, scale, rows, weight, bias, *, norm, eps, save, dtype, config):
+def forward(x, y, gate, shift, scale, rows, weight, bias, *, norm, eps, save, dtype, config: ForwardConfig):
     """``(x_new, h, stats)``; None for x_new without gate, h without norm, stats where ``save`` is False or no norm.
 
     x, y (N, D); gate, shift, scale (R, D) or None, any stride between rows; rows (N,) int32 or int64 or None; weight,
@@ -345,7 +263,7 @@ def forward(x, y, gate, shift, scale, rows, weight, bias, *, norm, eps, save, dt
     h ``dtype``; stats (1 or 2, N) float32: rstd, and mean of layer norm.
     """
     tokens, width = x.shape
-    x, y, rows, weight, bias = _contiguous(x, y, rows, weight, bias)
+    x, y, rows, weight, bias = contiguous(x, y, rows, weight, bias)
     (gate, gate_stride), (shift, shift_stride), (scale, scale_stride) = map(_dense, (gate, shift, scale))
     x_new = None if gate is None else torch.empty_like(x)
     h = None if norm is None else torch.empty_like(x, dtype=dtype)
@@ -353,7 +271,7 @@ def forward(x, y, gate, shift, scale, rows, weight, bias, *, norm, eps, save, dt
     if norm is not None and save:
         stats = torch.empty((2 if norm == "layer" else 1, tokens), dtype=torch.float32, device=x.device)
     if tokens and width:
-        with _on(x):
+        with on(x.device):
             forward_kernel[(triton.cdiv(tokens, config.tokens),)](
                 x, y, gate, shift, scale, rows, weight, bias, x_new, h, stats, tokens, gate_stride, shift_stride,
                 scale_stride, eps, D=width, NORM=norm, ONE_ROW=_one_row(rows, gate, shift, scale), BLOCK_N=config.tokens,
@@ -361,7 +279,8 @@ def forward(x, y, gate, shift, scale, rows, weight, bias, *, norm, eps, save, dt
     return x_new, h, stats
 
 
-def backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, *, norm, wanted, config):
+def backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, *, norm, wanted,
+             config: BackwardConfig):
     """Gradients of (x, y, gate, shift, scale, weight, bias), None for those that ``wanted``, seven bools, leaves out.
 
     dx_new, dh: gradients of forward's outputs, None where there is no such output; strides of 0 are copied out. x: what
@@ -374,7 +293,7 @@ def backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, *,
     like = x if dx_new is None else dx_new
     tokens, width = like.shape
     device = like.device
-    dx_new, dh, x, y, rows, weight, bias = _contiguous(dx_new, dh, x, y, rows, weight, bias)
+    dx_new, dh, x, y, rows, weight, bias = contiguous(dx_new, dh, x, y, rows, weight, bias)
     one_row = _one_row(rows, gate, shift, scale)
     (gate, gate_stride), (scale, scale_stride) = map(_dense, (gate, scale))
     dense = lambda tensor, want: torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if want else None
@@ -383,8 +302,7 @@ def backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, *,
     dx, dy = dense(like, want_x), dense(y, want_y)
     d_gate, d_shift, d_scale = table(gate, want_gate), table(shift, want_shift), table(scale, want_scale)
 
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if like.is_cuda else 4
-    run = max(triton.cdiv(tokens, multiprocessors * config.programs), config.tokens)
+    run = max(triton.cdiv(tokens, multiprocessors(device) * config.programs), config.tokens)
     programs = triton.cdiv(tokens, run)
     sums = lambda want: torch.empty((2 * programs, width), dtype=torch.float32, device=device) if want else None
     total = lambda want: torch.zeros((programs, width), dtype=torch.float32, device=device) if want else None
@@ -393,14 +311,13 @@ def backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, *,
     bias_sums, weight_sums = total(want_bias), total(want_weight)
     join = want_gate or want_shift or want_scale
     slot_rows = torch.empty(2 * programs, dtype=torch.int32, device=device) if join else None
-    # a thread's share of 65,536; where nothing is said, ptxas spills to stay within 128
-    registers = min(65536 // (32 * config.warps * config.programs), 255)
     if tokens and width:
-        with _on(like):
+        with on(device):
             backward_kernel[(programs,)](
                 x, y, gate, scale, rows, weight, bias, stats, dx_new, dh, dx, dy, d_gate, d_shift, d_scale, dh_sums,
                 dhx_sums, dxy_sums, slot_rows, bias_sums, weight_sums, tokens, run, gate_stride, scale_stride, D=width,
-                NORM=norm, ONE_ROW=one_row, BLOCK_D=triton.next_power_of_2(width), num_warps=config.warps, maxnreg=registers)
+                NORM=norm, ONE_ROW=one_row, BLOCK_D=triton.next_power_of_2(width), num_warps=config.warps,
+                maxnreg=registers(config.warps, config.programs))
             if join:
                 span, block = 8, min(128, triton.next_power_of_2(width))
                 join_kernel[(triton.cdiv(2 * programs, span), triton.cdiv(width, block))](
@@ -409,36 +326,3 @@ def backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, *,
     d_weight = weight_sums.sum(dim=0).to(weight.dtype) if want_weight else None
     d_bias = bias_sums.sum(dim=0).to(bias.dtype) if want_bias else None
     return dx, dy, d_gate, d_shift, d_scale, d_weight, d_bias
-
-
-# --------------------------------------------------------------------------------------------- ahead-of-time proof
-def _both(width, x_dtype, y_dtype, table_dtype, norm, affine):
-    """Forward and backward of 64 tokens on tensors without memory."""
-    make = lambda *shape, dtype: None if dtype is None else torch.empty(*shape, dtype=dtype, device="meta")
-    x, y = make(64, width, dtype=x_dtype), make(64, width, dtype=y_dtype)
-    gate = make(2, width, dtype=y_dtype and table_dtype)
-    shift = scale = make(2, width, dtype=norm and table_dtype)
-    weight = bias = make(width, dtype=x_dtype if affine else None)
-    rows = make(64, dtype=torch.int32)
-    launch = Launch(width, 64, x_dtype, y_dtype, norm, affine)
-    x_new, h, stats = forward(x, y, gate, shift, scale, rows, weight, bias, norm=norm, eps=1e-6, save=True,
-                              dtype=y_dtype or x_dtype, config=forward_heuristic(launch, "sm90"))
-    backward(x_new, h, x if norm else None, y, gate, shift, scale, rows, weight, bias, stats, norm=norm,
-             wanted=[t is not None for t in (x, y, gate, shift, scale, weight, bias)],
-             config=backward_heuristic(launch, "sm90"))
-
-
-def aot_cases():
-    """What tests/aot.py compiles: each op, at widths of models, in the mixes of dtypes that they have."""
-    f32, bf16 = torch.float32, torch.bfloat16
-    # the kernel that joins reads and writes a thousandth of what the others do
-    wants = dict(wants_wide=True, join_kernel=dict(wants_wide=False))
-    yield "384, float32", partial(_both, 384, f32, f32, f32, "rms", False), wants
-    yield "1152, bfloat16", partial(_both, 1152, bf16, bf16, bf16, "layer", False), wants
-    yield "1536, float32 tables", partial(_both, 1536, bf16, None, f32, "layer", False), wants
-    yield "3072, affine", partial(_both, 3072, bf16, None, bf16, "layer", True), wants
-    yield "3072, gate", partial(_both, 3072, bf16, bf16, bf16, None, False), wants
-    # 254 or 255 registers, and by architecture and Triton version up to 19 spills, whose cost is not measured yet: in the
-    # table, not in the verdict
-    yield "5120, float32 stream", partial(_both, 5120, f32, bf16, f32, "layer", False), wants | dict(
-        backward_kernel=dict(gated=False))

@@ -5,22 +5,20 @@ long as the call: the backward makes it again from x.
 """
 
 from . import convolution, normalization
-from .convolution import Geometry
+from .convolution_settings import ConvSettings
 
 
-def forward(x, weight, bias, cache, residual, norm_weight, norm_bias, geometry: Geometry, *, settings, keep, tf32,
-            norm_config, config):
+def forward(x, weight, bias, cache, residual, norm_weight, norm_bias, settings: ConvSettings, *, tf32, norm_config, config):
     """``(y, cache_out, stats)``: of convolution.forward and normalization.forward.
 
-    ``settings``: norm, groups, eps and act; ``keep``: frames of cache_out, 0 for none. Workspace: the convolved frames, of
-    x's size in weight's dtype.
+    Workspace: the convolved frames, of x's size in weight's dtype.
     """
     h, cache_out, stats = normalization.forward(x, norm_weight, norm_bias, dtype=weight.dtype, config=norm_config,
-                                                cache=cache, keep=keep, **settings)
-    return convolution.forward(h, weight, bias, cache, residual, geometry, tf32=tf32, config=config), cache_out, stats
+                                                cache=cache, keep=settings.keep, **settings.of_norm)
+    return convolution.forward(h, weight, bias, cache, residual, settings, tf32=tf32, config=config), cache_out, stats
 
 
-def backward(dy, dcache_out, x, weight, cache, norm_weight, norm_bias, stats, geometry: Geometry, *, settings, wanted, tf32,
+def backward(dy, dcache_out, x, weight, cache, norm_weight, norm_bias, stats, settings: ConvSettings, *, wanted, tf32,
              norm_config, norm_backward_config, dgrad_config, wgrad_config):
     """``(dx, dweight, dcache, dnorm_weight, dnorm_bias)``, None for those that ``wanted``, five bools, leaves out.
 
@@ -30,14 +28,15 @@ def backward(dy, dcache_out, x, weight, cache, norm_weight, norm_bias, stats, ge
     through_norm = (want_x, want_norm_weight, want_norm_bias)
     dweight = None
     if want_weight:
-        h, _, _ = normalization.forward(x, norm_weight, norm_bias, dtype=weight.dtype, config=norm_config, **settings)
-        dweight = convolution.wgrad(dy, h, cache, weight, geometry, tf32=tf32, config=wgrad_config)
+        h, _, _ = normalization.forward(x, norm_weight, norm_bias, dtype=weight.dtype, config=norm_config,
+                                        **settings.of_norm)
+        dweight = convolution.wgrad(dy, h, cache, weight, settings, tf32=tf32, config=wgrad_config)
         del h
     dh = dcache = dx = dnorm_weight = dnorm_bias = None
     if any(through_norm) or want_cache:
-        dh, dcache = convolution.dgrad(dy, weight, dcache_out, x.shape, 0 if cache is None else cache.shape[2], geometry,
+        dh, dcache = convolution.dgrad(dy, weight, dcache_out, x.shape, 0 if cache is None else cache.shape[2], settings,
                                        want_x=any(through_norm), want_cache=want_cache, tf32=tf32, config=dgrad_config)
     if any(through_norm):
         dx, dnorm_weight, dnorm_bias = normalization.backward(
-            dh, x, norm_weight, norm_bias, stats, wanted=through_norm, config=norm_backward_config, **settings)
+            dh, x, norm_weight, norm_bias, stats, wanted=through_norm, config=norm_backward_config, **settings.of_norm)
     return dx, dweight, dcache, dnorm_weight, dnorm_bias

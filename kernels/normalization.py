@@ -13,78 +13,12 @@ Sums over pixels (of group statistics, of the gradients of weight and bias) go t
 up in order. No atomics: two runs give the same bits.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 
-
-# ------------------------------------------------------------------------------------------------------ configuration
-@dataclass(frozen=True)
-class Launch:
-    """What the best Config depends on; ``pixels`` of all samples, a bucket; ``y_dtype``: of the output or its gradient."""
-
-    channels: int
-    pixels: int
-    norm: str
-    act: str | None
-    x_dtype: torch.dtype
-    y_dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Config:
-    """``warps`` of a program, ``pixels`` it takes at once, a power of two.
-
-    ``programs`` for each multiprocessor, of kernels that walk over pixels: the backward and group statistics.
-    """
-
-    warps: int
-    pixels: int
-    programs: int
-
-
-def _config(launch: Launch, numbers: int, warps: int, resident: int, most: int = 512) -> Config:
-    """``numbers`` a thread and ``resident`` warps a multiprocessor; ``most`` pixels, for the sake of few channels."""
-    block = triton.next_power_of_2(max(launch.channels, 1))
-    warps = max(warps, triton.cdiv(block, 32 * numbers))
-    return Config(warps, min(max(32 * warps * numbers // block, 1), most), max(resident // warps, 1))
-
-
-def forward_heuristic(launch: Launch, gpu: str) -> Config:
-    """32 numbers a thread, so that weights are fetched once for many; 16 of less video, which would not fill the GPU.
-
-    16 of a group norm, whose statistics hold three of each: 16 warps a multiprocessor then have the registers for them.
-    """
-    if launch.norm == "group":
-        return _config(launch, 16, 4, 16)
-    return _config(launch, 32 if launch.pixels * launch.channels >= 2**23 else 16, 4, 32)
-
-
-def backward_heuristic(launch: Launch, gpu: str) -> Config:
-    """16 numbers a thread, which holds five of each at once, and 16 warps a multiprocessor, of 128 registers a thread.
-
-    8 warps of more than 1024 channels: a thread's weights and biases are of 8 channels then, and of 16 would spill.
-    """
-    # the interpreter adds the pixels of a tile one after the other: with more, it errs by more than a GPU's tree would
-    return _config(launch, 16, 8 if launch.channels > 1024 else 4, 16, 16 if gpu == "cpu" else 512)
-
-
-def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[Config]:
-    """What the tuner tries beside the heuristic of ``kernel``, "forward" or "backward"; the first are the likeliest."""
-    walks = kernel == "backward" or launch.norm == "group"
-    seen = set()
-    for numbers in (32, 16, 8) if kernel == "forward" else (16, 8, 32):
-        for warps in (4, 8, 2, 1):
-            for resident in ((16, 32, 24, 8) if walks else (32,)):
-                config = _config(launch, numbers, warps, resident)
-                if config not in seen and config.warps <= 16:
-                    seen.add(config)
-                    yield config
+from .launch import channels_last, contiguous, multiprocessors, on, registers
+from .normalization_config import Config
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -317,20 +251,6 @@ def join_sums_kernel(dz_sums, dzx_sums, weight, means, samples: tl.int64, size: 
 
 
 # ----------------------------------------------------------------------------------------------------------- launches
-def _on(tensor):
-    """Kernels run on their tensors' device, which need not be the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def _pixels(tensor):
-    """``tensor`` (B, C, T, H, W) with a pixel's channels side by side and its pixels behind one another; None stays None."""
-    return None if tensor is None else tensor.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _vector(tensor):
-    return None if tensor is None else tensor.contiguous()
-
-
 def _video(batch, channels, frames, height, width, dtype, device):
     """Memory for (B, C, T, H, W) in channels_last_3d, strides of axes of 1 too."""
     return torch.empty((batch, frames, height, width, channels), dtype=dtype, device=device).movedim(-1, 1)
@@ -338,15 +258,9 @@ def _video(batch, channels, frames, height, width, dtype, device):
 
 def _walk(x, samples, size, config):
     """``(run, runs)``: pixels of one sample that a program walks over, of at least four tiles; and runs of a sample."""
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    programs = max(multiprocessors * config.programs // samples, 1)
+    programs = max(multiprocessors(x.device) * config.programs // samples, 1)
     run = max(triton.cdiv(size, programs * config.pixels), 4) * config.pixels
     return run, triton.cdiv(size, run)
-
-
-def _registers(config):
-    """A thread's share of 65,536, so that ``config.programs`` are on a multiprocessor at once; 255 at most."""
-    return min(65536 // (32 * config.warps * config.programs) // 8 * 8, 255)
 
 
 def _tile(channels, config):
@@ -368,13 +282,13 @@ def _group_stats(x, groups, eps, config):
         run, runs = _walk(x, batch, size, config)
         means, squares = (torch.empty((batch * runs, channels), dtype=torch.float32, device=x.device) for _ in range(2))
         stats_kernel[(batch * runs,)](x, means, squares, size, run, runs, C=channels, **_tile(channels, config),
-                                      maxnreg=_registers(config))
+                                      maxnreg=registers(config.warps, config.programs, 8))
         join_stats_kernel[(batch * groups,)](means, squares, stats, batch, size, run, runs, eps, C=channels,
                                              GROUP_C=channels // groups, **_join_tile(channels // groups))
     return stats
 
 
-def forward(x, weight, bias, *, norm, groups, eps, act, dtype, config, cache=None, keep=0):
+def forward(x, weight, bias, *, norm, groups, eps, act, dtype, config: Config, cache=None, keep=0):
     """``(y, cache_out, stats)``: ``act(norm(x) * weight + bias)``, and the last frames of it for the next chunk.
 
     x (B, C, T, H, W), copied where it is not dense in channels_last_3d; weight, bias (C,) or None; norm "rms", or "group" of
@@ -389,13 +303,13 @@ def forward(x, weight, bias, *, norm, groups, eps, act, dtype, config, cache=Non
     """
     batch, channels, frames, height, width = x.shape
     eps = float(eps)  # an int would be specialised
-    x, cache, weight, bias = _pixels(x), _pixels(cache), _vector(weight), _vector(bias)
+    x, cache, (weight, bias) = channels_last(x), channels_last(cache), contiguous(weight, bias)
     y = _video(*x.shape, dtype, x.device)
     cached = 0 if cache is None else cache.shape[2]
     kept = min(keep, cached + frames)
     copied = max(kept - frames, 0)
     cache_out = _video(batch, channels, kept, height, width, dtype, x.device) if keep else None
-    with _on(x):
+    with on(x.device):
         stats = _group_stats(x, groups, eps, config) if norm == "group" else None
         samples, size = batch, height * width
         if not keep:  # pixels need not know their frames: all of a sample's are as one frame, of rms all there are
@@ -409,7 +323,7 @@ def forward(x, weight, bias, *, norm, groups, eps, act, dtype, config, cache=Non
     return y, cache_out, stats
 
 
-def backward(dy, x, weight, bias, stats, *, norm, groups, eps, act, wanted, config):
+def backward(dy, x, weight, bias, stats, *, norm, groups, eps, act, wanted, config: Config):
     """``(dx, dweight, dbias)``, None for those that ``wanted``, three bools, leaves out.
 
     dy: gradient of forward's y, any dtype and strides; x, weight, bias as they were given to forward; dy and x are copied
@@ -421,7 +335,7 @@ def backward(dy, x, weight, bias, stats, *, norm, groups, eps, act, wanted, conf
     want_x, want_weight, want_bias = wanted
     batch, channels, frames, height, width = x.shape
     device, eps, grouped = x.device, float(eps), norm == "group"
-    dy, x, vectors = _pixels(dy), _pixels(x), (_vector(weight), _vector(bias))
+    dy, x, vectors = channels_last(dy), channels_last(x), contiguous(weight, bias)
     samples, size = (batch, frames * height * width) if grouped else (1, batch * frames * height * width)
     some = samples * size * channels > 0
     run, runs = _walk(x, samples, size, config) if some else (1, 0)
@@ -434,10 +348,10 @@ def backward(dy, x, weight, bias, stats, *, norm, groups, eps, act, wanted, conf
     def walk(means, dx, dz_sums, dzx_sums):
         backward_kernel[(samples * runs,)](
             dy, x, *vectors, stats, means, dx, dz_sums, dzx_sums, samples, size, run, runs, eps, C=channels, GROUP_C=group,
-            NORM=norm, ACT=act, **_tile(channels, config), maxnreg=_registers(config))
+            NORM=norm, ACT=act, **_tile(channels, config), maxnreg=registers(config.warps, config.programs, 8))
 
     if some and any(wanted):
-        with _on(x):
+        with on(x.device):
             walk(None, None if grouped else dx, dz_sums, dzx_sums)
             if of_group:
                 means = torch.empty((2, batch, groups), dtype=torch.float32, device=device)
@@ -447,34 +361,3 @@ def backward(dy, x, weight, bias, stats, *, norm, groups, eps, act, wanted, conf
     d_weight = dzx_sums.sum(dim=0).to(weight.dtype) if want_weight else None
     d_bias = dz_sums.sum(dim=0).to(bias.dtype) if want_bias else None
     return dx, d_weight, d_bias
-
-
-# --------------------------------------------------------------------------------------------- ahead-of-time proof
-def _both(channels, x_dtype, y_dtype, weight_dtype, norm, groups=32, keep=0, bias=False):
-    """Forward and backward of 2 x 3 frames on tensors without memory."""
-    make = lambda *shape, dtype: torch.empty(*shape, dtype=dtype, device="meta")
-    video = lambda frames, dtype: make(2, frames, 8, 8, channels, dtype=dtype).movedim(-1, 1)
-    x, weight = video(3, x_dtype), make(channels, dtype=weight_dtype)
-    bias = weight if bias else None
-    launch = Launch(channels, 2**24, norm, "silu", x_dtype, y_dtype)
-    facts = dict(norm=norm, groups=groups, eps=1e-24, act="silu")
-    y, _, stats = forward(x, weight, bias, dtype=y_dtype, config=forward_heuristic(launch, "sm90"),
-                          cache=video(2, y_dtype) if keep else None, keep=keep, **facts)
-    backward(y, x, weight, bias, stats, wanted=(True, True, bias is not None), config=backward_heuristic(launch, "sm90"),
-             **facts)
-
-
-def aot_cases():
-    """What tests/aot.py compiles: both norms at channels of models, with and without a cache, in the mixes of dtypes."""
-    f32, bf16 = torch.float32, torch.bfloat16
-    wants = dict(wants_wide=True)
-    # sums are a thousandth of what is read; the grouped backward stores nothing else in the first of its two launches
-    small = dict(wants_wide=False)
-    grouped = wants | dict(stats_kernel=small, join_stats_kernel=small, join_sums_kernel=small, backward_kernel=small)
-    yield "96, bfloat16, keep 4", partial(_both, 96, bf16, bf16, bf16, "rms", keep=4), wants
-    yield "192, bfloat16", partial(_both, 192, bf16, bf16, bf16, "rms"), wants
-    yield "384, bfloat16", partial(_both, 384, bf16, bf16, bf16, "rms"), wants
-    yield "160, float32 to bfloat16", partial(_both, 160, f32, bf16, f32, "rms"), wants
-    yield "2048, float32", partial(_both, 2048, f32, f32, f32, "rms", bias=True), wants
-    yield "128, group", partial(_both, 128, bf16, bf16, bf16, "group", bias=True), grouped
-    yield "384, group, keep 4", partial(_both, 384, bf16, bf16, f32, "group", keep=4, bias=True), grouped

@@ -18,128 +18,14 @@ runs give the same bits. Products of 16-bit numbers are summed in float32; those
 TF32 whose error is float32's own, unless torch.backends.cuda.matmul allows plain TF32.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 
 import torch
 import triton
 import triton.language as tl
 
-
-# ------------------------------------------------------------------------------------------------------ configuration
-@dataclass(frozen=True)
-class Launch:
-    """What the best Config depends on: ``rows`` of a patch, ``run`` numbers in each; ``width`` D, or C of unpatchify.
-
-    ``tokens`` is a bucket.
-    """
-
-    tokens: int
-    width: int
-    rows: int
-    run: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class ProductConfig:
-    """Tile of tokens (``block_n``), columns of the width (``block_d``) and numbers of a patch (``block_k``)."""
-
-    block_n: int
-    block_d: int
-    block_k: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class PermuteConfig:
-    """Tokens, rows (pt, ph) of a patch and channels of a tile: powers of two."""
-
-    block_n: int
-    block_r: int
-    block_c: int
-    warps: int
-
-
-LONGEST_RUN = 64  # numbers of a patch along w; all of them are in a tile
-SMALL = ("sm86", "sm89", "sm120")  # 99 KB of shared memory
-
-
-def _padded(launch: Launch) -> int:
-    """Numbers of a patch as tiles count them; a product of matrices takes 16 at least."""
-    return max(triton.next_power_of_2(launch.rows) * triton.next_power_of_2(launch.run), 16)
-
-
-def embed_heuristic(launch: Launch, gpu: str) -> ProductConfig:
-    """128 x 128 and the whole patch up to 128 numbers, which is then gathered once for all columns; else what fits."""
-    padded = _padded(launch)
-    if gpu == "cpu":
-        return ProductConfig(32, 16, min(padded, LONGEST_RUN), warps=4, stages=1)
-    small = gpu.startswith(SMALL)
-    if launch.dtype == torch.float32:
-        return ProductConfig(64, 32, max(triton.next_power_of_2(launch.run), 32), warps=8, stages=2)
-    if launch.width % 8 != 0:
-        return ProductConfig(64, 64, min(padded, 64), warps=4, stages=2)
-    if padded <= (64 if small else 128):
-        return ProductConfig(128, 128, padded, warps=8, stages=2)
-    if launch.run < 8:  # the addresses of 64 numbers in shorter runs, or of more tokens, spill
-        return ProductConfig(64, 64 if small else 128, 32, warps=8, stages=3)
-    return ProductConfig(64 if small else 128, 128, 64, warps=8, stages=2 if small else 3)
-
-
-def latents_heuristic(launch: Launch, gpu: str) -> ProductConfig:
-    """The gradient of the latents: a sum over the width, in a pipeline.
-
-    One wgmma of 64 x 64 x 32 for each group of 4 warps: with larger ones ptxas waits for each instruction (C7514).
-    """
-    padded = _padded(launch)
-    if gpu == "cpu":
-        return ProductConfig(32, 16, min(padded, LONGEST_RUN), warps=4, stages=1)
-    if launch.dtype == torch.float32:
-        return ProductConfig(64, 32, min(padded, 64), warps=4, stages=2)
-    return ProductConfig(128, 32, min(padded, 64), warps=8, stages=4)
-
-
-def weight_heuristic(launch: Launch, gpu: str) -> ProductConfig:
-    """The gradient of the weight: a sum over tokens. No pipeline: the gather of a tile waits, other programs do not."""
-    padded = _padded(launch)
-    if gpu == "cpu":
-        return ProductConfig(16, 16, min(padded, LONGEST_RUN), warps=4, stages=1)
-    if launch.dtype == torch.float32:
-        return ProductConfig(32, 64, min(padded, 64), warps=4, stages=1)
-    if gpu.startswith(SMALL):
-        return ProductConfig(64, 64, min(padded, 64), warps=4, stages=1)
-    return ProductConfig(64, 128, min(padded, 128), warps=8 if padded > 64 else 4, stages=1)
-
-
-def permute_heuristic(launch: Launch, gpu: str) -> PermuteConfig:
-    """Tiles of 4096 numbers, 32 a thread, and 32 tokens or more where a patch is no larger than 128 numbers."""
-    run = triton.next_power_of_2(launch.run)
-    channels = min(triton.next_power_of_2(launch.width), 128, max(512 // run, 1))
-    rows = min(triton.next_power_of_2(launch.rows), max(128 // (run * channels), 1))
-    tokens = min(max(4096 // (run * channels * rows), 8), 16 if gpu == "cpu" else 256)
-    return PermuteConfig(tokens, rows, channels, warps=4)
-
-
-def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[ProductConfig | PermuteConfig]:
-    """What the tuner tries beside the heuristic of ``kernel``: tiles and pipelines around it."""
-    if kernel == "permute":
-        start = permute_heuristic(launch, gpu)
-        for tokens in (start.block_n, start.block_n // 2, start.block_n * 2):
-            for warps in (4, 8, 2):
-                yield replace(start, block_n=max(tokens, 8), warps=warps)
-        return
-    start = dict(embed=embed_heuristic, latents=latents_heuristic, weight=weight_heuristic)[kernel](launch, gpu)
-    for tokens in (start.block_n, start.block_n * 2, start.block_n // 2):
-        for columns in (start.block_d, start.block_d * 2, start.block_d // 2):
-            for warps in (start.warps, 12 - start.warps):  # 4 or 8
-                for stages in (start.stages, start.stages + 1, start.stages - 1):
-                    if min(tokens, columns) >= 16 and stages >= 1:
-                        yield ProductConfig(tokens, columns, start.block_k, warps, stages)
+from .launch import MAXNREG, TF32X3, contiguous, multiprocessors, on
+from .patches_config import PermuteConfig, ProductConfig
 
 
 # ------------------------------------------------------------------------------------------------------------- places
@@ -366,19 +252,10 @@ def permute_kernel(source, grids, cu_seqlens, out, tokens: tl.int64, samples: tl
 
 
 # ----------------------------------------------------------------------------------------------------------- launches
-def _on(tensor):
-    """Kernels run on their tensors' device, which need not be the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def _multiprocessors(device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 def _precision(dtype: torch.dtype) -> str:
     # fp32_precision is what allow_tf32 sets; reading allow_tf32 itself fails where the newer setting was used
     allowed = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "tf32x3"
+    return "tf32" if allowed else TF32X3
 
 
 def _steps(grids) -> int:
@@ -394,7 +271,7 @@ def _constants(weight, config: ProductConfig) -> dict:
         raise ValueError(f"patches: expected block_k to be a multiple of {run}, got {config.block_k}; choose another Config")
     return dict(D=width, C=channels, PT=pt, PH=ph, PW=pw, PRECISION=_precision(weight.dtype), BLOCK_N=config.block_n,
                 BLOCK_D=config.block_d, BLOCK_R=config.block_k // run, BLOCK_W=run, num_warps=config.warps,
-                num_stages=config.stages, maxnreg=255)  # where nothing is said, ptxas spills to stay within 80, 128 or 168
+                num_stages=config.stages, maxnreg=MAXNREG)
 
 
 def embed(latents, weight, bias, grids, cu_seqlens, *, config: ProductConfig):
@@ -405,18 +282,17 @@ def embed(latents, weight, bias, grids, cu_seqlens, *, config: ProductConfig):
     """
     width, *patch = weight.shape
     tokens = latents.shape[0] // prod(patch)
-    latents, weight = latents.contiguous(), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    latents, weight, bias = contiguous(latents, weight, bias)
     out = torch.empty((tokens, width), dtype=latents.dtype, device=latents.device)
     if tokens and width:
         constants = _constants(weight, config)
         tiles, columns = triton.cdiv(tokens, config.block_n), triton.cdiv(width, config.block_d)
         # all columns of a tile of tokens, but for few tokens, which would leave multiprocessors idle, and large patches,
         # which each block of columns reads again
-        blocks = triton.cdiv(columns, triton.cdiv(4 * _multiprocessors(latents.device), tiles))
+        blocks = triton.cdiv(columns, triton.cdiv(4 * multiprocessors(latents.device), tiles))
         if prod(patch[:-1]) > constants["BLOCK_R"]:
             blocks = 1
-        with _on(latents):
+        with on(latents.device):
             embed_kernel[(tiles * triton.cdiv(columns, blocks),)](
                 latents, weight, bias, grids, cu_seqlens, out, tokens, grids.shape[0], _steps(grids), blocks, **constants)
     return out
@@ -430,7 +306,7 @@ def embed_latents_gradient(d_out, weight, grids, cu_seqlens, *, config: ProductC
     d_latents = torch.empty(tokens * rows * weight.shape[4], dtype=d_out.dtype, device=d_out.device)
     if tokens:
         constants = _constants(weight, config)
-        with _on(d_out):
+        with on(d_out.device):
             latents_kernel[(triton.cdiv(tokens, config.block_n) * triton.cdiv(rows, constants["BLOCK_R"]),)](
                 d_out, weight, grids, cu_seqlens, d_latents, tokens, grids.shape[0], _steps(grids), **constants)
     return d_latents
@@ -447,14 +323,14 @@ def embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, *, want_wei
     d_out, latents = d_out.contiguous(), latents.contiguous()
     constants = _constants(weight, config)
     tiles = triton.cdiv(width, config.block_d) * (triton.cdiv(rows, constants["BLOCK_R"]) if want_weight else 1)
-    shares = max(4 * _multiprocessors(d_out.device) // max(tiles, 1), 1)
+    shares = max(4 * multiprocessors(d_out.device) // max(tiles, 1), 1)
     length = max(triton.cdiv(triton.cdiv(tokens, shares), config.block_n), 1) * config.block_n
     shares = triton.cdiv(tokens, length)
     sums = lambda *shape: torch.empty((shares, *shape), dtype=torch.float32, device=d_out.device)
     weight_sums = sums(width, numbers) if want_weight else None
     bias_sums = sums(width) if want_bias else None
     if tokens and width:
-        with _on(d_out):
+        with on(d_out.device):
             weight_kernel[(tiles * shares,)](
                 d_out, latents, grids, cu_seqlens, weight_sums, bias_sums, grids.shape[0], _steps(grids), length,
                 **constants)
@@ -472,61 +348,9 @@ def permute(source, grids, cu_seqlens, patch, channels, *, back, config: Permute
     if tokens:
         pt, ph, pw = patch
         parts = triton.cdiv(pt * ph, config.block_r) * triton.cdiv(channels, config.block_c)
-        with _on(source):
+        with on(source.device):
             permute_kernel[(triton.cdiv(tokens, config.block_n) * parts,)](
                 source, grids, cu_seqlens, out, tokens, grids.shape[0], _steps(grids), BACK=back, C=channels, PT=pt, PH=ph,
                 PW=pw, BLOCK_N=config.block_n, BLOCK_R=config.block_r, BLOCK_C=config.block_c,
-                BLOCK_W=triton.next_power_of_2(pw), num_warps=config.warps, maxnreg=128)  # as above: 56 would spill
+                BLOCK_W=triton.next_power_of_2(pw), num_warps=config.warps, maxnreg=128)  # ptxas' own 56 would spill
     return out
-
-
-# --------------------------------------------------------------------------------------------- ahead-of-time proof
-def _tables():
-    return (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((3, 3), (4,)))
-
-
-def _embedding(channels, patch, width, dtype, gpu):
-    """Forward and backward of 4096 tokens on tensors without memory."""
-    make = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
-    weight, bias = make(width, channels, *patch), make(width)
-    grids, cu_seqlens = _tables()
-    launch = Launch(4096, width, prod((channels, *patch[:2])), patch[2], dtype)
-    latents = make(4096 * channels * prod(patch))
-    out = embed(latents, weight, bias, grids, cu_seqlens, config=embed_heuristic(launch, gpu))
-    embed_latents_gradient(out, weight, grids, cu_seqlens, config=latents_heuristic(launch, gpu))
-    embed_weight_gradient(out, latents, weight, grids, cu_seqlens, want_weight=True, want_bias=True,
-                          config=weight_heuristic(launch, gpu))
-
-
-def _permutations(channels, patch, dtype):
-    """There and back of 4096 tokens on tensors without memory."""
-    grids, cu_seqlens = _tables()
-    tokens = torch.empty((4096, channels * prod(patch)), dtype=dtype, device="meta")
-    config = permute_heuristic(Launch(4096, channels, prod(patch[:2]), patch[2], dtype), "sm90")
-    flat = permute(tokens, grids, cu_seqlens, patch, channels, back=False, config=config)
-    permute(flat, grids, cu_seqlens, patch, channels, back=True, config=config)
-
-
-def aot_cases():
-    """What tests/aot.py compiles: latents at the widths of models, pixels, float32 and odd sizes, as each GPU has them."""
-    f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
-    for gpu, ccs in (("sm90", (80, 90, 100)), ("sm86", (86, 89, 120))):
-        # the buffer's side of d_latents has pw numbers a lane
-        wants = dict(wants_matrix=True, wants_wide=True, ccs=ccs, latents_kernel=dict(wants_wide=False))
-        for name, *case in (
-            ("latents, 1152", 16, (1, 2, 2), 1152, bf16),
-            ("latents, 1536", 16, (1, 2, 2), 1536, bf16),
-            ("latents, 5120", 16, (1, 2, 2), 5120, bf16),
-            ("48 channels, 3072", 48, (1, 2, 2), 3072, bf16),
-            ("128 channels, 2048, float16", 128, (1, 1, 1), 2048, f16),
-            ("pixels, 1152", 3, (2, 16, 16), 1152, bf16),
-        ):
-            yield f"{name}, {gpu}", partial(_embedding, *case, gpu), wants
-        for name, *case in (("latents, 1536, float32", 16, (1, 2, 2), 1536, f32),
-                            ("pixels, 1152, float32", 3, (2, 16, 16), 1152, f32)):
-            yield f"{name}, {gpu}", partial(_embedding, *case, gpu), dict(ccs=ccs)
-        yield f"odd, 385, {gpu}", partial(_embedding, 3, (1, 3, 3), 385, bf16, gpu), dict(wants_matrix=True, ccs=ccs)
-    yield "16 channels", partial(_permutations, 16, (1, 2, 2), bf16), {}
-    yield "48 channels", partial(_permutations, 48, (1, 2, 2), bf16), {}
-    yield "8 channels, float32", partial(_permutations, 8, (1, 2, 2), f32), {}
-    yield "pixels", partial(_permutations, 3, (2, 16, 16), bf16), {}

@@ -17,88 +17,14 @@ to its own row of a workspace, whose rows are then added up. No atomics: two run
 
 import functools
 import math
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
-
-# ------------------------------------------------------------------------------------------------------ configuration
-@dataclass(frozen=True)
-class Launch:
-    """What the best Config depends on.
-
-    ``key_heads`` is 0 without k, ``tokens`` a bucket, ``freqs`` "fixed", "learned" or None.
-    """
-
-    heads: int
-    key_heads: int
-    head_dim: int
-    tokens: int
-    dtype: torch.dtype
-    norm: str | None
-    affine: bool
-    freqs: str | None
-    pairing: str
-
-
-@dataclass(frozen=True)
-class ForwardConfig:
-    """``warps`` of a program and ``tokens`` it takes at once, a power of two."""
-
-    warps: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class BackwardConfig:
-    """``warps`` of a program, ``tokens`` it takes at once, and ``programs`` for each multiprocessor."""
-
-    warps: int
-    tokens: int
-    programs: int
-
-
-def tile(heads: int, head_dim: int) -> int:
-    """Numbers of one token in registers: both lengths of a tile are powers of two."""
-    return triton.next_power_of_2(max(heads, 1)) * max(triton.next_power_of_2(max(head_dim, 1)), 2)
-
-
-def forward_heuristic(launch: Launch, gpu: str) -> ForwardConfig:
-    """32 numbers of q a thread: with fewer, more threads would compute the same cosine; 1024 or more a program."""
-    block = tile(max(launch.heads, launch.key_heads), launch.head_dim)
-    numbers = max(block, 1024)
-    return ForwardConfig(warps=min(numbers // 1024, 8), tokens=min(numbers // block, 16))
-
-
-def backward_heuristic(launch: Launch, gpu: str) -> BackwardConfig:
-    """16 numbers a thread, and as many programs as are resident, or the last ones would wait for a turn of their own."""
-    block = tile(max(launch.heads, launch.key_heads), launch.head_dim)
-    numbers = max(block, 1024)
-    warps = min(numbers // 512, 16)
-    # of 65,536 registers: up to 128 a thread, 55 where there is nothing to sum
-    resident = 32 if launch.norm is None and launch.freqs != "learned" else 16
-    return BackwardConfig(warps=warps, tokens=min(numbers // block, 16), programs=resident // warps)
-
-
-def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[ForwardConfig | BackwardConfig]:
-    """What the tuner tries beside the heuristic of ``kernel``, "forward" or "backward"; the first are the likeliest."""
-    block = tile(max(launch.heads, launch.key_heads), launch.head_dim)
-    for numbers in ((32, 16, 64) if kernel == "forward" else (16, 8, 32)):  # a thread's share
-        for tokens in (1, 2, 4, 8, 16):
-            warps = max(block * tokens // (32 * numbers), 1)
-            if warps > 16:
-                continue
-            if kernel == "forward":
-                yield ForwardConfig(warps=warps, tokens=tokens)
-                continue
-            for resident in (16, 32, 24, 8):  # warps of a multiprocessor
-                if resident % warps == 0:
-                    yield BackwardConfig(warps=warps, tokens=tokens, programs=resident // warps)
+from .launch import contiguous, multiprocessors, on, registers, rows_dense
+from .rotary_config import BackwardConfig, ForwardConfig
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -402,11 +328,6 @@ def frequencies(axes: tuple[int, ...], theta: tuple[float, ...], device: torch.d
     return torch.block_diag(*blocks).to(torch.float32).to(device)
 
 
-def _on(tensor):
-    """Kernels run on their tensors' device, which need not be the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def _strided(tensor):
     """``tensor`` (N, H, E), the strides of its tokens and heads, and their unit; a copy if a head has its numbers apart.
 
@@ -415,14 +336,10 @@ def _strided(tensor):
     """
     if tensor is None:
         return None, 0, 0, 1
-    tensor = tensor if tensor.stride(2) == 1 or tensor.shape[2] == 1 else tensor.contiguous()
+    tensor = rows_dense(tensor)
     token, head = (tensor.stride(axis) if tensor.shape[axis] != 1 else 0 for axis in (0, 1))
     unit = math.gcd(token, head, tensor.shape[2], 16)
     return tensor, token // unit, head // unit, unit
-
-
-def _contiguous(*tensors):
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def _constants(heads, key_heads, head_dim, coords, freqs, norm, pairing, config):
@@ -439,7 +356,7 @@ def _together(*tensors) -> bool:
     return len({tensor.shape[0] for tensor in there}) == 1 and all(tensor.numel() for tensor in there)
 
 
-def forward(q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows, *, norm, pairing, eps, config):
+def forward(q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows, *, norm, pairing, eps, config: ForwardConfig):
     """``(q_out, k_out)``, contiguous; k_out is None where k is.
 
     q (N, H, E), k (N, HK, E) or None, any strides between tokens and heads; coords (N, 3) or None, then k may have another
@@ -456,15 +373,15 @@ def forward(q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows, *, no
         tokens, heads, head_dim = q.shape
         (q, *q_strides, q_unit), (k, *k_strides, k_unit) = map(_strided, (q, k))
         constants = _constants(heads, 0 if k is None else k.shape[1], head_dim, coords, freqs, norm, pairing, config)
-        inputs = _contiguous(q_weight, k_weight, q_bias, k_bias, coords, freqs, rows)
-        with _on(q):
+        inputs = contiguous(q_weight, k_weight, q_bias, k_bias, coords, freqs, rows)
+        with on(q.device):
             forward_kernel[(triton.cdiv(tokens, config.tokens),)](
                 q, k, q_out, k_out, *inputs, tokens, *q_strides, *k_strides, eps, Q_UNIT=q_unit, K_UNIT=k_unit, **constants)
     return q_out, k_out
 
 
 def backward(d_q_out, d_k_out, q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows, *, norm, pairing, eps, wanted,
-             config):
+             config: BackwardConfig):
     """Gradients of (q, k, q_weight, k_weight, q_bias, k_bias, freqs), None for those that ``wanted``, 7 bools, leaves out.
 
     d_q_out, d_k_out: gradients of forward's outputs, copied only if a head's numbers are not side by side; None: all 0, and
@@ -492,9 +409,8 @@ def backward(d_q_out, d_k_out, q, k, coords, q_weight, k_weight, q_bias, k_bias,
     empty = lambda like, want: torch.empty(like.shape, dtype=like.dtype, device=device) if want else None
     d_q, d_k = empty(d_q_out, want_q), empty(d_k_out, want_k)
 
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if d_q_out.is_cuda else 4
     blocks = triton.cdiv(tokens, config.tokens) if d_q_out.numel() else 0
-    run = max(triton.cdiv(sides * blocks, multiprocessors * config.programs), 1) * config.tokens
+    run = max(triton.cdiv(sides * blocks, multiprocessors(device) * config.programs), 1) * config.tokens
     programs = triton.cdiv(tokens, run) if blocks else 0
     summed = [tensor if want else None for tensor, want in zip(
         (q_weight, k_weight, q_bias, k_bias, freqs, freqs), (*wanted[2:], want_freqs and for_k), strict=True)]
@@ -508,54 +424,16 @@ def backward(d_q_out, d_k_out, q, k, coords, q_weight, k_weight, q_bias, k_bias,
             _strided, (d_q_out, d_k_out if for_k else None))
         (q, *q_strides, q_unit), (k, *k_strides, k_unit) = map(
             _strided, (q if reads_x else None, k if reads_x and for_k else None))
-        inputs = _contiguous(q_weight, k_weight, q_bias, k_bias, coords, freqs, rows)
+        inputs = contiguous(q_weight, k_weight, q_bias, k_bias, coords, freqs, rows)
         parts = [part if size else None for part, size in zip(sums.split(sizes, dim=1), sizes, strict=True)]
-        # a thread's share of 65,536; where nothing is said, ptxas spills to stay within 128
-        registers = min(65536 // (32 * config.warps * config.programs), 255)
-        with _on(d_q_out):
+        with on(device):
             backward_kernel[(programs, sides)](
                 d_q_out, d_k_out, q, k, d_q, d_k, *inputs, *parts, tokens, run, *d_q_out_strides, *d_k_out_strides,
                 *q_strides, *k_strides, eps, SUMS=sum(sizes), D_Q_OUT_UNIT=d_q_out_unit, D_K_OUT_UNIT=d_k_out_unit,
-                Q_UNIT=q_unit, K_UNIT=k_unit, maxnreg=registers, **constants)
+                Q_UNIT=q_unit, K_UNIT=k_unit, maxnreg=registers(config.warps, config.programs), **constants)
     totals = sums.sum(dim=0).split(sizes) if sum(sizes) else [None] * 6
     if want_freqs and for_k:
         totals = (*totals[:4], totals[4] + totals[5], None)
     # copies: what an op returns may not share memory
     return d_q, d_k, *(None if tensor is None else total.view(tensor.shape).to(tensor.dtype, copy=True)
                        for tensor, total in zip(summed[:5], totals[:5], strict=True))
-
-
-# --------------------------------------------------------------------------------------------- ahead-of-time proof
-def _both(heads, key_heads, head_dim, dtype, norm, pairing, freqs, affine, fused=True):
-    """Forward and backward of 64 tokens on tensors without memory; ``fused``: q and k are views of one product."""
-    make = lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device="meta")
-    qkv = make(64, heads + 2 * key_heads, head_dim)
-    q, k = (qkv[:, :heads], qkv[:, heads:heads + key_heads]) if fused else (make(64, heads, head_dim),
-                                                                            make(64, key_heads, head_dim))
-    vector = lambda count, there: make(count * head_dim if norm == "rms_all" else head_dim) if there else None
-    affines = [vector(count, name in affine) for name in ("weight", "bias") for count in (heads, key_heads)]
-    coords = make(64, 3, dtype=torch.int32)
-    table = {"fixed": make(3, head_dim // 2, dtype=torch.float32), "learned": make(3, heads, head_dim // 2,
-                                                                                  dtype=torch.float32)}[freqs]
-    rows = make(64, dtype=torch.int32)
-    launch = Launch(heads, key_heads, head_dim, 64, dtype, norm, bool(affine), freqs, pairing)
-    settings = dict(norm=norm, pairing=pairing, eps=1e-6)
-    q_out, k_out = forward(q, k, coords, *affines, table, rows, **settings, config=forward_heuristic(launch, "sm90"))
-    backward(q_out, k_out, q, k, coords, *affines, table, rows, **settings, config=backward_heuristic(launch, "sm90"),
-             wanted=[True, True, *(t is not None for t in affines), freqs == "learned"])
-
-
-def aot_cases():
-    """What tests/aot.py compiles: heads, norms and pairings of models."""
-    f32, bf16 = torch.float32, torch.bfloat16
-    wants = dict(wants_wide=True)
-    yield "Wan 1.3B", partial(_both, 12, 12, 128, bf16, "rms_all", "interleaved", "fixed", ("weight",)), wants
-    yield "Wan 14B", partial(_both, 40, 40, 128, bf16, "rms_all", "interleaved", "fixed", ("weight",), fused=False), wants
-    yield "Hunyuan", partial(_both, 24, 24, 128, bf16, "rms_head", "interleaved", "fixed", ("weight",)), wants
-    yield "Open-Sora 2", partial(_both, 24, 24, 128, bf16, "rms_head", "half", "fixed", ("weight",)), wants
-    yield "CogVideoX 5B", partial(_both, 48, 48, 64, bf16, "layer_head", "interleaved", "fixed", ("weight", "bias")), wants
-    yield "16 x 72", partial(_both, 16, 16, 72, bf16, "layer_head", "interleaved", "fixed", ("weight", "bias")), wants
-    yield "Mochi", partial(_both, 24, 24, 128, bf16, "rms_head", "interleaved", "learned", ("weight",)), wants
-    yield "GQA", partial(_both, 32, 8, 128, bf16, "rms_head", "half", "fixed", ("weight",)), wants | dict(ccs=(90,))
-    yield "no norm", partial(_both, 24, 24, 128, bf16, None, "interleaved", "fixed", ()), wants | dict(ccs=(90,))
-    yield "DiT-S, float32", partial(_both, 6, 6, 64, f32, "rms_head", "interleaved", "fixed", ("weight",)), wants

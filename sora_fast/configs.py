@@ -9,7 +9,7 @@ on: dtypes, widths and flags as they are, lengths in buckets (``bucket``). ``loo
 3. what the package ships, ``sora_fast/tuning/configs/<gpu>/<family>.json``;
 4. the heuristic.
 
-An entry is of exactly this gpu and this problem, of this Triton minor version and this kernel (``records.kernel_hash``), or
+An entry is of exactly this gpu and this problem, of this Triton minor version and this kernel (``records.launch_hash``), or
 it is not used: nothing is taken from the nearest. Files are read once per process.
 """
 
@@ -150,7 +150,7 @@ def entry(family: str, config, evidence: Mapping[str, object]) -> dict:
     if missing:
         raise ValueError(f"configs: expected evidence with {', '.join(EVIDENCE)}, got none for {', '.join(missing)}; "
                          f"measure a config before you save it")
-    return dict(config=asdict(config), triton=records.triton_minor(), kernel_hash=records.kernel_hash(family),
+    return dict(config=asdict(config), triton=records.triton_minor(), kernel_hash=records.launch_hash(family),
                 **{name: evidence[name] for name in EVIDENCE},
                 time=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
@@ -228,7 +228,7 @@ def _usable(entry, family: str, kind: type) -> tuple[object, str]:
     here = records.triton_minor()
     if entry.get("triton") != here:
         return None, f"it was tuned with Triton {entry.get('triton')}, and here is {here or 'none'}"
-    code = records.kernel_hash(family)
+    code = records.launch_hash(family)
     if code is None or entry.get("kernel_hash") != code:
         return None, f"sora_fast.kernels.{family} has changed since it was tuned"
     try:

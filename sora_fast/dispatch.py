@@ -75,7 +75,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op: ``run`` takes the op's own keyword arguments.
+    """One way to run an op: ``run`` takes, by keyword, what the op hands to all of its backends.
 
     ``kernel``: the module of sora_fast.kernels that holds its kernel, such as "modulation"; "" is plain PyTorch, which
     needs no record. ``config``: the configs.Found of a typical call, for ``explain``; None: it has none to choose.

@@ -52,7 +52,7 @@ def evidence(op: str, backend: _Backend, problem: _Problem) -> str:
 
 def forget() -> None:
     """Read records and kernels again at the next call; a graph of torch.compile keeps what it was traced with."""
-    for cached in (_answer, _index, kernel_hash):
+    for cached in (_answer, _index, kernel_hash, launch_hash):
         cached.cache_clear()
 
 
@@ -211,29 +211,47 @@ def triton_minor() -> str | None:
 
 @functools.cache
 def kernel_hash(module: str, backend: str = "triton") -> str | None:
-    """Hash of what ``sora_fast.kernels.<module>`` and the kernel modules it imports say, comments and docstrings aside.
+    """Hash of what ``sora_fast.kernels.<module>`` and the kernel modules it imports say: kernels, launchers and heuristics.
 
-    It is the same for every Python version that parses the source alike. None: there is no such file, or no reading it. Of
-    backend "cuda" it is what setup.py took of the sources that it compiled.
+    Comments and docstrings aside, and the same for every Python version that parses the source alike. None: there is no
+    such file, or no reading it. Of backend "cuda" it is what setup.py took of the sources that it compiled.
     """
     if backend == "cuda":
         return environment.build_info().get("kernels", {}).get(module)
-    trees: dict[str, str] = {}
+    return _hash(_trees(module))
+
+
+@functools.cache
+def launch_hash(module: str) -> str | None:
+    """The same without heuristics: what a tuned Config belongs to, which takes their place."""
+    trees = _trees(module)
+    return _hash(trees and {name: tree for name, tree in trees.items() if not name.endswith("_config")})
+
+
+def _hash(trees: dict[str, ast.AST] | None) -> str | None:
+    if trees is None:
+        return None
+    said = [(name, _canonical(trees[name])) for name in sorted(trees)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def _trees(module: str) -> dict[str, ast.AST] | None:
+    """The syntax tree of a kernel module and of all that it imports, by name; None where one cannot be read."""
+    found: dict[str, ast.AST] = {}
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        if name in trees:
+        if name in found:
             continue
         path = _source(name)
         if path is None:
             return None
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            found[name] = ast.parse(path.read_text(encoding="utf-8"))
         except (OSError, SyntaxError, ValueError):
             return None
-        trees[name] = _canonical(tree)
-        waiting += [other for other in _imported(name, tree) if _source(other)]
-    return hashlib.sha256(json.dumps(sorted(trees.items())).encode()).hexdigest()[:16]
+        waiting += [other for other in _imported(name, found[name]) if _source(other)]
+    return found
 
 
 def _source(module: str) -> Path | None:

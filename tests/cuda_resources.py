@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import sass
+from sora_fast.testing import sass
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "build" / "cuda"

@@ -6,9 +6,7 @@ as setup.py compiles it. A form is the opcode with its modifiers and the counts 
 
 import argparse
 import hashlib
-import importlib
 import itertools
-import os
 import re
 import subprocess
 import sys
@@ -19,7 +17,7 @@ from unittest import mock
 ROOT = Path(__file__).parents[1]
 FORMS = Path(__file__).with_name("emulator_forms.txt")
 CCS = (80, 86, 89, 90, 120)
-FAMILIES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if "def aot_cases(" in path.read_text("utf-8"))
+FAMILIES = sorted(path.stem for path in (ROOT / "sora_fast/testing/launches").glob("[a-z]*.py"))
 
 
 def form(instr) -> str:
@@ -38,28 +36,21 @@ def forms_of(ptx: str) -> set[str]:
 
 def triton_ptx(families=FAMILIES, ccs=CCS):
     """(label, compute capability, PTX) of every case; each kernel once per architecture."""
-    import aot
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import compiler as nvidia
-    from triton.compiler import ASTSource
+
+    from sora_fast.testing import aot
 
     seen = set()
     with mock.patch.object(nvidia.CUDABackend, "make_cubin", lambda self, src, metadata, opt, capability: b""):
         for family in families:
-            for name, call, wants in importlib.import_module(f"sora_fast.kernels.{family}").aot_cases():
-                for case in aot.cases_of(name, call, wants):
-                    for cc in sorted(set(ccs) & set(case.ccs)):
-                        key = (case.fn, str(case.signature), str(case.constexprs), case.aligned, str(case.options), cc)
-                        if key in seen:
-                            continue
-                        seen.add(key)
-                        attrs = {(case.fn.arg_names.index(name),): [aot.ALIGNED] for name in case.aligned}
-                        signature = {n: case.signature[n] for n in case.fn.arg_names}
-                        source = ASTSource(case.fn, signature, dict(case.constexprs), attrs)
-                        options = {**aot.FUSION, **case.options}
-                        kernel = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
-                        yield f"{family} {case.name} {case.fn.__name__}", cc, kernel.asm["ptx"]
+            for case in aot.ours(family):
+                for cc in sorted(set(ccs) & set(case.ccs)):
+                    key = (case.fn, str(case.signature), str(case.constexprs), case.aligned, str(case.options), cc)
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                    kernel, _ = aot.build(case.fn, case.signature, case.constexprs, case.aligned, cc, case.options)
+                    yield f"{family} {case.name} {case.fn.__name__}", cc, kernel.asm["ptx"]
 
 
 def csrc_ptx(folder: Path, ccs=CCS):
@@ -81,7 +72,6 @@ def main() -> None:
     parser.add_argument("--ccs", nargs="*", type=int, default=CCS)
     args = parser.parse_args()
     args.keep.mkdir(parents=True, exist_ok=True)
-    os.environ["TRITON_CACHE_DIR"] = str(args.keep / "cache")  # kernels without machine code stay out of Triton's own
     for label, cc, ptx in itertools.chain(triton_ptx(args.families, args.ccs), csrc_ptx(args.keep, args.ccs)):
         name = re.sub(r"\W+", "-", label.lower())
         (args.keep / f"{name}-{hashlib.sha256(ptx.encode()).hexdigest()[:8]}-sm{cc}.ptx").write_text(ptx)

@@ -10,6 +10,7 @@ import torch
 from kernel_inputs import GRIDS, draw, ints, on_kernel
 
 from sora_fast import Pack
+from sora_fast.kernels.convolution_settings import ConvSettings
 from sora_fast.ops import uploads
 
 
@@ -60,8 +61,8 @@ def _custom_ops():
         inputs, normed = kernel_inputs.convolution(op, weight=draw(6, 8, 3, 1, 1)), op == "norm_act_conv3d"
         x, weight, bias, cache, residual, *of_norm = [
             inputs.get(name) for name in ("x", "weight", "bias", "cache", "residual", "norm_weight", "norm_bias")]
-        norm = ("rms", 1, 1e-6, "silu") if normed else (None, 1, 0.0, None)
-        settings = (*norm, 2, [1, 1, 1], [0, 0, 0, 0], "zeros", "zeros", 0, 0, 1)
+        norm = ("rms", 1, 1e-6, "silu") if normed else ()
+        settings = ConvSettings((3, 1, 1), (1, 1, 1), (0, 0, 0, 0), "zeros", "zeros", 0, 0, 1, True, *norm).values
         yield ops.convolution_forward, (x, weight, bias, cache, residual, *of_norm, *settings)
         for wanted in ([True] * 4 + [normed] * 2, [False, True] + [False] * 4):
             dy, dcache = draw(2, 6, 2, 3, 4), draw(2, 8, 2, 3, 4)

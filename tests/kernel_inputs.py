@@ -7,10 +7,7 @@ from math import prod
 import torch
 
 from sora_fast import configs, ops
-from sora_fast.kernels import attention as attention_kernels
-from sora_fast.kernels import convolution as convolution_kernels
-from sora_fast.kernels import normalization as normalization_kernels
-from sora_fast.kernels import rotary as rotary_kernels
+from sora_fast.kernels import attention_config, convolution_config, normalization_config, rotary_config
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -56,7 +53,7 @@ def normalization(shape, *, norm="rms", groups=1, act="silu", x=torch.float32, w
 @contextmanager
 def normalization_tiles(pixels):
     """All kernels with tiles of ``pixels``, and runs of four of them or of a quarter of a sample."""
-    config = normalization_kernels.Config(warps=1, pixels=pixels, programs=1)
+    config = normalization_config.Config(warps=1, pixels=pixels, programs=1)
     with (configs.override("normalization", "forward", config), configs.override("normalization", "backward", config)):
         yield
 
@@ -88,8 +85,8 @@ def rotary(tokens, heads=4, key_heads=2, head_dim=12, *, norm="rms_head", angles
 @contextmanager
 def rotary_tiles(tokens=16):
     """Few programs, and runs of more than one step."""
-    with (configs.override("rotary", "forward", rotary_kernels.ForwardConfig(warps=1, tokens=tokens)),
-          configs.override("rotary", "backward", rotary_kernels.BackwardConfig(warps=1, tokens=tokens, programs=1))):
+    with (configs.override("rotary", "forward", rotary_config.ForwardConfig(warps=1, tokens=tokens)),
+          configs.override("rotary", "backward", rotary_config.BackwardConfig(warps=1, tokens=tokens, programs=1))):
         yield
 
 
@@ -112,8 +109,8 @@ def attention(queries, keys, heads=2, key_heads=2, head_dim=16, *, tail=0, dtype
 def attention_tiles(m, n, **options):
     """Tiles of ``m`` queries and ``n`` keys in all three kernels."""
     with ExitStack() as stack:
-        for kernel in attention_kernels.HEURISTICS:
-            stack.enter_context(configs.override("attention", kernel, attention_kernels.Config(m, n, 4, 1, **options)))
+        for kernel in attention_config.HEURISTICS:
+            stack.enter_context(configs.override("attention", kernel, attention_config.Config(m, n, 4, 1, **options)))
         yield
 
 
@@ -129,11 +126,11 @@ def convolution(op, **more):
 @contextmanager
 def convolution_tiles(pixels=64, channels=256, block_k=256, more=0, tma=False, wgrad=(256, 256, 0, 64), programs=1):
     """Large tiles, few programs: each program costs the emulator time."""
-    config = convolution_kernels.Config(pixels, channels, more, block_k, 4, 2, tma)
+    config = convolution_config.Config(pixels, channels, more, block_k, 4, 2, tma)
     with ExitStack() as stack:
         for kernel in ("forward", "dgrad"):
             stack.enter_context(configs.override("convolution", kernel, config))
-        wgrad = convolution_kernels.WgradConfig(*wgrad, 4, 2, programs)
+        wgrad = convolution_config.WgradConfig(*wgrad, 4, 2, programs)
         stack.enter_context(configs.override("convolution", "wgrad", wgrad))
         yield
 

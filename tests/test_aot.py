@@ -1,5 +1,5 @@
-"""What Triton kernels compile to, without a GPU: the gate of tests/aot.py, fed with kernels that must pass and with one of
-each fault it must refuse, and then with the first case of each kernel of ours on sm_90. test_aot_elsewhere.py has more.
+"""What Triton kernels compile to, without a GPU: the gate of sora_fast.testing.aot, fed with kernels that must pass and with
+one of each fault it must refuse, and then with the first case of each of ours on sm_90. test_aot_elsewhere.py has more.
 
 The table of registers, shared memory and instruction counts is ``aot.md`` in pytest's base folder
 (``--basetemp DIR`` puts it into DIR).
@@ -19,13 +19,13 @@ pytest.importorskip("triton", reason="Triton is not installed, so there are no k
 if sys.platform != "linux":
     pytest.skip("cuobjdump comes with Triton's wheels for Linux only", allow_module_level=True)
 
-import aot  # noqa: E402
 import aot_kernels  # noqa: E402
-import sass  # noqa: E402
 import triton  # noqa: E402
 
+from sora_fast.testing import aot, launches, sass  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if "def aot_cases(" in path.read_text("utf-8"))
+PROCESSES = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # beside other tests, which have the other core
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,7 @@ def without_matrix():
 def test_good_kernels_pass(tmp_path_factory, ccs=(80, 90, 100)):
     """On one architecture of each kind of matrix instruction."""
     cases = [total(), matmul(wants_matrix=True, expected_drains=0, wants_shared=True)]
-    results, wrong = aot.check_all(cases, ccs)
+    results, wrong = aot.check_all(cases, ccs, PROCESSES)
     assert wrong == []
     assert [(result.case.name, result.cc) for result in results] == [(case.name, cc) for case in cases for cc in ccs]
     seen = {(result.case.name, result.cc): result.compiled for result in results}
@@ -255,24 +255,19 @@ def test_sizes_in_the_cache_key_are_counted():
 ARCHITECTURE = 90
 
 
-def ours(family: str) -> list[aot.AotCase]:
-    module = importlib.import_module(f"sora_fast.kernels.{family}")
-    return [case for name, call, wants in module.aot_cases() for case in aot.cases_of(name, call, wants)]
-
-
 def first_of_each(cases: list[aot.AotCase], cc: int) -> list[aot.AotCase]:
     return list({case.fn.__name__: case for case in reversed(cases) if cc in case.ccs}.values())
 
 
 def assert_passes(name: str, cases: list[aot.AotCase], ccs: tuple[int, ...], folder: Path):
-    results, wrong = aot.check_all(cases, ccs)
+    results, wrong = aot.check_all(cases, ccs, PROCESSES)
     (folder / f"aot-{name}.md").write_text(aot.table(results), encoding="utf-8")
     assert results and wrong == [], "\n".join(wrong)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", launches.FAMILIES)
 def test_the_first_case_of_each_of_our_kernels_passes(family, tmp_path_factory):
-    cases = first_of_each(ours(family), ARCHITECTURE)
+    cases = first_of_each(aot.ours(family), ARCHITECTURE)
     assert_passes(f"{family}-first", cases, (ARCHITECTURE,), tmp_path_factory.getbasetemp())
 
 
@@ -283,7 +278,6 @@ def test_every_kernel_is_compiled():
         module = importlib.import_module(f"sora_fast.kernels.{path.stem}")
         defined |= {name for name, value in vars(module).items()
                     if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel")}
-    for family in FAMILIES:
-        module = importlib.import_module(f"sora_fast.kernels.{family}")
-        compiled |= {launch.fn.__name__ for _, call, _ in module.aot_cases() for launch in aot.launches(call)}
+    for family in launches.FAMILIES:
+        compiled |= {case.fn.__name__ for case in aot.ours(family)}
     assert defined == compiled

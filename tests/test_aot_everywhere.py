@@ -5,11 +5,12 @@ import subprocess
 import sys
 import tempfile
 
-import aot
 import pytest
 import test_aot
 import triton
-from test_aot import ARCHITECTURE, FAMILIES, assert_passes, first_of_each, ours, run_again
+from test_aot import ARCHITECTURE, assert_passes, first_of_each, run_again
+
+from sora_fast.testing import aot, launches
 
 pytestmark = pytest.mark.full
 
@@ -20,18 +21,18 @@ def test_good_kernels_pass_everywhere(tmp_path_factory):
     test_aot.test_good_kernels_pass(tmp_path_factory, aot.CCS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", launches.FAMILIES)
 def test_every_case_passes_on_sm_90(family, tmp_path_factory):
     """But those that the default tests have compiled."""
-    cases = ours(family)
+    cases = aot.ours(family)
     first = {case.name for case in first_of_each(cases, ARCHITECTURE)}
     others = [case for case in cases if case.name not in first]
     assert_passes(f"{family}-sm{ARCHITECTURE}", others, (ARCHITECTURE,), tmp_path_factory.getbasetemp())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", launches.FAMILIES)
 def test_every_case_passes_elsewhere(family, tmp_path_factory):
-    assert_passes(f"{family}-others", ours(family), OTHERS, tmp_path_factory.getbasetemp())
+    assert_passes(f"{family}-others", aot.ours(family), OTHERS, tmp_path_factory.getbasetemp())
 
 
 # 3.7 is tried for the harness alone; what is supported is proven with 3.6 and with the one installed.

@@ -10,8 +10,8 @@ import torch
 import sora_fast
 from sora_fast import ops
 from sora_fast.explanation import all_ops
+from sora_fast.kernels.convolution_settings import ConvSettings
 from sora_fast.ops import cuda_backend
-from sora_fast.ops.convolution_call import Settings
 from sora_fast.testing import assert_matches, cases
 
 BF16 = torch.bfloat16
@@ -122,12 +122,14 @@ def test_traced_without_a_break(stand_ins):
     call = lambda x, cache: ops.norm_act_conv3d(x, weight, cache=cache, return_cache=True, backend="cuda")
     for got, expected in zip(torch.compile(call, fullgraph=True, backend="eager")(x, cache), call(x, cache), strict=True):
         assert torch.equal(got, expected)
-    settings = (None, 1, 0.0, None, 2, [1, 1, 1], [1, 1, 1, 1], "zeros", "zeros", 0, 0, 1)
+    settings = ConvSettings((3, 3, 3), (1, 1, 1), (1, 1, 1, 1), "zeros", "zeros", 0, 0, 1, return_cache=True)
     torch.library.opcheck(torch.ops.sora_fast.convolution_cuda_forward,
-                          (x, weight, None, cache, None, None, None, *settings),
+                          (x, weight, None, cache, None, None, None, *settings.values),
                           test_utils=("test_schema", "test_faketensor"))
 
 
 def test_settings_are_given_in_their_order():
-    """PyTorch 2.11 traces values() only where it names each of them."""
-    assert Settings(*range(len(fields(Settings)))).values() == tuple(range(len(fields(Settings))))
+    """PyTorch 2.11 traces values only where it names each of them."""
+    settings = ConvSettings((3, 3, 3), (1, 1), (2,), *range(len(fields(ConvSettings)) - 3))
+    assert ConvSettings.of(torch.empty(1, 1, 3, 3, 3), *settings.values) == settings
+    assert len(ConvSettings.SCHEMA.split(",")) == len(settings.values)

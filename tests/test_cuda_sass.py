@@ -5,7 +5,8 @@ import shutil
 
 import cuda_resources
 import pytest
-import sass
+
+from sora_fast.testing import sass
 
 OBJECTS = [cuda_resources.BUILT / f"{family}.o" for family in cuda_resources.FAMILIES]
 

@@ -197,8 +197,8 @@ def test_nothing_outside_is_read_or_written(blocks, monkeypatch):
 def test_strided_views_are_taken_as_they_are(monkeypatch):
     """Slices of a packed qkv, heads first, part of a concatenation (also as dout), rows that start at odd addresses."""
     seen = []
-    run = kernels._dense
-    monkeypatch.setattr(kernels, "_dense", lambda t: seen.append(t) or run(t))
+    run = kernels.rows_dense
+    monkeypatch.setattr(kernels, "rows_dense", lambda t: seen.append(t) or run(t))
     cu = offsets(11, 0, 22)
     packed, wide, odd = torch.randn(33, 3, 2, 24), torch.randn(33, 2 * 24 + 40), torch.randn(33 * 2 * 24 + 1)[1:]
     heads_first = torch.randn(2, 33, 24).transpose(0, 1)

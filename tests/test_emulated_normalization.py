@@ -15,7 +15,7 @@ from op_checks import same_bits, with_grad
 
 from sora_fast import ops
 from sora_fast.kernels import normalization as kernels
-from sora_fast.ops.normalization import launch_backward, launch_forward
+from sora_fast.ops.normalization_triton import launch_backward, launch_forward
 from sora_fast.testing import assert_matches, cases
 
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("emulated_sm90")]

@@ -17,6 +17,7 @@ from op_checks import gradients, same_bits, with_grad
 
 from sora_fast import configs, ops
 from sora_fast.kernels import rotary as kernels
+from sora_fast.kernels.rotary_config import HEURISTICS, Launch
 from sora_fast.testing import assert_matches, cases, truth
 
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("emulated_sm90")]
@@ -98,10 +99,10 @@ def test_numbers_of_tokens(tokens):
 def test_heads_of_models(heads, key_heads, head_dim, norm, pairing, axes):
     """As their heuristics launch them."""
     shape = dict(heads=heads, key_heads=key_heads, head_dim=head_dim)
-    launch = kernels.Launch(**shape, tokens=4, dtype=torch.float16, norm=norm, affine=True, freqs="fixed", pairing=pairing)
+    launch = Launch(**shape, tokens=4, dtype=torch.float16, norm=norm, affine=True, freqs="fixed", pairing=pairing)
     inputs = inputs_of(3, **shape, norm=norm, pairing=pairing, dtype=torch.float16) | dict(axes=axes, theta=1e4)
-    with (configs.override("rotary", "forward", kernels.forward_heuristic(launch, "cpu")),
-          configs.override("rotary", "backward", kernels.backward_heuristic(launch, "cpu"))):
+    with (configs.override("rotary", "forward", HEURISTICS["forward"](launch, "cpu")),
+          configs.override("rotary", "backward", HEURISTICS["backward"](launch, "cpu"))):
         assert_matches(OP, on_kernel, inputs)
 
 

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from sora_fast import use_backend
 from sora_fast.models.vae import ResidualBlock
-from sora_fast.ops import convolution_triton, normalization
+from sora_fast.ops import convolution_triton, normalization_triton
 
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("emulated_sm90")]
 
@@ -82,7 +82,7 @@ def traffic(backend, monkeypatch) -> tuple[Calls, Calls]:
 
     monkeypatch.setattr(JITFunction, "run", run)
     for module, names in ((convolution_triton, ("convolution_forward", "convolution_backward")),
-                          (normalization, ("norm_act_forward", "norm_act_backward"))):
+                          (normalization_triton, ("norm_act_forward", "norm_act_backward"))):
         for name in names:
             monkeypatch.setattr(torch.ops.sora_fast, name, getattr(module, f"_{name.rpartition('_')[2]}"))
     block = ResidualBlock(VIDEO[1], VIDEO[1]).half().to(memory_format=torch.channels_last_3d)

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from sora_fast import ops
 from sora_fast.kernels import rotary
 from sora_fast.ops import uploads
-from sora_fast.ops.rotary import _table as table
+from sora_fast.ops.rotary_triton import _table as table
 
 ROWS = ints(*[0] * 6, *[1] * 2, *[2] * 3, -1)
 POINTWISE = draw(6, 8, 1, 1, 1)  # what a wrapper promises does not depend on the taps

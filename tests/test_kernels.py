@@ -3,6 +3,7 @@ anew. tests/test_emulated_*.py run them, tests/test_aot.py compiles them.
 """
 
 import importlib
+import itertools
 from dataclasses import replace
 from functools import partial
 
@@ -14,21 +15,20 @@ from sora_fast.ops import FAMILIES
 
 pytest.importorskip("triton")
 
-import aot  # noqa: E402
 import kernel_launches as calls  # noqa: E402
 import triton  # noqa: E402
-from kernel_launches import GPUS, HEURISTICS, launches  # noqa: E402
+from kernel_checks import Guarded  # noqa: E402
+from kernel_launches import CONFIGS, GPUS, HEURISTICS, config_of, launches  # noqa: E402
 
-from sora_fast.kernels import (  # noqa: E402
-    attention,
-    convolution,
-    modulation,
-    norm_convolution,
-    normalization,
-    patches,
-    rotary,
-)
+from sora_fast.kernels import attention, convolution, norm_convolution, normalization, patches, rotary  # noqa: E402
+from sora_fast.kernels.arch import SHARED, capability, has_tma  # noqa: E402
 from sora_fast.kernels.convolution_config import loads_by_tma  # noqa: E402
+from sora_fast.kernels.launch import registers  # noqa: E402
+from sora_fast.kernels.modulation_candidates import candidates as candidates_of_modulation  # noqa: E402
+from sora_fast.kernels.rotary_config import tile  # noqa: E402
+from sora_fast.testing import aot  # noqa: E402
+from sora_fast.testing.launches.convolution import padding, padding_share  # noqa: E402
+from sora_fast.testing.launches.patches import embedding  # noqa: E402
 
 OPS_OF = {family: importlib.import_module(f"sora_fast.ops.{family}").OPS for family in FAMILIES}
 OPS = {op.name: op for family in OPS_OF.values() for op in family if "triton" in op.backends}
@@ -139,10 +139,9 @@ def _fits_patches(kernel, launch, config, gpu):
         return powers(config.block_n, config.block_r, config.block_c) and numbers <= 8192
     tiles = config.block_n * config.block_d + max(config.block_n, config.block_d) * config.block_k
     both = config.block_k * (config.block_n + config.block_d) if kernel == "embed" else tiles
-    shared = aot.SHARED.get(100 if gpu.startswith("sm103") else int(gpu.partition("-")[0].removeprefix("sm")))
     sizes = config.block_n, config.block_d, config.block_k
     return (powers(*sizes) and min(sizes) >= 16 and config.block_k >= launch.run and config.warps in (4, 8)
-            and config.stages >= 1 and both * config.stages * launch.dtype.itemsize <= shared)
+            and config.stages >= 1 and both * config.stages * launch.dtype.itemsize <= SHARED[capability(gpu)])
 
 
 def _fits_modulation(kernel, launch, config, gpu):
@@ -155,7 +154,7 @@ def _fits_modulation(kernel, launch, config, gpu):
 
 def _fits_rotary(kernel, launch, config, gpu):
     most = 32 if kernel == "forward" else 16
-    numbers = config.tokens * rotary.tile(launch.heads, launch.head_dim)
+    numbers = config.tokens * tile(launch.heads, launch.head_dim)
     return (powers(config.warps, config.tokens) and numbers <= most * 32 * config.warps and config.warps <= 16
             and (kernel == "forward" or 1 <= config.programs * config.warps <= 32))
 
@@ -166,14 +165,13 @@ def _fits_normalization(kernel, launch, config, gpu):
     block = triton.next_power_of_2(launch.channels)
     return (powers(config.warps, config.pixels) and config.warps <= 16 and 1 <= config.programs * config.warps <= 32
             and config.pixels * block <= 32 * config.warps * (16 if sums else 32)
-            and (not sums or normalization._registers(config) >= 128))
+            and (not sums or registers(config.warps, config.programs, 8) >= 128))
 
 
 def _fits_attention(kernel, launch, config, gpu):
     """What the workspace of the backward can hold, TMA only where there is one."""
-    has_tma = int(gpu.partition("-")[0].removeprefix("sm")) >= 90
     return (powers(config.block_m, config.block_n, config.warps) and 16 <= config.block_n <= 128
-            and attention.PAD % config.block_m == 0 and config.stages >= 1 and (has_tma or not config.tma))
+            and attention.PAD % config.block_m == 0 and config.stages >= 1 and (has_tma(gpu) or not config.tma))
 
 
 def _fits_convolution(kernel, launch, config, gpu):
@@ -206,29 +204,41 @@ def test_a_config_that_does_not_fit_is_seen():
     """Four times the elements that a thread may hold, and a tile that is no power of two."""
     kernel, launch = next(iter(launches("normalization")))
     launch = replace(launch, channels=2048, norm="group")
-    config = normalization.forward_heuristic(launch, "sm90")
+    config = HEURISTICS["normalization"]["forward"](launch, "sm90")
     for wrong in (replace(config, pixels=config.pixels * 4), replace(config, pixels=3)):
         assert not _fits_normalization("forward", launch, wrong, "sm90")
 
 
-EXAMPLES = {
-    "patches": {kernel: patches.Launch(32768, *((16, 4) if kernel == "permute" else (1536, 32)), 2, torch.bfloat16)
-                for kernel in HEURISTICS["patches"]},
-    "modulation": modulation.Launch(1536, 32768, torch.float32, torch.bfloat16, "layer", False),
-    "rotary": rotary.Launch(12, 12, 128, 32768, torch.bfloat16, "rms_all", True, "fixed", "interleaved"),
-    "normalization": normalization.Launch(384, 2**20, "group", "silu", torch.bfloat16, torch.bfloat16),
-    "attention": attention.Launch(128, torch.bfloat16, 1, False),
-    "convolution": convolution.Launch(96, 96, (3, 3, 3), (1, 1, 1), 1, "zeros", torch.bfloat16),
-}
+EXAMPLES = {family: CONFIGS[family].Launch(*facts) for family, facts in {
+    "patches": (32768, 1536, 32, 2, torch.bfloat16),
+    "modulation": (1536, 32768, torch.float32, torch.bfloat16, "layer", False),
+    "rotary": (12, 12, 128, 32768, torch.bfloat16, "rms_all", True, "fixed", "interleaved"),
+    "normalization": (384, 2**20, "group", "silu", torch.bfloat16, torch.bfloat16),
+    "attention": (128, torch.bfloat16, 1, False),
+    "convolution": (96, 96, (3, 3, 3), (1, 1, 1), 1, "zeros", torch.bfloat16),
+}.items()}
+OF_PERMUTE = replace(EXAMPLES["patches"], width=16, rows=4)
+
+
+@pytest.mark.parametrize("tokens", (128, 32768))
+def test_candidates_of_modulation_fit(tokens):
+    """Powers of two, two beside the heuristic, at most 32 elements per thread, and backwards that fit an SM."""
+    for width, kernel in itertools.product((1, 64, 384, 1152, 1536, 3072, 5120, 8192), HEURISTICS["modulation"]):
+        launch = replace(EXAMPLES["modulation"], width=width, tokens=tokens)
+        found = set(candidates_of_modulation(kernel, launch, "sm90"))
+        assert len(found - {HEURISTICS["modulation"][kernel](launch, "sm90")}) >= 2
+        for config in found:
+            share = triton.next_power_of_2(width) * (config.tokens if kernel == "forward" else 1) / (32 * config.warps)
+            assert powers(config.warps, config.tokens) and share <= 32 and config.warps <= 16, (width, config)
+            assert kernel == "forward" or config.warps * config.programs <= 32
 
 
 @each_family
 def test_candidates(family):
     """None twice, the heuristic's kind, and the heuristic among them where nothing depends on what they leave out."""
-    module = {"patches": patches, "modulation": modulation, "rotary": rotary, "normalization": normalization,
-              "attention": attention, "convolution": convolution}[family]
+    module = importlib.import_module(f"sora_fast.kernels.{family}_candidates")
     for kernel, heuristic in HEURISTICS[family].items():
-        launch = EXAMPLES[family][kernel] if family == "patches" else EXAMPLES[family]
+        launch = OF_PERMUTE if kernel == "permute" else EXAMPLES[family]
         found, best = list(module.candidates(kernel, launch, "sm90")), heuristic(launch, "sm90")
         assert 4 < len(found) == len(set(found)) <= 200 and all(type(config) is type(best) for config in found)
         if family in ("patches", "rotary", "attention"):
@@ -255,12 +265,12 @@ def _uploaded(start):
 # Each entry: calls that differ in sizes alone, which share one compilation of every kernel.
 KEYS = {
     "patches": [partial(calls.call_patches, *size) for size in SIZES],
-    "unpatchify": [partial(calls.cut_patches, *size) for size in SIZES],
+    **{f"unpatchify, back {back}": [partial(calls.cut_patches, *size, ways=(back,)) for size in SIZES] for back in (0, 1)},
     "places of grids": [partial(_uploaded, start) for start in (0, 1, 2, 4)],
     "modulation": [partial(calls.call_modulation, *size) for size in SIZES],
     "modulation without rows": [partial(calls.call_modulation, tokens, 1, rows=False) for tokens, _ in SIZES],
     "rotary": [partial(calls.call_rotary, tokens) for tokens, _ in SIZES],
-    "rotary, learned": [partial(calls.call_rotary, tokens, "heads first", True, False) for tokens, _ in SIZES],
+    "rotary, learned": [partial(calls.call_rotary, tokens, False, "learned", False) for tokens, _ in SIZES],
     "norm": [partial(calls.call_normalization, video, "rms") for video in VIDEOS],
     "attention": [partial(calls.call_attention, *span) for span in SPANS],
     "causal": [partial(calls.call_attention, *span, causal=True) for span in SPANS],
@@ -313,8 +323,8 @@ def test_what_a_norm_launches():
     assert names("group", wanted=(False, True, False)) == statistics
     assert names("rms", wanted=(False, False, False)) == ["forward_kernel"]
     # a frame of 60 x 104 with 384 channels: several programs for each of 132 SMs
-    launch = normalization.Launch(384, 8192, "rms", "silu", torch.bfloat16, torch.bfloat16)
-    assert 60 * 104 / normalization.forward_heuristic(launch, "sm90").pixels > 4 * 132
+    config = config_of("normalization", "forward", 384, 8192, "rms", "silu", torch.bfloat16, torch.bfloat16)
+    assert 60 * 104 / config.pixels > 4 * 132
 
 
 def test_fixed_frequencies_are_rounded_once_and_kept():
@@ -378,24 +388,10 @@ def test_the_capacity_is_enough_and_no_more():
         assert most <= attention.capacity(rows, samples, block) <= most + samples
 
 
-class _Allocations:
-    """torch, with every allocation noted."""
-
-    def __init__(self):
-        self.made = []
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    def empty(self, shape, **options):
-        self.made.append(torch.empty(shape, **options))
-        return self.made[-1]
-
-
 def test_workspace_of_attention(monkeypatch):
     """Outputs, tables of tiles, and two float32 a query and head: nothing grows with samples times their length."""
     queries, keys, samples, heads = 100_000, 90_000, 64, 8
-    noted = _Allocations()
+    noted = Guarded()
     monkeypatch.setattr(attention, "torch", noted)
     assert aot.launches(lambda: calls.call_attention(queries, keys, samples, heads, 2, 72))
     tables = lambda rows: [4 * (triton.cdiv(rows, 128) + samples), 4 * (samples + 1)]
@@ -403,7 +399,7 @@ def test_workspace_of_attention(monkeypatch):
     forward = [2 * queries * heads * 72, 4 * queries * heads, *tables(queries)]  # out, lse
     backward = [2 * queries * heads * 72, 2 * keys * 2 * 72, 2 * keys * 2 * 72, 2 * 4 * heads * padded, *tables(queries),
                 *tables(keys)]  # dq, dk, dv, rows of lse and delta
-    assert [t.numel() * t.element_size() for t in noted.made] == forward + backward
+    assert [(t.numel() - 128) * t.element_size() for t in noted.buffers] == forward + backward
 
 
 def test_tma_is_used_where_rows_are_aligned_and_there_is_one():
@@ -423,26 +419,26 @@ def test_tma_is_used_where_rows_are_aligned_and_there_is_one():
 @pytest.mark.parametrize("gpu", GPUS)
 def test_work_on_padding_of_a_convolution(gpu):
     """Of K and N together: none at 128, 192, 256 and 384 channels, at most a quarter at 96 and 160."""
-    share = lambda channels: convolution._padding(channels, channels, torch.bfloat16, gpu, {})
+    share = lambda channels: padding(channels, channels, torch.bfloat16, gpu, {})
     assert [share(channels) for channels in (128, 192, 256, 384, 512, 640, 768, 1024)] == [0] * 8
     assert 0 < share(96) <= 0.25 and 0 < share(160) <= 0.25
-    assert convolution.padding_share(96, 96, 128, 64) == 1 - 96 * 96 / (128 * 128)
+    assert padding_share(96, 96, 128, 64) == 1 - 96 * 96 / (128 * 128)
 
 
 def test_products_of_float32_are_no_tf32_unless_allowed():
     """What says TF32 in its machine code is refused by tests/test_aot.py, in any case of aot_cases."""
     def products():
-        found = aot.launches(partial(patches._embedding, 16, (1, 2, 2), 64, torch.float32, "sm90"))
+        found = aot.launches(partial(embedding, 16, (1, 2, 2), 64, torch.float32, "sm90"))
         return {launch.kwargs["PRECISION"] for launch in found}
 
     assert products() == {"tf32x3"}
     torch.backends.cuda.matmul.allow_tf32 = True
     assert products() == {"tf32"}
-    case = aot.cases_of("plain", partial(patches._embedding, 16, (1, 2, 2), 64, torch.float32, "sm90"), {})[0]
+    case = aot.cases_of("plain", partial(embedding, 16, (1, 2, 2), 64, torch.float32, "sm90"), {})[0]
     assert any("got TF32" in sentence for sentence in aot.check_all([case], (80,))[1])
 
 
 def test_a_row_is_as_long_as_the_kernels_say():
-    from sora_fast.ops.patches import LONGEST_RUN
+    from sora_fast.ops.patches_triton import LONGEST_RUN
 
-    assert LONGEST_RUN == patches.LONGEST_RUN
+    assert LONGEST_RUN == CONFIGS["patches"].LONGEST_RUN

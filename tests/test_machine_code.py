@@ -13,11 +13,13 @@ pytest.importorskip("triton")
 if sys.platform != "linux":
     pytest.skip("cuobjdump comes with Triton's wheels for Linux only", allow_module_level=True)
 
-import aot  # noqa: E402
-import sass  # noqa: E402
 from kernel_launches import call_attention  # noqa: E402
 
-from sora_fast.kernels import attention, rotary  # noqa: E402
+from sora_fast.kernels.arch import SHARED  # noqa: E402
+from sora_fast.kernels.attention_candidates import candidates  # noqa: E402
+from sora_fast.kernels.attention_config import HEURISTICS, Launch  # noqa: E402
+from sora_fast.testing import aot, sass  # noqa: E402
+from sora_fast.testing.launches import rotary  # noqa: E402
 
 pytestmark = pytest.mark.full
 
@@ -69,19 +71,19 @@ def test_products_and_powers_run_beside_each_other(head_dim, mask):
 
 
 @pytest.mark.parametrize("cc", (86, 90))
-@pytest.mark.parametrize("kernel", attention.HEURISTICS)
+@pytest.mark.parametrize("kernel", HEURISTICS)
 def test_the_largest_candidate_fits(kernel, cc):
     """As it is compiled, within the shared memory of a program."""
-    launch = attention.Launch(128, torch.bfloat16, 1, False)
-    largest = max(attention.candidates(kernel, launch, f"sm{cc}"), key=lambda c: (c.block_m + c.block_n) * (1 + c.stages))
-    with mock.patch.dict(attention.HEURISTICS, {kernel: lambda launch, gpu: largest}):
+    launch = Launch(128, torch.bfloat16, 1, False)
+    largest = max(candidates(kernel, launch, f"sm{cc}"), key=lambda c: (c.block_m + c.block_n) * (1 + c.stages))
+    with mock.patch.dict(HEURISTICS, {kernel: lambda launch, gpu: largest}):
         compiled = dict(_compiled(128, cc=cc, only=kernel))[f"{kernel}_kernel"]
-    assert 0 < compiled.shared <= aot.SHARED[cc], largest
+    assert 0 < compiled.shared <= SHARED[cc], largest
 
 
 def test_cosines_are_computed_in_full():
     """No sin.approx, whose error grows with the angle, and no table in local memory; forward and backward."""
-    call = partial(rotary._both, 6, 6, 64, torch.bfloat16, "rms_head", "half", "fixed", ("weight",))
+    call = partial(rotary.both, 6, 6, 64, torch.bfloat16, "rms_head", "half", "fixed", ("weight",))
     for case in aot.cases_of("cosines", call, {}):
         compiled = aot.compile_for(case.fn, case.signature, case.constexprs, case.aligned, 90, **case.options)
         assert "FFMA" in compiled.sass and "MUFU.SIN" not in compiled.sass and "MUFU.COS" not in compiled.sass

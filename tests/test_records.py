@@ -15,6 +15,7 @@ from sora_fast import env, files, ops, records, use_backend, validate
 from sora_fast.dispatch import Backend
 from sora_fast.explanation import explain
 from sora_fast.ops import modulation
+from sora_fast.testing import launches
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL = '''"""A planted kernel."""
@@ -138,6 +139,32 @@ def test_a_changed_kernel_has_no_record(op, room):
     file.unlink()
     records.forget()
     assert taken(op) == "torch" and "sora_fast.kernels.planted cannot be read" in reasons(op)
+
+
+@pytest.mark.parametrize("file, record, config", [
+    ("planted_candidates", True, True), ("planted_config", False, True), ("planted", False, False),
+    ("planted_loads", False, False)])
+def test_what_an_edit_voids(room, file, record, config):
+    """A candidate list: nothing. A heuristic: records. A kernel, its launcher or what they call: tuned configs too."""
+    (room / "planted.py").write_text("from .planted_config import Config\n" + KERNEL)
+    (room / "planted_config.py").write_text("Config = int\n")
+    (room / "planted_candidates.py").write_text("from .planted_config import Config\n")
+    hashes = lambda: (records.forget(), records.kernel_hash("planted"), records.launch_hash("planted"))[1:]
+    before = hashes()
+    path = room / f"{file}.py"
+    path.write_text(path.read_text() + "# a comment\n")
+    assert hashes() == before
+    path.write_text(path.read_text() + "WARPS = 4\n")
+    assert [old == new for old, new in zip(before, hashes(), strict=True)] == [record, config]
+
+
+def test_what_the_hashes_of_our_kernels_cover():
+    """Each family's heuristics, and no candidate list."""
+    for module in (*launches.FAMILIES, "norm_convolution"):
+        said = set(records._trees(module))
+        families = ("convolution", "normalization") if module == "norm_convolution" else (module,)
+        assert {f"{family}_config" for family in families} < said
+        assert not any(name.endswith("_candidates") for name in said)
 
 
 def test_the_hash_is_the_same_for_every_python(room):

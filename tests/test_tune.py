@@ -42,12 +42,13 @@ class Config:
 
 def heuristic(launch, gpu):
     return Config(4.0)
+'''
+CANDIDATES = """
+from .planted import Config
 
 def candidates(kernel, launch, gpu):
-    return [Config(*each) for each in CANDIDATES]
-
-CANDIDATES = [(4.0,), (3.0,), (5.0,), (2.0,), (6.0,), (7.0,), (2.5,), (3.5,)]
-'''
+    return [Config(*each) for each in {}]
+"""
 
 
 # ---------------------------------------------------------------------------------------------- the planted family
@@ -129,16 +130,17 @@ def work(kernel, count=1):
 def forget():
     records.forget()
     configs.forget()
-    sys.modules.pop("sora_fast.kernels.planted", None)
-    vars(sora_fast.kernels).pop("planted", None)
+    for name in ("planted", "planted_candidates"):
+        sys.modules.pop(f"sora_fast.kernels.{name}", None)
+        vars(sora_fast.kernels).pop(name, None)
     importlib.invalidate_caches()
 
 
-def plant(folder, candidates=None):
-    """Write the kernel module with ``candidates``, (ms, fault) each, and have it imported."""
-    text = KERNEL if candidates is None else KERNEL[:KERNEL.index("CANDIDATES = ")] + f"CANDIDATES = {candidates}\n"
+def plant(folder, candidates=((4.0,), (3.0,), (5.0,), (2.0,), (6.0,), (7.0,), (2.5,), (3.5,)), kernel=KERNEL):
+    """Write the kernel module and the one of its ``candidates``, (ms, fault) each, and have them imported."""
     folder.mkdir(exist_ok=True)
-    (folder / "planted.py").write_text(text)
+    (folder / "planted.py").write_text(kernel)
+    (folder / "planted_candidates.py").write_text(CANDIDATES.format(candidates))
     forget()
 
 
@@ -259,12 +261,12 @@ def test_what_only_a_forward_with_gradients_looks_up(room, clock):
 
 
 def test_nothing_to_tune_is_said(room, clock):
-    (room / "kernels" / "planted.py").write_text(KERNEL.replace("def candidates", "def others"))
+    (room / "kernels" / "planted_candidates.py").unlink()
     forget()
     said = []
     made = tuner.Tuner(tuner.Settings(CPU, "quick", room / "tune.jsonl"), tell=said.append)
     assert made.run(work(Kernel(clock.sleep), 2)) == []
-    assert said == ["sora_fast.kernels.planted offers no candidates: nothing to tune."]
+    assert said == ["There is no sora_fast.kernels.planted_candidates: nothing to tune."]
     said.clear()
     plain = Provider("triton", partial(ops.gate_residual, backend="reference"))
     assert made.run([(*work(None)[0][:2], plain)]) == [] and said == ["gate_residual looks up no config: nothing to tune."]
@@ -304,6 +306,8 @@ def test_recording_and_overrides_of_one_problem(room):
 def test_a_tuned_config_is_void_with_another_kernel_or_triton(room, clock, monkeypatch):
     tune(room, Kernel(clock.sleep))
     plant(room / "kernels", [(1.0,)])
+    assert found().config.ms == 2.0, "candidates void nothing"
+    plant(room / "kernels", [(1.0,)], KERNEL + "WARPS = 4\n")
     assert found().source == "the heuristic" and "has changed since it was tuned" in str(found())
     assert [row["config"]["ms"] for row in tune(room, Kernel(clock.sleep)).rows] == [1.0, 1.0]  # not the rows of the old one
     assert found().config.ms == 1.0
@@ -470,26 +474,3 @@ def test_families_without_kernels_are_named(cli, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     code, out, _ = cli("tune", "latents", "--quick", "--device", "cpu")
     assert code == 0 and "nothing to tune in latents: no Triton kernels yet" in out
-
-
-# ------------------------------------------------------------------------------------------------ our own kernels
-def test_candidates_of_modulation_can_be_launched(monkeypatch):
-    """Powers of two, no more than 32 numbers a thread, and backwards that fit a multiprocessor; each once."""
-    pytest.importorskip("triton")
-    monkeypatch.setattr(sora_fast.kernels, "__path__", [str(Path(__file__).parents[1] / "kernels")])
-    from sora_fast.kernels import modulation as kernels
-
-    for width in (1, 64, 384, 1152, 1536, 3072, 5120, 8192):
-        block = 1 << (width - 1).bit_length()
-        for tokens in (128, 32768):
-            launch = kernels.Launch(width, tokens, torch.bfloat16, None, "layer", False)
-            for name, heuristic in (("forward", kernels.forward_heuristic), ("backward", kernels.backward_heuristic)):
-                tried = list(kernels.candidates(name, launch, "sm90-H200"))
-                assert len(set(tried) - {heuristic(launch, "sm90-H200")}) >= 2 and all(
-                    type(each) is type(heuristic(launch, "sm90")) for each in tried)
-                for number in (number for each in tried for number in (each.warps, each.tokens)):
-                    assert number >= 1 and number & (number - 1) == 0
-                for each in tried:
-                    share = block * (each.tokens if name == "forward" else 1) / (32 * each.warps)
-                    assert share <= 32 and each.warps <= 16, (width, each)
-                    assert name == "forward" or each.warps * each.programs <= 32

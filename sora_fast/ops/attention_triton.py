@@ -7,27 +7,19 @@ from ..dispatch import Backend, Problem
 from . import operators, triton_backend
 
 
-def _config(kernel: str, gpu: str, dtype: torch.dtype, head_dim: int, group: int, band: bool) -> configs.Found:
-    from ..kernels import attention as kernels  # imports Triton, which need not be there
-
-    return configs.lookup("attention", kernel, kernels.Launch(head_dim, dtype, group, band), gpu,
-                          kernels.HEURISTICS[kernel])
-
-
 def _config_of_call(kernel, q, k, causal, left, right):
-    return _config(kernel, triton_backend.gpu_name(q.device), q.dtype, q.shape[2], q.shape[1] // k.shape[1],
-                   causal or left >= 0 or right >= 0).config
+    return triton_backend.config("attention", kernel, q.device, q.shape[2], q.dtype, q.shape[1] // k.shape[1],
+                                 causal or left >= 0 or right >= 0).config
 
 
 def _typical_config(problem) -> configs.Found:
-    gpu = configs.gpu_name(problem.device) if problem.device.startswith("cuda") else "cpu"
-    return _config("forward", gpu, problem.dtype, problem.head_dim, problem.heads // problem.key_heads,
-                   problem.causal or max(problem.window) >= 0)
+    return triton_backend.config("attention", "forward", problem.device, problem.head_dim, problem.dtype,
+                                 problem.heads // problem.key_heads, problem.causal or max(problem.window) >= 0)
 
 
 def _options(q, softmax_scale, causal, left, right):
     return dict(scale=q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, causal=causal, window=(left, right),
-                tf32=torch.backends.cuda.matmul.fp32_precision == "tf32")
+                tf32=triton_backend.tf32())
 
 
 def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right):
@@ -86,7 +78,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window, return_lse, deterministic):
-    out, lse = triton_backend.apply(_Attention, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, *window)
+    tensors = triton_backend.apart((q, k, v, cu_seqlens_q, cu_seqlens_k))
+    out, lse = _Attention.apply(*tensors, softmax_scale, causal, *window)
     return (out, lse) if return_lse else out
 
 

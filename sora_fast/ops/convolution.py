@@ -4,15 +4,17 @@ B batch, C channels, T frames, H height, W width; kT, kH, kW kernel, sT, sH, sW 
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from .. import checks, env
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad, refuse_transforms
+from ..kernels.convolution_settings import ConvSettings
 from ..precision import autocast, autocast_dtype, emulated_on_cpu, holds_numbers, transformed, wide_dtype
 from ..reference import convolution as reference
-from . import convolution_call, convolution_cuda, convolution_triton, normalization
+from . import convolution_cuda, convolution_triton, normalization
 
 
 @dataclass(frozen=True)
@@ -61,82 +63,54 @@ def _wrong_cudnn(problem: ConvolutionProblem, dtype: torch.dtype) -> list[str]:
     return []
 
 
-def _torch_unsupported(problem: ConvolutionProblem) -> list[str]:
-    return _wrong_cudnn(problem, problem.dtype)
-
-
-def _reference_unsupported(problem: ConvolutionProblem) -> list[str]:
-    """The definition convolves 16-bit tensors in float32, so a cuDNN that is wrong in 16 bits may still be right there."""
-    return _wrong_cudnn(problem, torch.promote_types(problem.dtype, torch.float32))
-
-
 # ---------------------------------------------------------------------------------------------- backend "torch"
-@dataclass(frozen=True)
-class _Spec:
-    """The settings of one call that are not tensors; norm_act's settings are None for a plain convolution."""
-
-    stride: tuple[int, int, int]
-    padding: tuple[int, int, int, int]
-    time_pad: str
-    space_pad: str
-    phase: int
-    lookahead: int
-    upsample: int
-    norm: str | None = None
-    groups: int = 32
-    eps: float = 1e-6
-    act: str | None = None
-    dtype: torch.dtype | None = None
-    return_cache: bool = False
-
-    def activate(self, x, norm_weight, norm_bias):
-        """What is convolved, before its rounding to ``dtype``: gradients of the halo are summed at this width."""
-        if self.norm is None:
-            return x.to(wide_dtype(x)) if self.repeats else x
-        h = normalization.torch_norm_act(x.to(wide_dtype(x)), norm_weight, norm_bias, norm=self.norm,
-                                         groups=self.groups, eps=self.eps, act=self.act)
-        # under autocast the convolution's dtype may be another than x's, which norm_act alone would round to
-        return h if x.dtype in (self.dtype, h.dtype) else h.to(x.dtype)
-
-    @property
-    def repeats(self) -> bool:
-        return self.time_pad == "replicate" or self.space_pad != "zeros" or self.upsample > 1
-
-    @property
-    def conv_padding(self) -> tuple[int, int, int]:
-        """Symmetric zero padding of space, which the convolution itself does best."""
-        left, right, top, bottom = self.padding
-        return (0, top, left) if self.space_pad == "zeros" and left == right and top == bottom else (0, 0, 0)
-
-    def only_last_tap(self, x, cache) -> bool:
-        """One frame after zeros meets the last time tap alone: an image costs a 2-D convolution."""
-        return (x.shape[2] == 1 and self.time_pad == "zeros" and self.lookahead == 0 and self.phase == 0
-                and (cache is None or cache.shape[2] == 0))
-
-    def pad(self, h, cache, kernel_frames: int):
-        padded = h if self.only_last_tap(h, cache) else reference.pad_time(
-            h, cache, kernel_frames, self.lookahead, self.time_pad)[:, :, self.phase :]
-        if padded.device.type == "cuda":  # with channels last, as it is convolved: no second copy of the large tensor
-            padded = reference.upsample_space(padded.movedim(1, -1), self.upsample, 2).movedim(-1, 1)
-        else:
-            padded = reference.upsample_space(padded, self.upsample)
-        if self.conv_padding == (0, 0, 0):
-            padded = reference.pad_space(padded, self.padding, self.space_pad)
-        if padded.device.type == "cuda":
-            padded = padded.contiguous(memory_format=torch.channels_last_3d)
-        return padded
-
-    def taps(self, h, cache, weight):
-        return weight[:, :, -1:] if self.only_last_tap(h, cache) else weight
+def _activate(settings: ConvSettings, x, norm_weight, norm_bias, dtype):
+    """What is convolved, before its rounding to ``dtype``: gradients of the halo are summed at this width."""
+    if settings.norm is None:
+        return x.to(wide_dtype(x)) if _repeats(settings) else x
+    h = normalization.torch_norm_act(x.to(wide_dtype(x)), norm_weight, norm_bias, **settings.of_norm)
+    # under autocast the convolution's dtype may be another than x's, which norm_act alone would round to
+    return h if x.dtype in (dtype, h.dtype) else h.to(x.dtype)
 
 
-def _convolve(spec: _Spec, h, weight, bias, cache, residual):
-    if spec.phase >= h.shape[2] or h.shape[0] == 0:  # no frame comes out; the reference keeps the graph whole
-        return reference.causal_conv3d(h, weight, bias, stride=spec.stride, padding=spec.padding, cache=cache,
-                                       time_pad=spec.time_pad, space_pad=spec.space_pad, phase=spec.phase,
-                                       lookahead=spec.lookahead, upsample=spec.upsample, residual=residual)
-    padded = spec.pad(h, cache, weight.shape[2])
-    y = _conv3d(padded, spec.taps(h, cache, weight), bias, spec.stride, spec.conv_padding)
+def _repeats(settings: ConvSettings) -> bool:
+    return settings.time_pad == "replicate" or settings.space_pad != "zeros" or settings.upsample > 1
+
+
+def _conv_padding(settings: ConvSettings) -> tuple[int, int, int]:
+    """Symmetric zero padding of space, which the convolution itself does best."""
+    left, right, top, bottom = settings.padding
+    return (0, top, left) if settings.space_pad == "zeros" and left == right and top == bottom else (0, 0, 0)
+
+
+def _only_last_tap(settings: ConvSettings, x, cache) -> bool:
+    """One frame after zeros meets the last time tap alone: an image costs a 2-D convolution."""
+    return (x.shape[2] == 1 and settings.time_pad == "zeros" and settings.lookahead == 0 and settings.phase == 0
+            and (cache is None or cache.shape[2] == 0))
+
+
+def _pad(settings: ConvSettings, h, cache):
+    padded = h if _only_last_tap(settings, h, cache) else reference.pad_time(
+        h, cache, settings.kernel[0], settings.lookahead, settings.time_pad)[:, :, settings.phase :]
+    if padded.device.type == "cuda":  # with channels last, as it is convolved: no second copy of the large tensor
+        padded = reference.upsample_space(padded.movedim(1, -1), settings.upsample, 2).movedim(-1, 1)
+    else:
+        padded = reference.upsample_space(padded, settings.upsample)
+    if _conv_padding(settings) == (0, 0, 0):
+        padded = reference.pad_space(padded, settings.padding, settings.space_pad)
+    if padded.device.type == "cuda":
+        padded = padded.contiguous(memory_format=torch.channels_last_3d)
+    return padded
+
+
+def _taps(settings: ConvSettings, h, cache, weight):
+    return weight[:, :, -1:] if _only_last_tap(settings, h, cache) else weight
+
+
+def _convolve(settings: ConvSettings, h, weight, bias, cache, residual):
+    if settings.phase >= h.shape[2] or h.shape[0] == 0:  # no frame comes out; the reference keeps the graph whole
+        return reference.causal_conv3d(h, weight, bias, cache=cache, residual=residual, **settings.of_convolution)
+    y = _conv3d(_pad(settings, h, cache), _taps(settings, h, cache, weight), bias, settings.stride, _conv_padding(settings))
     return y if residual is None else y + residual
 
 
@@ -152,6 +126,12 @@ def _conv3d(x, weight, bias, stride, padding):
     return F.conv3d(x, weight, bias, stride, padding)
 
 
+def _torch_forward(settings: ConvSettings, x, weight, bias, cache, residual, norm_weight, norm_bias):
+    h = _activate(settings, x, norm_weight, norm_bias, weight.dtype).to(weight.dtype)
+    cache_out = reference.next_cache(h, cache, settings.keep) if settings.return_cache else None
+    return _convolve(settings, h, weight, bias, cache, residual), cache_out
+
+
 class _SavesInput(torch.autograd.Function):
     """The convolution as one autograd node that keeps x, from before norm, act and padding, and recomputes those.
 
@@ -159,22 +139,20 @@ class _SavesInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(spec, x, weight, bias, cache, residual, norm_weight, norm_bias):
-        h = spec.activate(x, norm_weight, norm_bias).to(spec.dtype)
-        cache_out = reference.next_cache(h, cache, weight.shape[2] - 1) if spec.return_cache else None
-        return _convolve(spec, h, weight, bias, cache, residual), cache_out
+    def forward(settings, x, weight, bias, cache, residual, norm_weight, norm_bias):
+        return _torch_forward(settings, x, weight, bias, cache, residual, norm_weight, norm_bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.spec, x, weight, bias, cache, residual, norm_weight, norm_bias = inputs
+        ctx.settings, x, weight, bias, cache, residual, norm_weight, norm_bias = inputs
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x, weight, cache, norm_weight, norm_bias)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dy, dcache_out):
-        spec, needs = ctx.spec, ctx.needs_input_grad
-        refuse_transforms("causal_conv3d" if spec.norm is None else "norm_act_conv3d", (dy, dcache_out))
+        settings, needs = ctx.settings, ctx.needs_input_grad
+        refuse_transforms("causal_conv3d" if settings.norm is None else "norm_act_conv3d", (dy, dcache_out))
         x, weight, cache, norm_weight, norm_bias = (
             None if t is None else t.detach().requires_grad_(need)
             for t, need in zip(ctx.saved_tensors, (needs[1], needs[2], needs[4], needs[6], needs[7]), strict=True))
@@ -182,27 +160,27 @@ class _SavesInput(torch.autograd.Function):
         grads = {}
         dweight = dbias = None
         with torch.enable_grad():
-            h = spec.activate(x, norm_weight, norm_bias)
+            h = _activate(settings, x, norm_weight, norm_bias, weight.dtype)
             frames = None if cache is None else cache.to(h.dtype)
             outputs, cotangents = [], []
             if dcache_out is not None:
-                outputs.append(reference.next_cache(h, frames, weight.shape[2] - 1))
+                outputs.append(reference.next_cache(h, frames, settings.keep))
                 cotangents.append(dcache_out.to(h.dtype))
             if dy is not None:
-                padded = spec.pad(h, frames, weight.shape[2])
-                taps = spec.taps(h, frames, weight).detach()
+                padded = _pad(settings, h, frames)
+                taps = _taps(settings, h, frames, weight).detach()
                 # Repeated frames and pixels add several gradients up: where a wide convolution costs little more, on
                 # a CPU, they are not rounded before that sum.
                 on_cpu = dy.device.type == "cpu"
-                dtype = h.dtype if spec.repeats and on_cpu else spec.dtype
+                dtype = h.dtype if _repeats(settings) and on_cpu else weight.dtype
                 if on_cpu and emulated_on_cpu(dtype):
                     dtype = torch.float32
                 # dy in the memory format of what was convolved: a copy otherwise, and on CUDA all of NCDHW's
                 layout = torch.contiguous_format if padded.is_contiguous() else torch.channels_last_3d
                 dpadded, dtaps, dbias = torch.ops.aten.convolution_backward(
-                    dy.contiguous(memory_format=layout).to(dtype), padded.detach().to(spec.dtype).to(dtype), taps.to(dtype),
-                    [taps.shape[0]] if ctx.has_bias else None, spec.stride, spec.conv_padding, (1, 1, 1), False,
-                    (0, 0, 0), 1, (bool(data), needs[2], ctx.has_bias and needs[3]))
+                    dy.contiguous(memory_format=layout).to(dtype), padded.detach().to(weight.dtype).to(dtype),
+                    taps.to(dtype), [taps.shape[0]] if ctx.has_bias else None, settings.stride, _conv_padding(settings),
+                    (1, 1, 1), False, (0, 0, 0), 1, (bool(data), needs[2], ctx.has_bias and needs[3]))
                 if needs[2]:
                     missing = weight.shape[2] - taps.shape[2]
                     dweight = (F.pad(dtaps, (0, 0, 0, 0, missing, 0)) if missing else dtaps).to(weight.dtype)
@@ -218,30 +196,34 @@ class _SavesInput(torch.autograd.Function):
                 grads.get(id(norm_weight)), grads.get(id(norm_bias)))
 
 
-def _torch_norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, norm=None, groups=32, eps=1e-6,
-                           act=None, stride, padding, time_pad, space_pad, cache, phase, lookahead, upsample,
-                           residual, return_cache):
-    spec = _Spec(stride, tuple(padding), time_pad, space_pad, phase, lookahead, upsample, norm, groups, eps, act,
-                 weight.dtype, return_cache)
+def _torch(settings: ConvSettings, *, x, weight, bias, cache, residual, norm_weight=None, norm_bias=None):
     tensors = (x, weight, bias, cache, residual, norm_weight, norm_bias)
-    nothing_comes_out = phase >= x.shape[2] or x.shape[0] == 0
+    nothing_comes_out = settings.phase >= x.shape[2] or x.shape[0] == 0
     plain = nothing_comes_out or torch.compiler.is_compiling() or transformed()  # no autograd inside a function transformed
-    if needs_grad(*tensors) and not plain:
-        y, cache_out = _SavesInput.apply(spec, *tensors)
-        return (y, cache_out) if return_cache else y
-    h = spec.activate(x, norm_weight, norm_bias).to(spec.dtype)
-    y = _convolve(spec, h, weight, bias, cache, residual)
-    return (y, reference.next_cache(h, cache, weight.shape[2] - 1)) if return_cache else y
+    run = _SavesInput.apply if needs_grad(*tensors) and not plain else _torch_forward
+    y, cache_out = run(settings, *tensors)
+    return (y, cache_out) if settings.return_cache else y
 
 
+def _torch_unsupported(problem: ConvolutionProblem) -> list[str]:
+    return _wrong_cudnn(problem, problem.dtype)
+
+
+def _reference(settings: ConvSettings, **tensors):
+    run = reference.causal_conv3d if settings.norm is None else partial(reference.norm_act_conv3d, **settings.of_norm)
+    return run(**tensors, **settings.of_convolution, return_cache=settings.return_cache)
+
+
+def _reference_unsupported(problem: ConvolutionProblem) -> list[str]:
+    """The definition convolves 16-bit tensors in float32, so a cuDNN that is wrong in 16 bits may still be right there."""
+    return _wrong_cudnn(problem, torch.promote_types(problem.dtype, torch.float32))
+
+
+_PLAIN = (Backend("torch", _torch, _torch_unsupported), Backend("reference", _reference, _reference_unsupported))
 CAUSAL_CONV3D = Op("causal_conv3d", "convolution", _example, [
-    convolution_cuda.CAUSAL_CONV3D, convolution_triton.CAUSAL_CONV3D,
-    Backend("torch", _torch_norm_act_conv3d, _torch_unsupported),
-    Backend("reference", reference.causal_conv3d, _reference_unsupported)])
+    convolution_cuda.CONVOLUTION, convolution_triton.CAUSAL_CONV3D, *_PLAIN])
 NORM_ACT_CONV3D = Op("norm_act_conv3d", "convolution", _example, [
-    convolution_cuda.NORM_ACT_CONV3D, convolution_triton.NORM_ACT_CONV3D,
-    Backend("torch", _torch_norm_act_conv3d, _torch_unsupported),
-    Backend("reference", reference.norm_act_conv3d, _reference_unsupported)])
+    convolution_cuda.CONVOLUTION, convolution_triton.NORM_ACT_CONV3D, *_PLAIN])
 OPS = (CAUSAL_CONV3D, NORM_ACT_CONV3D)
 __all__ = ["causal_conv3d", "norm_act_conv3d"]
 
@@ -251,9 +233,9 @@ TIME_PADS = ("zeros", "replicate")
 SPACE_PADS = ("zeros", "replicate", "reflect")
 
 
-def _geometry(op: str, x, weight, bias, stride, padding, time_pad, space_pad, cache, phase, lookahead, upsample, residual,
-              return_cache):
-    """Check everything but dtypes; returns stride and padding in full."""
+def _settings(op: str, x, weight, bias, cache, residual, *, stride, padding, time_pad, space_pad, phase, lookahead,
+              upsample, return_cache, **norm) -> ConvSettings:
+    """Check everything but dtypes and ``norm``."""
     checks.shape(op, "x", x, ("B", "Cin", "T", "H", "W"), "an image is a clip of one frame: x[:, :, None]")
     checks.shape(op, "weight", weight, ("Cout", "Cin", "kT", "kH", "kW"), "use the weight of a Conv3d")
     checks.whole(op, "upsample", upsample, 1)
@@ -297,10 +279,18 @@ def _geometry(op: str, x, weight, bias, stride, padding, time_pad, space_pad, ca
                            f"lookahead={lookahead}", "run the whole clip at once")
     if lookahead and frames == 0:
         raise checks.error(op, "at least one frame with lookahead", frames, "pass frames")
+    settings = ConvSettings((kt, kh, kw), stride, padding, time_pad, space_pad, phase, lookahead, upsample,
+                            bool(return_cache), **norm)
     if residual is not None:
-        out = convolution_call.out_sizes(weight.shape[2:], stride, padding, phase, upsample, *x.shape[2:])
+        out = settings.out_sizes(*x.shape[2:])
         checks.shape(op, "residual", residual, (batch, weight.shape[0], *out), "it is added to the output")
-    return stride, padding
+    return settings
+
+
+def _problem(x, weight, settings: ConvSettings, grad: bool, wide: torch.dtype) -> ConvolutionProblem:
+    s = settings
+    return ConvolutionProblem(device_name(x), weight.dtype, grad, x.shape[1], weight.shape[0], s.kernel, s.stride,
+                              s.time_pad, s.space_pad, s.lookahead, s.upsample, s.norm, wide)
 
 
 def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zeros", space_pad="zeros", cache=None,
@@ -328,18 +318,15 @@ def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zer
     Dilation and groups are not supported.
     """
     op = "causal_conv3d"
-    stride, padding = _geometry(op, x, weight, bias, stride, padding, time_pad, space_pad, cache, phase, lookahead,
-                                upsample, residual, return_cache)
+    settings = _settings(op, x, weight, bias, cache, residual, stride=stride, padding=padding, time_pad=time_pad,
+                         space_pad=space_pad, phase=phase, lookahead=lookahead, upsample=upsample, return_cache=return_cache)
     checks.floating(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
     checks.same_device(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
     x, weight, bias, cache, residual = autocast(x, weight, bias, cache, residual)
     checks.same_dtype(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
-    problem = ConvolutionProblem(device_name(x), x.dtype, needs_grad(x, weight, bias, cache, residual), x.shape[1],
-                                 weight.shape[0], tuple(weight.shape[2:]), stride, time_pad, space_pad, lookahead,
-                                 upsample, None, wide_dtype(x, weight))
-    return CAUSAL_CONV3D.run(problem, backend, x=x, weight=weight, bias=bias, stride=stride, padding=padding,
-                             time_pad=time_pad, space_pad=space_pad, cache=cache, phase=phase, lookahead=lookahead,
-                             upsample=upsample, residual=residual, return_cache=return_cache)
+    problem = _problem(x, weight, settings, needs_grad(x, weight, bias, cache, residual), wide_dtype(x, weight))
+    return CAUSAL_CONV3D.run(problem, backend, settings=settings, x=x, weight=weight, bias=bias, cache=cache,
+                             residual=residual)
 
 
 def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, norm="rms", groups=32, eps=1e-6,
@@ -353,19 +340,16 @@ def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, n
     """
     op = "norm_act_conv3d"
     normalization.check(op, x, norm_weight, norm_bias, norm, groups, eps, act, prefix="norm_")
-    stride, padding = _geometry(op, x, weight, bias, stride, padding, time_pad, space_pad, cache, phase, lookahead,
-                                upsample, residual, return_cache)
+    settings = _settings(op, x, weight, bias, cache, residual, stride=stride, padding=padding, time_pad=time_pad,
+                         space_pad=space_pad, phase=phase, lookahead=lookahead, upsample=upsample, return_cache=return_cache,
+                         norm=norm, groups=groups, eps=eps, act=act)
     checks.floating(op, weight=weight, bias=bias, cache=cache, residual=residual)
     checks.same_device(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
     # x itself is normalised as it came; what is convolved has the dtype that F.conv3d would cast it to
     weight, bias, cache, residual = autocast(weight, bias, cache, residual)
     convolved = x if autocast_dtype(x) is None or x.dtype == torch.float64 else weight
     checks.same_dtype(op, x=convolved, weight=weight, bias=bias, cache=cache, residual=residual)
-    problem = ConvolutionProblem(device_name(x), weight.dtype,
-                                 needs_grad(x, weight, bias, norm_weight, norm_bias, cache, residual), x.shape[1],
-                                 weight.shape[0], tuple(weight.shape[2:]), stride, time_pad, space_pad, lookahead,
-                                 upsample, norm, wide_dtype(x, weight, norm_weight, norm_bias))
-    return NORM_ACT_CONV3D.run(problem, backend, x=x, weight=weight, bias=bias, norm_weight=norm_weight,
-                               norm_bias=norm_bias, norm=norm, groups=groups, eps=eps, act=act, stride=stride,
-                               padding=padding, time_pad=time_pad, space_pad=space_pad, cache=cache, phase=phase,
-                               lookahead=lookahead, upsample=upsample, residual=residual, return_cache=return_cache)
+    problem = _problem(x, weight, settings, needs_grad(x, weight, bias, norm_weight, norm_bias, cache, residual),
+                       wide_dtype(x, weight, norm_weight, norm_bias))
+    return NORM_ACT_CONV3D.run(problem, backend, settings=settings, x=x, weight=weight, bias=bias, norm_weight=norm_weight,
+                               norm_bias=norm_bias, cache=cache, residual=residual)

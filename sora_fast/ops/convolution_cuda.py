@@ -4,15 +4,14 @@ import torch
 
 from .. import checks
 from ..dispatch import Backend
+from ..kernels.convolution_settings import ConvSettings
+from ..kernels.launch import aligned, dense
 from ..reference import convolution as reference
 from . import cuda_backend, normalization_cuda, operators
-from .convolution_call import NORM, SCHEMA, TENSORS, Settings, fake_forward, video
+from .convolution_outputs import FORWARD, fake_forward
+from .operators import video
 
 AT_ONCE = (256, 192, 160, 128, 96)  # output channels of a tile; csrc/convolution.cu
-
-
-def _dense(tensor):
-    return None if tensor is None else cuda_backend.aligned(tensor.contiguous(memory_format=torch.channels_last_3d))
 
 
 def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings):
@@ -21,14 +20,13 @@ def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings
     Workspace: where there is a norm, or pixels are padded with other than zeros, what is convolved, of x's size in weight's
     dtype (with its padding, and the cache's frames before it).
     """
-    s = Settings(*settings)
+    s = ConvSettings.of(weight, *settings)
     batch, channels, frames, height, width = x.shape
-    kt, kh, kw = weight.shape[2:]
-    left, right, top, bottom = s.padding
-    y = video(x, weight.dtype, batch, weight.shape[0], *s.out_sizes(weight, x))
-    cache = None if cache is None or cache.shape[2] == 0 else _dense(cache)
+    (kt, kh, kw), (left, _, top, _) = s.kernel, s.padding
+    y = video(x, weight.dtype, batch, weight.shape[0], *s.out_sizes(frames, height, width))
+    cache = None if cache is None or cache.shape[2] == 0 else dense(cache)
     cached = 0 if cache is None else cache.shape[2]
-    halo = s.space_pad != "zeros" and any(s.padding)
+    halo = not s.pads_with_zeros
     cache_out = None
     if s.norm is not None or halo and y.numel():
         # frames of the cache come along where they must be padded too
@@ -37,7 +35,7 @@ def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings
             keep=s.keep if s.norm is not None else 0, front=cached if halo else 0,
             padding=s.padding if halo else (0, 0, 0, 0), space_pad=s.space_pad)
     else:
-        h = _dense(x)
+        h = dense(x)
     if s.norm is None and s.keep:
         cache_out = reference.next_cache(x, cache, s.keep)
     if y.numel():
@@ -49,8 +47,8 @@ def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings
             clip, earlier, earlier_stride = h, cache, cached * frame
         cuda_backend.launch(
             "causal_conv3d", y, x=clip, cache=earlier if cached else None,
-            weight=_dense(weight), bias=None if bias is None else cuda_backend.aligned(bias.float().contiguous()),
-            residual=_dense(residual), y=y, samples=batch, frames=frames, height=h.shape[3], width=h.shape[4],
+            weight=dense(weight), bias=None if bias is None else aligned(bias.float().contiguous()),
+            residual=dense(residual), y=y, samples=batch, frames=frames, height=h.shape[3], width=h.shape[4],
             in_channels=channels, cached=cached, x_stride=h.shape[2] * frame, cache_stride=earlier_stride,
             out_frames=y.shape[2], out_height=y.shape[3], out_width=y.shape[4], out_channels=y.shape[1], kt=kt, kh=kh, kw=kw,
             stride_t=s.stride[0], phase=s.phase, lookahead=s.lookahead, top=top, left=left,
@@ -58,20 +56,15 @@ def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings
     return [y] if cache_out is None else [y, cache_out]
 
 
-operators.define(f"convolution_cuda_forward({TENSORS}, Tensor? residual, {NORM}, {SCHEMA}) -> Tensor[]", _forward,
-                 fake_forward)
+operators.define(f"convolution_cuda_forward{FORWARD}", _forward, fake_forward)
 
 
-def _run(x, weight, bias, *, norm_weight=None, norm_bias=None, norm=None, groups=1, eps=0.0, act=None, cache, residual,
-         return_cache, stride, padding, time_pad, space_pad, phase, lookahead, upsample):
-    keep = weight.shape[2] - 1 if return_cache else 0
-    settings = Settings(norm, groups, eps, act, keep, stride, tuple(padding), time_pad, space_pad, phase, lookahead,
-                        upsample)
+def _run(settings: ConvSettings, *, x, weight, bias, cache, residual, norm_weight=None, norm_bias=None):
     made = torch.ops.sora_fast.convolution_cuda_forward(x, weight, bias, cache, residual, norm_weight, norm_bias,
-                                                        *settings.values())
-    if return_cache and keep == 0:  # a kernel of one frame remembers none
+                                                        *settings.values)
+    if settings.return_cache and settings.keep == 0:  # a kernel of one frame remembers none
         return made[0], x[:, :, :0].to(weight.dtype).clone()
-    return tuple(made) if return_cache else made[0]
+    return tuple(made) if settings.return_cache else made[0]
 
 
 def _unsupported(problem) -> list[str]:
@@ -93,5 +86,4 @@ def _unsupported(problem) -> list[str]:
     return reasons
 
 
-CAUSAL_CONV3D = Backend("cuda", _run, _unsupported, kernel="convolution")
-NORM_ACT_CONV3D = Backend("cuda", _run, _unsupported, kernel="convolution")
+CONVOLUTION = Backend("cuda", _run, _unsupported, kernel="convolution")

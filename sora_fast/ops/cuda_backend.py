@@ -70,11 +70,6 @@ def _runs_on(built: str, capability: int) -> bool:
     return int(number) // 10 == capability // 10 and int(number) <= capability
 
 
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` from a multiple of 16 bytes on, copied where it is not."""
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
 def launch(name: str, like: torch.Tensor, **fields) -> None:
     """Start sora_fast._C.<name> on ``like``'s device and its current stream; tensors among ``fields`` become addresses."""
     built, missing = extension()

@@ -9,13 +9,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from .. import checks, configs
+from .. import checks
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
 from ..pack import Pack, check_kind, check_pack
 from ..precision import wide_dtype
 from ..reference import modulation as reference
 from ..reference.modulation import only_samples, pick
-from . import operators, triton_backend
+from . import modulation_triton
 
 NORMS = ("layer", "rms")
 
@@ -76,128 +76,12 @@ def _torch_gate_residual_norm_modulate(x, y, gate, shift, scale, rows, *, norm, 
     return x_new, _modulated(x_new.to(wide), shift, scale, rows, norm, weight, bias, eps).to(y.dtype)
 
 
-# --------------------------------------------------------------------------------------------- backend "triton"
-WIDEST = 8192
-_INPUTS = ("x", "y", "gate", "shift", "scale", "weight", "bias")  # that have gradients, in the kernels' order
-
-
-def _config(direction: str, gpu: str, **launch) -> configs.Found:
-    from ..kernels import modulation as kernels  # imports Triton, which need not be there
-
-    heuristic = {"forward": kernels.forward_heuristic, "backward": kernels.backward_heuristic}[direction]
-    return configs.lookup("modulation", direction, kernels.Launch(**launch), gpu, heuristic)
-
-
-def _config_of_call(direction, x, y, norm, affine):
-    return _config(direction, triton_backend.gpu_name(x.device), width=x.shape[1], tokens=configs.bucket(x.shape[0]),
-                   x_dtype=x.dtype, y_dtype=None if y is None else y.dtype, norm=norm, affine=affine).config
-
-
-def _typical_config(problem: ModulationProblem, gated: bool) -> configs.Found:
-    gpu = configs.gpu_name(problem.device) if problem.device.startswith("cuda") else "cpu"
-    return _config("forward", gpu, width=problem.width, tokens=32768, x_dtype=problem.dtype,
-                   y_dtype=problem.dtype if gated else None, norm=problem.norm, affine=problem.affine)
-
-
-def _forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save, dtype):
-    from ..kernels import modulation as kernels
-
-    config = _config_of_call("forward", x, y, norm, weight is not None or bias is not None)
-    made = kernels.forward(x, y, gate, shift, scale, rows, weight, bias, norm=norm, eps=eps, save=save, dtype=dtype,
-                           config=config)
-    return [t for t in made if t is not None]
-
-
-def _fake_forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save, dtype):
-    made = [] if gate is None else [x.new_empty(x.shape)]
-    if norm is not None:
-        made.append(x.new_empty(x.shape, dtype=dtype))
-        if save:
-            made.append(x.new_empty((2 if norm == "layer" else 1, x.shape[0]), dtype=torch.float32))
-    return made
-
-
-def _backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, norm, wanted):
-    from ..kernels import modulation as kernels
-
-    config = _config_of_call("backward", x if dx_new is None else dx_new, y, norm,
-                             weight is not None or bias is not None)
-    found = kernels.backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, norm=norm, wanted=wanted,
-                             config=config)
-    return [t for t in found if t is not None]
-
-
-def _fake_backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, norm, wanted):
-    inputs = (x if dx_new is None else dx_new, y, gate, shift, scale, weight, bias)
-    return [t.new_empty(t.shape) for t, want in zip(inputs, wanted, strict=True) if want]
-
-
-# What is there of x_new, h and stats; the gradients that are wanted of x, y, gate, shift, scale, weight and bias.
-operators.define("modulation_forward(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? rows, "
-                 "Tensor? weight, Tensor? bias, str? norm, float eps, bool save, ScalarType dtype) -> Tensor[]",
-                 _forward, _fake_forward)
-operators.define("modulation_backward(Tensor? dx_new, Tensor? dh, Tensor? x, Tensor? y, Tensor? gate, Tensor? shift, "
-                 "Tensor? scale, Tensor? rows, Tensor? weight, Tensor? bias, Tensor? stats, str? norm, bool[] wanted) "
-                 "-> Tensor[]", _backward, _fake_backward)
-
-
-class _Modulation(torch.autograd.Function):
-    """Saves what the norm was taken of, its statistics (8 bytes a token) and the inputs; not x where there is a gate."""
-
-    @staticmethod
-    def forward(ctx, x, y, gate, shift, scale, weight, bias, rows, norm, eps, save, dtype):
-        made = torch.ops.sora_fast.modulation_forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save, dtype)
-        if save:
-            normed = (x if gate is None else made[0]) if norm else None
-            ctx.save_for_backward(normed, y, gate, shift, scale, rows, weight, bias, made[-1] if norm else None)
-        ctx.norm = norm
-        return tuple(made[:len(made) - bool(norm and save)])
-
-    @staticmethod
-    def backward(ctx, *grads):
-        x, y, gate, shift, scale, rows, weight, bias, stats = ctx.saved_tensors
-        dx_new = None if gate is None else grads[0]
-        dh = grads[-1] if ctx.norm else None
-        wanted = list(ctx.needs_input_grad[:len(_INPUTS)])
-        # x + gate * y: x has the very gradient that came, but for tokens of no sample, where it is 0
-        same = wanted[0] and not ctx.norm and rows is None
-        wanted[0] = wanted[0] and not same
-        with torch.no_grad():
-            found = iter(torch.ops.sora_fast.modulation_backward(
-                dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, ctx.norm, wanted))
-        gradients = [next(found) if want else None for want in wanted]
-        if same:
-            gradients[0] = dx_new
-        return (*gradients, None, None, None, None, None)
-
-
-def _triton(x, y=None, gate=None, shift=None, scale=None, rows=None, *, norm=None, weight=None, bias=None, eps=0.0,
-            dtype=None):
-    save = needs_grad(x, y, gate, shift, scale, weight, bias)
-    made = triton_backend.apply(_Modulation, x, y, gate, shift, scale, weight, bias, rows, norm, eps, save,
-                             dtype or (x if y is None else y).dtype)
-    return made if len(made) > 1 else made[0]
-
-
-def _triton_unsupported(problem: ModulationProblem) -> list[str]:
-    reasons = triton_backend.unsupported(problem, problem.wide)
-    if problem.width > WIDEST:
-        reasons.append(f"Its kernels hold a whole row in registers, at most {WIDEST:,} numbers, and x has "
-                       f"{checks.shown(problem.width)} columns.")
-    return reasons
-
-
-def _triton_backend(gated: bool) -> Backend:
-    return Backend("triton", _triton, _triton_unsupported, kernel="modulation",
-                   config=lambda problem: _typical_config(problem, gated))
-
-
 NORM_MODULATE = Op("norm_modulate", "modulation", _example, [
-    _triton_backend(gated=False), Backend("torch", _torch_norm_modulate), Backend("reference", reference.norm_modulate)])
+    modulation_triton.NORM_MODULATE, Backend("torch", _torch_norm_modulate), Backend("reference", reference.norm_modulate)])
 GATE_RESIDUAL = Op("gate_residual", "modulation", partial(_example, norm=None), [
-    _triton_backend(gated=True), Backend("torch", _torch_gate_residual), Backend("reference", reference.gate_residual)])
+    modulation_triton.GATE_RESIDUAL, Backend("torch", _torch_gate_residual), Backend("reference", reference.gate_residual)])
 GATE_RESIDUAL_NORM_MODULATE = Op("gate_residual_norm_modulate", "modulation", _example, [
-    _triton_backend(gated=True), Backend("torch", _torch_gate_residual_norm_modulate),
+    modulation_triton.GATE_RESIDUAL_NORM_MODULATE, Backend("torch", _torch_gate_residual_norm_modulate),
     Backend("reference", reference.gate_residual_norm_modulate)])
 OPS = (NORM_MODULATE, GATE_RESIDUAL, GATE_RESIDUAL_NORM_MODULATE)
 __all__ = ["gate_residual", "gate_residual_norm_modulate", "norm_modulate"]

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .. import checks, configs
+from .. import checks
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
 from ..precision import wide_dtype, widen
 from ..reference import normalization as reference
-from . import normalization_cuda, operators, triton_backend
+from . import normalization_cuda, normalization_triton
 
 ACTS = ("silu", None)
 
@@ -49,113 +49,9 @@ def torch_norm_act(x, weight=None, bias=None, *, norm, groups, eps, act):
     return (F.silu(x_BCTHW) if act == "silu" else x_BCTHW).to(dtype)
 
 
-# --------------------------------------------------------------------------------------------- backend "triton"
-WIDEST = 2048
-
-
-def _config(direction: str, gpu: str, **launch) -> configs.Found:
-    from ..kernels import normalization as kernels  # imports Triton, which need not be there
-
-    heuristic = {"forward": kernels.forward_heuristic, "backward": kernels.backward_heuristic}[direction]
-    return configs.lookup("normalization", direction, kernels.Launch(**launch), gpu, heuristic)
-
-
-def config_of_call(direction: str, x, norm, act, y_dtype):
-    """The Config of kernels.normalization for "forward" or "backward" on x; ``y_dtype``: of the output or its gradient."""
-    batch, channels, frames, height, width = x.shape
-    return _config(direction, triton_backend.gpu_name(x.device), channels=channels, norm=norm, act=act, x_dtype=x.dtype,
-                   y_dtype=y_dtype, pixels=configs.bucket(batch * frames * height * width)).config
-
-
-def _typical_config(problem: NormalizationProblem) -> configs.Found:
-    gpu = configs.gpu_name(problem.device) if problem.device.startswith("cuda") else "cpu"
-    return _config("forward", gpu, channels=problem.channels, pixels=configs.bucket(4 * 480 * 832), norm=problem.norm,
-                   act=problem.act, x_dtype=problem.dtype, y_dtype=problem.dtype)
-
-
-def launch_forward(x, weight, bias, norm, groups, eps, act, dtype, cache=None, keep=0):
-    """``(y, cache_out, stats)`` of kernels.normalization.forward, with the Config for this call. Outside autograd."""
-    from ..kernels import normalization as kernels
-
-    return kernels.forward(x, weight, bias, norm=norm, groups=groups, eps=eps, act=act, dtype=dtype, cache=cache, keep=keep,
-                           config=config_of_call("forward", x, norm, act, dtype))
-
-
-def launch_backward(dy, x, weight, bias, stats, norm, groups, eps, act, wanted):
-    """``(dx, dweight, dbias)`` of kernels.normalization.backward, with the Config for this call. Outside autograd."""
-    from ..kernels import normalization as kernels
-
-    return kernels.backward(dy, x, weight, bias, stats, norm=norm, groups=groups, eps=eps, act=act, wanted=wanted,
-                            config=config_of_call("backward", x, norm, act, dy.dtype))
-
-
-def _forward(x, weight, bias, norm, groups, eps, act):
-    y, _, stats = launch_forward(x, weight, bias, norm, groups, eps, act, x.dtype)
-    return [y] if stats is None else [y, stats]
-
-
-def _video_like(x):
-    batch, channels, *rest = x.shape
-    return x.new_empty((batch, *rest, channels)).movedim(-1, 1)
-
-
-def _fake_forward(x, weight, bias, norm, groups, eps, act):
-    stats = [x.new_empty((2, x.shape[0], groups), dtype=torch.float32)] if norm == "group" else []
-    return [_video_like(x), *stats]
-
-
-def _backward(dy, x, weight, bias, stats, norm, groups, eps, act, wanted):
-    return [t for t in launch_backward(dy, x, weight, bias, stats, norm, groups, eps, act, wanted) if t is not None]
-
-
-def _fake_backward(dy, x, weight, bias, stats, norm, groups, eps, act, wanted):
-    want_x, *others = wanted
-    return [_video_like(x)] * want_x + [t.new_empty(t.shape) for t, want in zip((weight, bias), others, strict=True) if want]
-
-
-# y, and the statistics of a group norm; the gradients that are wanted of x, weight and bias.
-operators.define("norm_act_forward(Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps, str? act) "
-                 "-> Tensor[]", _forward, _fake_forward)
-operators.define("norm_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? stats, str norm, "
-                 "int groups, float eps, str? act, bool[] wanted) -> Tensor[]", _backward, _fake_backward)
-
-
-class _NormAct(torch.autograd.Function):
-    """Saves x, weight, bias and the statistics of a group norm; rms recomputes its own."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, norm, groups, eps, act):
-        y, *stats = torch.ops.sora_fast.norm_act_forward(x, weight, bias, norm, groups, eps, act)
-        ctx.save_for_backward(x, weight, bias, *stats)
-        ctx.facts = norm, groups, eps, act
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, bias, *stats = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:3])
-        with torch.no_grad():
-            found = iter(torch.ops.sora_fast.norm_act_backward(dy, x, weight, bias, stats[0] if stats else None, *ctx.facts,
-                                                               wanted))
-        return (*(next(found) if want else None for want in wanted), None, None, None, None)
-
-
-def _triton(x, weight=None, bias=None, *, norm, groups, eps, act):
-    return triton_backend.apply(_NormAct, x, weight, bias, norm, groups, eps, act)
-
-
-def _triton_unsupported(problem: NormalizationProblem) -> list[str]:
-    reasons = triton_backend.unsupported(problem, problem.wide)
-    if problem.channels > WIDEST:
-        reasons.append(f"Its kernels hold all channels of a pixel in registers, at most {WIDEST:,}, and x has "
-                       f"{checks.shown(problem.channels)}.")
-    return reasons
-
-
 NORM_ACT = Op("norm_act", "normalization", _example, [
-    normalization_cuda.NORM_ACT,
-    Backend("triton", _triton, _triton_unsupported, kernel="normalization", config=_typical_config),
-    Backend("torch", torch_norm_act), Backend("reference", reference.norm_act)])
+    normalization_cuda.NORM_ACT, normalization_triton.NORM_ACT, Backend("torch", torch_norm_act),
+    Backend("reference", reference.norm_act)])
 OPS = (NORM_ACT,)
 __all__ = ["norm_act"]
 

@@ -4,16 +4,13 @@ import torch
 
 from .. import checks
 from ..dispatch import Backend
+from ..kernels.launch import dense
 from . import cuda_backend, operators
-from .convolution_call import video
+from .operators import video
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/normalization.cuh
 PADS = ("zeros", "replicate", "reflect")
 WIDEST = 1024
-
-
-def _dense(tensor):
-    return cuda_backend.aligned(tensor.contiguous(memory_format=torch.channels_last_3d))
 
 
 def launch(x, weight, bias, *, norm, eps, act, dtype, cache=None, keep=0, front=0, padding=(0, 0, 0, 0), space_pad="zeros"):
@@ -31,10 +28,10 @@ def launch(x, weight, bias, *, norm, eps, act, dtype, cache=None, keep=0, front=
     y = video(x, dtype, batch, channels, front + frames, top + height + bottom, left + width + right)
     cache_out = video(x, dtype, batch, channels, min(keep, cached + frames), height, width) if keep else None
     if y.numel() or cache_out is not None and cache_out.numel():
-        x = _dense(x if x.dtype in (torch.float32, dtype) else x.float())
+        x = dense(x if x.dtype in (torch.float32, dtype) else x.float())
         wide = lambda numbers: None if numbers is None else numbers.float().contiguous()
         cuda_backend.launch(
-            "norm_act", y, x=x, cache=_dense(cache) if cached else None, weight=wide(weight), bias=wide(bias), y=y,
+            "norm_act", y, x=x, cache=dense(cache) if cached else None, weight=wide(weight), bias=wide(bias), y=y,
             cache_out=cache_out, samples=batch, frames=frames, height=height, width=width, channels=channels, cached=cached,
             kept=0 if cache_out is None else cache_out.shape[2], front=front, left=left, right=right, top=top, bottom=bottom,
             space_pad=PADS.index(space_pad), x_dtype=DTYPES.index(x.dtype), y_dtype=DTYPES.index(dtype), rms=norm == "rms",

@@ -6,6 +6,11 @@ import torch
 from torch._library.custom_ops import get_library_allowing_overwrite
 
 
+def video(like: torch.Tensor, dtype: torch.dtype, batch: int, channels: int, *sizes: int) -> torch.Tensor:
+    """An empty (B, C, T, H, W) in channels_last_3d memory."""
+    return like.new_empty((batch, *sizes, channels), dtype=dtype).permute(0, 4, 1, 2, 3)
+
+
 def define(schema: str, run: Callable, fake: Callable) -> None:
     """Make ``torch.ops.sora_fast.<name>``, opaque to torch.compile, of ``run``.
 

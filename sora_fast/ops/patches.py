@@ -4,20 +4,17 @@ N tokens, C channels, D width; a sample has t x h x w tokens of pt x ph x pw pix
 """
 
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 
 import torch
 import torch.nn.functional as F
 
-from .. import checks, configs
+from .. import checks
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
 from ..pack import Pack, host_grids, token_grid
-from ..precision import autocast, holds_numbers, no_autocast
+from ..precision import autocast, no_autocast
 from ..reference import patches as reference
-from ..to_device import to_device
-from . import operators, triton_backend
-from .uploads import uploaded_grids
+from . import patches_triton
 
 
 @dataclass(frozen=True)
@@ -106,165 +103,12 @@ def _reference_unpatchify(tokens, grids, pack, patch, channels):
     return reference.unpatchify(tokens, grids, patch, channels)
 
 
-# --------------------------------------------------------------------------------------------- backend "triton"
-LONGEST_RUN = 64
-
-
-def _copies(like, sizes):
-    # of a traced graph, which may reuse the memory of what an op returns
-    grids = tuple(zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True))
-    return [table.clone() for table in uploaded_grids(grids, like.device)]
-
-
-def _fake_copies(like, sizes):
-    samples = len(sizes) // 3
-    return [like.new_empty(shape, dtype=torch.int32) for shape in ((samples, 3), (samples + 1,))]
-
-
-def _on_device(grids, pack, like) -> tuple[torch.Tensor, torch.Tensor]:
-    """``grids`` (S, 3) and ``cu_seqlens`` (S + 1,), int32 on the device of ``like``: the pack's, made there, or uploaded."""
-    device = like.device
-    if pack is not None and pack.kept is None and pack.device == device:
-        return pack.grids_device, pack.cu_seqlens
-    if isinstance(grids, torch.Tensor):
-        grids = to_device(grids.to(torch.int32), device)
-        return grids, F.pad(grids.prod(1).cumsum(0), (1, 0)).to(torch.int32)
-    if not holds_numbers(like):
-        # the numbers go to the device when the graph runs: sizes of a batch may be symbols here, tensors fake
-        return tuple(torch.ops.sora_fast.patches_grids(like.new_empty(0), [n for grid in grids for n in grid]))
-    return uploaded_grids(grids, device)
-
-
-def _config(kernel: str, gpu: str, **launch) -> configs.Found:
-    from ..kernels import patches as kernels  # imports Triton, which need not be there
-
-    return configs.lookup("patches", kernel, kernels.Launch(**launch), gpu, getattr(kernels, f"{kernel}_heuristic"))
-
-
-def _config_of_call(kernel: str, x, tokens: int, width: int, rows: int, run: int):
-    return _config(kernel, triton_backend.gpu_name(x.device), tokens=configs.bucket(tokens), width=width, rows=rows, run=run,
-                   dtype=x.dtype).config
-
-
-def _config_of_product(kernel: str, x, tokens: int, weight):
-    return _config_of_call(kernel, x, tokens, weight.shape[0], prod(weight.shape[1:4]), weight.shape[4])
-
-
-def _typical_config(kernel: str, problem: PatchesProblem) -> configs.Found:
-    gpu = configs.gpu_name(problem.device) if problem.device.startswith("cuda") else "cpu"
-    return _config(kernel, gpu, tokens=32768, width=problem.width, rows=problem.rows, run=problem.run, dtype=problem.dtype)
-
-
-def _embed(latents, weight, bias, grids, cu_seqlens):
-    from ..kernels import patches as kernels
-
-    config = _config_of_product("embed", latents, latents.shape[0] // prod(weight.shape[1:]), weight)
-    return kernels.embed(latents, weight, bias, grids, cu_seqlens, config=config)
-
-
-def _fake_embed(latents, weight, bias, grids, cu_seqlens):
-    return latents.new_empty((latents.shape[0] // prod(weight.shape[1:]), weight.shape[0]))
-
-
-def _embed_backward(d_out, latents, weight, grids, cu_seqlens, wanted):
-    from ..kernels import patches as kernels
-
-    want_latents, want_weight, want_bias = wanted
-    found = []
-    if want_latents:
-        config = _config_of_product("latents", d_out, d_out.shape[0], weight)
-        found.append(kernels.embed_latents_gradient(d_out, weight, grids, cu_seqlens, config=config))
-    if want_weight or want_bias:
-        config = _config_of_product("weight", d_out, d_out.shape[0], weight)
-        found += kernels.embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, want_weight=want_weight,
-                                               want_bias=want_bias, config=config)
-    return [t for t in found if t is not None]
-
-
-def _fake_embed_backward(d_out, latents, weight, grids, cu_seqlens, wanted):
-    shapes = (latents.shape, weight.shape, weight.shape[:1])
-    return [latents.new_empty(shape) for shape, want in zip(shapes, wanted, strict=True) if want]
-
-
-def _permute(source, grids, cu_seqlens, patch, channels, back):
-    from ..kernels import patches as kernels
-
-    tokens = source.numel() // (channels * prod(patch))
-    config = _config_of_call("permute", source, tokens, channels, patch[0] * patch[1], patch[2])
-    return kernels.permute(source, grids, cu_seqlens, patch, channels, back=back, config=config)
-
-
-def _fake_permute(source, grids, cu_seqlens, patch, channels, back):
-    numbers = channels * prod(patch)
-    return source.new_empty((source.shape[0] // numbers, numbers) if back else (source.shape[0] * numbers,))
-
-
-# sizes: t, h, w of every sample, one after the other; the gradients that are wanted of latents, weight and bias.
-operators.define("patches_grids(Tensor like, SymInt[] sizes) -> Tensor[]", _copies, _fake_copies)
-operators.define("patch_embed_forward(Tensor latents, Tensor weight, Tensor? bias, Tensor grids, Tensor cu_seqlens) "
-                 "-> Tensor", _embed, _fake_embed)
-operators.define("patch_embed_backward(Tensor d_out, Tensor latents, Tensor weight, Tensor grids, Tensor cu_seqlens, "
-                 "bool[] wanted) -> Tensor[]", _embed_backward, _fake_embed_backward)
-operators.define("patches_permute(Tensor source, Tensor grids, Tensor cu_seqlens, int[] patch, int channels, "
-                 "bool back) -> Tensor", _permute, _fake_permute)
-
-
-class _PatchEmbed(torch.autograd.Function):
-    """Saves the flat latents, the weight and where the samples are: no matrix of patches."""
-
-    @staticmethod
-    def forward(ctx, latents, weight, bias, grids, cu_seqlens):
-        ctx.save_for_backward(latents, weight, grids, cu_seqlens)
-        return torch.ops.sora_fast.patch_embed_forward(latents, weight, bias, grids, cu_seqlens)
-
-    @staticmethod
-    def backward(ctx, d_out):
-        wanted = list(ctx.needs_input_grad[:3])
-        with torch.no_grad():
-            found = iter(torch.ops.sora_fast.patch_embed_backward(d_out, *ctx.saved_tensors, wanted))
-        return (*(next(found) if want else None for want in wanted), None, None)
-
-
-class _Unpatchify(torch.autograd.Function):
-    """A permutation: its gradient is the way back."""
-
-    @staticmethod
-    def forward(ctx, tokens, grids, cu_seqlens, patch, channels):
-        ctx.save_for_backward(grids, cu_seqlens)
-        ctx.patch, ctx.channels = patch, channels
-        return torch.ops.sora_fast.patches_permute(tokens, grids, cu_seqlens, patch, channels, False)
-
-    @staticmethod
-    def backward(ctx, d_flat):
-        with torch.no_grad():
-            d_tokens = torch.ops.sora_fast.patches_permute(d_flat, *ctx.saved_tensors, ctx.patch, ctx.channels, True)
-        return d_tokens, None, None, None, None
-
-
-def _triton_patch_embed(latents, weight, bias, *, grids, pack):
-    return triton_backend.apply(_PatchEmbed, latents, weight, bias, *_on_device(grids, pack, latents))
-
-
-def _triton_unpatchify(tokens, grids, pack, patch, channels):
-    return triton_backend.apply(_Unpatchify, tokens, *_on_device(grids, pack, tokens), list(patch), channels)
-
-
-def _triton_unsupported(problem: PatchesProblem) -> list[str]:
-    reasons = triton_backend.unsupported(problem, problem.dtype)
-    if problem.run > LONGEST_RUN:
-        reasons.append(f"Its kernels take patches of at most {LONGEST_RUN} numbers along w, and these have "
-                       f"{checks.shown(problem.run)}.")
-    return reasons
-
-
 PATCH_EMBED = Op("patch_embed", "patches", _embed_example, [
-    Backend("triton", _triton_patch_embed, _triton_unsupported, kernel="patches",
-            config=partial(_typical_config, "embed")),
-    Backend("torch", _torch_patch_embed), Backend("reference", _reference_patch_embed, _reference_unsupported)])
+    patches_triton.PATCH_EMBED, Backend("torch", _torch_patch_embed),
+    Backend("reference", _reference_patch_embed, _reference_unsupported)])
 UNPATCHIFY = Op("unpatchify", "patches", _permute_example, [
-    Backend("triton", _triton_unpatchify, _triton_unsupported, kernel="patches",
-            config=partial(_typical_config, "permute")),
-    Backend("torch", _torch_unpatchify), Backend("reference", _reference_unpatchify, _reference_unsupported)])
+    patches_triton.UNPATCHIFY, Backend("torch", _torch_unpatchify),
+    Backend("reference", _reference_unpatchify, _reference_unsupported)])
 OPS = (PATCH_EMBED, UNPATCHIFY)
 __all__ = ["patch_embed", "unpatchify"]
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .. import checks, configs
+from .. import checks
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
 from ..pack import Pack, check_kind, check_pack
 from ..precision import wide_dtype
 from ..reference import rotary as reference
 from ..reference.modulation import only_samples
-from . import operators, triton_backend
+from . import rotary_triton
 
 NORMS = ("rms_head", "rms_all", "layer_head", None)
 
@@ -77,135 +77,8 @@ def _torch_qk_norm_rope(q, k, coords, *, q_weight, k_weight, q_bias, k_bias, nor
     return q_out, None if k is None else _torch_norm_rope(k, k_weight, k_bias, turn, norm, pairing, eps, rows)
 
 
-# --------------------------------------------------------------------------------------------- backend "triton"
-WIDEST = 8192
-_TENSORS = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias", "freqs")  # that have gradients, in the kernels' order
-
-
-def _config(direction: str, gpu: str, **launch) -> configs.Found:
-    from ..kernels import rotary as kernels  # imports Triton, which need not be there
-
-    heuristic = {"forward": kernels.forward_heuristic, "backward": kernels.backward_heuristic}[direction]
-    return configs.lookup("rotary", direction, kernels.Launch(**launch), gpu, heuristic)
-
-
-def _config_of_call(direction, q, k, q_weight, k_weight, q_bias, k_bias, coords, freqs, norm, pairing):
-    there = next(t for t in (q, k) if t is not None)
-    turned = None if coords is None else "fixed" if freqs is None else "learned"
-    return _config(direction, triton_backend.gpu_name(there.device), heads=0 if q is None else q.shape[1],
-                   key_heads=0 if k is None else k.shape[1], head_dim=there.shape[2], tokens=configs.bucket(there.shape[0]),
-                   dtype=there.dtype, norm=norm, affine=any(t is not None for t in (q_weight, k_weight, q_bias, k_bias)),
-                   freqs=turned, pairing=pairing).config
-
-
-def _typical_config(problem: RotaryProblem) -> configs.Found:
-    gpu = configs.gpu_name(problem.device) if problem.device.startswith("cuda") else "cpu"
-    turned = None if not problem.rotated else "learned" if problem.learned else "fixed"
-    return _config("forward", gpu, heads=problem.heads, key_heads=problem.key_heads, head_dim=problem.head_dim, tokens=32768,
-                   dtype=problem.dtype, norm=problem.norm, affine=problem.affine, freqs=turned, pairing=problem.pairing)
-
-
-def _table(coords, freqs, axes, theta):
-    """Frequencies as the kernels take them: learned, or the table of fixed ones."""
-    from ..kernels import rotary as kernels
-
-    if coords is None or freqs is not None:
-        return freqs
-    with torch.inference_mode(False):  # it is kept, and may serve a backward later
-        return kernels.frequencies(tuple(axes), tuple(theta), coords.device)
-
-
-def _forward(q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows, norm, axes, theta, pairing, eps):
-    from ..kernels import rotary as kernels
-
-    config = _config_of_call("forward", q, k, q_weight, k_weight, q_bias, k_bias, coords, freqs, norm, pairing)
-    made = kernels.forward(q, k, coords, q_weight, k_weight, q_bias, k_bias, _table(coords, freqs, axes, theta), rows,
-                           norm=norm, pairing=pairing, eps=eps, config=config)
-    return [t for t in made if t is not None]
-
-
-def _fake_forward(q, k, *settings):
-    return [t.new_empty(t.shape) for t in (q, k) if t is not None]
-
-
-def _backward(d_q, d_k, q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows, norm, axes, theta, pairing, eps,
-              wanted):
-    from ..kernels import rotary as kernels
-
-    config = _config_of_call("backward", d_q, d_k, q_weight, k_weight, q_bias, k_bias, coords, freqs, norm, pairing)
-    found = kernels.backward(d_q, d_k, q, k, coords, q_weight, k_weight, q_bias, k_bias, _table(coords, freqs, axes, theta),
-                             rows, norm=norm, pairing=pairing, eps=eps, wanted=wanted, config=config)
-    return [t for t in found if t is not None]
-
-
-def _fake_backward(d_q, d_k, q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows, norm, axes, theta, pairing, eps,
-                   wanted):
-    inputs = (d_q, d_k, q_weight, k_weight, q_bias, k_bias, freqs)
-    return [t.new_empty(t.shape) for t, want in zip(inputs, wanted, strict=True) if want]
-
-
-_SETTINGS = ("Tensor? coords, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? freqs, "
-             "Tensor? rows, str? norm, int[] axes, float[] theta, str pairing, float eps")
-# What is there of q and k; the gradients that are wanted of q, k, their weights, their biases and freqs.
-operators.define(f"rotary_forward(Tensor q, Tensor? k, {_SETTINGS}) -> Tensor[]", _forward, _fake_forward)
-operators.define(f"rotary_backward(Tensor? d_q, Tensor? d_k, Tensor? q, Tensor? k, {_SETTINGS}, bool[] wanted) "
-                 f"-> Tensor[]", _backward, _fake_backward)
-
-
-class _Rotary(torch.autograd.Function):
-    """Saves q and k as they are, views included, and no statistics; neither where there is no norm and no learned freqs."""
-
-    @staticmethod
-    def forward(ctx, q, k, q_weight, k_weight, q_bias, k_bias, freqs, coords, rows, norm, axes, theta, pairing, eps):
-        affine = (q_weight, k_weight, q_bias, k_bias)
-        made = torch.ops.sora_fast.rotary_forward(q, k, coords, *affine, freqs, rows, norm, axes, theta, pairing, eps)
-        needed = norm is not None or freqs is not None
-        ctx.save_for_backward(*((q, k) if needed else (None, None)), coords, *affine, freqs, rows)
-        ctx.settings = (norm, axes, theta, pairing, eps)
-        ctx.set_materialize_grads(False)  # an output that nobody uses costs nothing
-        return tuple(made)
-
-    @staticmethod
-    def backward(ctx, d_q, d_k=None):
-        wanted = list(ctx.needs_input_grad[:len(_TENSORS)])
-        for place, name in enumerate(_TENSORS):
-            came = {"q": d_q, "k": d_k}.get(name[0])  # freqs take theirs from what there is
-            wanted[place] = wanted[place] and (name == "freqs" or came is not None)
-        gradients = [None] * len(_TENSORS)
-        if any(wanted) and not (d_q is None and d_k is None):
-            with torch.no_grad():
-                found = iter(torch.ops.sora_fast.rotary_backward(d_q, d_k, *ctx.saved_tensors, *ctx.settings, wanted))
-            gradients = [next(found) if want else None for want in wanted]
-        return (*gradients, *[None] * 7)
-
-
-def _triton(q, k, coords, *, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing, eps, rows):
-    rotated = 0 if coords is None else sum(axes) if freqs is None else 2 * freqs.shape[-1]
-    if rotated == 0:
-        coords = freqs = None
-    bases = theta if isinstance(theta, (tuple, list)) else (theta,) * 3
-    axes, bases = ([], []) if coords is None or freqs is not None else (list(axes), [float(base) for base in bases])
-    made = triton_backend.apply(_Rotary, q, k, q_weight, k_weight, q_bias, k_bias, freqs, coords, rows, norm, axes, bases,
-                                pairing, eps)
-    return made[0], made[1] if k is not None else None
-
-
-def _triton_unsupported(problem: RotaryProblem) -> list[str]:
-    reasons = triton_backend.unsupported(problem, problem.wide)
-    heads = max(problem.heads, problem.key_heads)
-    padded = configs.bucket(heads) * configs.bucket(problem.head_dim)
-    if padded > WIDEST:
-        reasons.append(f"Its kernels hold all heads of a token in registers, at most {WIDEST:,} numbers, and "
-                       f"{checks.shown(heads)} heads of {checks.shown(problem.head_dim)} are {checks.shown(padded)}, both "
-                       f"rounded up to powers of two.")
-    if problem.moves:
-        reasons.append("Its kernels give coords no gradient; pass coords.detach() if none is needed.")
-    return reasons
-
-
 QK_NORM_ROPE = Op("qk_norm_rope", "rotary", _example, [
-    Backend("triton", _triton, _triton_unsupported, kernel="rotary", config=_typical_config),
-    Backend("torch", _torch_qk_norm_rope), Backend("reference", reference.qk_norm_rope)])
+    rotary_triton.QK_NORM_ROPE, Backend("torch", _torch_qk_norm_rope), Backend("reference", reference.qk_norm_rope)])
 OPS = (QK_NORM_ROPE,)
 __all__ = ["qk_norm_rope"]
 

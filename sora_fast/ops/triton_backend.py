@@ -1,6 +1,7 @@
 """What the Triton backends of all families share: where they can run, and how an op is made of a launch."""
 
 import functools
+import importlib
 import importlib.util
 
 import torch
@@ -44,20 +45,36 @@ def _reasons(device: str, dtype: torch.dtype, wide: torch.dtype) -> tuple[str, .
     return tuple(reasons)
 
 
-def gpu_name(device: torch.device) -> str:
+def config(family: str, kernel: str, device: torch.device | str, *launch, **named) -> configs.Found:
+    """The Config of one launch: of ``kernel`` of sora_fast.kernels.<family>, for the fields of its Launch.
+
+    ``device``: of tensors, or of a Problem.
+    """
+    rules = importlib.import_module(f"..kernels.{family}_config", __package__)  # needs Triton, which need not be there
+    return configs.lookup(family, kernel, rules.Launch(*launch, **named), _gpu_name(device), rules.HEURISTICS[kernel])
+
+
+def _gpu_name(device: torch.device | str) -> str:
     """The gpu that configs are looked up for; "cpu" in the interpreter, "sm90" where one is emulated."""
+    if isinstance(device, str):
+        return configs.gpu_name(device) if device.startswith("cuda") else "cpu"
     if device.type == "cpu":
         gpu = emulated_gpu()
         return "cpu" if gpu is None else gpu.arch
     return configs.gpu_name(device)
 
 
-def apply(function: type[torch.autograd.Function], *arguments):
-    """``function.apply(*arguments)``, also where one tensor is given twice: torch.compile traces it as a view then."""
-    if torch.compiler.is_compiling():
-        given = []
-        for value in arguments:
-            twice = isinstance(value, torch.Tensor) and any(value is other for other in given)
-            given.append(value.view_as(value) if twice else value)
-        arguments = given
-    return function.apply(*arguments)
+def tf32() -> bool:
+    """Whether float32 products may drop bits: off unless asked for, where cuDNN's own switch, for convolutions, is on."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def apart(tensors):
+    """The inputs of an autograd.Function, a tensor that is given twice as a view: torch.compile would trace it as one."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    given = []
+    for tensor in tensors:
+        twice = tensor is not None and any(tensor is other for other in given)
+        given.append(tensor.view_as(tensor) if twice else tensor)
+    return given

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from .. import env
 from ..dispatch import use_emulated_gpu
+from ..kernels.arch import SHARED
 
 if TYPE_CHECKING:
     from ..emulator.launches import Emulator
 
-ARCHITECTURES = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
+ARCHITECTURES = tuple(f"sm{capability}" for capability in SHARED)
 
 
 @contextlib.contextmanager

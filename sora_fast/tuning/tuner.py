@@ -1,11 +1,12 @@
 """Measures what a kernel module could be launched with, and keeps what beats its heuristic by more than the noise.
 
-The benchmark's cases say what there is to tune: every Config that the timed calls of one look up. A kernel module offers
+The benchmark's cases say what there is to tune: every Config that the timed calls of one look up. Beside a kernel module
+stands ``<family>_candidates`` with
 
     candidates(kernel, problem, gpu) -> iterable of Config
 
-with the kernel and problem that its launcher gives to ``configs.lookup``, the likeliest first; from a module without that
-function nothing is tuned. Of each lookup, for the first case that makes it:
+for the kernel and problem that were given to ``configs.lookup``, the likeliest first; of a family without that module
+nothing is tuned. Of each lookup, for the first case that makes it:
 
 1. every candidate goes through the benchmark's gate, all outputs and gradients of the case: only what passes can win;
 2. in heats of four and the heuristic, in interleaved rounds, the slower half drops out until one heat is left;
@@ -15,6 +16,7 @@ function nothing is tuned. Of each lookup, for the first case that makes it:
 """
 
 import importlib
+import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -145,12 +147,12 @@ class Tuner:
         return True
 
     def _candidates(self, asked: configs.Asked, heuristic) -> list:
-        module = importlib.import_module(f"sora_fast.kernels.{asked.family}")
-        offered = getattr(module, "candidates", None)
-        if offered is None:
-            self._tell_once(f"sora_fast.kernels.{asked.family} offers no candidates: nothing to tune.")
+        name = f"sora_fast.kernels.{asked.family}_candidates"
+        if importlib.util.find_spec(name) is None:
+            self._tell_once(f"There is no {name}: nothing to tune.")
             return []
-        found = [each for each in dict.fromkeys(offered(asked.kernel, asked.problem, asked.gpu)) if each != heuristic]
+        offered = importlib.import_module(name).candidates(asked.kernel, asked.problem, asked.gpu)
+        found = [each for each in dict.fromkeys(offered) if each != heuristic]
         if not found:
             self._tell_once(f"{asked.family} has no candidate beside the heuristic for {asked.key}: nothing to tune.")
         return found[:self.settings.most or None]
@@ -303,7 +305,7 @@ class _Lookup:
         settings, case, asked = self.settings, self.case, self.asked
         row = dict(
             row="tune", schema=rows.SCHEMA, suite=settings.suite, family=asked.family, kernel=asked.kernel, key=asked.key,
-            gpu=asked.gpu, kernel_hash=records.kernel_hash(asked.family), triton=records.triton_minor(), op=case.op,
+            gpu=asked.gpu, kernel_hash=records.launch_hash(asked.family), triton=records.triton_minor(), op=case.op,
             case=case.label, dtype=str(case.dtype).removeprefix("torch."), direction=self.direction, tried=tried,
             skipped=self.skipped, heuristic=asdict(self.heuristic), config=None, heuristic_us=None, us=None, verdict=verdict,
             why=why, statistics=None, timer=None, n=0, entry=None, environment=self.tuner.environment,
@@ -337,7 +339,7 @@ def _row_key(row: dict) -> tuple:
 
 
 def _lookup_key(asked: configs.Asked) -> tuple:
-    return asked.family, asked.key, asked.gpu, records.kernel_hash(asked.family), records.triton_minor()
+    return asked.family, asked.key, asked.gpu, records.launch_hash(asked.family), records.triton_minor()
 
 
 def keep(row: dict, root: Path | None) -> Path | None:

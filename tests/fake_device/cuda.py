@@ -7,6 +7,8 @@ import torch
 import torch._dynamo  # before install(): its tables name functions of torch.cuda, each once
 import torch._functorch.config
 
+from sora_fast.kernels.arch import REGISTERS, SHARED
+
 from . import graphs, tensors, waits
 from .tensors import DEVICE, CudaTensor
 
@@ -106,7 +108,7 @@ class device:
 PROPERTIES = SimpleNamespace(
     name=NAME, major=CAPABILITY[0], minor=CAPABILITY[1], multi_processor_count=3, total_memory=MEMORY,
     L2_cache_size=60 * 2**20, warp_size=32, uuid="00000000-0000-0000-0000-000000000000", gcnArchName="",
-    shared_memory_per_block_optin=232448, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048)
+    shared_memory_per_block_optin=SHARED[90], regs_per_multiprocessor=REGISTERS, max_threads_per_multi_processor=2048)
 
 _cpu_generator, _cpu_tensor = torch.Generator, torch.tensor
 

@@ -1,24 +1,17 @@
 """Ahead-of-time proof of Triton kernels: compiled for GPUs that are not here, their machine code judged.
 
-A family takes part through a function in ``kernels/<family>.py``::
-
-    def aot_cases():
-        x = torch.empty(64, 1152, dtype=torch.bfloat16, device="meta")
-        yield "norm_modulate bf16 1152", lambda: norm_modulate(x, ...), dict(wants_wide=True)
-
-Each entry is a name, a function that launches kernels on tensors of the device "meta" (any size, no memory), and what
-their machine code must show: the fields of AotCase from ``wants_matrix`` on. The launches are recorded instead of
-made, and what is compiled is what Triton would compile for them: types, constants, alignment and options are its own.
-A width that masks or strides must be a constant or specialised: under do_not_specialize nothing is known to be a multiple
-of 16, and loads shrink to single numbers.
+A family takes part through ``aot_cases()`` in sora_fast.testing.launches. The launches are recorded instead of made, and
+what is compiled is what Triton would compile for them: types, constants, alignment and options are its own. A width that
+masks or strides must be a constant or specialised: under do_not_specialize nothing is known to be a multiple of 16, and
+loads shrink to single numbers.
 
 Works with Triton 3.6 to 3.9. Nothing here runs a kernel or needs a driver.
 """
 
 import contextlib
+import importlib
 import io
 import multiprocessing
-import os
 import re
 import subprocess
 import tempfile
@@ -29,17 +22,16 @@ from functools import cached_property
 from pathlib import Path
 from unittest import mock
 
-import sass
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
-# Bytes of shared memory that one block may use. Triton compiles more without complaint; the launch then fails.
-SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+from ..kernels.arch import SHARED, TMEM
+from . import sass
+
 CCS = tuple(SHARED)  # compute capabilities: 80 is sm_80
-TMEM = 512  # columns of tensor memory, sm_100
 ALIGNED = ["tt.divisibility", 16]
 FUSION = {"enable_fp_fusion": True}  # explicit: the default changes in Triton 3.10, and 3.9 warns where none is given
 
@@ -198,7 +190,7 @@ def cache_violations(calls: Iterable[Callable[[], object]]) -> list[str]:
     return found
 
 
-def _build(fn, signature, constexprs, aligned, cc, options):
+def build(fn, signature, constexprs, aligned, cc, options):
     """(Triton's compiled kernel, what ptxas printed). Always from the start: a cached kernel has no messages."""
     _refuse_interpreter(fn)
     attrs = {(fn.arg_names.index(name),): [ALIGNED] for name in aligned}
@@ -228,7 +220,7 @@ def _read(kernel, printed: str, cc: int) -> Compiled:
 def compile_for(fn: JITFunction, signature: Mapping[str, str], constexprs: Mapping[str, object], aligned: Iterable[str],
                 cc: int, **options) -> Compiled:
     """``fn`` compiled for compute capability ``cc`` (90: sm_90); arguments as in AotCase, options by keyword."""
-    return _read(*_build(fn, signature, constexprs, aligned, cc, options), cc)
+    return _read(*build(fn, signature, constexprs, aligned, cc, options), cc)
 
 
 def uses_tf32(compiled: Compiled) -> bool:
@@ -290,6 +282,12 @@ def cases_of(name: str, call: Callable[[], object], wants: Mapping[str, object])
                         **{**common, **wants.get(launch.fn.__name__, {})}) for launch in found]
 
 
+def ours(family: str) -> list[AotCase]:
+    """The cases of a family of sora_fast.testing.launches."""
+    module = importlib.import_module(f"{__package__}.launches.{family}")
+    return [case for name, call, wants in module.aot_cases() for case in cases_of(name, call, wants)]
+
+
 def _judge(case: AotCase, cc: int) -> Result:
     try:
         compiled = compile_for(case.fn, case.signature, case.constexprs, case.aligned, cc, **case.options)
@@ -309,7 +307,7 @@ def _judge_at(place: int) -> tuple[Compiled | None, tuple[str, ...]]:
     return result.compiled, result.violations
 
 
-def check_all(cases: Iterable[AotCase], ccs: tuple[int, ...] = CCS) -> tuple[list[Result], list[str]]:
+def check_all(cases: Iterable[AotCase], ccs: tuple[int, ...] = CCS, processes: int = 2) -> tuple[list[Result], list[str]]:
     """Every case on every architecture it is for: the results, and the violations of the gated ones as sentences."""
     work = [(case, cc) for case in cases for cc in ccs if cc in case.ccs]
     if len(work) < 8:
@@ -317,8 +315,6 @@ def check_all(cases: Iterable[AotCase], ccs: tuple[int, ...] = CCS) -> tuple[lis
     else:
         # Triton compiles under Python's lock, hence processes; forks, because kernels cannot be sent to another.
         _work[:] = work
-        # beside other tests, one at a time: they have the other core
-        processes = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
             found = pool.map(_judge_at, range(len(work)))
             results = [Result(*each, *parts) for each, parts in zip(work, found, strict=True)]

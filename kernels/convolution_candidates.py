@@ -1,0 +1,24 @@
+"""What the tuner tries for the convolution."""
+
+from collections.abc import Iterator
+
+from .convolution_config import HEURISTICS, Config, Launch, WgradConfig, loads_by_tma
+
+
+def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[Config | WgradConfig]:
+    """What the tuner tries beside the heuristic of ``kernel``, "forward", "dgrad" or "wgrad"; the likeliest first."""
+    first = HEURISTICS[kernel](launch, gpu)
+    if kernel == "wgrad":
+        for programs in (1, 2, 4):
+            for warps, stages in ((4, 3), (8, 3), (4, 2), (4, 4), (8, 4)):
+                for outputs in sorted({first.outputs, 64, 128}):
+                    for pixels in (64, 32, 128):
+                        yield WgradConfig(outputs, first.inputs, first.more, pixels, warps, stages, programs)
+        return
+    for tma in ((True, False) if loads_by_tma(launch, gpu) else (False,)):
+        for channels, more in dict.fromkeys(((first.channels, first.more if tma else 0), (128, 0), (64, 0))):
+            for pixels in (256, 128, 64):
+                for block_k in dict.fromkeys((first.block_k, max(first.block_k // 2, 16))):
+                    for warps, stages in ((8, 3), (8, 4), (8, 6), (4, 3), (4, 4)):
+                        if (channels + more) * pixels <= 32 * warps * 192:  # sums in three quarters of the registers
+                            yield Config(pixels, channels, more, block_k, warps, stages, tma)

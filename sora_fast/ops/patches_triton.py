@@ -1,0 +1,161 @@
+"""Backend "triton" of patch_embed and unpatchify."""
+
+from functools import partial
+from math import prod
+
+import torch
+import torch.nn.functional as F
+
+from .. import checks, configs
+from ..dispatch import Backend
+from ..precision import holds_numbers
+from ..to_device import to_device
+from . import operators, triton_backend
+from .uploads import uploaded_grids
+
+LONGEST_RUN = 64
+
+
+def _copies(like, sizes):
+    # of a traced graph, which may reuse the memory of what an op returns
+    grids = tuple(zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True))
+    return [table.clone() for table in uploaded_grids(grids, like.device)]
+
+
+def _fake_copies(like, sizes):
+    samples = len(sizes) // 3
+    return [like.new_empty(shape, dtype=torch.int32) for shape in ((samples, 3), (samples + 1,))]
+
+
+def _on_device(grids, pack, like) -> tuple[torch.Tensor, torch.Tensor]:
+    """``grids`` (S, 3) and ``cu_seqlens`` (S + 1,), int32 on the device of ``like``: the pack's, made there, or uploaded."""
+    device = like.device
+    if pack is not None and pack.kept is None and pack.device == device:
+        return pack.grids_device, pack.cu_seqlens
+    if isinstance(grids, torch.Tensor):
+        grids = to_device(grids.to(torch.int32), device)
+        return grids, F.pad(grids.prod(1).cumsum(0), (1, 0)).to(torch.int32)
+    if not holds_numbers(like):
+        # the numbers go to the device when the graph runs: sizes of a batch may be symbols here, tensors fake
+        return tuple(torch.ops.sora_fast.patches_grids(like.new_empty(0), [n for grid in grids for n in grid]))
+    return uploaded_grids(grids, device)
+
+
+def _config(kernel: str, x, tokens: int, width: int, rows: int, run: int) -> configs.Found:
+    """``x``: a tensor or a problem."""
+    return triton_backend.config("patches", kernel, x.device, configs.bucket(tokens), width, rows, run, x.dtype)
+
+
+def _config_of_product(kernel: str, x, tokens: int, weight):
+    return _config(kernel, x, tokens, weight.shape[0], prod(weight.shape[1:4]), weight.shape[4]).config
+
+
+def _typical_config(kernel: str, problem) -> configs.Found:
+    return _config(kernel, problem, 32768, problem.width, problem.rows, problem.run)
+
+
+def _embed(latents, weight, bias, grids, cu_seqlens):
+    from ..kernels import patches as kernels
+
+    config = _config_of_product("embed", latents, latents.shape[0] // prod(weight.shape[1:]), weight)
+    return kernels.embed(latents, weight, bias, grids, cu_seqlens, config=config)
+
+
+def _fake_embed(latents, weight, bias, grids, cu_seqlens):
+    return latents.new_empty((latents.shape[0] // prod(weight.shape[1:]), weight.shape[0]))
+
+
+def _embed_backward(d_out, latents, weight, grids, cu_seqlens, wanted):
+    from ..kernels import patches as kernels
+
+    want_latents, want_weight, want_bias = wanted
+    found = []
+    if want_latents:
+        config = _config_of_product("latents", d_out, d_out.shape[0], weight)
+        found.append(kernels.embed_latents_gradient(d_out, weight, grids, cu_seqlens, config=config))
+    if want_weight or want_bias:
+        config = _config_of_product("weight", d_out, d_out.shape[0], weight)
+        found += kernels.embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, want_weight=want_weight,
+                                               want_bias=want_bias, config=config)
+    return [t for t in found if t is not None]
+
+
+def _fake_embed_backward(d_out, latents, weight, grids, cu_seqlens, wanted):
+    shapes = (latents.shape, weight.shape, weight.shape[:1])
+    return [latents.new_empty(shape) for shape, want in zip(shapes, wanted, strict=True) if want]
+
+
+def _permute(source, grids, cu_seqlens, patch, channels, back):
+    from ..kernels import patches as kernels
+
+    tokens = source.numel() // (channels * prod(patch))
+    config = _config("permute", source, tokens, channels, patch[0] * patch[1], patch[2]).config
+    return kernels.permute(source, grids, cu_seqlens, patch, channels, back=back, config=config)
+
+
+def _fake_permute(source, grids, cu_seqlens, patch, channels, back):
+    numbers = channels * prod(patch)
+    return source.new_empty((source.shape[0] // numbers, numbers) if back else (source.shape[0] * numbers,))
+
+
+# sizes: t, h, w of every sample, one after the other; the gradients that are wanted of latents, weight and bias.
+operators.define("patches_grids(Tensor like, SymInt[] sizes) -> Tensor[]", _copies, _fake_copies)
+operators.define("patch_embed_forward(Tensor latents, Tensor weight, Tensor? bias, Tensor grids, Tensor cu_seqlens) "
+                 "-> Tensor", _embed, _fake_embed)
+operators.define("patch_embed_backward(Tensor d_out, Tensor latents, Tensor weight, Tensor grids, Tensor cu_seqlens, "
+                 "bool[] wanted) -> Tensor[]", _embed_backward, _fake_embed_backward)
+operators.define("patches_permute(Tensor source, Tensor grids, Tensor cu_seqlens, int[] patch, int channels, "
+                 "bool back) -> Tensor", _permute, _fake_permute)
+
+
+class _PatchEmbed(torch.autograd.Function):
+    """Saves the flat latents, the weight and where the samples are: no matrix of patches."""
+
+    @staticmethod
+    def forward(ctx, latents, weight, bias, grids, cu_seqlens):
+        ctx.save_for_backward(latents, weight, grids, cu_seqlens)
+        return torch.ops.sora_fast.patch_embed_forward(latents, weight, bias, grids, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        wanted = list(ctx.needs_input_grad[:3])
+        with torch.no_grad():
+            found = iter(torch.ops.sora_fast.patch_embed_backward(d_out, *ctx.saved_tensors, wanted))
+        return (*(next(found) if want else None for want in wanted), None, None)
+
+
+class _Unpatchify(torch.autograd.Function):
+    """A permutation: its gradient is the way back."""
+
+    @staticmethod
+    def forward(ctx, tokens, grids, cu_seqlens, patch, channels):
+        ctx.save_for_backward(grids, cu_seqlens)
+        ctx.patch, ctx.channels = patch, channels
+        return torch.ops.sora_fast.patches_permute(tokens, grids, cu_seqlens, patch, channels, False)
+
+    @staticmethod
+    def backward(ctx, d_flat):
+        with torch.no_grad():
+            d_tokens = torch.ops.sora_fast.patches_permute(d_flat, *ctx.saved_tensors, ctx.patch, ctx.channels, True)
+        return d_tokens, None, None, None, None
+
+
+def _patch_embed(latents, weight, bias, *, grids, pack):
+    return _PatchEmbed.apply(*triton_backend.apart((latents, weight, bias)), *_on_device(grids, pack, latents))
+
+
+def _unpatchify(tokens, grids, pack, patch, channels):
+    return _Unpatchify.apply(tokens, *_on_device(grids, pack, tokens), list(patch), channels)
+
+
+def _unsupported(problem) -> list[str]:
+    reasons = triton_backend.unsupported(problem, problem.dtype)
+    if problem.run > LONGEST_RUN:
+        reasons.append(f"Its kernels take patches of at most {LONGEST_RUN} numbers along w, and these have "
+                       f"{checks.shown(problem.run)}.")
+    return reasons
+
+
+PATCH_EMBED, UNPATCHIFY = (
+    Backend("triton", run, _unsupported, kernel="patches", config=partial(_typical_config, kernel))
+    for run, kernel in ((_patch_embed, "embed"), (_unpatchify, "permute")))

@@ -1,0 +1,78 @@
+"""Launches of the convolution: channels of models, with each architecture's own tiles."""
+
+from functools import partial
+
+import torch
+
+from ...kernels.convolution import dgrad, forward, wgrad
+from ...kernels.convolution_config import HEURISTICS, Launch, covered
+from ...kernels.convolution_settings import ConvSettings
+from ...kernels.launch import dense
+
+
+def _configs(inputs, outputs, dtype, gpu, kernel=(3, 3, 3), cached=0, **changes):
+    """The settings and each kernel's Config."""
+    _, kh, kw = kernel
+    around = (kw // 2, kw // 2, kh // 2, kh // 2)
+    settings = ConvSettings(**dict(kernel=kernel, stride=(1, 1, 1), padding=around, time_pad="zeros", space_pad="zeros",
+                                   phase=0, lookahead=0, upsample=1) | changes)
+    launch = Launch(inputs, outputs, kernel, settings.stride, settings.upsample, settings.space_pad, dtype)
+    return settings, {name: heuristic(launch, gpu) for name, heuristic in HEURISTICS.items()}
+
+
+def padding_share(made: int, summed: int, tile: int, block: int) -> float:
+    """Share of the matrix work that is on channels which do not exist: ``made`` x ``summed``, in ``tile`` x ``block``."""
+    return 1 - made * summed / (covered(made, tile) * covered(summed, block))
+
+
+def padding(inputs, outputs, dtype, gpu, settings) -> float:
+    """The largest share of the three kernels' matrix work that is on channels which do not exist."""
+    _, config = _configs(inputs, outputs, dtype, gpu, **settings)
+    forward, dgrad, wgrad = config["forward"], config["dgrad"], config["wgrad"]
+    return max(padding_share(outputs, inputs, forward.channels + forward.more, forward.block_k),
+               padding_share(inputs, outputs, dgrad.channels + dgrad.more, dgrad.block_k),
+               padding_share(outputs, inputs, wgrad.outputs, wgrad.inputs + wgrad.more))
+
+
+def run(inputs, outputs, dtype, gpu, cached=0, batch=1, size=(4, 32, 32), kernels=("forward", "dgrad", "wgrad"), **changes):
+    """Forward, dgrad and wgrad on tensors without memory; ``size``: frames, height, width."""
+    settings, config = _configs(inputs, outputs, dtype, gpu, **changes)
+    make = lambda *shape: dense(torch.empty(shape, dtype=dtype, device="meta"))
+    x, weight, dy = make(batch, inputs, *size), make(outputs, inputs, *settings.kernel), make(
+        batch, outputs, *settings.out_sizes(*size))
+    cache, bias = make(batch, inputs, cached, *size[1:]), torch.empty(outputs, dtype=dtype, device="meta")
+    calls = dict(forward=partial(forward, x, weight, bias, cache, dy, settings),
+                 dgrad=partial(dgrad, dy, weight, cache if cached else None, x.shape, cached, settings, want_x=True,
+                               want_cache=True),
+                 wgrad=partial(wgrad, dy, x, cache, weight, settings))
+    for kernel in kernels:
+        calls[kernel](tf32=False, config=config[kernel])
+
+
+def aot_cases():
+    bf16, f32 = torch.bfloat16, torch.float32
+    gpus = {"sm80": (80,), "sm86": (86, 89), "sm90": (90,), "sm100": (100,), "sm120": (120,)}
+    everywhere = [(96, 96, bf16, {}), (128, 128, bf16, dict(cached=2)), (160, 160, bf16, {}), (192, 192, bf16, {}),
+                  (384, 384, bf16, dict(cached=2))]
+    more = [(96, 96, f32, {}), (256, 256, torch.float16, {}), (384, 768, bf16, dict(kernel=(3, 1, 1), cached=2)),
+            (192, 96, bf16, dict(kernel=(1, 3, 3), upsample=2)), (192, 192, bf16, dict(kernel=(1, 3, 3), stride=(1, 2, 2))),
+            (128, 128, bf16, dict(time_pad="replicate", space_pad="replicate")), (16, 384, bf16, {}), (3, 96, bf16, {}),
+            (96, 3, bf16, {})]
+    for inputs, outputs, dtype, settings in everywhere + more:
+        for gpu, ccs in gpus.items():
+            if (inputs, outputs, dtype, settings) not in everywhere:
+                if gpu not in ("sm80", "sm90"):
+                    continue
+            large = min(inputs, outputs) >= 64
+            wants = dict(ccs=ccs, wants_wide=large)
+            if dtype != f32:
+                wants |= dict(wants_matrix=True)
+            if dtype != f32 and gpu == "sm90" and large:
+                wants |= dict(expected_drains=0, wants_shared=True)
+            if gpu == "sm120":
+                # ptxas 12.8 (Triton 3.6) stores a 0 beside each of the 6 loads by TMA and reads none again
+                wants |= dict(box_kernel=dict(allowed_spills=6))
+            options = [f"{name} {value}" for name, value in settings.items()]
+            yield (", ".join([f"{inputs} to {outputs} {str(dtype).removeprefix('torch.')}", *options, gpu,
+                              f"padding {padding(inputs, outputs, dtype, gpu, settings):.0%}"]),
+                   partial(run, inputs, outputs, dtype, gpu, **settings), wants)
