@@ -146,13 +146,16 @@ WAIT
 add.f32 %f5, %f1, %f2; mad.wide.u32 %d2, %t, 4, %p0; st.global.f32 [%d2], %f5;"""
 FENCE, WAIT = "wgmma.fence.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"
 SECOND = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1,%f2,%f3,%f4}, {%r1,%r2,%r3,%r4}, %d1, 1, 1, 1, 0;"
+OTHER = SECOND.replace("%f1,%f2,%f3,%f4", "%f6,%f7,%f8,%f9")
 
 
 @pytest.mark.parametrize("fence, between, wait, found, value", [
     (FENCE, "", WAIT, set(), 32),
     (FENCE, SECOND, WAIT, set(), 64),
     ("", "", WAIT, {"no wgmma.fence"}, 32),
-    (FENCE, "mov.b32 %r2, 0; " + SECOND, WAIT, {"no wgmma.fence", "a register of a wgmma in flight is accessed"}, None),
+    (FENCE, "mov.b32 %r2, 0; " + SECOND, WAIT, {"a register of a wgmma in flight is accessed"}, None),
+    (FENCE, "neg.f32 %f6, %f9; mov.f32 %f7, %f6; " + OTHER, WAIT, set(), 32),  # as LLVM may put it
+    (FENCE, "wgmma.commit_group.sync.aligned; neg.f32 %f6, %f9; " + OTHER, WAIT, {"no wgmma.fence"}, 32),
     (FENCE, "", "", {"a register of a wgmma in flight is accessed"}, None),
 ])  # fmt: skip
 def test_wgmma_fence(fence, between, wait, found, value):

@@ -95,7 +95,7 @@ class BlockSource(Arithmetic, Memory):
         self.ftz = False
         self.touched: dict[int, None] = {}  # registers of wgmma that other instructions access, in order
         self.toucher = -1  # the first of those instructions
-        self.fenced = False  # a wgmma.fence is the last wgmma instruction of this block so far
+        self.fenced = False  # behind a wgmma.fence of this block, and before the end of its group
 
     def source(self) -> str:
         for instr in self.block.instrs:
@@ -235,15 +235,16 @@ class BlockSource(Arithmetic, Memory):
         self.set_guard(instr)
         if instr.parts[0] == "wgmma":
             self.flush_touched()
-            self.fenced = instr.parts[1] == "fence"
-        elif self.program.wgmma_registers and not self.fenced:
+            self.fenced = instr.parts[1] == "fence" or self.fenced and instr.parts[1] == "mma_async"
+        elif self.program.wgmma_registers:
             self.touch(instr)
 
     def touch(self, instr: Instr) -> None:
         """Note accesses to registers of wgmma.
 
-        Those between a wgmma.fence and the wgmma behind it in one block are none: registers of PTX are virtual, LLVM moves
-        copies and arithmetic there (Triton's fence does not hold them back), and ptxas has its WARPGROUP.ARRIVE behind them.
+        Those between a wgmma.fence and the end of its group in one block need no other fence: registers of PTX are virtual,
+        LLVM moves copies and arithmetic there (Triton's fence does not hold them back), and ptxas has a WARPGROUP.ARRIVE
+        behind them, before each wgmma if need be. Registers of a wgmma in flight are none of theirs all the same.
         """
         known = self.program.wgmma_registers
         found = [known[r.name] for part in reads_and_writes(instr) for r in part if r.name in known]
@@ -253,7 +254,7 @@ class BlockSource(Arithmetic, Memory):
 
     def flush_touched(self) -> None:
         if self.touched:
-            self.emit(f"M.touch(i, {list(self.touched)}, {self.toucher})")
+            self.emit(f"M.touch(i, {list(self.touched)}, {self.toucher}, {self.fenced})")
             self.touched = {}
 
     def type_of(self, mods) -> str:

@@ -107,7 +107,7 @@ class TensorCores:
             self.launch.report("no wgmma.fence", number, self.thread_of(int(warps[warp])), detail)
         self.in_flight[np.ix_(registers, warps)] = self.wgmma_group[warps]
 
-    def touch(self, i, registers, number):
+    def touch(self, i, registers, number, fenced):
         """Other instructions access registers of wgmma: not while it is in flight, and not unfenced before the next."""
         warps = self.group.warps
         where = np.ix_(registers, warps)
@@ -116,7 +116,8 @@ class TensorCores:
             thread = self.thread_of(int(warps[bad.any(0).argmax()]))
             kind = "a register of a wgmma in flight is accessed"
             self.launch.report(kind, number, thread, "no wgmma.wait_group between the wgmma and this access")
-        self.touched[where] = number
+        if not fenced:
+            self.touched[where] = number
 
     def wgmma_fence(self, i, k):
         self.touched[:, self.group.warps] = NO
