@@ -1,4 +1,5 @@
-"""Which forms of which PTX instructions do our kernels use? ``python tests/emulator_census.py`` writes emulator_forms.txt.
+"""Which forms of which PTX instructions do our kernels use? ``python tests/emulator_census.py --keep DIR`` writes
+emulator_forms.txt; ``--ccs 86 89`` looks at these architectures anew and keeps what stands there of the others.
 
 Every ahead-of-time case of kernels/ is compiled to PTX (no ptxas) for sm_80, 86, 89, 90 and 120, and every source of csrc/
 as setup.py compiles it. A form is the opcode with its modifiers and the counts of its vector operands.
@@ -35,7 +36,7 @@ def forms_of(ptx: str) -> set[str]:
 
 
 def triton_ptx(families=FAMILIES, ccs=CCS):
-    """(label, compute capability, PTX) of every case; each kernel once per architecture."""
+    """(label, compute capability, PTX) of every case; each launch once per architecture."""
     from triton.backends.nvidia import compiler as nvidia
 
     from sora_fast.testing import aot
@@ -44,11 +45,14 @@ def triton_ptx(families=FAMILIES, ccs=CCS):
     with mock.patch.object(nvidia.CUDABackend, "make_cubin", lambda self, src, metadata, opt, capability: b""):
         for family in families:
             for case in aot.ours(family):
-                for cc in sorted(set(ccs) & set(case.ccs)):
-                    key = (case.fn, str(case.signature), str(case.constexprs), case.aligned, str(case.options), cc)
-                    if key in seen:
+                launch = (case.fn, str(case.signature), str(case.constexprs), case.aligned, str(case.options))
+                for cc in sorted({80, *ccs} & set(case.ccs)):
+                    # sm_86 and sm_89 run what sm_80 runs: of launches that it has too, the first of each kernel
+                    as_sm80 = cc in (86, 89) and (launch, 80) in seen and (case.fn, cc) in seen
+                    known = (launch, cc) in seen or as_sm80
+                    seen |= {(launch, cc), (case.fn, cc)}
+                    if known or cc not in ccs:
                         continue
-                    seen.add(key)
                     kernel, _ = aot.build(case.fn, case.signature, case.constexprs, case.aligned, cc, case.options)
                     yield f"{family} {case.name} {case.fn.__name__}", cc, kernel.asm["ptx"]
 
@@ -75,15 +79,19 @@ def main() -> None:
     for label, cc, ptx in itertools.chain(triton_ptx(args.families, args.ccs), csrc_ptx(args.keep, args.ccs)):
         name = re.sub(r"\W+", "-", label.lower())
         (args.keep / f"{name}-{hashlib.sha256(ptx.encode()).hexdigest()[:8]}-sm{cc}.ptx").write_text(ptx)
-    write(args.keep)
+    write(args.keep, set(args.ccs))
 
 
-def write(folder: Path) -> None:
-    """The list, from a folder of PTX files: each form, and the architectures whose kernels use it."""
+def write(folder: Path, ccs: set[int]) -> None:
+    """The list, of a folder of PTX files for ``ccs``: each form, and the architectures whose kernels use it."""
     used = defaultdict(set)
+    for line in FORMS.read_text().splitlines():
+        each, _, known = line.partition("\t")
+        used[each] = {int(cc) for cc in known.split()} - ccs
     for path in sorted(folder.glob("*-sm*.ptx")):
         for each in forms_of(path.read_text()):
             used[each].add(int(path.stem.rpartition("-sm")[2]))
+    used = {each: known for each, known in used.items() if known}
     lines = [f"{each}\t{' '.join(map(str, sorted(ccs)))}\n" for each, ccs in sorted(used.items())]
     FORMS.write_text("".join(lines))
 

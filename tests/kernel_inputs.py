@@ -124,8 +124,8 @@ def convolution(op, **more):
 
 
 @contextmanager
-def convolution_tiles(pixels=64, channels=256, block_k=256, more=0, tma=False, wgrad=(256, 256, 0, 64), programs=1):
-    """Large tiles, few programs: each program costs the emulator time."""
+def convolution_tiles(pixels=32, channels=32, block_k=32, more=0, tma=False, wgrad=(32, 32, 0, 32), programs=4):
+    """Small tiles: the PTX of a product of large ones takes longer to compile than many programs to run."""
     config = convolution_config.Config(pixels, channels, more, block_k, 4, 2, tma)
     with ExitStack() as stack:
         for kernel in ("forward", "dgrad"):

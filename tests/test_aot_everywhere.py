@@ -39,6 +39,8 @@ def test_every_case_passes_elsewhere(family, tmp_path_factory):
 @pytest.mark.parametrize("version, tests", [
     pytest.param("3.6.0", ("-m", "", "tests/test_aot.py", "tests/test_aot_elsewhere.py"), id="3.6"),
     pytest.param("3.6.0", ("-m", "", "tests/test_aot_everywhere.py", "-k", "every_case_passes"), id="3.6 every_case"),
+    pytest.param("3.6.0", ("tests/test_emulated.py", "tests/test_emulator_races.py", "tests/test_emulated_core.py"),
+                 id="3.6 emulator"),
     pytest.param("3.7.0", ("tests/test_aot.py", "-k", "not our_kernels"), id="3.7")])
 def test_older_triton(version, tests):
     if triton.__version__ == version:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import emulated_gluon_kernels as gluon_kernels  # noqa: E402
 import emulated_kernels as kernels  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -169,11 +170,11 @@ def test_auto_is_what_it_is_on_a_cpu():
 
 
 # ------------------------------------------------------------------------------------------- wrong kernels of a user's
-def line_of(text):
+def line_of(text, module=kernels):
     """"emulated_kernels.py:12" of the line that holds ``text``."""
-    lines = open(kernels.__file__, encoding="utf-8").read().splitlines()
+    lines = open(module.__file__, encoding="utf-8").read().splitlines()
     (number,) = [number for number, line in enumerate(lines, start=1) if text in line]
-    return rf"emulated_kernels\.py:{number}\b"
+    return rf"{module.__name__}\.py:{number}\b"
 
 
 @pytest.mark.parametrize("kernel, line", [("unmasked_load_kernel", "tl.load(x + at)  # no mask"),
@@ -209,6 +210,22 @@ def test_a_race_between_programs_is_reported():
     with emulated_gpu(race=True):
         kernels.atomic_sum_kernel[(3,)](x, y.zero_(), BLOCK=64)
         assert torch.equal(*scaled())
+
+
+@pytest.mark.parametrize("race", (False, True))
+@pytest.mark.parametrize("kernel, line, finding", [
+    ("stored_kernel", "# of what was stored", "uninitialised shared memory"),
+    ("copied_kernel", "# of what was copied", "uninitialised shared memory|race: a copy is still in flight")])
+def test_gluon_kernels(kernel, line, finding, race):
+    """A read of shared memory that nothing wrote, and a copy that nothing waits for."""
+    x = torch.arange(128.0)
+    for arch in ("sm80", "sm90"):
+        with emulated_gpu(arch, race=race):
+            y = torch.zeros(128)
+            getattr(gluon_kernels, kernel)[(1,)](x, y, True, BLOCK=128)
+            assert torch.equal(y, x)
+            with pytest.raises(Fault, match=rf"{kernel} at {line_of(line, gluon_kernels)}, CTA 0 warp 0.*: ({finding})"):
+                getattr(gluon_kernels, kernel)[(1,)](x, y, False, BLOCK=128)
 
 
 def test_counters_of_a_launch():

@@ -1,5 +1,4 @@
-"""The kernels of causal_conv3d and norm_act_conv3d, executed by the emulator.
-"""
+"""The kernels of causal_conv3d and norm_act_conv3d, executed by the emulator."""
 
 import itertools
 
@@ -91,7 +90,8 @@ def _corners(axes):
     return [plain | dict(kernel=kernel) for kernel in axes["kernel"]]
 
 
-PAIRS = _covering(AXES)
+FEWER = AXES | dict(inputs=(3, 16, 96), outputs=(3, 48, 160), frames=(1, 2, 4))  # each row compiles its own kernels
+PAIRS = _covering(FEWER)
 
 
 def _arguments(row):
@@ -117,11 +117,11 @@ def _arguments(row):
 
 
 def test_all_pairs_are_there():
-    for a, b in itertools.combinations(AXES, 2):
+    for a, b in itertools.combinations(FEWER, 2):
         found = {(row[a], row[b]) for row in PAIRS}
-        missing = set(itertools.product(AXES[a], AXES[b])) - found
-        assert all(not any(_legal({**row, a: x, b: y}) for row in _corners(AXES)) for x, y in missing)
-    assert len(PAIRS) < 80
+        missing = set(itertools.product(FEWER[a], FEWER[b])) - found
+        assert all(not any(_legal({**row, a: x, b: y}) for row in _corners(FEWER)) for x, y in missing)
+    assert len(PAIRS) < 40
 
 
 @pytest.mark.parametrize("part", range(8))
@@ -132,7 +132,7 @@ def test_pairs(part):
             op_checks.assert_close_to_reference(op, on_kernel(op), inputs)
 
 
-@settings(op_checks.drawn, max_examples=15)
+@settings(op_checks.drawn, max_examples=10)
 @given(kernel=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4)), data=st.data(), op=st.sampled_from(OPS),
        stride=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)), phase=st.integers(0, 5),
        sizes=st.tuples(st.integers(0, 4), st.integers(3, 7), st.integers(3, 7)), batch=st.integers(0, 2),
@@ -167,8 +167,7 @@ def test_small_integers_bit_for_bit(setting):
 
 BOXES = [
     dict(cache=2, residual=True), dict(cache=1, time_pad="replicate"), dict(time_pad="replicate", frames=3, phase=1),
-    dict(lookahead=1), dict(lookahead=2, time_pad="replicate"), dict(frames=1), dict(frames=1, cache=2, residual=True),
-    dict(phase=2, cache=1), dict(frames=0, cache=2), dict(kernel=(1, 3, 3), padding=(0, 1, 0, 1)),
+    dict(lookahead=2, time_pad="replicate"), dict(frames=1, cache=2, residual=True), dict(frames=0, cache=2),
     dict(kernel=(1, 3, 3), padding=(2, 0, 1, 2), residual=True), dict(kernel=(3, 1, 1), cache=2), dict(kernel=(1, 1, 1)),
     dict(kernel=(2, 2, 4), padding=(1, 2, 0, 1)), dict(batch=0), dict(space_pad="replicate", padding=(0, 0, 0, 0)),
 ]

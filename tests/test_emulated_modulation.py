@@ -1,11 +1,9 @@
-"""The kernels of norm_modulate, gate_residual and gate_residual_norm_modulate, executed by the emulator.
-"""
-
+"""The kernels of norm_modulate, gate_residual and gate_residual_norm_modulate, executed by the emulator."""
 
 import op_checks
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import Guarded, Short, assert_every_case
 from kernel_inputs import DTYPES, ints, on_kernel
@@ -66,7 +64,7 @@ def test_widths_of_models(op, width):
     assert_matches(op, on_kernel(op), inputs)
 
 
-@op_checks.drawn
+@settings(op_checks.drawn, max_examples=12)
 @given(lengths=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2)), max_size=5), width=st.sampled_from((1, 7, 16, 33)),
        first=st.integers(0, 2), op=st.sampled_from(OPS), norm=st.sampled_from(("layer", "rms")), affine=st.booleans(),
        x=st.sampled_from(DTYPES), y=st.sampled_from(DTYPES), table=st.sampled_from(DTYPES), run=st.sampled_from((1, 3, 8)))

@@ -5,7 +5,7 @@ from functools import partial
 import op_checks
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import Guarded, Short, assert_every_case
 from kernel_inputs import DTYPES, draw
@@ -29,8 +29,7 @@ def test_error_rule(dtype):
     assert_every_case("norm_act", norm_act, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels", (1, 3, 16, 48, 96, 160))
+@pytest.mark.parametrize("channels, dtype", [*zip((1, 3, 16, 48, 96, 160), 3 * DTYPES, strict=True)], ids=str)
 def test_channels(channels, dtype):
     for norm, groups in (("rms", 1), ("group", {1: 1, 3: 3, 16: 4, 48: 16, 96: 32, 160: 2}[channels])):
         inputs = inputs_of((2, channels, 2, 3, 5), norm=norm, groups=groups, x=dtype, weight=dtype, bias=dtype, last=True)
@@ -40,7 +39,7 @@ def test_channels(channels, dtype):
             op_checks.assert_close_to_reference("norm_act", norm_act, inputs)
 
 
-@pytest.mark.parametrize("of_group", (1, 2, 3, 4, 5, 8, 16, 30))
+@pytest.mark.parametrize("of_group", (1, 3, 8, 30))
 def test_channels_of_a_group(of_group):
     inputs = inputs_of((2, 2 * of_group, 3, 2, 5), norm="group", groups=2, bias=torch.float32)
     assert_matches("norm_act", norm_act, inputs)
@@ -54,7 +53,7 @@ def test_pixels(pixels, norm):
         assert_matches("norm_act", norm_act, inputs_of((2, 6, 1, 1, pixels), norm=norm, groups=2, bias=torch.float32))
 
 
-@op_checks.drawn
+@settings(op_checks.drawn, max_examples=12)
 @given(shape=st.tuples(st.integers(1, 3), st.integers(1, 5), *[st.integers(1, 4)] * 3), groups=st.integers(1, 4),
        norm=st.sampled_from(("rms", "group")), act=st.sampled_from(("silu", None)), x=st.sampled_from(DTYPES),
        weight=st.sampled_from((*DTYPES, None)), bias=st.sampled_from((*DTYPES, None)), pixels=st.sampled_from((1, 4, 16)),

@@ -1,4 +1,10 @@
-"""The whole products of settings of attention and convolution: an hour on two cores."""
+"""Rows drawn from the whole products of settings of attention and convolution: an hour on two cores.
+
+All of them would be days: each row compiles its own kernels.
+"""
+
+import itertools
+import random
 
 import op_checks
 import pytest
@@ -9,25 +15,27 @@ from test_emulated_convolution import AXES, _arguments, _legal
 
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("emulated_sm90")]
 
+DRAWN = random.Random(0).sample(list(itertools.product(PRODUCT, DTYPES)), 150)
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim, group, mask, lengths", PRODUCT, ids=str)
-def test_attention(head_dim, group, mask, lengths, dtype):
-    """The rule compares the largest errors of two float32 computations, and of 1,980 cases two are over it by 1 and 6 %,
-    at other numbers other ones. Such a case is drawn twice more, and is right where neither is: what is wrong is so again.
+
+@pytest.mark.parametrize("setting, dtype", DRAWN, ids=str)
+def test_attention(setting, dtype):
+    """The rule compares the largest errors of two float32 computations, and of a thousand cases one or two are over it by
+    a few per cent, at other numbers other ones. Such a case is drawn twice more, and is right where neither is: what is
+    wrong is so again.
     """
     try:
-        _agrees(head_dim, group, mask, lengths, dtype)
+        _agrees(*setting, dtype)
     except AssertionError as error:
         print(error)
         for seed in (1, 2):
             torch.manual_seed(seed)
-            _agrees(head_dim, group, mask, lengths, dtype)
+            _agrees(*setting, dtype)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(10))
 def test_convolutions(seed):
-    """A thousand rows drawn from the whole product, at the tiles that the heuristics choose."""
+    """250 rows drawn from the whole product, at the tiles that the heuristics choose."""
     generator, count = torch.Generator().manual_seed(seed), 0
     while count < 25:
         row = {name: values[int(torch.randint(len(values), (), generator=generator))] for name, values in AXES.items()}

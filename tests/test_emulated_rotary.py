@@ -1,5 +1,4 @@
-"""The kernels of qk_norm_rope, executed by the emulator.
-"""
+"""The kernels of qk_norm_rope, executed by the emulator."""
 
 import itertools
 import math
@@ -8,7 +7,7 @@ from functools import partial
 import op_checks
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import Guarded, Short, assert_every_case
 from kernel_inputs import DTYPES, ints, rotary_tiles
@@ -106,7 +105,7 @@ def test_heads_of_models(heads, key_heads, head_dim, norm, pairing, axes):
         assert_matches(OP, on_kernel, inputs)
 
 
-@op_checks.drawn
+@settings(op_checks.drawn, max_examples=12)
 @given(tokens=st.integers(1, 9), heads=st.integers(1, 3), copies=st.integers(1, 2), head_dim=st.integers(6, 17),
        norm=st.sampled_from(NORMS), angles=st.sampled_from(("full", "part", "learned")),
        affine=st.sampled_from(("", "both")), pairing=st.sampled_from(("interleaved", "half")),

@@ -1,7 +1,8 @@
 """Bytes that a residual block of a VideoVAE moves, forward and backward, against the least that it can.
 
-Every launch of a kernel and every call of PyTorch counts the memory it is given and the memory it makes, once each;
-weights, their gradients and what sums these up are left out (at 480 x 832 they are a ten-thousandth). At the least,
+Every launch of a kernel counts the distinct sectors that it reads and those that it writes, as the emulator counts them, and
+every call of PyTorch the memory it is given and the memory it makes, once each; weights, their gradients and what sums these
+up are left out (at 480 x 832 they are a ten-thousandth). At the least,
 everything is read once and written once, where a norm is a pass of its own (all channels of a pixel are needed before its
 first number is known) and so is a convolution (each number is needed 27 times). Per number of the stream, in 16 bits:
 
@@ -22,14 +23,15 @@ norm (first: and the shortcut's dy)    dh and x -> dx, dh, x and dy -> dx    6, 
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from triton.runtime.jit import JITFunction
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_fast import use_backend
+from sora_fast.emulator.counters import READ, WRITTEN
 from sora_fast.models.vae import ResidualBlock
 from sora_fast.ops import convolution_triton, normalization_triton
+from sora_fast.testing import emulated_gpu
 
-pytestmark = [pytest.mark.full, pytest.mark.usefixtures("emulated_sm90")]
+pytestmark = pytest.mark.full
 
 LEAST = 18, 38
 VIDEO = (1, 16, 3, 24, 24)
@@ -49,12 +51,19 @@ def moved(*values) -> int:
     return sum(places.values())
 
 
-class Calls(TorchDispatchMode):
-    """Bytes moved by PyTorch's own calls and by launches of kernels."""
+def touched(record) -> int:
+    """Bytes of the sectors of video that a launch reads, and of those that it writes."""
+    ranges = record.runs[-1].allocations.ranges
+    videos = [(start, end) for start, (end, _, size) in ranges.items() if (end - start) // size >= torch.Size(VIDEO).numel()]
+    return sum(record.counters.distinct(kinds, start, end) for kinds in (READ, WRITTEN) for start, end in videos)
 
-    def __init__(self):
+
+class Calls(TorchDispatchMode):
+    """PyTorch's own calls and launches of kernels: ``bytes`` of (name, bytes moved)."""
+
+    def __init__(self, records):
         super().__init__()
-        self.bytes = []  # (name, bytes)
+        self.records, self.before, self.bytes = records, len(records), []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
@@ -63,8 +72,9 @@ class Calls(TorchDispatchMode):
             self.bytes.append((name, moved(args, made)))
         return made
 
-    def launched(self, kernel, *args, **kwargs):
-        self.bytes.append((kernel.fn.__name__, moved(args)))
+    def __exit__(self, *error):
+        self.bytes += [(record.name, touched(record)) for record in self.records[self.before:]]
+        return super().__exit__(*error)
 
     def per_number(self) -> float:
         return sum(count for _, count in self.bytes) / torch.Size(VIDEO).numel()
@@ -72,15 +82,6 @@ class Calls(TorchDispatchMode):
 
 def traffic(backend, monkeypatch) -> tuple[Calls, Calls]:
     """Of a block's forward and backward, with kernels called as plain functions, so that what they call is seen too."""
-    calls = [Calls(), Calls()]
-    launch = JITFunction.run
-
-    def run(self, *args, **kwargs):
-        calls[-1].launched(self, *args)
-        with _disable_current_modes():
-            return launch(self, *args, **kwargs)
-
-    monkeypatch.setattr(JITFunction, "run", run)
     for module, names in ((convolution_triton, ("convolution_forward", "convolution_backward")),
                           (normalization_triton, ("norm_act_forward", "norm_act_backward"))):
         for name in names:
@@ -88,12 +89,10 @@ def traffic(backend, monkeypatch) -> tuple[Calls, Calls]:
     block = ResidualBlock(VIDEO[1], VIDEO[1]).half().to(memory_format=torch.channels_last_3d)
     draw = lambda: torch.randn(VIDEO, dtype=torch.float16).to(memory_format=torch.channels_last_3d)
     x, dy = draw().requires_grad_(), draw()
-    backward, forward = calls
-    with use_backend(backend):
-        with forward:
+    with emulated_gpu("sm90", counters=True) as emulator, use_backend(backend):
+        with Calls(emulator.records) as forward:
             y = block(x, None)
-        calls.pop()
-        with backward:
+        with Calls(emulator.records) as backward:
             torch.autograd.grad(y, [x, *block.parameters()], dy)
     return forward, backward
 

@@ -10,26 +10,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulator_runs import execute
+import test_emulator_copies
+import test_emulator_matrices
+from emulator_runs import FORMS, bits_of, execute, half_bits, matching
 
 from sora_fast.emulator.forms import reason
 
 HERE = Path(__file__).parent
-FORMS = [line.split("\t")[0] for line in (HERE / "emulator_forms.txt").read_text().splitlines()]
-# Tested where they mean something: in exchanges, copies, barriers, matrices, and whole kernels.
+# Tested where they mean something: in exchanges, copies and barriers.
 ELSEWHERE = {
     "test_emulator_races.py": ("bar.sync", "bar.warp.sync", "fence.mbarrier_init.release.cluster",
                                "fence.proxy.async.shared::cta", "mbarrier.init.shared::cta.b64",
                                "mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.try_wait.parity.shared::cta.b64",
                                "wgmma.fence.sync.aligned", "wgmma.commit_group.sync.aligned",
                                "wgmma.wait_group.sync.aligned", "bra"),
+    "test_emulator_copies.py": ("cp.async.commit_group", "cp.async.wait_group", "cp.async.bulk.commit_group",
+                                "cp.async.bulk.wait_group", "cp.async.bulk.wait_group.read", "prefetch.tensormap",
+                                "fence.proxy.tensormap::generic.acquire.gpu", "mbarrier.inval.shared::cta.b64",
+                                *matching(r"tensormap\..*")),
     "test_emulator_instructions.py": ("mbarrier.arrive.shared::cta.b64", "ret"),
 }  # fmt: skip
-
-
-
-def matching(pattern):
-    return [form for form in FORMS if re.fullmatch(pattern, form)]
 
 
 RNG = np.random.default_rng(1)
@@ -152,10 +152,6 @@ def test_convert_integers(form):
 
 
 # ---- floating point
-def bits_of(x):
-    return struct.unpack("<I", struct.pack("<f", x))[0]
-
-
 def nearest(x: Fraction) -> float:
     """The float32 next to a fraction, ties to even, by comparison of exact distances."""
     guess = np.float32(float(x))
@@ -238,14 +234,6 @@ def test_pairs(form):
         assert found == nearest(meant(*(Fraction(g) for g in given)))
 
 
-def half_bits(x, kind):
-    if kind == "f16":
-        return struct.unpack("<H", struct.pack("<e", x))[0]
-    bits = bits_of(x)
-    low, high = bits & 0xFFFF, bits >> 16
-    return (high + (low > 0x8000 or low == 0x8000 and high & 1)) & 0xFFFF
-
-
 def half_value(bits, kind):
     if kind == "f16":
         return struct.unpack("<e", struct.pack("<H", bits))[0]
@@ -304,6 +292,23 @@ def test_loads_and_stores(form):
     assert (given == out).all()
 
 
+@pytest.mark.parametrize("form", matching(r"(ld|cvta)\.param\..*"))
+def test_parameters(form):
+    """The parameter space, by name and by a generic address: its first bytes are the address of the first array."""
+    out = np.zeros(8, np.uint8)
+    name, _, kind = form.rpartition(".")
+    bits, count = int(kind[1:]), 2 if ".v2" in form else 1
+    if form.startswith("cvta"):
+        body = f"mov.b64 %d5, k_param_0; {form} %d6, %d5; ld.b64 %d7, [%d6]; st.global.b64 [%p0], %d7;"
+    else:
+        letter = "f" if kind == "f32" else {8: "h", 32: "r", 64: "d"}[bits]
+        vector = "{" + ", ".join(f"%{letter}{at + 5}" for at in range(count)) + "}" if count > 1 else f"%{letter}5"
+        stores = " ".join(f"st.global.b{bits} [%p0+{at * bits // 8}], %{letter}{at + 5};" for at in range(count))
+        body = f"{form} {vector}, [k_param_0]; {stores}"
+    execute(body, [out])
+    assert bytes(out)[: count * bits // 8] == struct.pack("<Q", out.ctypes.data)[: count * bits // 8]
+
+
 # ---- the rest, one by one
 @pytest.mark.parametrize("instruction, result, meant", [
     ("bfe.s32 %r0, %r1, 5, 9;", "r", lambda a, b, c: (a >> 5 & 0x1FF) - (512 if a >> 13 & 1 else 0)),
@@ -356,24 +361,19 @@ def text_of(name):
     return path.read_text() if path.exists() else ""
 
 
-KERNELS = re.compile(
-    r"cp\.async|ldmatrix|stmatrix|mma\.sync|wgmma\.mma_async|tensormap\.|fence\.proxy\.tensormap|mbarrier\.inval|"
-    r"prefetch\.|cvta\.param|ld\.param"
-)
-
-
 def is_tested(op) -> bool:
-    """Is there a test with this opcode: parametrized by it, written out, or in whole kernels (KERNELS)?"""
+    """Is there a test with this opcode: parametrized by it, or written out?"""
     here = re.escape(op) + r"(?![\w.:])"
-    tests = [test for name, test in globals().items() if name.startswith("test_")]
-    marks = [mark for test in tests for mark in getattr(test, "pytestmark", ())]
+    names = {**globals(), **vars(test_emulator_copies), **vars(test_emulator_matrices)}
+    tests = [test for name, test in names.items() if name.startswith("test_")]
+    marks = [mark for test in tests for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
+    values = [value if isinstance(value, tuple) else (value,) for mark in marks for value in mark.args[1]]
     halves = r"cvt\.rn\.b?f16(x2)?\.f32|cvt\.f32\.b?f16|(add|fma)\.rn\.f32\.b?f16|cvt\.rn\.f32\.s(32|64)"
     return bool(
-        any(mark.name == "parametrize" and op in mark.args[1] for mark in marks)
+        any(op in value for value in values)
         or any(op in forms and re.search(here, text_of(name)) for name, forms in ELSEWHERE.items())
         or any(re.search(here, text_of(name)) for name in (Path(__file__).name, "test_emulator_instructions.py"))
         or re.fullmatch(halves, op)
-        or KERNELS.match(op)
     )
 
 

@@ -28,7 +28,7 @@ class BulkCopies:
             if self.initialized is not None:
                 self.initialized[start : start + box.bytes] = False
             if self.counters is not None:
-                self.counters.box(box)
+                self.counters.box("TMA load", box)
             if self.schedule.when == "early":
                 self.complete_load(len(self.tma_loads) - 1)
 
@@ -77,7 +77,7 @@ class BulkCopies:
             if self.races:
                 self.races.store_begins(e, box)
             if self.counters is not None:
-                self.counters.box(box)
+                self.counters.box("TMA store", box)
             if self.completes_now():
                 self.read_source(e, box)
 

@@ -1,7 +1,6 @@
 """What launches of every kind share: a kernel is executed under each schedule, and findings raise."""
 
 import copy
-import ctypes
 import hashlib
 import time
 from collections.abc import Callable, Iterable
@@ -98,7 +97,8 @@ class Emulator:
             ptx = self.change(ptx)
         program = program_of(ptx)
         raw = params(program)
-        before = _Memory(allocations)
+        several = len(self.schedules) > 1  # or nothing is copied: of a large tensor a kernel may touch little
+        before = _Memory(allocations) if several else None
         results, runs, start = [], [], time.perf_counter()
         for place, schedule in enumerate(self.schedules):
             if place:
@@ -107,7 +107,7 @@ class Emulator:
             run = Launch(program, grid, block, raw, copy.deepcopy(allocations), shared=shared, schedule=schedule,
                          race=self.race, counters=counters)
             runs.append(run)
-            if len(self.schedules) > 1:
+            if several:
                 results.append(_Memory(allocations))
         record = Launched(name, tuple(grid), tuple(block), ptx, time.perf_counter() - start, tuple(runs))
         self.records.append(record)
@@ -144,16 +144,16 @@ class _Memory:
 
     def __init__(self, allocations: memory.Allocations):
         self.allocations = allocations
-        self.bytes = {start: ctypes.string_at(start, end - start) for start, (end, *_) in allocations.ranges.items()}
+        self.bytes = {start: memory.span(start, end).copy() for start, (end, *_) in allocations.ranges.items()}
 
     def restore(self) -> None:
         for start, held in self.bytes.items():
-            ctypes.memmove(start, held, len(held))
+            memory.span(start, start + len(held))[:] = held
 
     def difference(self, other: "_Memory") -> str:
         """Where the first byte is that another moment has otherwise, or ""."""
         for start, held in self.bytes.items():
-            if held != other.bytes[start]:
-                at = next(i for i, (a, b) in enumerate(zip(held, other.bytes[start], strict=True)) if a != b)
-                return self.allocations.name(start + at)
+            differs = held != other.bytes[start]
+            if differs.any():
+                return self.allocations.name(start + int(differs.argmax()))
         return ""

@@ -222,6 +222,8 @@ class LoadsStores:
             address = self.global_addresses(k, address, size, number, n)
             view, base, shift = memory.words(size, t)
             places = (address - base) >> shift
+            if self.counters is not None:
+                self.counters.access("atom.global", k, address, size, number, n)
             if self.races:
                 self.races.globals.atomic(self, k, address, size, number, order, scope)
         else:

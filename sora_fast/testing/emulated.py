@@ -21,10 +21,10 @@ def emulated_gpu(arch: str = "sm90", *, schedules: int | str | Iterable[str] = "
                  change: Callable[[str], str] | None = None, raises: bool = True) -> Iterator["Emulator"]:
     """Inside, in this context (a thread, an asyncio task), kernels take CPU tensors and run as on a GPU that is not here.
 
-    Every launch of a ``@triton.jit`` function, the user's own too, is compiled to PTX for ``arch`` and that PTX is executed
-    in this process; ops take ``backend="triton"`` and ``backend="cuda"`` for CPU tensors, with the configs that such a GPU
-    gets. ``auto`` chooses as outside. PTX is kept in SORA_FAST_CACHE/emulator, never in Triton's cache. torch.compile of
-    our ops is refused inside.
+    Every launch of a ``@triton.jit`` or ``@gluon.jit`` function, the user's own too, is compiled to PTX for ``arch``, and
+    that PTX is executed in this process; ops take ``backend="triton"`` and ``backend="cuda"`` for CPU tensors, with the
+    configs that such a GPU gets. ``auto`` chooses as outside. PTX is kept in SORA_FAST_CACHE/emulator, never in Triton's
+    cache. torch.compile of our ops is refused inside.
 
     Args:
         arch: "sm80", "sm86", "sm89", "sm90", "sm100" or "sm120". tcgen05 and clusters are refused by name.
