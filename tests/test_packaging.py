@@ -27,10 +27,11 @@ FLOORS = (
     {"nn", "compat"},
     {"ops"},
     {"dispatch", "kernels", "_C", "reference", "env", "pack", "checks", "files", "records", "environment", "configs",
-     "emulator", "to_device"},
+     "emulator", "cyclemodel", "to_device"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-NEVER = {"kernels": set(FLOOR) - {"kernels"}, "reference": {"kernels", "ops"}, "emulator": set(FLOOR) - {"emulator"}}
+NEVER = {"kernels": set(FLOOR) - {"kernels"}, "reference": {"kernels", "ops"}, "emulator": set(FLOOR) - {"emulator"},
+         "cyclemodel": set(FLOOR) - {"cyclemodel"}}
 
 
 # ---- Checks of source text

@@ -1,4 +1,4 @@
-"""sora-fast: demo, train-vae, train, generate, eval, info, explain, validate, bench, tune."""
+"""sora-fast: demo, train-vae, train, generate, eval, info, explain, validate, bench, predict, tune."""
 
 import argparse
 import codecs
@@ -73,6 +73,12 @@ def _bench(action: str):
 
         return getattr(bench, action)(arguments)
     return run
+
+
+def _predict(arguments) -> int:
+    from .predict import run
+
+    return run(arguments)
 
 
 def _tune(arguments) -> int:
@@ -274,6 +280,32 @@ def parser() -> argparse.ArgumentParser:
                                                                 "(default: %(default)s)")
     sub.add_argument("--fresh", action="store_true", help="begin again (default: go on with OUT/bench.jsonl)")
     sub.add_argument("--out", default="out/bench", help="folder for rows and report (default: %(default)s)")
+
+    sub = command("predict", _predict, "what the kernels would take on a GPU, from their machine code; no GPU is needed",
+                  "Compiles kernels for a GPU, reads their machine code and issues it to the units of one SM, cycle by\n"
+                  "cycle. Per kernel, tile and direction: cycles by unit and the one that binds, blocks per SM and what\n"
+                  "limits them, predicted TFLOP/s or share of the copy rate, and what the code says for certain: how far\n"
+                  "ahead copies are issued, divisions and local memory in a main loop. Beside every figure stands how far\n"
+                  "the model was off on published times. Writes OUT/report.html and OUT/predictions.json. Takes seconds\n"
+                  "for each kernel.\n\n"
+                  "  sora-fast predict attention --gpu h200 --case '128 bfloat16'\n"
+                  "  sora-fast predict --impl my_kernels:launch --gpu a100\n"
+                  "  sora-fast predict --impl kernel.cubin --warps 8 --gpu h100")
+    sub.add_argument("families", nargs="*", metavar="FAMILY", help="families of kernels (default: all)")
+    sub.add_argument("--gpu", choices=("h200", "h100", "a100", "l40s", "4090"), default="h200",
+                     help="what to predict for (default: %(default)s)")
+    sub.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT; of a cubin, functions "
+                                                                "(default: all)")
+    sub.add_argument("--candidates", action="store_true", help="every tile that the tuner would try too (default: the "
+                                                               "heuristic's)")
+    sub.add_argument("--impl", metavar="MOD:FN", help="your own: a function without arguments that launches Triton kernels "
+                                                      "on tensors of the device meta, or a .cubin's path (default: ours)")
+    sub.add_argument("--warps", type=int, default=0, metavar="N", help="warps of a block of a .cubin, which does not say it "
+                                                                       "(default: none)")
+    sub.add_argument("--shared", type=int, default=0, metavar="BYTES", help="dynamic shared memory of a block of a .cubin "
+                                                                            "(default: %(default)s)")
+    sub.add_argument("--json", action="store_true", help="print JSON, not text (default: text)")
+    sub.add_argument("--out", default="out/predict", metavar="DIR", help="folder for the report (default: %(default)s)")
 
     sub = command("tune", _tune, "find the fastest launches of the Triton kernels on this GPU, and keep them",
                   "Goes through the benchmark's cases on a GPU. What a kernel may be launched with passes the benchmark's\n"
