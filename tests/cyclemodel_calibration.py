@@ -93,7 +93,8 @@ def rows() -> list[Row]:
         Row("Triton tutorial 06 forward d128", "h100", "forward", 487, PR205, "", "128 128 128 8 3", 8, fitted=True),
         Row("Triton tutorial 06 forward d64", "h100", "forward", 403, TRITON, "", "64 128 64 4 3", 4),
         Row("Triton tutorial 06 forward d64 causal", "a100", "forward", 187, ISSUE307, "", "64 128 64 4 3", 4, causal=True),
-        Row("Triton tutorial 06 forward d128 causal", "a100", "forward", 188, ISSUE307, "", "128 128 32 4 3", 4, causal=True),
+        Row("Triton tutorial 06 forward d128 causal", "a100", "forward", 188, ISSUE307, "", "128 128 32 4 3", 4,
+            causal=True),
     ]
     return found
 
@@ -147,7 +148,8 @@ def listing(folder: Path, pattern: str) -> tuple[str, str, int]:
                 usage = subprocess.run([tool(), "-res-usage", cubin], capture_output=True, text=True).stdout
                 registers = re.search(rf"Function {name}:\s*\n.*?REG:(\d+)", usage)
                 return name, text, int(registers[1]) if registers else 255
-    raise ValueError(f"calibration: expected a kernel that matches {pattern} in {folder}, got none; look at the wheel's names")
+    raise ValueError(f"calibration: expected a kernel that matches {pattern} in {folder}, got none; look at the wheel's "
+                     f"names")
 
 
 def _disassembled(cubin: Path, name: str) -> str:

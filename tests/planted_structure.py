@@ -28,7 +28,8 @@ def _matmul(m, n, k, warps, stages):
 
 
 def division():
-    dividing_kernel[(1,)](_meta(128, 1024), _meta(1024, 64), _meta(128, 64), 1024, 77, 128, 64, 32, num_warps=8, num_stages=3)
+    dividing_kernel[(1,)](_meta(128, 1024), _meta(1024, 64), _meta(128, 64), 1024, 77, 128, 64, 32, num_warps=8,
+                          num_stages=3)
 
 
 def prefetch():

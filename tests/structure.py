@@ -1,6 +1,7 @@
-"""What our kernels' machine code is held to beside registers and spills: copies at least a turn ahead, no division and no local
-memory in a main loop, blocks per SM. structure.json lists today's faults with why they are known; a new one fails, and so
-does one that is gone and still listed.
+"""What our kernels' machine code is held to beside registers and spills.
+
+Copies at least a turn ahead, no division and no local memory in a main loop, blocks per SM. structure.json lists today's
+faults with why they are known; a new one fails, and so does one that is gone and still listed.
 
     python tests/structure.py    # writes structure.json anew, keeping the reasons; minutes
 """
@@ -59,8 +60,8 @@ def violations(results: Iterable[aot.Result], table: dict = TABLE) -> list[str]:
             if fault not in got["faults"]:
                 found.append(f"{name}: expected the listed {fault} fault, got none; take it off the list.")
         if (got["blocks"], got["limit"]) != (known["blocks"], known["limit"]):
-            found.append(f"{name}: expected {known['blocks']} blocks an SM, limited by {known['limit']}, got {got['blocks']}, "
-                         f"limited by {got['limit']}; state it if it is wanted.")
+            found.append(f"{name}: expected {known['blocks']} blocks an SM, limited by {known['limit']}, got "
+                         f"{got['blocks']}, limited by {got['limit']}; state it if it is wanted.")
     for (cc, room), kernels in seen.items():
         for gone in sorted(table["kernels"].get(cc, {}).get(room, {}).keys() - kernels):
             found.append(f"{room} {gone}, {cc}: expected the listed kernel, got none; take it off the list.")

@@ -26,14 +26,15 @@ def code(*lines: str, stall: int = 1, sets: int = 7, waits: int = 0) -> list[sas
 def listing(*lines: str) -> str:
     high = "000fe20000000000"  # stall count 1, no scoreboard
     return "Function : example\n" + "\n".join(
-        f"/*{16 * number:04x}*/ {line} ; /* 0x0000000000000000 */\n/* 0x{high} */" for number, line in enumerate(lines))
+        f"/*{16 * number:04x}*/ {line.partition('#')[0]} ; /* 0x0000000000000000 */\n/* 0x{high} */"
+        for number, line in enumerate(lines))
 
 
 # A loop as Triton writes it for sm_80: a copy, its group, a wait that leaves LEFT groups, a product.
 def pipelined(left: int, *more: str) -> list[str]:
     return ["MOV R1, c[0x0][0x28]", f"DEPBAR.LE SB0, {left:#x}", "BAR.SYNC.DEFER_BLOCKING 0x0",
             "LDSM.16.M88.4 R4, [R2]", "HMMA.16816.F32.BF16 R8, R4, R6, R8", *more,
-            "LDGSTS.E.BYPASS.128 [R3], [R10.64]", "LDGDEPBAR", "@P0 BRA 0x10", "STG.E [R2], R8", "EXIT"]
+            "LDGSTS.E.BYPASS.128 [R3], [R10.64]", "LDGDEPBAR # sets 0", "@P0 BRA 0x10", "STG.E [R2], R8", "EXIT"]
 
 
 def test_control_bits_are_read():
@@ -64,9 +65,8 @@ def test_cycles_of_units():
 
 
 def test_a_turn_leaves_masks_out():
-    (one,) = sass.functions(listing("MOV R1, RZ", "HMMA.16816.F32.BF16 R8, R4, R6, R8", "@P1 BRA 0x60", "FSEL R8, R8, R9, P2",
-                                    "FSEL R9, R8, R9, P2", "FSEL R10, R8, R9, P2", "IADD3 R1, R1, 0x1, RZ", "@P0 BRA 0x10",
-                                    "EXIT"))
+    one = code("MOV R1, RZ", "HMMA.16816.F32.BF16 R8, R4, R6, R8", "@P1 BRA 0x60", "FSEL R8, R8, R9, P2",
+               "FSEL R9, R8, R9, P2", "FSEL R10, R8, R9, P2", "IADD3 R1, R1, 0x1, RZ", "@P0 BRA 0x10", "EXIT")
     (loop,) = turns.main_loops(one)
     assert len(loop) == 7 and [i.base for i in turns.turn(loop, one)] == ["HMMA", "BRA", "IADD3", "BRA"]
     assert [i.base for i in turns.through(one)] == ["MOV", "HMMA", "BRA", "IADD3", "BRA", "EXIT"]
@@ -127,8 +127,8 @@ def test_facts_of_a_loop():
     divided = read(*pipelined(1, "I2F.U32.RP R1, R2", "MUFU.RCP R1, R1", "F2I.FTZ.U32.TRUNC.NTZ R1, R1"))
     assert (divided.divisions, divided.faults()) == (1, ["division"])
     assert read(*pipelined(1, "CALL.REL.NOINC 0x1000")).faults() == ["division"]
-    spilled = read("STL [R1], R4", *pipelined(1, "LDL R4, [R1]"))
-    assert (spilled.local, spilled.local_outside, spilled.faults()) == (1, 0, ["local memory"]) or spilled.local == 1
+    spilled = read(*pipelined(1, "LDL R4, [R1]"))
+    assert (spilled.local, spilled.faults()) == (1, ["local memory"])
     assert facts.read(code(*pipelined(1)), 1, "shared memory", 4).faults() == ["occupancy"]
     # TMA: the stages are the launcher's to know
     loop = ["SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2", "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0",
@@ -137,8 +137,7 @@ def test_facts_of_a_loop():
 
 
 def test_a_prediction_says_how_far_the_model_was_off():
-    lines = [line.replace("F32.BF16", "F32.BF16") for line in pipelined(1, "MUFU.EX2 R1, R2", "FMNMX R3, R1, R2, !PT")]
-    kernel = Kernel("example", listing(*lines), 128, 0, 4)
+    kernel = Kernel("example", listing(*pipelined(1, "MUFU.EX2 R1, R2", "FMNMX R3, R1, R2, !PT")), 128, 0, 4)
     found = predict(kernel, A100)
     assert found.facts.blocks == 4 and found.tflops <= found.bound_tflops and found.error.endswith("forwards on sm_80")
     assert json.loads(json.dumps(found.to_dict()))["predicted"] is True

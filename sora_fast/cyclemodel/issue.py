@@ -258,15 +258,16 @@ class Simulation:
             self.arrived[key] -= self._needed(threads)
 
     def run(self, turns: int = 12) -> Result:
-        """The last issued warp goes on as long as it can, else the one that has waited longest."""
-        waits, last = Counter(), None
-        while min(warp.turn for warp in self.warps) < turns:
+        """The last issued warp goes on while it can, unless it is a turn ahead of another; else the first that is ready."""
+        waits, last, slowest = Counter(), self.warps[0], 0
+        while slowest < turns:
             best, when, why = None, NEVER, ""
-            for warp in self.warps if last is None else (last, *self.warps):
+            ahead = last.turn > slowest + 1
+            for warp in self.warps if ahead else (last, *self.warps):
                 ready, cause = self._ready(warp)
-                if ready < when:
+                if ready < when or ready == when and ready < NEVER and warp.turn < best.turn:
                     best, when, why = warp, ready, cause
-                    if when <= self.now:
+                    if when <= self.now and not ahead:
                         break
             if best is None:
                 raise ValueError("cyclemodel: expected barriers that the loop's own warps meet at, got one that none "
@@ -275,6 +276,8 @@ class Simulation:
                 waits[why] += when - self.now
                 self.now = when
             self._issue(best)
+            if best.pc == 0:
+                slowest = min(warp.turn for warp in self.warps)
             last = best
             self.now += 1
         skip = max(2, turns // 3)
