@@ -65,3 +65,22 @@ def test_the_gate_tells_what_is_new_and_what_is_gone():
     (blocks,) = structure.violations([result], table(blocks=entry["blocks"] + 1))
     assert "expected no prefetch fault, got one" in new and "expected the listed division fault, got none" in gone
     assert "blocks an SM" in blocks
+
+
+def test_what_is_read_of_launches():
+    from sora_fast.cli import predict_kernels
+    from sora_fast.cyclemodel import GPUS
+
+    work = list(predict_kernels.ours("modulation", GPUS["h200"], "1152, bfloat16"))
+    assert {each.case.fn.__name__ for each in work} == {"forward_kernel", "backward_kernel", "join_kernel"}
+    (forward,) = (each for each in work if each.case.fn.__name__ == "forward_kernel")
+    # x and y are read, x_new and h written; a row of the table serves many tokens
+    assert forward.kernel(GPUS["h200"]).traffic == 2.0
+    constants = dict(E=72, E0=64, E1=16, TMA=True, BLOCK_M=64, BLOCK_N=128, PRECISION="ieee")
+    assert predict_kernels._useful("dq_kernel", constants, {"q": "*bf16"}) == 72 / 80
+    assert [predict_kernels._bulk(name, constants) for name in ("dq_kernel", "dkdv_kernel")] == [
+        2 * rows * 80 * 2 for rows in (128, 64)]
+    alone = list(predict_kernels.ours("attention", GPUS["h200"], "128 bfloat16, sm90"))
+    tried = list(predict_kernels.ours("attention", GPUS["h200"], "128 bfloat16, sm90", candidates=True))
+    tiles = {(each.case.constexprs["BLOCK_M"], each.case.constexprs["BLOCK_N"]) for each in tried}
+    assert len(alone) == 3 and len(tried) > 60 and {(64, 64), (128, 64), (64, 128)} <= tiles

@@ -5,12 +5,12 @@ traffic) is read from their constants and tensors.
 """
 
 import importlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..cyclemodel import GPU, Kernel
 from ..testing import aot
@@ -25,7 +25,7 @@ class Work:
 
     family: str
     case: aot.AotCase
-    traffic: float | None
+    tensors: dict[str, int]  # bytes
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ class Work:
             case=f"{self.family} {case.name.partition(':')[0]}", tile=" ".join([*blocks, f"w{warps}", f"s{stages}"]),
             direction=PASSES.get(case.fn.__name__, "backward"), stages=stages, bulk=_bulk(case.fn.__name__, constants),
             useful=_useful(case.fn.__name__, constants, case.signature),
-            memory=self.family in MEMORY, traffic=self.traffic)
+            memory=self.family in MEMORY, traffic=_traffic(self.tensors, compiled.ttir))
 
 
 def _share(size: int, block: int) -> float:
@@ -84,34 +84,26 @@ def _bulk(kernel: str, constants) -> float:
 
 
 # -------------------------------------------------------------------------------------------------------- launches
-class _Created(TorchDispatchMode):
-    """Remembers tensors that a launcher makes: its kernels' outputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if "empty" in func.__name__ and isinstance(out, torch.Tensor):
-            self.found.append(out)
-        return out
+def _tensors(launch) -> dict[str, int]:
+    """Bytes of each tensor argument, by the parameter's name."""
+    given = {**dict(zip(launch.fn.arg_names, launch.args, strict=False)), **launch.kwargs}
+    return {name: each.numel() * each.element_size() for name, each in given.items() if isinstance(each, torch.Tensor)}
 
 
-def _traffic(launch, created) -> float | None:
-    """DRAM bytes for each byte that is stored: streams, as tables and weights are small or shared, over outputs."""
-    tensors = [each for each in (*launch.args, *launch.kwargs.values()) if isinstance(each, torch.Tensor)]
-    nbytes = lambda tensor: tensor.numel() * tensor.element_size()
-    streams = [each for each in tensors if nbytes(each) * 2 >= max(map(nbytes, tensors))]
-    outputs = [each for each in streams if any(each is other for other in created)]
-    return sum(map(nbytes, streams)) / sum(map(nbytes, outputs)) if outputs else None
+def _traffic(tensors: dict[str, int], ttir: str) -> float | None:
+    """DRAM bytes for each byte that is stored: streams over those of them that Triton's own form of the kernel stores to.
 
-
-def _recorded(call: Callable[[], object]) -> list[tuple]:
-    """(launch, its traffic) of each that ``call`` makes."""
-    with _Created() as mode:
-        launches = aot.launches(call)
-    return [(launch, _traffic(launch, mode.found)) for launch in launches]
+    Tables and weights are small or shared: what has half of the largest tensor's bytes is a stream. None: none is stored.
+    """
+    source = dict(re.findall(r"(%\w+) = tt\.(?:splat|addptr|broadcast|bitcast|expand_dims) (%\w+)", ttir))
+    stored = set()
+    for pointer in re.findall(r"tt\.store (%\w+)", ttir):
+        while pointer in source:
+            pointer = source[pointer]
+        stored.add(pointer.removeprefix("%"))
+    streams = {name: nbytes for name, nbytes in tensors.items() if 2 * nbytes >= max(tensors.values())}
+    outputs = sum(nbytes for name, nbytes in streams.items() if name in stored)
+    return sum(streams.values()) / outputs if outputs else None
 
 
 def ours(family: str, gpu: GPU, text: str = "", candidates: bool = False) -> Iterator[Work]:
@@ -122,12 +114,11 @@ def ours(family: str, gpu: GPU, text: str = "", candidates: bool = False) -> Ite
         if text.lower() not in name.lower():
             continue
         for made in (call, *(_with_candidates(family, call) if candidates else ())):
-            recorded = _recorded(made)
-            for case, (_, traffic) in zip(aot.cases_of(name, made, wants), recorded, strict=True):
+            for case, launch in zip(aot.cases_of(name, made, wants), aot.launches(made), strict=True):
                 key = case.fn.__name__, case.name, str(sorted(case.constexprs.items(), key=str)), str(case.options)
                 if gpu.cc in case.ccs and key not in seen:
                     seen.add(key)
-                    yield Work(family, case, traffic)
+                    yield Work(family, case, _tensors(launch))
 
 
 def _with_candidates(family: str, call: Callable[[], object]) -> Iterator[Callable[[], object]]:
@@ -156,6 +147,5 @@ def _with_candidates(family: str, call: Callable[[], object]) -> Iterator[Callab
 
 def theirs(call: Callable[[], object], name: str) -> Iterator[Work]:
     """The kernels that a user's function launches on tensors of the device "meta"."""
-    recorded = _recorded(call)
-    for case, (_, traffic) in zip(aot.cases_of(name, call, {}), recorded, strict=True):
-        yield Work("yours", case, traffic)
+    for case, launch in zip(aot.cases_of(name, call, {}), aot.launches(call), strict=True):
+        yield Work("yours", case, _tensors(launch))
