@@ -88,9 +88,9 @@ def _calibration() -> str:
 def html(predictions: Sequence[Prediction], gpu: GPU) -> str:
     """The page."""
     words = "".join(f"<dt>{escaping.escape(word)}</dt><dd>{escaping.escape(text)}</dd>" for word, text in WORDS.items())
-    summary = _table(("kernel", "case", "tile", "predicted", "binds", "blocks an SM", "faults"),
-                     [(p.kernel, p.case, p.tile, predict.figure(p), NAMES[p.binding], f"{p.facts.blocks} ({p.facts.limit})",
-                       ", ".join(p.facts.faults())) for p in predictions])
+    summary = _table(("kernel", "case", "tile", "predicted", "the model's error", "binds", "blocks an SM", "faults"),
+                     [(p.kernel, p.case, p.tile, predict.figure(p), p.error, NAMES[p.binding],
+                       f"{p.facts.blocks} ({p.facts.limit})", ", ".join(p.facts.faults())) for p in predictions])
     cards = "".join(map(_card, predictions))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
