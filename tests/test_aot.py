@@ -20,6 +20,7 @@ if sys.platform != "linux":
     pytest.skip("cuobjdump comes with Triton's wheels for Linux only", allow_module_level=True)
 
 import aot_kernels  # noqa: E402
+import structure  # noqa: E402
 import triton  # noqa: E402
 
 from sora_fast.testing import aot, launches, sass  # noqa: E402
@@ -259,16 +260,22 @@ def first_of_each(cases: list[aot.AotCase], cc: int) -> list[aot.AotCase]:
     return list({case.fn.__name__: case for case in reversed(cases) if cc in case.ccs}.values())
 
 
-def assert_passes(name: str, cases: list[aot.AotCase], ccs: tuple[int, ...], folder: Path):
+def assert_passes(name: str, cases: list[aot.AotCase], ccs: tuple[int, ...], folder: Path) -> list[aot.Result]:
     results, wrong = aot.check_all(cases, ccs, PROCESSES)
     (folder / f"aot-{name}.md").write_text(aot.table(results), encoding="utf-8")
     assert results and wrong == [], "\n".join(wrong)
+    return results
+
+
+def assert_structure(results: list[aot.Result]):
+    wrong = structure.violations(results)
+    assert wrong == [], "\n".join(wrong)
 
 
 @pytest.mark.parametrize("family", launches.FAMILIES)
 def test_the_first_case_of_each_of_our_kernels_passes(family, tmp_path_factory):
     cases = first_of_each(aot.ours(family), ARCHITECTURE)
-    assert_passes(f"{family}-first", cases, (ARCHITECTURE,), tmp_path_factory.getbasetemp())
+    assert_structure(assert_passes(f"{family}-first", cases, (ARCHITECTURE,), tmp_path_factory.getbasetemp()))
 
 
 def test_every_kernel_is_compiled():

@@ -29,6 +29,7 @@ COMMANDS = {
     "explain": "which backend each op takes on a device, and why",
     "validate": "check ops, or a function of yours, against the reference in float64",
     "bench": "measure every op beside every peer that is installed: gate, then time",
+    "predict": "what the kernels would take on a GPU, from their machine code; no GPU is needed",
     "tune": "find the fastest launches of the Triton kernels on this GPU, and keep them",
     "bench compare": "SAME, FAST, SLOW or UNDECIDED for every row of two runs",
     "bench report": "report.html, report.md and report.csv of one run, or of several side by side",

@@ -1,0 +1,158 @@
+"""sora-fast predict."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..cyclemodel import GPU, GPUS, Kernel, Prediction, cubins, predict
+from ..files import check_file, save_text
+from . import predict_report
+
+DESCRIPTION = """\
+Compiles kernels for a GPU, reads their machine code and issues it to the units of one SM, cycle by cycle. Per kernel,
+tile and direction: cycles by unit and the one that binds, blocks per SM and what limits them, predicted TFLOP/s or share
+of the copy rate, and what the code says for certain: how far ahead copies are issued, divisions and local memory in a
+main loop. Beside every figure stands how far the model was off on published times. Writes OUT/report.html and
+OUT/predictions.json. Takes seconds for each kernel.
+
+  sora-fast predict attention --gpu h200 --case '128 bfloat16'
+  sora-fast predict --impl my_kernels:launch --gpu a100
+  sora-fast predict --impl kernel.cubin --warps 8 --gpu h100"""
+
+
+def add_arguments(parser) -> None:
+    add = parser.add_argument
+    add("families", nargs="*", metavar="FAMILY", help="families of kernels (default: all)")
+    add("--gpu", choices=("h200", "h100", "a100", "l40s", "4090"), default="h200",
+        help="what to predict for (default: %(default)s)")
+    add("--case", default="", metavar="TEXT",
+        help="only cases whose name contains TEXT; of a cubin, functions (default: all)")
+    add("--candidates", action="store_true",
+        help="every tile that the tuner would try too (default: the heuristic's)")
+    add("--impl", metavar="MOD:FN", help="your own: a function without arguments that launches Triton kernels on tensors of "
+                                         "the device meta, or a .cubin's path (default: ours)")
+    add("--warps", type=int, default=0, metavar="N",
+        help="warps of a block of a .cubin, which does not say it (default: none)")
+    add("--shared", type=int, default=0, metavar="BYTES",
+        help="dynamic shared memory of a block of a .cubin (default: %(default)s)")
+    add("--json", action="store_true", help="print JSON, not text (default: text)")
+    add("--out", default="out/predict", metavar="DIR", help="folder for the report (default: %(default)s)")
+
+
+def run(arguments) -> int:
+    """Print a prediction per kernel, tile and direction, and write report.html and predictions.json.
+
+    Returns 1 if a kernel could not be predicted (it does not compile, or its blocks do not fit), else 0.
+    """
+    gpu = GPUS[arguments.gpu]
+    out = Path(arguments.out)
+    check_file("--out", out / "report.html")
+    found: list[Prediction] = []
+    failed = 0
+    for name, make in _work(arguments, gpu):
+        try:
+            found.append(predict(make(), gpu))
+        except Exception as error:  # a compiler's too: the other kernels still count
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            print(f"predict: {name}: {lines[-1]}", file=sys.stderr, flush=True)
+            failed += 1
+            continue
+        if not arguments.json:
+            print(line(found[-1]), flush=True)
+    if not found and not failed:
+        raise ValueError(f"predict: expected --case to leave a kernel on {gpu.name}, got {arguments.case!r}; leave it out "
+                         f"to see their names")
+    rows = [prediction.to_dict() for prediction in found]
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+    out.mkdir(parents=True, exist_ok=True)
+    save_text(out / "predictions.json", json.dumps(rows, indent=1) + "\n")
+    save_text(out / "report.html", predict_report.html(found, gpu))
+    print(f"wrote {out / 'report.html'}", file=sys.stderr if arguments.json else sys.stdout)
+    return 1 if failed else 0
+
+
+def _work(arguments, gpu: GPU) -> Iterator[tuple[str, object]]:
+    """(name, function that makes the Kernel) of all that is asked for."""
+    if arguments.impl and arguments.impl.endswith(".cubin"):
+        yield from _cubin(arguments, gpu)
+        return
+    from . import predict_kernels
+
+    if arguments.impl:
+        work = predict_kernels.theirs(_launcher(arguments.impl), arguments.impl)
+    else:
+        from ..testing.launches import FAMILIES
+
+        unknown = [name for name in arguments.families if name not in FAMILIES]
+        if unknown:
+            raise ValueError(f"predict: expected families among {', '.join(FAMILIES)}, got {', '.join(unknown)}; check the "
+                             f"name")
+        work = (each for family in arguments.families or FAMILIES
+                for each in predict_kernels.ours(family, gpu, arguments.case, arguments.candidates))
+    for each in work:
+        yield each.name, lambda each=each: each.kernel(gpu)
+
+
+def _launcher(path: str):
+    """A user's function that launches; not the kernel, whose arguments nobody here knows."""
+    from ..named import load_function
+
+    found = load_function(path, "--impl")
+    if hasattr(found, "arg_names") and hasattr(found, "run"):
+        raise ValueError(f"--impl: expected a function without arguments that launches your kernel on tensors of the device "
+                         f"'meta', got the kernel {path} itself; write one: def launch(): kernel[grid](torch.empty(..., "
+                         f"device='meta'), ...)")
+    return found
+
+
+def _cubin(arguments, gpu: GPU) -> Iterator[tuple[str, object]]:
+    path = Path(arguments.impl)
+    if not path.is_file():
+        raise ValueError(f"--impl: expected a file, got none at {path}; check the path")
+    if not arguments.warps:
+        raise ValueError(f"--impl: expected --warps beside {path.name}, got none: a cubin does not say how many warps a "
+                         f"block has; pass it, and --shared for dynamic shared memory")
+    for each in cubins.functions(path, arguments.case):
+        if each.cc != gpu.cc:
+            raise ValueError(f"--gpu: expected a GPU of sm_{each.cc}, for which {path.name} is compiled, got {gpu.name}, sm_"
+                             f"{gpu.cc}; choose another")
+        yield each.name, lambda each=each: Kernel(each.name, each.sass, each.registers, each.shared + arguments.shared,
+                                                  arguments.warps, case=path.name, tile=f"w{arguments.warps}")
+
+
+def figure(prediction: Prediction) -> str:
+    """TFLOP/s or the share of a copy's rate."""
+    if prediction.tflops is not None:
+        return f"{prediction.tflops:,.0f} TFLOP/s"
+    return f"{prediction.copy_share:.0%} of the copy rate"
+
+
+def structure(prediction: Prediction) -> str:
+    """What SASS says, in one line."""
+    facts = prediction.facts
+    said = [f"{facts.blocks} block{'s' if facts.blocks != 1 else ''} an SM ({facts.limit})",
+            f"{prediction.registers} registers"]
+    if facts.prefetch is not None:
+        said.append(f"copies {facts.prefetch:.2f} turns ahead")
+    said += [f"{count} {name}" for count, name in (
+        (facts.divisions, "divisions in the loop"), (facts.calls, "calls in the loop"),
+        (facts.local, "local accesses in the loop"), (facts.local_outside, "outside")) if count]
+    if prediction.lanes < 1:
+        said.append(f"{prediction.lanes:.0%} of the lanes used")
+    if prediction.issue_over_dram is not None:
+        said.append(f"issue {prediction.issue_over_dram:.0%} of DRAM time")
+    return ", ".join(said)
+
+
+def line(prediction: Prediction) -> str:
+    """One kernel on three lines."""
+    busiest = sorted(prediction.units.items(), key=lambda unit: -unit[1])[:4]
+    faults = prediction.facts.faults()
+    direction = f" ({prediction.direction})" if prediction.direction else ""
+    return (f"{prediction.case}, {prediction.kernel}{direction}, {prediction.tile}: predicted {figure(prediction)} on "
+            f"{prediction.gpu} (the model's error: {prediction.error})\n"
+            f"  {prediction.cycles:,.0f} cycles a turn; busy {', '.join(f'{unit} {busy:,.0f}' for unit, busy in busiest)}"
+            f"; {prediction.binding} binds\n"
+            f"  {structure(prediction)}{'; FAULTS: ' + ', '.join(faults) if faults else ''}")

@@ -1,0 +1,105 @@
+"""report.html of ``sora-fast predict``: for each kernel a picture of its units' busy time, as a profiler's speed of light.
+
+The page is one file, in the style of the benchmark's report. Every figure is called predicted.
+"""
+
+import html as escaping
+from collections.abc import Sequence
+
+from ..benchmarks.report import STYLE
+from ..cyclemodel import GPU, Prediction, calibration
+from . import predict
+
+UNITS = ("tensor", "issue", "alu", "fma", "xu", "shfl", "uniform", "smem", "L2", "DRAM")
+NAMES = {"tensor": "Tensor Core", "issue": "instruction issue", "alu": "integer and logic", "fma": "floating point",
+         "xu": "exp2, rcp, conversions", "shfl": "shuffles", "uniform": "uniform datapath", "smem": "shared memory",
+         "L2": "L2", "DRAM": "DRAM"}
+PICTURE = """
+.unit { display: grid; grid-template-columns: 10.5rem 1fr 4.5rem; column-gap: .7rem; align-items: center; font-size: .85rem;
+  padding: .1rem 0; }
+.unit .share { text-align: right; font-variant-numeric: tabular-nums; } .binds { font-weight: 650; }
+.track { background: var(--soft); border-radius: .2rem; height: .7rem; }
+.track i { display: block; height: 100%; min-width: 2px; border-radius: .2rem; background: var(--other); }
+.binds .track i { background: var(--accent); }
+.stack { display: flex; height: 1.1rem; border-radius: .2rem; overflow: hidden; background: var(--soft); margin: .5rem 0; }
+.stack i { height: 100%; } .figure { font-size: 1.25rem; font-weight: 650; margin: .3rem 0 0; }
+.fault { color: var(--bad); font-weight: 650; }
+"""
+WORDS = {
+    "predicted": "Nothing here ran on a GPU. Machine code is read, and its instructions are issued to the units of one SM, "
+                 "cycle by cycle, at published rates.",
+    "a full bar": "The cycles of one turn of the main loop, or of one block where there is none, as simulated. What a unit "
+                  "leaves of its bar, it waits.",
+    "stacked": "Where a scheduler's time goes: cycles in which an instruction was issued, and cycles in which none could "
+               "be, by what the next one waited for.",
+    "the model's error": "Predicted over published, less one, on kernels that others wrote and timed: the table at the end. "
+                         "What is not like them is not calibrated.",
+}
+COLOURS = ("#2a78d6", "#c98a1b", "#8a94a3", "#7a5cc0", "#3f9a6a", "#c0567a", "#6b7280", "#b0b0b0")
+
+
+def _units(prediction: Prediction) -> str:
+    lines = []
+    for unit in UNITS:
+        busy = prediction.units.get(unit, 0.0) / prediction.cycles
+        if busy >= 0.02:
+            binds = " binds" if unit == prediction.binding else ""
+            width = min(1.0, busy) * 100
+            lines.append(f'<div class="unit{binds}"><span>{NAMES[unit]}</span><span class=track>'
+                         f'<i style="width:{width:.1f}%"></i></span><span class=share>{busy:.0%}</span></div>')
+    return "".join(lines)
+
+
+def _stack(prediction: Prediction) -> str:
+    """Issue and waits, stacked; the simulation is of one sub-partition, so that all of them are of its cycles."""
+    parts = [("issued", prediction.units.get("issue", 0.0)), *prediction.waits.items()]
+    whole = max(prediction.cycles, sum(cycles for _, cycles in parts))
+    bar = "".join(f'<i style="width:{cycles / whole * 100:.1f}%;background:{colour}" title="{name}, {cycles:,.0f}"></i>'
+                  for (name, cycles), colour in zip(parts, COLOURS, strict=False))
+    key = " \u00b7 ".join(f'<span style="color:{colour}">\u25a0</span> {escaping.escape(name)} {cycles / whole:.0%}'
+                          for (name, cycles), colour in zip(parts, COLOURS, strict=False) if cycles / whole >= 0.02)
+    return f"<div class=stack>{bar}</div><small>{key}</small>"
+
+
+def _card(prediction: Prediction) -> str:
+    faults = prediction.facts.faults()
+    told = f'<p class=fault>{escaping.escape(", ".join(faults))}</p>' if faults else ""
+    escape = escaping.escape
+    return (f"<div class=card><h4>{escape(prediction.kernel)} <small>{escape(prediction.direction)}</small></h4>"
+            f"<p>{escape(prediction.case)} \u00b7 {escape(prediction.tile)}</p>"
+            f"<p class=figure>{escape(predict.figure(prediction))} predicted</p>"
+            f"<p>the model's error: {escape(prediction.error)}</p>{told}{_units(prediction)}{_stack(prediction)}"
+            f"<p>{escape(predict.structure(prediction))}; {prediction.instructions:,} instructions a warp</p></div>")
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = lambda tag, values: "".join(f"<{tag}>{escaping.escape(value)}</{tag}>" for value in values)
+    lines = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f"<div class=wide><table><tr>{cells('th', heads)}</tr>{lines}</table></div>"
+
+
+def _calibration() -> str:
+    rows = [(row["kernel"], row["gpu"], f"{row['predicted']:,.0f}", f"{row['published']:,.0f}", f"{row['error']:+.0%}",
+             "yes" if row["fitted"] else "no", row["source"]) for row in calibration.rows()]
+    heads = ("kernel", "GPU", "predicted TFLOP/s", "published TFLOP/s", "error", "used for fitting", "source of the time")
+    return _table(heads, rows) if rows else "<p>No row yet.</p>"
+
+
+def html(predictions: Sequence[Prediction], gpu: GPU) -> str:
+    """The page."""
+    words = "".join(f"<dt>{escaping.escape(word)}</dt><dd>{escaping.escape(text)}</dd>" for word, text in WORDS.items())
+    summary = _table(("kernel", "case", "tile", "predicted", "the model's error", "binds", "blocks an SM", "faults"),
+                     [(p.kernel, p.case, p.tile, predict.figure(p), p.error, NAMES[p.binding],
+                       f"{p.facts.blocks} ({p.facts.limit})", ", ".join(p.facts.faults())) for p in predictions])
+    cards = "".join(map(_card, predictions))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>sora_fast: predicted for {gpu.name}</title><style>{STYLE}{PICTURE}</style></head><body>
+<h1>Predicted for {gpu.name}, sm_{gpu.cc}</h1>
+<p class=lead>{len(predictions)} kernels by the cycle model. Predicted, not measured.</p>
+<details><summary>What the words and pictures mean</summary><dl>{words}</dl></details>
+<h2>In short</h2>{summary}
+<h2>Kernels</h2><div class=cards>{cards}</div>
+<h2>How far the model was off</h2>{_calibration()}
+</body></html>
+"""

@@ -1,0 +1,57 @@
+"""Kernels of a cubin: their names, listings and resources, by cuobjdump (in Triton's wheel, or a CUDA toolkit's)."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Function:
+    name: str
+    cc: int
+    sass: str
+    registers: int
+    shared: int  # bytes of static shared memory
+    local: int  # bytes of local memory of a thread
+
+
+def tool(name: str = "cuobjdump") -> str:
+    """The path of a CUDA binary utility; ImportError if there is none."""
+    try:
+        from triton import knobs
+
+        return getattr(knobs.nvidia, name).path
+    except (ImportError, AttributeError, RuntimeError):
+        found = shutil.which(name)
+        if found is None:
+            raise ImportError(f"cyclemodel: expected {name}, of Triton's wheel for Linux or a CUDA toolkit, got none; run "
+                              f"pip install triton") from None
+        return found
+
+
+def _run(*arguments: str) -> str:
+    done = subprocess.run([tool(), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise ValueError(f"cyclemodel: expected a cubin that cuobjdump reads, got {arguments[-1]}: {said[-1]}; pass a "
+                         f".cubin of one GPU architecture")
+    return done.stdout
+
+
+def functions(path: str | Path, pattern: str = "") -> list[Function]:
+    """The kernels in a cubin whose name ``pattern`` (a regular expression) is found in."""
+    usage = _run("-res-usage", str(path))
+    found = []
+    for name, numbers in re.findall(r"Function (\S+):\s*\n(.*)", usage):
+        if not re.search(pattern, name):
+            continue
+        number = lambda key, numbers=numbers: int((re.search(rf"\b{key}:(\d+)", numbers) or [0, 0])[1])
+        listing = _run("-sass", "-fun", name, str(path))
+        arch = re.search(r"sm_(\d+)", listing)
+        if arch is None:
+            raise ValueError(f"cyclemodel: expected machine code of {name} in {path}, got none; pass a .cubin that holds "
+                             f"SASS")
+        found.append(Function(name, int(arch[1]), listing, number("REG"), number("SHARED"), number("STACK")))
+    return found

@@ -1,0 +1,287 @@
+"""The in-order issue of the warps of one SM sub-partition, turn by turn.
+
+Each holds a quarter of every resident block's warps; a warp issues its instructions in order, and each cycle one warp may.
+What it waits for: ptxas's stall counts and scoreboards, units that are busy, wgmma groups, copies (cp.async, TMA), barriers
+of a block and named ones. Sub-partitions are taken to be alike: a barrier of 256 threads is one of two of these warps.
+"""
+
+import re
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .gpus import GPU
+from .sass import NONE, Instruction
+from .units import (
+    barrier,
+    copies_tiles,
+    issue_cycles,
+    kind,
+    l2_bytes,
+    smem_bytes,
+    tensor_cycles,
+    wgmma_shape,
+    with_a_helper,
+)
+
+QUEUES = {"xu": 16, "shfl": 8, "lsu": 24}  # cycles of work that may stand before a slow unit (estimates)
+UNITS = {"half": "fma"}  # that another name is for
+PORTS = ("fma", "half", "heavy", "alu")  # read two or three registers
+NEVER = float("inf")
+
+
+@dataclass(frozen=True)
+class Result:
+    cycles: float  # of one turn of all warps, in the steady state
+    waits: dict[str, int]  # cycles of a turn in which no warp could issue, by what the next one waited for
+
+
+class _Step:
+    """What the simulation must know of one instruction."""
+
+    def __init__(self, i: Instruction, gpu: GPU, copies: bool):
+        self.kind, self.base, self.never = kind(i), i.base, i.never
+        self.cost, self.tensor, self.smem = issue_cycles(i, gpu), tensor_cycles(i, gpu), smem_bytes(i)
+        self.wgmma = wgmma_shape(i) is not None
+        self.ends_group = "gsb0" in i.body
+        self.l2 = l2_bytes(i, gpu, copies)
+        self.busy = max(self.cost, self.smem * 4 / gpu.smem, 32 * i.width / 32 if i.base in ("LDG", "STG") else 0)
+        self.stall, self.sets, self.holds = max(1, i.stall), i.sets, i.holds
+        self.boards = [board for board in range(6) if i.waits >> board & 1]
+        left = re.search(r"(SB\d|gsb0), (0x\w+)", i.body) if "DEPBAR.LE" in i.opcode else None
+        self.left = None if left is None else (left[1], int(left[2], 16))
+        self.phase = i.base == "SYNCS" and "PHASECHK" in i.opcode
+        self.barrier = barrier(i)
+
+
+class _Warp:
+    def __init__(self, block: int, place: int, start: int):
+        self.block, self.place, self.ready, self.pc, self.turn = block, place, float(start), 0, 0
+        self.boards = [deque() for _ in range(6)]
+        self.copied = 0.0  # when the latest cp.async has arrived
+        self.groups: deque = deque(maxlen=8)  # when wgmma groups end
+        self.products: deque = deque(maxlen=8)  # when products end
+        self.marks: list[float] = []
+        self.blocked = False  # at a barrier
+        self.arrivals = 0  # at barriers named by a register, since the last wait at one
+        self.stored = 0.0  # bytes in shared memory for a warp that copies them on
+        self.taken = 0.0  # when that warp has taken them
+
+
+class Simulation:
+    """``warps`` of each of ``blocks`` blocks that run ``path`` again and again.
+
+    ``bulk``: bytes that TMA loads in a turn of a block, ``distance`` turns ahead. ``rate``: bytes a clock from memory that
+    the SM gets, ``latency`` its time. ``stagger``: cycles between the blocks' starts.
+    """
+
+    def __init__(self, path: Sequence[Instruction], gpu: GPU, warps: int, blocks: int, *, bulk: float = 0.0,
+                 distance: int = 1, latency: float | None = None, rate: float | None = None, stagger: int = 400):
+        self.gpu, self.per_block = gpu, max(1, warps // 4)
+        self.latency, self.rate = latency or gpu.latency_l2, (rate or gpu.l2_port) / 4
+        self.steps = [_Step(i, gpu, copies_tiles(path)) for i in path]
+        self.warps = [_Warp(block, place, block * stagger + place)
+                      for block in range(blocks) for place in range(self.per_block)]
+        self.free = defaultdict(float)
+        self.arrived = Counter()
+        self.waiting = defaultdict(list)
+        self.loads = [at for at, step in enumerate(self.steps) if step.base == "UTMALDG"]
+        waits = [at for at, step in enumerate(self.steps) if step.phase]
+        # The j-th wait of a turn is for the j-th part of its loads, where they can be paired.
+        paired = bool(waits and self.loads) and len(self.loads) % len(waits) == 0
+        parts = len(self.loads) // len(waits) if paired else 1
+        self.part = {at: j // parts if paired else 0 for j, at in enumerate(self.loads)}
+        self.part |= {at: j if paired else 0 for j, at in enumerate(waits)}
+        self.bulk, self.distance, self.loaded = bulk, distance, {}
+        self.now = 0.0
+        self._arrive_first()
+
+    def _arrive_first(self) -> None:
+        """Where warpgroups take turns at barriers of their own, the first finds its barrier open."""
+        own = [step.barrier for step in self.steps if step.barrier and self._takes_turns(step.barrier)]
+        for _, name, threads in own:
+            for block in {warp.block for warp in self.warps}:
+                self.arrived[block, name[:1], 0] = max(self.arrived[block, name[:1], 0], self._needed(threads) - 1)
+
+    def _takes_turns(self, barrier) -> bool:
+        """Whether a barrier's id is in a register: each warpgroup then has one of its own, which others arrive at."""
+        _, name, threads = barrier
+        return name.startswith("R") and threads is not None and threads % 128 == 0 and self.per_block > 1
+
+    def _needed(self, threads: int | None) -> int:
+        return self.per_block if threads is None else max(1, threads // 128)
+
+    # -------------------------------------------------------------------------------------------------------- waiting
+    def _ready(self, warp: _Warp) -> tuple[float, str]:
+        """When a warp may issue its next instruction, and what it waits for."""
+        if warp.blocked:
+            return NEVER, "barrier"
+        step, gpu = self.steps[warp.pc], self.gpu
+        when, why = warp.ready, "stall count"
+        for board in step.boards:
+            if warp.boards[board]:
+                end = max(warp.boards[board])
+                if end > when:
+                    when, why = end, "scoreboard"
+        if step.never:
+            return when, why
+        end, cause = 0.0, ""
+        if step.left is not None:
+            name, left = step.left
+            queue = warp.groups if name == "gsb0" else sorted(warp.boards[int(name[2])])
+            end, cause = queue[-left - 1] if len(queue) > left else 0.0, "wgmma" if name == "gsb0" else "copies"
+        elif step.wgmma:
+            pending = [product for product in warp.products if product > when]
+            end = sorted(pending)[-gpu.wgmma_queue] if len(pending) >= gpu.wgmma_queue else 0.0
+            cause = "wgmma queue"
+        elif step.kind == "matrix":
+            end, cause = self.free["matrix"], "tensor"
+        elif step.kind == "heavy":
+            end, cause = max(self.free["heavy"], self.free["fma"]), "fma"
+        elif step.kind in ("fma", "half", "alu", "uniform", *QUEUES):
+            unit = UNITS.get(step.kind, step.kind)
+            end, cause = self.free[unit] - QUEUES.get(unit, 0), unit
+        elif step.phase and self.bulk:
+            end, cause = self.loaded.get((warp.block, warp.turn, self.part[warp.pc]), 0.0), "copies"
+        elif with_a_helper(step.barrier) and step.barrier[0] == "SYNC":
+            end, cause = warp.taken, "atomics"
+        return (end, cause) if end > when else (when, why)
+
+    # -------------------------------------------------------------------------------------------------------- issuing
+    def _occupy(self, unit: str, busy: float) -> float:
+        """The unit's start of ``busy`` cycles of work."""
+        start = max(self.now, self.free[unit])
+        self.free[unit] = start + busy
+        return start
+
+    def _memory(self, nbytes: float) -> float:
+        """When bytes that are asked for now have arrived."""
+        return self._occupy("l2", nbytes / self.rate) + nbytes / self.rate + self.latency
+
+    def _issue(self, warp: _Warp) -> None:
+        step, gpu, now = self.steps[warp.pc], self.gpu, self.now
+        if step.kind in PORTS and not step.never and self.free["matrix"] > now:
+            self.now += gpu.wgmma_ports - 1
+        written = read = now + 4
+        if step.never:
+            pass
+        elif step.wgmma:
+            end = self._occupy("matrix", step.tensor) + step.tensor
+            warp.products.append(end)
+            if step.ends_group:
+                warp.groups.append(end + gpu.latency_wgmma)
+            written = read = end + gpu.latency_wgmma
+        elif step.kind == "matrix":
+            self._occupy("matrix", step.tensor)
+            written, read = now + 33, now + 8
+        elif step.kind == "heavy":
+            self._occupy("heavy", gpu.imad)
+            self._occupy("fma", gpu.fma)
+        elif step.kind in ("fma", "half"):
+            self._occupy("fma", step.cost)
+        elif step.kind == "lsu":
+            written, read = self._access(warp, step)
+        elif step.kind == "xu":
+            start = self._occupy("xu", step.cost)
+            written, read = start + step.cost + gpu.latency_xu, start + 4
+        elif step.kind == "shfl":
+            start = self._occupy("shfl", step.cost)
+            written, read = start + step.cost + gpu.latency_shfl, start + 6
+        elif step.kind in ("alu", "uniform"):
+            self._occupy(step.kind, step.cost)
+            written = now + (12 if step.kind == "uniform" or step.base == "R2UR" else 6)
+        elif step.base == "LDGDEPBAR":
+            written = max(now + 4, warp.copied)
+        elif step.base in ("MEMBAR", "FENCE"):
+            written = read = now + gpu.latency_barrier
+        elif step.base in ("SYNCS", "LDC", "S2R", "S2UR"):
+            written = now + (22 if step.base == "SYNCS" else 30)
+        elif step.base == "UTMALDG" and self.bulk and warp.place == 0:
+            key = warp.block, warp.turn + self.distance, self.part[warp.pc]
+            arrives = self._memory(self.bulk / len(self.loads) / 4) + gpu.latency_tma - self.latency
+            self.loaded[key] = max(self.loaded.get(key, 0.0), arrives)
+        for board, end in ((step.sets, written), (step.holds, read)):
+            if board != NONE:
+                queue = warp.boards[board]
+                while queue and queue[0] <= now:
+                    queue.popleft()
+                queue.append(end)
+        warp.ready = now + step.stall
+        if step.barrier:
+            self._meet(warp, step)
+        warp.pc += 1
+        if warp.pc == len(self.steps):
+            warp.pc, warp.turn = 0, warp.turn + 1
+            warp.marks.append(now)
+
+    def _access(self, warp: _Warp, step: _Step) -> tuple[float, float]:
+        """When a load, store or atomic has written its result, and read its operands."""
+        start = self._occupy("lsu", step.busy)
+        read = start + step.busy + 6
+        if step.base in ("STS", "STSM"):
+            warp.stored += step.smem
+        if step.base in ("LDS", "LDSM"):
+            return start + step.busy + self.gpu.latency_smem, read
+        if not step.l2:
+            return read, read
+        arrives = self._memory(step.l2)
+        if step.base == "LDGSTS":
+            warp.copied = max(warp.copied, arrives)
+            return read, read
+        return arrives if step.base != "RED" and step.base != "REDG" else read, read
+
+    def _meet(self, warp: _Warp, step: _Step) -> None:
+        what, name, threads = step.barrier
+        if with_a_helper(step.barrier):
+            if what == "ARV":
+                warp.taken = self._memory(warp.stored / self.gpu.red)
+            warp.stored = 0.0
+            return
+        if threads is not None and threads < 128:
+            return  # of fewer than a warp here
+        owner = None
+        if self._takes_turns(step.barrier):
+            name = name[:1]
+            if what == "SYNC":
+                owner, warp.arrivals = warp.place, 0
+            else:
+                warp.arrivals += 1
+                owner = (warp.place + warp.arrivals) % self.per_block
+        key = warp.block, name, owner
+        self.arrived[key] += 1
+        if what == "SYNC":
+            warp.blocked = True
+            self.waiting[key].append(warp)
+        if self.waiting[key] and self.arrived[key] >= self._needed(threads):
+            for other in self.waiting.pop(key):
+                other.blocked, other.ready = False, max(other.ready, self.now + self.gpu.latency_barrier)
+            self.arrived[key] -= self._needed(threads)
+
+    def run(self, turns: int = 12) -> Result:
+        """The last issued warp goes on while it can, unless it is a turn ahead of another; else the first that is ready."""
+        waits, last, slowest = Counter(), self.warps[0], 0
+        while slowest < turns:
+            best, when, why = None, NEVER, ""
+            ahead = last.turn > slowest + 1
+            for warp in self.warps if ahead else (last, *self.warps):
+                ready, cause = self._ready(warp)
+                if ready < when or ready == when and ready < NEVER and warp.turn < best.turn:
+                    best, when, why = warp, ready, cause
+                    if when <= self.now and not ahead:
+                        break
+            if best is None:
+                raise ValueError("cyclemodel: expected barriers that the loop's own warps meet at, got one that none "
+                                 "arrives at; the loop is one role of several, which the model cannot simulate")
+            if when > self.now:
+                waits[why] += when - self.now
+                self.now = when
+            self._issue(best)
+            if best.pc == 0:
+                slowest = min(warp.turn for warp in self.warps)
+            last = best
+            self.now += 1
+        skip = max(2, turns // 3)
+        each = [(warp.marks[-1] - warp.marks[skip]) / (len(warp.marks) - 1 - skip) for warp in self.warps
+                if len(warp.marks) > skip + 1]
+        return Result(len(each) / sum(1 / cycles for cycles in each),
+                      {why: round(cycles / turns) for why, cycles in waits.most_common(6)})

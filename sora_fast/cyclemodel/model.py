@@ -1,0 +1,125 @@
+"""What a kernel is predicted to take on a GPU: cycles by unit, what binds, blocks per SM, TFLOP/s or share of the copy rate.
+
+A prediction is no measurement. What the model cannot see: bank conflicts, L2 misses, the tail of a grid, what stands outside
+of the main loop. Beside every figure stands how far the model was off on kernels with published times (calibration.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from . import calibration, facts, sass, turns, units
+from .gpus import GPU, blocks_per_sm
+from .issue import Simulation
+from .sass import Instruction
+
+PEAK = 4096  # FLOPs a clock of an sm_90 SM, 16-bit operands: the only one whose clock depends on them here
+BETWEEN = 250  # cycles from a block's end to its successor's first instruction (estimate)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel, and what its machine code does not say."""
+
+    name: str
+    sass: str  # cuobjdump's listing of one function
+    registers: int
+    shared: int
+    warps: int
+    case: str = ""
+    tile: str = ""
+    direction: str = ""
+    stages: int | None = None  # of a TMA pipeline
+    bulk: float = 0.0  # bytes that TMA loads for a block in one turn of its main loop
+    useful: float = 1.0  # share of the lanes, or of the FLOPs, that is no padding
+    memory: bool = False  # its time is memory's, matrix products or not
+    traffic: float | None = None  # DRAM bytes for each byte stored; None: those of all its accesses
+
+
+@dataclass(frozen=True)
+class Prediction:
+    kernel: str
+    case: str
+    tile: str
+    direction: str
+    gpu: str
+    registers: int
+    shared: int
+    warps: int
+    instructions: int  # of a warp in one turn
+    units: dict[str, float]  # busy cycles of an SM in one turn of all resident blocks
+    binding: str  # the busiest unit
+    bound: float  # its cycles: what is left where all overlaps
+    cycles: float  # of one turn of all resident blocks, simulated
+    waits: dict[str, int]
+    tflops: float | None  # useful ones
+    bound_tflops: float | None
+    copy_share: float | None  # of the rate of a copy
+    lanes: float
+    issue_over_dram: float | None
+    facts: facts.Facts
+    error: str  # the model's, on kernels like this one
+
+    def to_dict(self) -> dict:
+        return {"predicted": True, **asdict(self), "faults": self.facts.faults()}
+
+
+def _matrix(path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int) -> dict:
+    warps = kernel.warps * blocks
+    busy = units.cycles(path, gpu, warps, kernel.bulk * blocks)
+    distance = (kernel.stages or 2) - 1
+    found = Simulation(path, gpu, kernel.warps, blocks, bulk=kernel.bulk, distance=distance).run()
+    cycles = max(found.cycles, busy.get("L2", 0), busy.get("smem", 0))
+    work = sum(map(units.flops, path)) * warps * kernel.useful
+    done = work / kernel.useful
+    rate = lambda taken: work / taken * gpu.sms * gpu.clock(done / taken / PEAK) * 1e-3
+    return dict(units=busy, cycles=cycles, waits=found.waits, tflops=rate(cycles), bound_tflops=rate(max(busy.values())),
+                copy_share=None, issue_over_dram=None)
+
+
+def _stream(path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int, between: int) -> dict:
+    """A turn, or a block, beside all that are resident, DRAM as the queue that all accesses go through."""
+    accesses = [i for i in path if i.base in units.GLOBAL and not i.never]
+    nbytes = lambda those: sum(32 * i.width * kernel.warps for i in those)
+    moved, stored = nbytes(accesses), nbytes(i for i in accesses if i.base == "STG")
+    dram = max(1.0, kernel.useful * (stored * kernel.traffic if kernel.traffic else moved))
+    joined = max(1, 4 // kernel.warps)  # blocks of fewer warps than sub-partitions: as many as make one warp on each
+    found = Simulation(path, gpu, max(kernel.warps, 4), max(1, blocks // joined), latency=gpu.latency_dram,
+                       rate=gpu.bytes_per_clock * moved / dram, stagger=150).run(6)
+    busy = units.cycles(path, gpu, kernel.warps * blocks) | {"DRAM": dram * blocks / gpu.bytes_per_clock}
+    busy.pop("L2", None)
+    cycles = max(found.cycles + between, busy["DRAM"])
+    return dict(units=busy, cycles=cycles, waits=found.waits, tflops=None, bound_tflops=None,
+                copy_share=busy["DRAM"] / cycles, issue_over_dram=busy["issue"] / busy["DRAM"])
+
+
+def _streaming(code: list[Instruction]) -> tuple[list[Instruction], int]:
+    """What repeats in a kernel whose time is memory's, and the cycles between: a loop that loads and stores, or a block."""
+    reads_and_writes = lambda path: {"LDG", "STG"} <= {i.base for i in path}
+    paths = [path for path in (turns.turn(loop, code) for loop in turns.main_loops(code)) if reads_and_writes(path)]
+    return (max(paths, key=len), 0) if paths else (turns.through(code), BETWEEN)
+
+
+def predict(kernel: Kernel, gpu: GPU) -> Prediction:
+    """One kernel; ValueError where its blocks do not fit, or it has neither a matrix loop nor accesses to memory."""
+    code = max(sass.functions(kernel.sass), key=len)
+    blocks, limit = blocks_per_sm(gpu, kernel.registers, kernel.shared, kernel.warps)
+    if not blocks:
+        raise ValueError(f"predict: expected blocks of {kernel.name} that fit on an SM of {gpu.name}, got one that has no "
+                         f"room for its {limit}; use smaller tiles or fewer stages")
+    loops = [loop for loop in turns.main_loops(code) if any(map(units.flops, loop))]
+    if loops and not kernel.memory:
+        # of loops with as much work, one has masks: the shorter one is of interior tiles
+        path = max((turns.turn(loop, code) for loop in loops), key=lambda path: (sum(map(units.flops, path)), -len(path)))
+        found = _matrix(path, kernel, gpu, blocks)
+    else:
+        path, between = _streaming(code)
+        if not any(i.base == "STG" for i in path):
+            raise ValueError(f"predict: expected a main loop with matrix products, or stores to global memory, in "
+                             f"{kernel.name}, got neither; the model has nothing to count it by")
+        found = _stream(path, kernel, gpu, blocks, between)
+    binding = max(found["units"], key=found["units"].get)
+    return Prediction(
+        kernel.name, kernel.case, kernel.tile, kernel.direction, gpu.name, kernel.registers, kernel.shared, kernel.warps,
+        len(path), binding=binding, bound=found["units"][binding], lanes=kernel.useful,
+        facts=facts.read(code, blocks, limit, kernel.warps, kernel.stages),
+        error=calibration.known_error(calibration.kind_of(path), gpu), **found)

@@ -1,0 +1,143 @@
+"""Reading SASS, an NVIDIA GPU's machine code as cuobjdump prints it: instructions with their control bits, blocks, loops.
+
+ptxas writes into each 128-bit encoding how long the warp waits before its next instruction and what scoreboards it sets and
+waits for; a listing without encodings reads as instructions that take one cycle and wait for nothing.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property, reduce
+
+# An instruction starts with its address in a comment; the comments behind it are its encoding's two words.
+LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*(?:\?\S+\s*)*;"
+                  r"(?:\s*/\* 0x[0-9a-f]{16} \*/\s*/\* 0x([0-9a-f]{16}) \*/)?")
+PREDICATE = re.compile(r"@!?U?P\w+\s+")
+WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # bytes; 4 where none is named
+NONE = 7  # no scoreboard
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int  # bytes from the start of its function
+    text: str  # with its predicate: "@!P0 BRA 0x24d0"
+    stall: int = 1  # cycles before the warp's next instruction
+    sets: int = NONE  # scoreboard that is set until the result is written
+    holds: int = NONE  # scoreboard that is set until the operands are read
+    waits: int = 0  # mask of scoreboards that must be free
+
+    @cached_property
+    def body(self) -> str:
+        return PREDICATE.sub("", self.text)
+
+    @cached_property
+    def opcode(self) -> str:
+        return self.body.split()[0]
+
+    @cached_property
+    def base(self) -> str:
+        """The opcode without its modifiers: LDG of LDG.E.128."""
+        return self.opcode.split(".")[0]
+
+    @cached_property
+    def never(self) -> bool:
+        """Whether its predicate is false in every thread: it is issued, and does nothing."""
+        return self.text.startswith(("@!PT", "@!UPT"))
+
+    @cached_property
+    def width(self) -> int:
+        """Bytes that one thread accesses."""
+        return next((WIDTHS[part] for part in self.opcode.split(".") if part in WIDTHS), 4)
+
+    @cached_property
+    def target(self) -> int | None:
+        """The address a branch goes to; None for everything else, and for branches through a register.
+
+        On sm_80 ptxas leaves loops by a CALL with a predicate, which does not come back.
+        """
+        jumps = self.base in ("BRA", "JMP") or self.base == "CALL" and self.text != self.body
+        found = re.search(r"\b0x([0-9a-f]+)$", self.body) if jumps else None
+        return int(found[1], 16) if found else None
+
+    @cached_property
+    def falls_through(self) -> bool:
+        """Whether the next instruction may follow: not behind EXIT, RET or a branch without a condition."""
+        ends = self.base in ("EXIT", "RET") or re.fullmatch(r"(BRA|JMP)\S* 0x[0-9a-f]+", self.body)
+        return not ends or self.body != self.text
+
+
+def _instruction(address: str, text: str, high: str) -> Instruction:
+    if not high:
+        return Instruction(int(address, 16), text)
+    word = int(high, 16)  # bits 64 to 127
+    return Instruction(int(address, 16), text, word >> 41 & 15, word >> 46 & 7, word >> 49 & 7, word >> 52 & 63)
+
+
+def named_functions(sass: str) -> dict[str, list[Instruction]]:
+    """The instructions of each function of a listing, in order; "" is the name of one that has none."""
+    parts = [part.partition("\n") for part in sass.split("Function :")[1:]] or [("", "", sass)]
+    return {name.strip(): [_instruction(*found) for found in LINE.findall(listing)] for name, _, listing in parts}
+
+
+def functions(sass: str) -> list[list[Instruction]]:
+    return list(named_functions(sass).values())
+
+
+def graph(code: list[Instruction]) -> tuple[list[list[Instruction]], list[list[int]]]:
+    """Basic blocks of one function, and for each the numbers of those that may follow it."""
+    position = {instruction.address: index for index, instruction in enumerate(code)}
+    targets = {position[i.target] for i in code if i.target in position}
+    behind = {index + 1 for index, i in enumerate(code) if i.target is not None or not i.falls_through}
+    starts = sorted(({0} | targets | behind) & set(range(len(code))))
+    block_at = {start: block for block, start in enumerate(starts)}
+    blocks = [code[start:end] for start, end in zip(starts, [*starts[1:], len(code)], strict=True)]
+    after = []
+    for number, block in enumerate(blocks):
+        next_block = [number + 1] if block[-1].falls_through and number + 1 < len(blocks) else []
+        jump = [block_at[position[block[-1].target]]] if block[-1].target in position else []
+        after.append(jump + next_block)
+    return blocks, after
+
+
+def loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """The natural loops of one function.
+
+    A loop belongs to a block that every path to one of its predecessors runs through. A backward branch alone does not
+    make one: code that ptxas moves out of line (the retry of a barrier's wait) jumps back into the middle of a loop.
+    """
+    blocks, after = graph(code)
+    predecessors = [set() for _ in blocks]
+    for number, following in enumerate(after):
+        for each in following:
+            predecessors[each].add(number)
+
+    # Sets of blocks are the bits of ints, with one bit more that only blocks keep which nothing reaches (the padding
+    # behind EXIT, a branch to itself).
+    unreached = 1 << len(blocks)
+    everything = 2 * unreached - 1
+    dominators = [1, *[everything] * (len(blocks) - 1)]
+    changed = True
+    while changed:
+        changed = False
+        for number in range(1, len(blocks)):
+            common = reduce(int.__and__, (dominators[p] for p in predecessors[number]), everything)
+            changed |= dominators[number] != common | 1 << number
+            dominators[number] = common | 1 << number
+
+    found = []
+    for head in range(len(blocks)):
+        ahead = [p for p in predecessors[head] if dominators[p] >> head & 1 and not dominators[p] & unreached]
+        inside, is_loop = {head}, bool(ahead)
+        while ahead:
+            number = ahead.pop()
+            if number not in inside:
+                inside.add(number)
+                ahead.extend(predecessors[number])
+        if is_loop:
+            found.append([i for number in sorted(inside) for i in blocks[number]])
+    return found
+
+
+def innermost(loops: list[list[Instruction]]) -> list[list[Instruction]]:
+    """Those of ``loops`` that hold no other of them."""
+    spans = [{i.address for i in loop} for loop in loops]
+    return [loop for loop, span in zip(loops, spans, strict=True) if not any(other < span for other in spans)]

@@ -1,0 +1,78 @@
+"""Which instructions a warp runs through: one turn of a loop, or from a kernel's entry to its exit."""
+
+from collections.abc import Callable
+
+from . import sass
+from .sass import Instruction
+from .units import BULK, GLOBAL, flops
+
+CALL = 100  # instructions of a subroutine: a division in full precision has about as many
+
+
+def _postorder(start: int, after: list[list[int]], inside: set[int]) -> dict[int, int]:
+    """Position of each block; an edge to a block that stands later, or to itself, closes a loop."""
+    position, entered, stack = {}, {start}, [(start, iter(after[start]))]
+    while stack:
+        number, following = stack[-1]
+        for each in following:
+            if each in inside and each not in entered:
+                entered.add(each)
+                stack.append((each, iter(after[each])))
+                break
+        else:
+            position[number] = len(position)
+            stack.pop()
+    return position
+
+
+def _best_path(blocks, after, start: int, inside: set[int], ends: Callable[[int], bool]) -> list[Instruction] | None:
+    """The way from ``start`` to a block that ``ends``: most matrix work, then most bytes, then fewest instructions.
+
+    So edges with their masks are left out: of many tiles few are at one.
+    """
+    position = _postorder(start, after, inside)
+    best: dict[int, tuple] = {}
+    for number in sorted(position, key=position.get):
+        options = [(best[each][:3], each) for each in after[number]
+                   if each in best and position[each] < position[number]]
+        if ends(number):
+            options.append(((0, 0, 0), None))
+        if not options:
+            continue
+        (work, moved, count), following = max(options, key=lambda option: option[0])
+        block = blocks[number]
+        work += sum(map(flops, block))
+        moved += sum(i.width for i in block if i.base in (*GLOBAL, *BULK))
+        count -= len(block) + CALL * sum(i.base == "CALL" and i.target is None for i in block)
+        best[number] = (work, moved, count, following)
+    if start not in best:
+        return None
+    found, number = [], start
+    while number is not None:
+        found += blocks[number]
+        number = best[number][3]
+    return found
+
+
+def turn(loop: list[Instruction], code: list[Instruction]) -> list[Instruction]:
+    """One turn of a loop of ``code``, interior tiles."""
+    addresses = {i.address for i in loop}
+    blocks, after = sass.graph(code)
+    inside = {number for number, block in enumerate(blocks) if block[0].address in addresses}
+    entered = {each for number in range(len(blocks)) if number not in inside for each in after[number] if each in inside}
+    head = min(entered or inside)
+    return _best_path(blocks, after, head, inside, lambda number: head in after[number]) or list(loop)
+
+
+def through(code: list[Instruction]) -> list[Instruction]:
+    """From entry to exit, each loop once."""
+    blocks, after = sass.graph(code)
+    ends = lambda number: any(i.base == "EXIT" and i.text == i.body for i in blocks[number])
+    return _best_path(blocks, after, 0, set(range(len(blocks))), ends) or list(code)
+
+
+def main_loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """The innermost loops with matrix instructions; where there are none, those that access global memory."""
+    loops = sass.loops(code)
+    matrix = [loop for loop in loops if any(map(flops, loop))]
+    return sass.innermost(matrix or [loop for loop in loops if any(i.base in (*GLOBAL, *BULK) for i in loop)])
