@@ -59,7 +59,7 @@ def run(arguments) -> int:
             failed += 1
             continue
         if not arguments.json:
-            print(line(found[-1]), flush=True)
+            print(predict_report.line(found[-1]), flush=True)
     if not found and not failed:
         raise ValueError(f"predict: expected --case to leave a kernel on {gpu.name}, got {arguments.case!r}; leave it out "
                          f"to see their names")
@@ -120,39 +120,3 @@ def _cubin(arguments, gpu: GPU) -> Iterator[tuple[str, object]]:
                              f"{gpu.cc}; choose another")
         yield each.name, lambda each=each: Kernel(each.name, each.sass, each.registers, each.shared + arguments.shared,
                                                   arguments.warps, case=path.name, tile=f"w{arguments.warps}")
-
-
-def figure(prediction: Prediction) -> str:
-    """TFLOP/s or the share of a copy's rate."""
-    if prediction.tflops is not None:
-        return f"{prediction.tflops:,.0f} TFLOP/s"
-    return f"{prediction.copy_share:.0%} of the copy rate"
-
-
-def structure(prediction: Prediction) -> str:
-    """What SASS says, in one line."""
-    facts = prediction.facts
-    said = [f"{facts.blocks} block{'s' if facts.blocks != 1 else ''} an SM ({facts.limit})",
-            f"{prediction.registers} registers"]
-    if facts.prefetch is not None:
-        said.append(f"copies {facts.prefetch:.2f} turns ahead")
-    said += [f"{count} {name}" for count, name in (
-        (facts.divisions, "divisions in the loop"), (facts.calls, "calls in the loop"),
-        (facts.local, "local accesses in the loop"), (facts.local_outside, "outside")) if count]
-    if prediction.lanes < 1:
-        said.append(f"{prediction.lanes:.0%} of the lanes used")
-    if prediction.issue_over_dram is not None:
-        said.append(f"issue {prediction.issue_over_dram:.0%} of DRAM time")
-    return ", ".join(said)
-
-
-def line(prediction: Prediction) -> str:
-    """One kernel on three lines."""
-    busiest = sorted(prediction.units.items(), key=lambda unit: -unit[1])[:4]
-    faults = prediction.facts.faults()
-    direction = f" ({prediction.direction})" if prediction.direction else ""
-    return (f"{prediction.case}, {prediction.kernel}{direction}, {prediction.tile}: predicted {figure(prediction)} on "
-            f"{prediction.gpu} (the model's error: {prediction.error})\n"
-            f"  {prediction.cycles:,.0f} cycles a turn; busy {', '.join(f'{unit} {busy:,.0f}' for unit, busy in busiest)}"
-            f"; {prediction.binding} binds\n"
-            f"  {structure(prediction)}{'; FAULTS: ' + ', '.join(faults) if faults else ''}")

@@ -1,4 +1,5 @@
-"""report.html of ``sora-fast predict``: for each kernel a picture of its units' busy time, as a profiler's speed of light.
+"""What ``sora-fast predict`` prints, and its report.html: for each kernel a picture of its units' busy time, as a profiler's
+speed of light.
 
 The page is one file, in the style of the benchmark's report. Every figure is called predicted.
 """
@@ -8,7 +9,6 @@ from collections.abc import Sequence
 
 from ..benchmarks.report import STYLE
 from ..cyclemodel import GPU, Prediction, calibration
-from . import predict
 
 UNITS = ("tensor", "issue", "alu", "fma", "xu", "shfl", "uniform", "smem", "L2", "DRAM")
 NAMES = {"tensor": "Tensor Core", "issue": "instruction issue", "alu": "integer and logic", "fma": "floating point",
@@ -67,9 +67,9 @@ def _card(prediction: Prediction) -> str:
     escape = escaping.escape
     return (f"<div class=card><h4>{escape(prediction.kernel)} <small>{escape(prediction.direction)}</small></h4>"
             f"<p>{escape(prediction.case)} \u00b7 {escape(prediction.tile)}</p>"
-            f"<p class=figure>{escape(predict.figure(prediction))} predicted</p>"
+            f"<p class=figure>{escape(figure(prediction))} predicted</p>"
             f"<p>the model's error: {escape(prediction.error)}</p>{told}{_units(prediction)}{_stack(prediction)}"
-            f"<p>{escape(predict.structure(prediction))}; {prediction.instructions:,} instructions a warp</p></div>")
+            f"<p>{escape(structure(prediction))}; {prediction.instructions:,} instructions a warp</p></div>")
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -89,7 +89,7 @@ def html(predictions: Sequence[Prediction], gpu: GPU) -> str:
     """The page."""
     words = "".join(f"<dt>{escaping.escape(word)}</dt><dd>{escaping.escape(text)}</dd>" for word, text in WORDS.items())
     summary = _table(("kernel", "case", "tile", "predicted", "the model's error", "binds", "blocks an SM", "faults"),
-                     [(p.kernel, p.case, p.tile, predict.figure(p), p.error, NAMES[p.binding],
+                     [(p.kernel, p.case, p.tile, figure(p), p.error, NAMES[p.binding],
                        f"{p.facts.blocks} ({p.facts.limit})", ", ".join(p.facts.faults())) for p in predictions])
     cards = "".join(map(_card, predictions))
     return f"""<!doctype html>
@@ -103,3 +103,39 @@ def html(predictions: Sequence[Prediction], gpu: GPU) -> str:
 <h2>How far the model was off</h2>{_calibration()}
 </body></html>
 """
+
+
+def figure(prediction: Prediction) -> str:
+    """TFLOP/s or the share of a copy's rate."""
+    if prediction.tflops is not None:
+        return f"{prediction.tflops:,.0f} TFLOP/s"
+    return f"{prediction.copy_share:.0%} of the copy rate"
+
+
+def structure(prediction: Prediction) -> str:
+    """What SASS says, in one line."""
+    facts = prediction.facts
+    said = [f"{facts.blocks} block{'s' if facts.blocks != 1 else ''} an SM ({facts.limit})",
+            f"{prediction.registers} registers"]
+    if facts.prefetch is not None:
+        said.append(f"copies {facts.prefetch:.2f} turns ahead")
+    said += [f"{count} {name}" for count, name in (
+        (facts.divisions, "divisions in the loop"), (facts.calls, "calls in the loop"),
+        (facts.local, "local accesses in the loop"), (facts.local_outside, "outside")) if count]
+    if prediction.lanes < 1:
+        said.append(f"{prediction.lanes:.0%} of the lanes used")
+    if prediction.issue_over_dram is not None:
+        said.append(f"issue {prediction.issue_over_dram:.0%} of DRAM time")
+    return ", ".join(said)
+
+
+def line(prediction: Prediction) -> str:
+    """One kernel on three lines."""
+    busiest = sorted(prediction.units.items(), key=lambda unit: -unit[1])[:4]
+    faults = prediction.facts.faults()
+    direction = f" ({prediction.direction})" if prediction.direction else ""
+    return (f"{prediction.case}, {prediction.kernel}{direction}, {prediction.tile}: predicted {figure(prediction)} on "
+            f"{prediction.gpu} (the model's error: {prediction.error})\n"
+            f"  {prediction.cycles:,.0f} cycles a turn; busy {', '.join(f'{unit} {busy:,.0f}' for unit, busy in busiest)}"
+            f"; {prediction.binding} binds\n"
+            f"  {structure(prediction)}{'; FAULTS: ' + ', '.join(faults) if faults else ''}")
