@@ -111,8 +111,7 @@ def download(wheel: str) -> tuple[Path, str]:
         for name in archive.namelist():
             if name.endswith(".so") and "flash" in name and not (folder / name).exists():
                 archive.extract(name, folder)
-    with open(path, "rb") as file:
-        return folder, hashlib.file_digest(file, "sha256").hexdigest()
+    return folder, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def extract(library: Path) -> None:

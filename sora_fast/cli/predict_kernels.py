@@ -16,7 +16,8 @@ from ..cyclemodel import GPU, Kernel
 from ..testing import aot
 
 MEMORY = ("modulation", "normalization", "patches", "rotary")  # families whose time is DRAM's
-PASSES = {"forward_kernel": "forward", "embed_kernel": "forward", "box_kernel": "forward or dgrad"}
+PASSES = {"forward_kernel": "forward", "embed_kernel": "forward", "box_kernel": "forward or dgrad",
+          **dict.fromkeys(("schedule_kernel", "join_kernel", "join_stats_kernel", "join_sums_kernel"), "beside the others")}
 
 
 @dataclass(frozen=True)
