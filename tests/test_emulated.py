@@ -13,6 +13,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.autotuner import Autotuner  # noqa: E402
+from triton.runtime.errors import OutOfResources  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from sora_fast import env, ops  # noqa: E402
@@ -226,6 +227,12 @@ def test_gluon_kernels(kernel, line, finding, race):
             assert torch.equal(y, x)
             with pytest.raises(Fault, match=rf"{kernel} at {line_of(line, gluon_kernels)}, CTA 0 warp 0.*: ({finding})"):
                 getattr(gluon_kernels, kernel)[(1,)](x, y, False, BLOCK=128)
+
+
+def test_more_shared_memory_than_the_gpu_has_is_refused():
+    x, y = torch.arange(2.0**15), torch.zeros(2**15)
+    with emulated_gpu("sm86"), pytest.raises(OutOfResources, match="131072.*101376"):
+        gluon_kernels.stored_kernel[(1,)](x, y, True, BLOCK=2**15)
 
 
 def test_counters_of_a_launch():
