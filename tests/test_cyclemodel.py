@@ -7,6 +7,7 @@ import pytest
 
 from sora_fast.cyclemodel import GPUS, Kernel, blocks_per_sm, calibration, facts, predict, sass, turns, units
 from sora_fast.cyclemodel.issue import Simulation
+from sora_fast.kernels.arch import SHARED
 
 H100, A100 = GPUS["h100"], GPUS["a100"]
 
@@ -78,6 +79,10 @@ def test_a_turn_leaves_masks_out():
     ("4090", 16, 0, 1, (24, "blocks")), ("l40s", 32, 128 << 10, 4, (0, "shared memory"))])
 def test_blocks_of_an_sm(gpu, registers, shared, warps, blocks):
     assert blocks_per_sm(GPUS[gpu], registers, shared, warps) == blocks
+
+
+def test_an_sm_has_the_shared_memory_of_a_block_and_what_the_system_takes():
+    assert all(gpu.shared == SHARED[gpu.cc] + 1024 for gpu in GPUS.values())
 
 
 # ------------------------------------------------------------------------------------------------------- simulation

@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": ["nowhere"],
     "bench": ["latents", "--quick", "--device", "cpu"],
     "bench report": ["nowhere.jsonl"],
+    "predict": ["rotary", "--case", "nowhere"],
 }
 WRONG = {
     "a file": (lambda folder: (folder / "x").write_text("kept"), "x", "the file"),

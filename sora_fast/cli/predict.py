@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..cyclemodel import GPU, GPUS, Kernel, Prediction, cubins, predict
-from ..files import check_file, save_text
+from ..files import check_folder, save_text
 from . import predict_report
 
 DESCRIPTION = """\
@@ -47,7 +47,7 @@ def run(arguments) -> int:
     """
     gpu = GPUS[arguments.gpu]
     out = Path(arguments.out)
-    check_file("--out", out / "report.html")
+    check_folder("--out", out)
     found: list[Prediction] = []
     failed = 0
     for name, make in _work(arguments, gpu):

@@ -32,7 +32,7 @@ def tool(name: str = "cuobjdump") -> str:
 
 
 def _run(*arguments: str) -> str:
-    done = subprocess.run([tool(), *arguments], capture_output=True, text=True)
+    done = subprocess.run([tool(), *arguments], capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         raise ValueError(f"cyclemodel: expected a cubin that cuobjdump reads, got {arguments[-1]}: {said[-1]}; pass a "

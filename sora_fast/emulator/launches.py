@@ -68,7 +68,7 @@ class Emulator:
     ``compute_capability``: 90 of sm90. ``race``: look for races, three to five times as slow. ``count``: Counters for each
     launch. ``configs``: of autotuned kernels, by name (triton_launch.py). ``cache``: folder of compiled PTX, or None.
     ``change``: takes and returns the PTX of a kernel: planted faults. ``raises``: whether findings raise memory.Fault.
-    ``sms``: SMs that launchers see.
+    ``shared``: bytes of shared memory that a CTA may have; None: any number. ``sms``: SMs that launchers see.
     """
 
     compute_capability: int = 90
@@ -79,6 +79,7 @@ class Emulator:
     cache: object = None
     change: Callable[[str], str] | None = None
     raises: bool = True
+    shared: int | None = None
     sms: int = 3
     records: list[Launched] = field(default_factory=list)
 

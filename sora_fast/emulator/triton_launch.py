@@ -23,9 +23,6 @@ from .triton_compile import CompiledKernel, compiled
 PACK = {"i1": "<b", "i8": "<b", "u8": "<B", "i16": "<h", "u16": "<H", "i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q",
         "fp32": "<f", "f32": "<f", "fp64": "<d", "u1": "<B"}
 
-# bytes of shared memory that a CTA may have (CUDA C++ Programming Guide, technical specifications per compute capability)
-SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-
 _here: ContextVar[Emulator | None] = ContextVar("emulator of Triton's launches", default=None)
 _lock = threading.Lock()
 _open = 0  # scopes, in all threads
@@ -111,8 +108,8 @@ def _launch(kernel: CompiledKernel, bound: dict, grid) -> None:
     if metadata.num_ctas != 1:
         raise NotImplementedError(f"{kernel.name}: expected num_ctas=1, got {metadata.num_ctas}: thread-block clusters are "
                                   f"not executed; launch it without")
-    if metadata.shared > SHARED[emulator.compute_capability]:
-        raise OutOfResources(metadata.shared, SHARED[emulator.compute_capability], "shared memory")
+    if emulator.shared is not None and metadata.shared > emulator.shared:
+        raise OutOfResources(metadata.shared, emulator.shared, "shared memory")
     allocations = memory.Allocations()
     values = _arguments(kernel, bound, allocations)
     ctas, keep = int(np.prod(grid)), []

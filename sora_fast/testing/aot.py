@@ -210,7 +210,7 @@ def _read(kernel, printed: str, cc: int) -> Compiled:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
         command = [knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
-        listing = subprocess.run(command, check=True, capture_output=True, text=True)
+        listing = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8")
     registers = max(int(count) for count in re.findall(r"Used (\d+) registers", printed))
     losses = tuple(re.findall(r"\(C75\d\d\) .*", printed))
     return Compiled(kernel.metadata.name, cc, listing.stdout, kernel.asm["ttir"], registers, kernel.metadata.shared,

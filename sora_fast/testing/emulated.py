@@ -57,10 +57,11 @@ def emulated_gpu(arch: str = "sm90", *, schedules: int | str | Iterable[str] = "
                            "interprets them; unset it")
     from ..emulator import launches, triton_launch
 
+    capability = int(arch.removeprefix("sm"))
     emulator = launches.Emulator(
-        compute_capability=int(arch.removeprefix("sm")), schedules=launches.schedules(schedules), race=race, count=counters,
-        configs={name: dict(values) for name, values in (configs or {}).items()}, cache=env.cache() / "emulator",
-        change=change, raises=raises)
+        compute_capability=capability, shared=SHARED[capability], schedules=launches.schedules(schedules), race=race,
+        count=counters, configs={name: dict(values) for name, values in (configs or {}).items()},
+        cache=env.cache() / "emulator", change=change, raises=raises)
     with triton_launch.launching(emulator), use_emulated_gpu(_Device(arch, emulator)):
         yield emulator
 
