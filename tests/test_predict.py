@@ -36,7 +36,7 @@ def test_a_cubin_gets_a_report_and_its_own_questions(cli, tmp_path):
     from test_aot import total
 
     case = total()
-    kernel, _ = aot._build(aot_kernels.good, case.signature, case.constexprs, case.aligned, 90, case.options)
+    kernel, _ = aot.build(aot_kernels.good, case.signature, case.constexprs, case.aligned, 90, case.options)
     path = tmp_path / "sum.cubin"
     path.write_bytes(kernel.asm["cubin"])
     refused(cli("predict", "--impl", path, "--gpu", "h100", "--out", tmp_path), "expected --warps beside sum.cubin")
