@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -162,3 +163,6 @@ def test_calibration_rows_are_whole():
         assert row["error"] == pytest.approx(row["predicted"] / row["published"] - 1, abs=1e-3) and row["source"]
         assert len(row.get("sha256", "")) == 64 or row["compiled with"].startswith("Triton ")
     assert all(abs(row["error"]) <= 0.15 for row in rows if row["kind"] == "backward")
+    errors = [row["error"] for row in rows]
+    told = f"{-min(errors):.0%} too slow to {max(errors):.0%} too fast"
+    assert told in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

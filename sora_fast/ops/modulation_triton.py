@@ -95,7 +95,7 @@ class _Modulation(torch.autograd.Function):
 
 
 def _run(x, y=None, gate=None, shift=None, scale=None, rows=None, *, norm=None, weight=None, bias=None, eps=0.0,
-            dtype=None):
+         dtype=None):
     save = needs_grad(x, y, gate, shift, scale, weight, bias)
     tensors = triton_backend.apart((x, y, gate, shift, scale, weight, bias))
     made = _Modulation.apply(*tensors, rows, norm, eps, save, dtype or (x if y is None else y).dtype)
