@@ -1,10 +1,13 @@
 """What launches of every kind share: a kernel is executed under each schedule, and findings raise."""
 
 import copy
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+
+from threadpoolctl import ThreadpoolController
 
 from . import memory
 from .codegen import Program
@@ -105,8 +108,9 @@ class Emulator:
             if place:
                 before.restore()
             counters = Counters(program) if self.count else None
-            run = Launch(program, grid, block, raw, copy.deepcopy(allocations), shared=shared, schedule=schedule,
-                         race=self.race, counters=counters)
+            with _blas().limit(limits=1):
+                run = Launch(program, grid, block, raw, copy.deepcopy(allocations), shared=shared, schedule=schedule,
+                             race=self.race, counters=counters)
             runs.append(run)
             if several:
                 results.append(_Memory(allocations))
@@ -120,6 +124,12 @@ class Emulator:
         if found and self.raises:
             raise memory.Fault("\n".join(found))
         return record
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    """numpy's BLAS: an MMA is so small a product that threads would mostly wait for one another."""
+    return ThreadpoolController().select(user_api="blas")
 
 
 _programs: dict[bytes, Program] = {}
