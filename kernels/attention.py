@@ -3,8 +3,9 @@
 Nq query rows, Nk key rows, H heads, Hk key heads (Hk divides H), E head dim, S samples. FlashAttention-2's online softmax
 (arXiv 2307.08691) over tiles of a ragged pack (attention_tiles.py); the backward's kernels are in attention_backward.py.
 
-The scores of the next tile of keys are asked for before the softmax of this one, so that the matrix unit has work while the
-others compute powers of 2.
+With LOOKAHEAD the scores of the next tile of keys are asked for before the softmax of this one, so that the matrix unit has
+work while the others compute powers of 2. Without, the scores of one tile less are in registers, and two programs share a
+multiprocessor: each has the matrix unit while the other computes.
 """
 
 import contextvars
@@ -31,7 +32,7 @@ from .attention_tiles import (
     view,
     write,
 )
-from .launch import MAXNREG, contiguous, on, precision, rows_dense
+from .launch import contiguous, on, precision, rows_dense
 
 
 # ------------------------------------------------------------------------------------------------------------- kernel
@@ -41,7 +42,7 @@ def forward_kernel(q, k, v, out, lse, parts, cu_q, cu_k, table, first, samples, 
                    q_head: tl.int64, k_token: tl.int64, k_head: tl.int64, v_token: tl.int64, v_head: tl.int64, scale, left,
                    right, GROUP: tl.constexpr, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, LEFT: tl.constexpr,
                    RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                   LOOKAHEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """out, lse and, where float32 numbers are EXACT, ``parts`` of one tile of queries and one head."""
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     q_token, q_head = q_token * UNIT, q_head * UNIT
@@ -63,11 +64,16 @@ def forward_kernel(q, k, v, out, lse, parts, cu_q, cu_k, table, first, samples, 
     total = tl.zeros([BLOCK_M], tl.float32)
     acc0 = tl.zeros([BLOCK_M, E0], tl.float32)
     acc1 = tl.zeros([BLOCK_M, E1 if E1 else 16], tl.float32)
-    s = scores(q_tile, rows(k_view, lo, k_token, k_len, 0, 0, E, E0, E1, BLOCK_N, TMA), None, E1, PRECISION)
+    if LOOKAHEAD:
+        s = scores(q_tile, rows(k_view, lo, k_token, k_len, 0, 0, E, E0, E1, BLOCK_N, TMA), None, E1, PRECISION)
     for n in range(lo, hi, BLOCK_N):
+        if not LOOKAHEAD:
+            k_tile = rows(k_view, n, k_token, k_len, 0, 0, E, E0, E1, BLOCK_N, TMA)
+            s = scores(q_tile, k_tile, None, E1, PRECISION)
         s = masked(s, m0, n, q_len, k_len, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
-        k_tile = rows(k_view, n + BLOCK_N, k_token, k_len, 0, 0, E, E0, E1, BLOCK_N, TMA)
-        s_next = scores(q_tile, k_tile, None, E1, PRECISION)  # in flight during exp2
+        if LOOKAHEAD:
+            k_tile = rows(k_view, n + BLOCK_N, k_token, k_len, 0, 0, E, E0, E1, BLOCK_N, TMA)
+            s_next = scores(q_tile, k_tile, None, E1, PRECISION)  # in flight during exp2
         top_new = tl.maximum(top, tl.max(s, 1) * scale)
         if LEFT or RIGHT:  # a row may have seen nothing yet
             base = tl.where(top_new == -float("inf"), 0.0, top_new)
@@ -82,7 +88,8 @@ def forward_kernel(q, k, v, out, lse, parts, cu_q, cu_k, table, first, samples, 
         if E1:
             acc1 = tl.dot(p_low, v_tile[1], acc1 * alpha[:, None], input_precision=PRECISION)
         top = top_new
-        s = s_next
+        if LOOKAHEAD:
+            s = s_next
 
     total = tl.where(total == 0, 1.0, total)
     share = 1 / total[:, None]
@@ -143,7 +150,7 @@ def _common(q, k, config, tf32, unit, bounds, *tensors):
     one, two = chunks(q.shape[2], config.split)
     return dict(GROUP=q.shape[1] // k.shape[1], E=q.shape[2], E0=one, E1=two, UNIT=unit, PRECISION=precision(q.dtype, tf32),
                 TMA=_tma(config, unit, *tensors), BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.warps,
-                num_stages=config.stages, maxnreg=MAXNREG, **bounds)
+                num_stages=config.stages, maxnreg=config.maxnreg, **bounds)
 
 
 def forward(q, k, v, cu_q, cu_k, *, scale, causal, window, tf32, config: Config):
@@ -174,7 +181,7 @@ def forward(q, k, v, cu_q, cu_k, *, scale, causal, window, tf32, config: Config)
         table, first = _schedule(cu_q, cu_k, queries, config.block_m)
         forward_kernel[(table.shape[0] * heads,)](
             q, k, v, out, lse, parts, cu_q, cu_k, table, first, cu_q.shape[0] - 1, heads, queries, *strides, scale, *band,
-            **_common(q, k, config, tf32, unit, bounds, k, v))
+            LOOKAHEAD=config.lookahead, **_common(q, k, config, tf32, unit, bounds, k, v))
 
     _launching(q.device, launch)
     return out, lse, parts

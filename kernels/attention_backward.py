@@ -170,11 +170,8 @@ def dkdv_kernel(dout, q, k, v, lse_rows, delta_rows, share_rows, dk, dv, cu_q, c
     dk1 = tl.zeros([BLOCK_N, E1 if E1 else 16], tl.float32)
     dv1 = tl.zeros([BLOCK_N, E1 if E1 else 16], tl.float32)
     tiles = tl.maximum(tl.cdiv(hi - lo, BLOCK_M), 0)
-    for step in range(0, tiles * GROUP):
-        if GROUP == 1:
-            head, m = 0, lo + step * BLOCK_M
-        else:
-            head, m = step // tiles, lo + step % tiles * BLOCK_M
+    head, m = tl.zeros([], tl.int32), lo
+    for _ in range(0, tiles * GROUP):
         q_tile = rows(q_view, m, q_token, q_len, head, q_head, E, E0, E1, BLOCK_M, TMA)
         do_tile = rows(do_view, m, do_token, q_len, head, do_head, E, E0, E1, BLOCK_M, TMA)
         row = place + head * pads * PAD + m + tl.arange(0, BLOCK_M)
@@ -195,6 +192,9 @@ def dkdv_kernel(dout, q, k, v, lse_rows, delta_rows, share_rows, dk, dv, cu_q, c
         dk0 = tl.dot(ds, q_tile[0], dk0, input_precision=PRECISION)
         if E1:
             dk1 = tl.dot(ds, q_tile[1], dk1, input_precision=PRECISION)
+        m += BLOCK_M
+        if GROUP > 1:  # counted, as no head is to be divided out of a step: of no tiles that would be by 0
+            m, head = tl.where(m >= hi, lo, m), tl.where(m >= hi, head + 1, head)
     at = (k_start * key_heads + key_head) * E
     write(dk + at, key_heads * E, k_len, n0, dk0 * scale, dk1 * scale, E, E0, E1, BLOCK_N)
     write(dv + at, key_heads * E, k_len, n0, dv0, dv1, E, E0, E1, BLOCK_N)

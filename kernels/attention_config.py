@@ -24,7 +24,9 @@ class Config:
 
     ``tma``: read by the tensor memory accelerator (sm_90 and later) where strides and addresses are multiples of 16 bytes.
     Each program makes descriptors that end where its sample ends, so that 0 and no neighbour's number is behind it.
-    ``split``: read heads as two powers of two where one would be more (72 as 64 and 16, not as 128).
+    ``split``: read heads as two powers of two where one would be more (72 as 64 and 16, not as 128). ``lookahead``, of the
+    forward: scores of a tile ahead in registers. ``maxnreg``: registers of a thread, 128 for two programs of 8 warps on a
+    multiprocessor.
     """
 
     block_m: int
@@ -33,6 +35,8 @@ class Config:
     stages: int
     tma: bool = False
     split: bool = True
+    lookahead: bool = True
+    maxnreg: int = arch.REGISTERS_OF_THREAD
 
 
 def forward_heuristic(launch: Launch, gpu: str) -> Config:

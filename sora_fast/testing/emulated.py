@@ -42,15 +42,16 @@ def emulated_gpu(arch: str = "sm90", *, schedules: int | str | Iterable[str] = "
         The Emulator: ``records`` lists the launches in order, each with name, grid, ptx, findings and counters.
 
     Raises:
-        ValueError: an unknown ``arch`` or schedule. ImportError: Triton or numpy is missing.
+        ValueError: an unknown ``arch`` or schedule. ImportError: Triton, numpy or threadpoolctl is missing.
         sora_fast.emulator.memory.Fault: from a launch that touches what is not its own, races, deadlocks, reads what was not
             written, ..., with the kernel's file and line, the instruction, warp and lane.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"emulated_gpu: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}; choose one of them")
-    missing = [name for name in ("triton", "numpy") if importlib.util.find_spec(name) is None]
+    needed = ("triton", "numpy", "threadpoolctl")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"emulated_gpu: expected the packages triton and numpy, got no {' and no '.join(missing)}; run "
+        raise ImportError(f"emulated_gpu: expected the packages {', '.join(needed)}, got no {' and no '.join(missing)}; run "
                           f"pip install 'sora_fast[emulator]'")
     if env.interpreted():
         raise RuntimeError("emulated_gpu: expected kernels that Triton compiles, got TRITON_INTERPRET=1, with which it "
