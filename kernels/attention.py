@@ -212,17 +212,18 @@ def backward(dout, dlse, q, k, v, out, lse, parts, cu_q, cu_k, *, scale, causal,
     pads = pad_count(queries, samples)
     exact = q.dtype == torch.float32
     workspace = torch.empty((3 if exact else 2, heads, pads * PAD), dtype=torch.float32, device=q.device)
-    lse_rows, delta_rows, share_rows = (*workspace, None)[:3]
+    lse_rows, minus_delta_rows, share_rows = (*workspace, None)[:3]
 
     def launch():
         table, first = _schedule(cu_q, cu_k, queries, dq_config.block_m)
         dq_kernel[(table.shape[0] * heads,)](
-            dout, dlse, q, k, v, out, lse, parts, dq, lse_rows, delta_rows, share_rows, cu_q, cu_k, table, first, samples,
-            heads, queries, pads, *strides, scale, *band, PAD=PAD, **_common(q, k, dq_config, tf32, unit, bounds, k, v))
+            dout, dlse, q, k, v, out, lse, parts, dq, lse_rows, minus_delta_rows, share_rows, cu_q, cu_k, table, first,
+            samples, heads, queries, pads, *strides, scale, *band, PAD=PAD,
+            **_common(q, k, dq_config, tf32, unit, bounds, k, v))
         table, first = _schedule(cu_k, cu_q, keys, dkdv_config.block_n)
         dkdv_kernel[(table.shape[0] * key_heads,)](
-            dout, q, k, v, lse_rows, delta_rows, share_rows, dk, dv, cu_q, cu_k, table, first, samples, key_heads, keys,
-            pads, *strides, scale, *band, PAD=PAD, **_common(q, k, dkdv_config, tf32, unit, bounds, q, dout))
+            dout, q, k, v, lse_rows, minus_delta_rows, share_rows, dk, dv, cu_q, cu_k, table, first, samples, key_heads,
+            keys, pads, *strides, scale, *band, PAD=PAD, **_common(q, k, dkdv_config, tf32, unit, bounds, q, dout))
 
     _launching(q.device, launch)
     return (-dq if negative else dq), dk, dv

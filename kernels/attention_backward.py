@@ -5,7 +5,7 @@ same bits.
 
 With P = exp(scores - lse): dV = P^T dO, dS = P * (dO V^T - delta), dQ = dS K, dK = dS^T Q, delta = rowsum(dO * O) - dlse.
 
-The dq kernel leaves the lse and delta of every row to the other one, each sample's rows from a place of its own that is a
+The dq kernel leaves the lse and -delta of every row to the other one, each sample's rows from a place of its own that is a
 multiple of PAD, with lse = inf (P = 0) behind them: read in blocks of 16 bytes and without a mask.
 """
 
@@ -49,13 +49,13 @@ def _transposed(rows, columns, E1: tl.constexpr, PRECISION: tl.constexpr, EXACT:
 
 @triton.jit(do_not_specialize=["samples", "heads", "queries", "pads", "q_token", "q_head", "k_token", "k_head", "v_token",
                                "v_head", "do_token", "do_head", "left", "right"])
-def dq_kernel(dout, dlse, q, k, v, out, lse, parts, dq, lse_rows, delta_rows, share_rows, cu_q, cu_k, table, first,
+def dq_kernel(dout, dlse, q, k, v, out, lse, parts, dq, lse_rows, minus_delta_rows, share_rows, cu_q, cu_k, table, first,
               samples, heads, queries: tl.int64, pads: tl.int64, q_token: tl.int64, q_head: tl.int64, k_token: tl.int64,
               k_head: tl.int64, v_token: tl.int64, v_head: tl.int64, do_token: tl.int64, do_head: tl.int64, scale, left,
               right, GROUP: tl.constexpr, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, LEFT: tl.constexpr,
               RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, PAD: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dq of one tile of queries and one head, and lse (as ``_probabilities`` wants it) and delta of its rows."""
+    """dq of one tile of queries and one head, and lse (as ``_probabilities`` wants it) and -delta of its rows."""
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     q_token, q_head, do_token, do_head = q_token * UNIT, q_head * UNIT, do_token * UNIT, do_head * UNIT
     k_token, k_head, v_token, v_head = k_token * UNIT, k_head * UNIT, v_token * UNIT, v_head * UNIT
@@ -96,7 +96,7 @@ def dq_kernel(dout, dlse, q, k, v, out, lse, parts, dq, lse_rows, delta_rows, sh
         if m0 + BLOCK_M >= q_len:
             for more in range(BLOCK_M, tl.cdiv(q_len, PAD) * PAD - m0, BLOCK_M):
                 tl.store(lse_rows + place + more, tl.full([BLOCK_M], float("inf"), tl.float32))
-                tl.store(delta_rows + place + more, tl.zeros([BLOCK_M], tl.float32))
+                tl.store(minus_delta_rows + place + more, tl.zeros([BLOCK_M], tl.float32))
                 if EXACT:
                     tl.store(share_rows + place + more, tl.full([BLOCK_M], 1.0, tl.float32))
 
@@ -132,13 +132,13 @@ def dq_kernel(dout, dlse, q, k, v, out, lse, parts, dq, lse_rows, delta_rows, sh
         delta += rest
         dq0 -= rest[:, None] * mean0
         dq1 -= rest[:, None] * mean1
-    tl.store(delta_rows + place, delta)
+    tl.store(minus_delta_rows + place, -delta)
     write(dq + at, heads * E, q_len, m0, dq0 * scale, dq1 * scale, E, E0, E1, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["samples", "key_heads", "keys", "pads", "q_token", "q_head", "k_token", "k_head", "v_token",
                                "v_head", "do_token", "do_head", "left", "right"])
-def dkdv_kernel(dout, q, k, v, lse_rows, delta_rows, share_rows, dk, dv, cu_q, cu_k, table, first, samples, key_heads,
+def dkdv_kernel(dout, q, k, v, lse_rows, minus_delta_rows, share_rows, dk, dv, cu_q, cu_k, table, first, samples, key_heads,
                 keys: tl.int64, pads: tl.int64, q_token: tl.int64, q_head: tl.int64, k_token: tl.int64,
                 k_head: tl.int64, v_token: tl.int64, v_head: tl.int64, do_token: tl.int64, do_head: tl.int64, scale, left,
                 right, GROUP: tl.constexpr, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, LEFT: tl.constexpr,
@@ -169,32 +169,28 @@ def dkdv_kernel(dout, q, k, v, lse_rows, delta_rows, share_rows, dk, dv, cu_q, c
     dv0 = tl.zeros([BLOCK_N, E0], tl.float32)
     dk1 = tl.zeros([BLOCK_N, E1 if E1 else 16], tl.float32)
     dv1 = tl.zeros([BLOCK_N, E1 if E1 else 16], tl.float32)
-    tiles = tl.maximum(tl.cdiv(hi - lo, BLOCK_M), 0)
-    head, m = tl.zeros([], tl.int32), lo
-    for _ in range(0, tiles * GROUP):
-        q_tile = rows(q_view, m, q_token, q_len, head, q_head, E, E0, E1, BLOCK_M, TMA)
-        do_tile = rows(do_view, m, do_token, q_len, head, do_head, E, E0, E1, BLOCK_M, TMA)
-        row = place + head * pads * PAD + m + tl.arange(0, BLOCK_M)
-        lse_M, delta_M = tl.load(lse_rows + row), tl.load(delta_rows + row)
-        s = _transposed(q_tile, k_tile, E1, PRECISION, EXACT)
-        s = masked(s, n0, m, k_len, q_len, right, left, RIGHT, LEFT, BLOCK_N, BLOCK_M)
-        share_M = tl.load(share_rows + row) if EXACT else None
-        p = _probabilities(s, lse_M[None, :], share_M[None, :] if EXACT else None, scale, EXACT)
-        if EXACT:
-            dp = _transposed(do_tile, v_tile, E1, PRECISION, EXACT) - delta_M[None, :]
-        else:
-            dp = scores(v_tile, do_tile, tl.broadcast_to(-delta_M[None, :], [BLOCK_N, BLOCK_M]), E1, PRECISION)
-        p_low = p.to(v.dtype.element_ty)
-        dv0 = tl.dot(p_low, do_tile[0], dv0, input_precision=PRECISION)
-        if E1:
-            dv1 = tl.dot(p_low, do_tile[1], dv1, input_precision=PRECISION)
-        ds = (p * dp).to(q.dtype.element_ty)
-        dk0 = tl.dot(ds, q_tile[0], dk0, input_precision=PRECISION)
-        if E1:
-            dk1 = tl.dot(ds, q_tile[1], dk1, input_precision=PRECISION)
-        m += BLOCK_M
-        if GROUP > 1:  # counted, as no head is to be divided out of a step: of no tiles that would be by 0
-            m, head = tl.where(m >= hi, lo, m), tl.where(m >= hi, head + 1, head)
+    for head in range(0, GROUP):  # a loop of its own: no head is divided out of a step's number, and m is known ahead
+        for m in range(lo, hi, BLOCK_M):
+            q_tile = rows(q_view, m, q_token, q_len, head, q_head, E, E0, E1, BLOCK_M, TMA)
+            do_tile = rows(do_view, m, do_token, q_len, head, do_head, E, E0, E1, BLOCK_M, TMA)
+            row = place + head * pads * PAD + m + tl.arange(0, BLOCK_M)
+            lse_M, minus_delta = tl.load(lse_rows + row), tl.load(minus_delta_rows + row)
+            s = _transposed(q_tile, k_tile, E1, PRECISION, EXACT)
+            s = masked(s, n0, m, k_len, q_len, right, left, RIGHT, LEFT, BLOCK_N, BLOCK_M)
+            share_M = tl.load(share_rows + row) if EXACT else None
+            p = _probabilities(s, lse_M[None, :], share_M[None, :] if EXACT else None, scale, EXACT)
+            if EXACT:
+                dp = _transposed(do_tile, v_tile, E1, PRECISION, EXACT) + minus_delta[None, :]
+            else:
+                dp = scores(v_tile, do_tile, tl.broadcast_to(minus_delta[None, :], [BLOCK_N, BLOCK_M]), E1, PRECISION)
+            p_low = p.to(v.dtype.element_ty)
+            dv0 = tl.dot(p_low, do_tile[0], dv0, input_precision=PRECISION)
+            if E1:
+                dv1 = tl.dot(p_low, do_tile[1], dv1, input_precision=PRECISION)
+            ds = (p * dp).to(q.dtype.element_ty)
+            dk0 = tl.dot(ds, q_tile[0], dk0, input_precision=PRECISION)
+            if E1:
+                dk1 = tl.dot(ds, q_tile[1], dk1, input_precision=PRECISION)
     at = (k_start * key_heads + key_head) * E
     write(dk + at, key_heads * E, k_len, n0, dk0 * scale, dk1 * scale, E, E0, E1, BLOCK_N)
     write(dv + at, key_heads * E, k_len, n0, dv0, dv1, E, E0, E1, BLOCK_N)

@@ -1,9 +1,10 @@
 """What the tuner tries for attention."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from . import arch
-from .attention_config import HEURISTICS, Config, Launch
+from .attention_config import HEURISTICS, SHARED_BY_TWO, Config, Launch
 from .attention_tiles import chunks
 
 
@@ -24,5 +25,7 @@ def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[Config]:
             for warps in (4, 8):
                 for tma in (False, True) if arch.has_tma(gpu) else (False,):
                     config = Config(block_m, block_n, warps, stages, tma, best.split)
-                    if config != best:
-                        yield config
+                    # or less in registers: scores of a tile alone, or what two programs of 8 warps have room for
+                    plain = replace(config, lookahead=False) if kernel == "forward" else config
+                    shared = [replace(plain, maxnreg=SHARED_BY_TWO)] if warps == 8 else []
+                    yield from (each for each in dict.fromkeys((config, plain, *shared)) if each != best)

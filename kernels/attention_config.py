@@ -39,11 +39,18 @@ class Config:
     maxnreg: int = arch.REGISTERS_OF_THREAD
 
 
-def forward_heuristic(launch: Launch, gpu: str) -> Config:
-    """Tiles of 128 x 64 by 8 warps: at most 254 registers, no spill, and 64 kB of shared memory for a head of 128.
+# Registers of a thread with which two programs of 8 warps share a multiprocessor.
+SHARED_BY_TWO = arch.REGISTERS // (2 * 8 * 32)
 
-    On sm_90 128 x 128 has 255 and spills, or ptxas puts all exp2 behind the products. On sm_100 Triton 3.9 refuses two
-    chunks in the product that is carried over ("Trying to multibuffer TMEM while there is no store to the accumulator").
+
+def forward_heuristic(launch: Launch, gpu: str) -> Config:
+    """128 queries, and with 3 stages the keys of two tiles ahead on their way: with 2 a tile is waited for as it is asked.
+
+    Two programs share a multiprocessor, each at work while the other waits, where scores ahead of a tile, or these, find
+    room in the registers. On sm_90 128 x 64 in 128 registers has room for 80 numbers and no mask: beyond that it spills, or,
+    with TMA and two chunks, ptxas waits for every product by itself.
+    On sm_100 Triton 3.9 refuses two chunks in the product that is carried over ("Trying to multibuffer TMEM while there is
+    no store to the accumulator").
     """
     split = arch.capability(gpu) != 100
     if gpu == "cpu":
@@ -52,8 +59,15 @@ def forward_heuristic(launch: Launch, gpu: str) -> Config:
         return Config(32, 32, 4, 1, split=split) if launch.head_dim <= 64 else Config(32, 16, 8, 1, split=split)
     if launch.head_dim > 128:
         return Config(64, 32, 4, 2) if arch.multiplies_registers(gpu) else Config(128, 32, 8, 2, split=split)
-    if arch.multiplies_registers(gpu) and launch.band and launch.head_dim > 64:
-        return Config(128, 32, 8, 2)
+    if arch.multiplies_registers(gpu):
+        if launch.head_dim > 96 and arch.is_small(gpu):  # its shared memory has room for one program
+            return Config(128, 32 if launch.band else 64, 8, 2)
+        return Config(128, 32, 4, 3, lookahead=launch.head_dim <= 64)
+    if arch.capability(gpu) == 90:
+        one_chunk = launch.head_dim <= 64
+        if one_chunk or launch.head_dim <= 80 and not launch.band:
+            return Config(128, 64, 8, 3, tma=one_chunk, lookahead=False, maxnreg=SHARED_BY_TWO)
+        return Config(64, 64, 4, 3, tma=True, lookahead=False) if launch.head_dim <= 96 else Config(128, 64, 8, 3, tma=True)
     return Config(128, 64, 8, 2, split=split)
 
 
@@ -64,14 +78,17 @@ def dq_heuristic(launch: Launch, gpu: str) -> Config:
     if launch.dtype == torch.float32:
         return Config(16, 32, 4, 1)
     if arch.multiplies_registers(gpu):
-        if launch.head_dim > 128:
-            return Config(32, 32, 8, 1)
-        return Config(64, 32, 4, 2)
-    return Config(128, 64, 8, 2) if launch.head_dim <= 128 else Config(128, 32, 8, 1)
+        return Config(32, 32, 8, 1) if launch.head_dim > 128 else Config(64, 32, 4, 3)
+    if launch.head_dim > 128:
+        return Config(128, 32, 8, 1)
+    if arch.capability(gpu) == 90:
+        return Config(64, 64, 4, 3, tma=True) if launch.head_dim <= 96 else Config(128, 64, 8, 3, tma=True)
+    return Config(128, 64, 8, 2)
 
 
 def dkdv_heuristic(launch: Launch, gpu: str) -> Config:
-    """64 queries by 128 keys: with a head of 128 all 255 registers, and TMA, as the addresses of pointers would spill.
+    """64 queries by 128 keys: with a head of 128 all 255 registers, and TMA, as the addresses of pointers would spill. With
+    one of 64, half the keys leave room for two programs.
 
     Where factors are in registers, one chunk: with two Triton keeps both chunks of k and v in them and spills by the
     hundred.
@@ -83,11 +100,12 @@ def dkdv_heuristic(launch: Launch, gpu: str) -> Config:
             return Config(32, 16, 4, 1)
         return Config(16, 16 if chunks(launch.head_dim, True)[1] else 32, 4, 1)
     if arch.multiplies_registers(gpu):
-        if launch.head_dim > 128:
-            return Config(32, 32, 8, 1)
-        return Config(32, 128, 8, 2, split=False) if launch.head_dim <= 64 else Config(64, 64, 8, 2, split=False)
-    tma = arch.capability(gpu) == 90 and launch.head_dim > 96
-    return Config(64, 128, 8, 2, tma) if launch.head_dim <= 128 else Config(64, 64, 8, 1, tma)
+        return Config(32, 32, 8, 1) if launch.head_dim > 128 else Config(32, 64, 4, 3, split=False)
+    if launch.head_dim > 128:
+        return Config(64, 64, 8, 1, tma=arch.capability(gpu) == 90)
+    if arch.capability(gpu) == 90:
+        return Config(64, 64, 4, 3, tma=True) if launch.head_dim <= 64 else Config(64, 128, 8, 3, tma=True)
+    return Config(64, 128, 8, 2)
 
 
 HEURISTICS = {"forward": forward_heuristic, "dq": dq_heuristic, "dkdv": dkdv_heuristic}
