@@ -1,7 +1,9 @@
 """sora-fast predict, on kernels from outside the package: each planted fault is told, and each gets its report."""
 
 import json
+import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
@@ -46,6 +48,31 @@ def test_a_cubin_gets_a_report_and_its_own_questions(cli, tmp_path):
     assert code == 0 and row["kernel"] == "good" and 0.3 < row["copy_share"] <= 1 and row["predicted"]
     refused(cli("predict", "--impl", "aot_kernels:good"), "expected a function without arguments that launches your kernel")
     refused(cli("predict", "attention", "--case", "no such"), "expected --case to leave a kernel on H200")
+
+
+def test_a_second_run_compiles_nothing(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("SORA_FAST_CACHE", str(tmp_path / "cache"))
+    compiles, runs = mock.Mock(wraps=aot.compile_for), mock.Mock(wraps=subprocess.run)
+    monkeypatch.setattr(aot, "compile_for", compiles)
+    monkeypatch.setattr(subprocess, "run", runs)
+
+    def predicted(gpu="a100"):
+        code, out, wrong = cli("predict", "--impl", "planted_structure:prefetch", "--gpu", gpu, "--out", tmp_path / "out",
+                               "--json")
+        assert code == 0, wrong
+        return json.loads(out)
+
+    first = predicted()
+    assert (compiles.call_count, runs.called) == (1, True)  # of cuobjdump
+    runs.reset_mock()
+    assert predicted() == first and (compiles.call_count, runs.called) == (1, False)
+    assert predicted("h200") != first and compiles.call_count == 2
+    for kept in (tmp_path / "cache" / "predict").iterdir():  # a drive that lost the second half
+        kept.write_bytes(kept.read_bytes()[:1000])
+    assert predicted() == first and compiles.call_count == 3
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    (tmp_path / "cache").write_text("a file")
+    refused(cli("predict", "--impl", "planted_structure:prefetch", "--gpu", "a100"), "SORA_FAST_CACHE: expected a folder")
 
 
 def test_the_gate_tells_what_is_new_and_what_is_gone():

@@ -14,7 +14,8 @@ Compiles kernels for a GPU, reads their machine code and issues it to the units 
 tile and direction: cycles by unit and the one that binds, blocks per SM and what limits them, predicted TFLOP/s or share
 of the copy rate, and what the code says for certain: how far ahead copies are issued, divisions and local memory in a
 main loop. Beside every figure stands how far the model was off on published times. Writes OUT/report.html and
-OUT/predictions.json. Takes seconds for each kernel.
+OUT/predictions.json. Takes seconds for each kernel; a compiled one is kept in SORA_FAST_CACHE/predict (default
+~/.cache/sora_fast), and compiled again only when it, Triton or ptxas has changed.
 
   sora-fast predict attention --gpu h200 --case '128 bfloat16'
   sora-fast predict --impl my_kernels:launch --gpu a100
@@ -80,6 +81,7 @@ def _work(arguments, gpu: GPU) -> Iterator[tuple[str, object]]:
         return
     from . import predict_kernels
 
+    check_folder("SORA_FAST_CACHE", predict_kernels.cache())
     if arguments.impl:
         work = predict_kernels.theirs(_launcher(arguments.impl), arguments.impl)
     else:

@@ -8,16 +8,23 @@ import importlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import torch
 
+from .. import env
 from ..cyclemodel import GPU, Kernel
-from ..testing import aot
+from ..testing import aot, aot_cache
 
 MEMORY = ("modulation", "normalization", "patches", "rotary")  # families whose time is DRAM's
 PASSES = {"forward_kernel": "forward", "embed_kernel": "forward", "box_kernel": "forward or dgrad",
           **dict.fromkeys(("schedule_kernel", "join_kernel", "join_stats_kernel", "join_sums_kernel"), "beside the others")}
+
+
+def cache() -> Path:
+    """Where compiled kernels are kept."""
+    return env.cache() / "predict"
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,8 @@ class Work:
 
     def kernel(self, gpu: GPU) -> Kernel:
         case = self.case
-        compiled = aot.compile_for(case.fn, case.signature, case.constexprs, case.aligned, gpu.cc, **case.options)
+        compiled = aot_cache.compile_for(cache(), case.fn, case.signature, case.constexprs, case.aligned, gpu.cc,
+                                         **case.options)
         warps, stages = case.options.get("num_warps", 4), case.options.get("num_stages", 3)
         constants = case.constexprs
         blocks = [f"{name.removeprefix('BLOCK_')}{value}" for name, value in constants.items()

@@ -190,17 +190,22 @@ def cache_violations(calls: Iterable[Callable[[], object]]) -> list[str]:
     return found
 
 
-def build(fn, signature, constexprs, aligned, cc, options):
-    """(Triton's compiled kernel, what ptxas printed). Always from the start: a cached kernel has no messages."""
+def source_of(fn, signature, constexprs, aligned) -> ASTSource:
+    """What Triton compiles for these arguments."""
     _refuse_interpreter(fn)
     attrs = {(fn.arg_names.index(name),): [ALIGNED] for name in aligned}
+    # The order of the signature is the order of the parameters.
+    return ASTSource(fn, {name: signature[name] for name in fn.arg_names}, dict(constexprs), attrs)
+
+
+def build(fn, signature, constexprs, aligned, cc, options):
+    """(Triton's compiled kernel, what ptxas printed). Always from the start: a cached kernel has no messages."""
+    source = source_of(fn, signature, constexprs, aligned)
     printed = io.StringIO()
     with (tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope(),
           contextlib.redirect_stdout(printed)):
         knobs.cache.dir = folder
         knobs.nvidia.dump_ptxas_log = True
-        # The order of the signature is the order of the parameters.
-        source = ASTSource(fn, {name: signature[name] for name in fn.arg_names}, dict(constexprs), attrs)
         kernel = triton.compile(source, target=GPUTarget("cuda", cc, 32), options={**FUSION, **options})
     return kernel, printed.getvalue()
 
