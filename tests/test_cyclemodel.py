@@ -72,6 +72,9 @@ def test_a_turn_leaves_masks_out():
     (loop,) = turns.main_loops(one)
     assert len(loop) == 7 and [i.base for i in turns.turn(loop, one)] == ["HMMA", "BRA", "IADD3", "BRA"]
     assert [i.base for i in turns.through(one)] == ["MOV", "HMMA", "BRA", "IADD3", "BRA", "EXIT"]
+    # of two ways with as many bytes, the one with the norm that an argument may turn off
+    norm = code("@P1 BRA 0x20", "MUFU.RSQ R1, R2", "STG.E.128 [R2.64], R4", "EXIT")
+    assert [i.base for i in turns.through(norm)] == ["BRA", "MUFU", "STG", "EXIT"]
 
 
 @pytest.mark.parametrize("gpu, registers, shared, warps, blocks", [

@@ -75,6 +75,31 @@ def test_a_second_run_compiles_nothing(cli, tmp_path, monkeypatch):
     refused(cli("predict", "--impl", "planted_structure:prefetch", "--gpu", "a100"), "SORA_FAST_CACHE: expected a folder")
 
 
+def test_kernels_of_csrc_are_predicted(cli, tmp_path, monkeypatch):
+    from sora_fast.cli import predict_kernels
+    from sora_fast.ops import cuda_backend
+
+    monkeypatch.setattr(predict_kernels, "ours", lambda *arguments: ())  # Triton's, which take long to compile
+    asked = "predict", "convolution", "normalization", "--case", "96", "--out", tmp_path, "--json", "--gpu"
+    if not cuda_backend.extension()[1]:
+        code, out, wrong = cli(*asked, "h200")
+        assert code == 0 and "predict:" not in wrong, wrong
+        rows = {row["case"]: row for row in json.loads(out)}
+        assert rows.keys() == {"convolution 96 to 96 bfloat16", "normalization 96, bfloat16"}
+        convolution, norm = rows.values()
+        assert convolution["kernel"] == "causal_conv3d_kernel<96, 1>" and convolution["facts"]["blocks"] == 1
+        # 96 channels of a tap: 6 k16 products of 256 x 96, and their boxes from L2
+        assert convolution["units"]["tensor"] == 6 * 256 * 96 * 16 * 2 / 4096
+        assert convolution["units"]["L2"] == 2 * (256 + 96) * 96 / 32
+        assert norm["lanes"] == 1 and norm["units"]["xu"] > 0 and 0.5 < norm["copy_share"] <= 1
+        code, _, wrong = cli(*asked, "a100")
+        assert code == 0 and "predict: convolution: without the kernels of csrc. Its kernel was built for sm_90a" in wrong
+    monkeypatch.setattr(cuda_backend, "extension", lambda: (None, "It was not built."))
+    _, _, wrong = cli(*asked, "h200")
+    assert wrong.splitlines()[:2] == [f"predict: {family}: without the kernels of csrc. It was not built."
+                                      for family in ("convolution", "normalization")]
+
+
 def test_the_gate_tells_what_is_new_and_what_is_gone():
     import planted_structure
 

@@ -10,12 +10,13 @@ from ..files import check_folder, save_text
 from . import predict_report
 
 DESCRIPTION = """\
-Compiles kernels for a GPU, reads their machine code and issues it to the units of one SM, cycle by cycle. Per kernel,
-tile and direction: cycles by unit and the one that binds, blocks per SM and what limits them, predicted TFLOP/s or share
-of the copy rate, and what the code says for certain: how far ahead copies are issued, divisions and local memory in a
-main loop. Beside every figure stands how far the model was off on published times. Writes OUT/report.html and
-OUT/predictions.json. Takes seconds for each kernel; a compiled one is kept in SORA_FAST_CACHE/predict (default
-~/.cache/sora_fast), and compiled again only when it, Triton or ptxas has changed.
+Compiles Triton kernels for a GPU, reads their machine code (and that of csrc's kernels, where the CUDA extension was
+built) and issues it to the units of one SM, cycle by cycle. Per kernel, tile and direction: cycles by unit and the one
+that binds, blocks per SM and what limits them, predicted TFLOP/s or share of the copy rate, and what the code says for
+certain: how far ahead copies are issued, divisions and local memory in a main loop. Beside every figure stands how far
+the model was off on published times. Writes OUT/report.html and OUT/predictions.json. Takes seconds for each kernel; a
+compiled one is kept in SORA_FAST_CACHE/predict (default ~/.cache/sora_fast), and compiled again only when it, Triton or
+ptxas has changed.
 
   sora-fast predict attention --gpu h200 --case '128 bfloat16'
   sora-fast predict --impl my_kernels:launch --gpu a100
@@ -79,7 +80,7 @@ def _work(arguments, gpu: GPU) -> Iterator[tuple[str, object]]:
     if arguments.impl and arguments.impl.endswith(".cubin"):
         yield from _cubin(arguments, gpu)
         return
-    from . import predict_kernels
+    from . import predict_csrc, predict_kernels
 
     check_folder("SORA_FAST_CACHE", predict_kernels.cache())
     if arguments.impl:
@@ -91,8 +92,10 @@ def _work(arguments, gpu: GPU) -> Iterator[tuple[str, object]]:
         if unknown:
             raise ValueError(f"predict: expected families among {', '.join(FAMILIES)}, got {', '.join(unknown)}; check the "
                              f"name")
+        tell = lambda line: print(f"predict: {line}", file=sys.stderr, flush=True)
         work = (each for family in arguments.families or FAMILIES
-                for each in predict_kernels.ours(family, gpu, arguments.case, arguments.candidates))
+                for each in (*predict_kernels.ours(family, gpu, arguments.case, arguments.candidates),
+                             *predict_csrc.ours(family, gpu, arguments.case, tell)))
     for each in work:
         yield each.name, lambda each=each: each.kernel(gpu)
 
