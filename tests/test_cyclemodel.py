@@ -151,6 +151,13 @@ def test_a_prediction_says_how_far_the_model_was_off():
     assert found.facts.blocks == 4 and found.tflops <= found.bound_tflops and found.error.endswith("forwards on sm_80")
     assert json.loads(json.dumps(found.to_dict()))["predicted"] is True
     assert predict(dataclasses.replace(kernel, useful=0.5), A100).tflops == pytest.approx(found.tflops / 2)
+    # prologue and epilogue: 64 stores of 16 bytes a thread, and the way between blocks
+    long = dataclasses.replace(kernel, turns=8, sass=listing(*pipelined(1, "MUFU.EX2 R1, R2")[:-1],
+                                                             *["STG.E.128 [R2], R8"] * 64, "EXIT"))
+    whole, loop = predict(long, A100), predict(dataclasses.replace(long, turns=None), A100)
+    assert loop.outside is None and loop.tflops == loop.loop_tflops == whole.loop_tflops
+    assert whole.outside > 64 * 16 * 32 / (A100.l2_port / 4) and whole.outside > found.cycles
+    assert whole.tflops == pytest.approx(loop.tflops * 8 * loop.cycles / (8 * loop.cycles + whole.outside))
     with pytest.raises(ValueError, match="no room for its shared memory"):
         predict(dataclasses.replace(kernel, shared=200 << 10), A100)
     copy = ["LDG.E.128 R4, [R2.64]", "STG.E.128 [R2.64], R4", "EXIT"]

@@ -22,13 +22,15 @@ pytestmark = [pytest.mark.full, pytest.mark.ci]
 @pytest.mark.parametrize("fault", ["division", "prefetch", "local memory", "occupancy"])
 def test_a_planted_fault_is_told(cli, tmp_path, fault):
     code, out, wrong = cli("predict", "--impl", f"planted_structure:{fault.replace(' ', '_')}", "--gpu", "a100", "--out",
-                           tmp_path)
+                           tmp_path, "--turns", "32")
     assert code == 0, wrong
     assert "predicted " in out and " TFLOP/s on A100 (the model's error: " in out
     (faults,) = [line.rpartition("FAULTS: ")[2] for line in out.splitlines() if "FAULTS" in line]
     assert fault in faults.split(", ")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     (row,) = json.loads((tmp_path / "predictions.json").read_text(encoding="utf-8"))
+    share = f"{row['outside'] / (row['outside'] + 32 * row['cycles']):.0%}"
+    assert f"outside the loop {row['outside']:,.0f} cycles, {share} at 32 turns" in out and f"<td>{share}</td>" in page
     assert f"<p class=fault>{faults}</p>" in page and "predicted</p>" in page and row["faults"] == faults.split(", ")
     assert "http" not in page.partition("How far the model was off")[0]  # nothing is loaded from elsewhere
 
@@ -43,6 +45,7 @@ def test_a_cubin_gets_a_report_and_its_own_questions(cli, tmp_path):
     path.write_bytes(kernel.asm["cubin"])
     refused(cli("predict", "--impl", path, "--gpu", "h100", "--out", tmp_path), "expected --warps beside sum.cubin")
     refused(cli("predict", "--impl", path, "--gpu", "a100", "--warps", "4", "--out", tmp_path), "expected a GPU of sm_90")
+    refused(cli("predict", "attention", "--turns", "4"), "--turns: expected it beside --impl")
     code, out, _ = cli("predict", "--impl", path, "--gpu", "h100", "--warps", "4", "--out", tmp_path, "--json")
     (row,) = json.loads(out)
     assert code == 0 and row["kernel"] == "good" and 0.3 < row["copy_share"] <= 1 and row["predicted"]
@@ -132,6 +135,12 @@ def test_what_is_read_of_launches():
     assert predict_kernels._useful("dq_kernel", constants, {"q": "*bf16"}) == 72 / 80
     assert [predict_kernels._bulk(name, constants) for name in ("dq_kernel", "dkdv_kernel")] == [
         2 * rows * 80 * 2 for rows in (128, 64)]
+    unmasked = constants | dict(GROUP=2, LEFT=False, RIGHT=False)
+    turns = lambda kernel, **more: predict_kernels._turns(kernel, unmasked | more, 8192)
+    assert (turns("forward_kernel"), turns("dkdv_kernel"), turns("dq_kernel", RIGHT=True)) == (64, 256, 32)
+    assert turns("dq_kernel", LEFT=True) is None
+    taps = dict(KT=3, KH=3, KW=3, BLOCK_K=64)
+    assert predict_kernels._turns("box_kernel", dict(MADE=96, SUMMED=160, **taps), 0) == 27 * 3
     alone = list(predict_kernels.ours("attention", GPUS["h200"], "128 bfloat16, sm90"))
     tried = list(predict_kernels.ours("attention", GPUS["h200"], "128 bfloat16, sm90", candidates=True))
     tiles = {(each.case.constexprs["BLOCK_M"], each.case.constexprs["BLOCK_N"]) for each in tried}

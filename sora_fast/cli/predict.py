@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ..cyclemodel import GPU, GPUS, Kernel, Prediction, cubins, predict
@@ -38,6 +39,10 @@ def add_arguments(parser) -> None:
         help="warps of a block of a .cubin, which does not say it (default: none)")
     add("--shared", type=int, default=0, metavar="BYTES",
         help="dynamic shared memory of a block of a .cubin (default: %(default)s)")
+    add("--tokens", type=int, default=8192, metavar="N",
+        help="tokens of a sample, of attention: how long its main loops are (default: %(default)s)")
+    add("--turns", type=float, default=0, metavar="N",
+        help="turns of a block's main loop, of your own kernel (default: its prologue and epilogue are left out)")
     add("--json", action="store_true", help="print JSON, not text (default: text)")
     add("--out", default="out/predict", metavar="DIR", help="folder for the report (default: %(default)s)")
 
@@ -48,6 +53,11 @@ def run(arguments) -> int:
     Returns 1 if a kernel could not be predicted (it does not compile, or its blocks do not fit), else 0.
     """
     gpu = GPUS[arguments.gpu]
+    for flag, number, least in (("--tokens", arguments.tokens, 1), ("--turns", arguments.turns, 0)):
+        if not least <= number < 2**31:
+            raise ValueError(f"{flag}: expected a number from {least} to 2^31, got {number:g}; pass one")
+    if arguments.turns and not arguments.impl:
+        raise ValueError("--turns: expected it beside --impl, got none: of our kernels they are known; leave it out")
     out = Path(arguments.out)
     check_folder("--out", out)
     found: list[Prediction] = []
@@ -97,7 +107,12 @@ def _work(arguments, gpu: GPU) -> Iterator[tuple[str, object]]:
                 for each in (*predict_kernels.ours(family, gpu, arguments.case, arguments.candidates),
                              *predict_csrc.ours(family, gpu, arguments.case, tell)))
     for each in work:
-        yield each.name, lambda each=each: each.kernel(gpu)
+        yield each.name, lambda each=each: _with_turns(each.kernel(gpu, arguments.tokens), arguments)
+
+
+def _with_turns(kernel: Kernel, arguments) -> Kernel:
+    """A user's own kernel has those of --turns."""
+    return replace(kernel, turns=arguments.turns or None) if arguments.impl else kernel
 
 
 def _launcher(path: str):
@@ -124,4 +139,5 @@ def _cubin(arguments, gpu: GPU) -> Iterator[tuple[str, object]]:
             raise ValueError(f"--gpu: expected a GPU of sm_{each.cc}, for which {path.name} is compiled, got {gpu.name}, sm_"
                              f"{gpu.cc}; choose another")
         yield each.name, lambda each=each: Kernel(each.name, each.sass, each.registers, each.shared + arguments.shared,
-                                                  arguments.warps, case=path.name, tile=f"w{arguments.warps}")
+                                                  arguments.warps, case=path.name, tile=f"w{arguments.warps}",
+                                                  turns=arguments.turns or None)

@@ -25,7 +25,7 @@ class Work:
     def name(self) -> str:
         return f"{self.family}, {self.case}, {self.launch.kernel}"
 
-    def kernel(self, gpu: GPU) -> Kernel:
+    def kernel(self, gpu: GPU, tokens: int = 0) -> Kernel:
         launch = self.launch
         found = cuda_launches.machine_code(launch.kernel, gpu.cc)
         return Kernel(
@@ -36,9 +36,9 @@ class Work:
 def _convolution(work: Work) -> dict:
     """A warpgroup copies and two multiply, so that eight warps compute; a turn has 64 channels, or all of 96 or 160."""
     channels, full = map(int, re.findall(r"-?\d+", work.launch.kernel.partition("<")[2]))
-    pixels = 256 if channels <= 192 else 128
-    return dict(warps=8, tile=f"P{pixels} C{channels} w4+8",
-                bulk=2 * (pixels + channels) * (64 if full < 0 else 64 * full + 32))
+    pixels, summed = 256 if channels <= 192 else 128, 64 if full < 0 else 64 * full + 32
+    return dict(warps=8, tile=f"P{pixels} C{channels} w4+8", bulk=2 * (pixels + channels) * summed,
+                turns=27 * int(re.match(r"\d+", work.case)[0]) / summed)
 
 
 def _norm_act(work: Work) -> dict:

@@ -39,7 +39,8 @@ class Work:
     def name(self) -> str:
         return f"{self.family}, {self.case.name.partition(':')[0]}, {self.case.fn.__name__}"
 
-    def kernel(self, gpu: GPU) -> Kernel:
+    def kernel(self, gpu: GPU, tokens: int = 0) -> Kernel:
+        """``tokens``: of a sample, of attention; 0: not known."""
         case = self.case
         compiled = aot_cache.compile_for(cache(), case.fn, case.signature, case.constexprs, case.aligned, gpu.cc,
                                          **case.options)
@@ -52,7 +53,8 @@ class Work:
             case=f"{self.family} {case.name.partition(':')[0]}", tile=" ".join([*blocks, f"w{warps}", f"s{stages}"]),
             direction=PASSES.get(case.fn.__name__, "backward"), stages=stages, bulk=_bulk(case.fn.__name__, constants),
             useful=_useful(case.fn.__name__, constants, case.signature),
-            memory=self.family in MEMORY, traffic=_traffic(self.tensors, compiled.ttir))
+            memory=self.family in MEMORY, traffic=_traffic(self.tensors, compiled.ttir),
+            turns=_turns(case.fn.__name__, constants, tokens))
 
 
 def _share(size: int, block: int) -> float:
@@ -90,6 +92,24 @@ def _bulk(kernel: str, constants) -> float:
     if "MADE" in constants:
         return (value("TH") * value("TW") + value("C0") + value("C1")) * value("BLOCK_K") * 2
     return 0.0
+
+
+def _turns(kernel: str, constants, tokens: int) -> float | None:
+    """Of a block's main loop; None: known to the launch alone, as in wgrad, of windows, and without ``tokens``.
+
+    A block of causal attention sees half of its sample in the mean.
+    """
+    value = constants.get
+    taps = lambda summed: value("KT") * value("KH") * value("KW") * -(-value(summed) // value("BLOCK_K"))
+    if "MADE" in constants:
+        return taps("SUMMED")
+    if kernel in ("forward_kernel", "dgrad_kernel") and "CIN" in constants:
+        strides = value("ST") * value("SH") * value("SW") if kernel == "dgrad_kernel" else 1  # a pixel is seen by some taps
+        return taps("CIN" if kernel == "forward_kernel" else "COUT") / strides
+    if "E0" in constants and tokens and not value("LEFT"):
+        passing = value("GROUP") / value("BLOCK_M") if kernel == "dkdv_kernel" else 1 / value("BLOCK_N")
+        return max(1.0, tokens * passing / (2 if value("RIGHT") else 1))
+    return None
 
 
 # -------------------------------------------------------------------------------------------------------- launches

@@ -32,6 +32,8 @@ WORDS = {
                   "leaves of its bar, it waits.",
     "stacked": "Where a scheduler's time goes: cycles in which an instruction was issued, and cycles in which none could "
                "be, by what the next one waited for.",
+    "outside the loop": "Cycles of the blocks of an SM before and behind their main loops, and their share of a block's "
+                        "time at so many turns, as if every optional tensor was there. The figure counts them.",
     "the model's error": "Predicted over published, less one, on kernels that others wrote and timed: the table at the end. "
                          "What is not like them is not calibrated.",
 }
@@ -61,6 +63,16 @@ def _stack(prediction: Prediction) -> str:
     return f"<div class=stack>{bar}</div><small>{key}</small>"
 
 
+def _blocks_time(prediction: Prediction) -> str:
+    """A block's time in two parts: its main loop, and what stands before and behind that."""
+    if not prediction.outside:
+        return ""
+    share = outside_share(prediction)
+    bar = "".join(f'<i style="width:{part * 100:.1f}%;background:{colour}"></i>'
+                  for part, colour in ((1 - share, COLOURS[0]), (share, COLOURS[1])))
+    return f"<div class=stack>{bar}</div><small>{escaping.escape(outside(prediction))}</small>"
+
+
 def _card(prediction: Prediction) -> str:
     faults = prediction.facts.faults()
     told = f'<p class=fault>{escaping.escape(", ".join(faults))}</p>' if faults else ""
@@ -69,6 +81,7 @@ def _card(prediction: Prediction) -> str:
             f"<p>{escape(prediction.case)} \u00b7 {escape(prediction.tile)}</p>"
             f"<p class=figure>{escape(figure(prediction))} predicted</p>"
             f"<p>the model's error: {escape(prediction.error)}</p>{told}{_units(prediction)}{_stack(prediction)}"
+            f"{_blocks_time(prediction)}"
             f"<p>{escape(structure(prediction))}; {prediction.instructions:,} instructions a warp</p></div>")
 
 
@@ -88,9 +101,11 @@ def _calibration() -> str:
 def html(predictions: Sequence[Prediction], gpu: GPU) -> str:
     """The page."""
     words = "".join(f"<dt>{escaping.escape(word)}</dt><dd>{escaping.escape(text)}</dd>" for word, text in WORDS.items())
-    summary = _table(("kernel", "case", "tile", "predicted", "the model's error", "binds", "blocks an SM", "faults"),
-                     [(p.kernel, p.case, p.tile, figure(p), p.error, NAMES[p.binding],
-                       f"{p.facts.blocks} ({p.facts.limit})", ", ".join(p.facts.faults())) for p in predictions])
+    summary = _table(("kernel", "case", "tile", "predicted", "outside the loop", "the model's error", "binds",
+                      "blocks an SM", "faults"),
+                     [(p.kernel, p.case, p.tile, figure(p), f"{outside_share(p):.0%}" if p.outside else "", p.error,
+                       NAMES[p.binding], f"{p.facts.blocks} ({p.facts.limit})", ", ".join(p.facts.faults()))
+                      for p in predictions])
     cards = "".join(map(_card, predictions))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -112,6 +127,17 @@ def figure(prediction: Prediction) -> str:
     return f"{prediction.copy_share:.0%} of the copy rate"
 
 
+def outside_share(prediction: Prediction) -> float:
+    """Of a block's time, what it is not in its main loop."""
+    return prediction.outside / (prediction.outside + prediction.turns * prediction.cycles)
+
+
+def outside(prediction: Prediction) -> str:
+    """Prologue and epilogue in a line."""
+    return (f"outside the loop {prediction.outside:,.0f} cycles, {outside_share(prediction):.0%} at {prediction.turns:,.0f} "
+            f"turns (the loop alone: {prediction.loop_tflops:,.0f} TFLOP/s)")
+
+
 def structure(prediction: Prediction) -> str:
     """What SASS says, in one line."""
     facts = prediction.facts
@@ -130,7 +156,7 @@ def structure(prediction: Prediction) -> str:
 
 
 def line(prediction: Prediction) -> str:
-    """One kernel on three lines."""
+    """One kernel on three lines, and one more where a block's turns are known."""
     busiest = sorted(prediction.units.items(), key=lambda unit: -unit[1])[:4]
     faults = prediction.facts.faults()
     direction = f" ({prediction.direction})" if prediction.direction else ""
@@ -138,4 +164,5 @@ def line(prediction: Prediction) -> str:
             f"{prediction.gpu} (the model's error: {prediction.error})\n"
             f"  {prediction.cycles:,.0f} cycles a turn; busy {', '.join(f'{unit} {busy:,.0f}' for unit, busy in busiest)}"
             f"; {prediction.binding} binds\n"
+            f"{f'  {outside(prediction)}{chr(10)}' if prediction.outside else ''}"
             f"  {structure(prediction)}{'; FAULTS: ' + ', '.join(faults) if faults else ''}")
