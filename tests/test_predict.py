@@ -1,5 +1,6 @@
 """sora-fast predict, on kernels from outside the package: each planted fault is told, and each gets its report."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -14,7 +15,9 @@ if sys.platform != "linux":
 import structure  # noqa: E402
 from cli_checks import refused  # noqa: E402
 
-from sora_fast.testing import aot  # noqa: E402
+from sora_fast.benchmarks import figures  # noqa: E402
+from sora_fast.benchmarks.specs import normalization  # noqa: E402
+from sora_fast.testing import aot, launches  # noqa: E402
 
 pytestmark = [pytest.mark.full, pytest.mark.ci]
 
@@ -101,6 +104,46 @@ def test_kernels_of_csrc_are_predicted(cli, tmp_path, monkeypatch):
     _, _, wrong = cli(*asked, "h200")
     assert wrong.splitlines()[:2] == [f"predict: {family}: without the kernels of csrc. It was not built."
                                       for family in ("convolution", "normalization")]
+
+
+def test_measured_rows_stand_beside(cli, tmp_path):
+    """Of this GPU, op, direction, backend and sizes, and PASSED; of two of one thing the later."""
+    case = next(case for case in normalization.CASES if (case.channels, case.norm) == (192, "rms"))
+    row = dict(schema=1, row="time", suite="full", op="norm_act", case="planted", direction="forward", provider="triton",
+               dtype="bfloat16", shape=case.shape(), status="PASSED", reason="", flops=0, roof="copy", share=0.5,
+               environment=dict(device="NVIDIA H200", time="2027-01-02T03:04:05"), **dict.fromkeys(figures.STATISTICS, 1.0))
+    later = row | dict(share=0.6, environment=dict(device="NVIDIA H200", time="2027-02-02T03:04:05"))
+    others = [later | dict(case=str(place)) | change for place, change in enumerate((
+        dict(environment=dict(device="NVIDIA H100")), dict(direction="backward"), dict(provider="torch"),
+        dict(shape=row["shape"] | dict(C=96)), dict(dtype="float16"),
+        dict(status="FAILED", reason="wrong", **dict.fromkeys(figures.STATISTICS)), dict(environment=dict(device="GH200"))))]
+    results = tmp_path / "results" / "nvidia-h200"
+    results.mkdir(parents=True)
+    (results / "bench.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (later, row, *others)))
+    asked = ("predict", "normalization", "--case", "192, bfloat16", "--out", tmp_path / "out", "--results",
+             tmp_path / "results")
+    code, out, wrong = cli(*asked)
+    assert code == 0, wrong
+    told = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    (measured,) = (each for prediction in told for each in prediction["measured"])
+    (forward,) = (each for each in told if each["measured"])
+    assert (forward["kernel"], measured["case"], measured["copy_share"]) == ("forward_kernel", "planted", 0.6)
+    assert measured["error"] == pytest.approx(forward["copy_share"] / 0.6 - 1)
+    line = f"measured 60% of the copy rate, predicted {measured['error']:+.0%} (planted; NVIDIA H200, 2027-02-02)"
+    assert f"\n  {line}\n" in out and line in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    refused(cli(*asked[:-1], tmp_path / "nowhere"), "--results: expected a folder")
+
+
+@pytest.mark.parametrize("family", launches.FAMILIES)
+def test_rows_of_models_are_found(family):
+    """Kernels and the benchmark's cases are named alike: of each family something that is predicted is measured too."""
+    from sora_fast.cli.predict_measured import call_of
+
+    specs = importlib.import_module(f"sora_fast.benchmarks.specs.{family}")
+    calls = [call_of(family, case.fn.__name__, case.constexprs, case.signature) for case in aot.ours(family)]
+    rows = [dict(op=case.op, direction="forward", provider="triton", dtype=str(case.dtype).removeprefix("torch."),
+                 shape=case.shape()) for case in specs.CASES]
+    assert any(call is not None and call.is_of(row) for call in calls for row in rows)
 
 
 def test_the_gate_tells_what_is_new_and_what_is_gone():

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from ..cyclemodel import GPU, GPUS, Kernel, Prediction, cubins, predict
 from ..files import check_folder, save_text
-from . import predict_report
+from . import predict_measured, predict_report
 
 DESCRIPTION = """\
 Compiles Triton kernels for a GPU, reads their machine code (and that of csrc's kernels, where the CUDA extension was
 built) and issues it to the units of one SM, cycle by cycle. Per kernel, tile and direction: cycles by unit and the one
 that binds, blocks per SM and what limits them, predicted TFLOP/s or share of the copy rate, and what the code says for
 certain: how far ahead copies are issued, divisions and local memory in a main loop. Beside every figure stands how far
-the model was off on published times. Writes OUT/report.html and OUT/predictions.json. Takes seconds for each kernel; a
-compiled one is kept in SORA_FAST_CACHE/predict (default ~/.cache/sora_fast), and compiled again only when it, Triton or
-ptxas has changed.
+the model was off on published times, and what sora-fast bench measured of it, if anything. Writes
+OUT/report.html and OUT/predictions.json. Takes seconds for each kernel; a compiled one is kept in SORA_FAST_CACHE/predict
+(default ~/.cache/sora_fast), and compiled again only when it, Triton or ptxas has changed.
 
   sora-fast predict attention --gpu h200 --case '128 bfloat16'
   sora-fast predict --impl my_kernels:launch --gpu a100
@@ -43,6 +43,9 @@ def add_arguments(parser) -> None:
         help="tokens of a sample, of attention: how long its main loops are (default: %(default)s)")
     add("--turns", type=float, default=0, metavar="N",
         help="turns of a block's main loop, of your own kernel (default: its prologue and epilogue are left out)")
+    add("--results", metavar="DIR",
+        help="folder with a folder of sora-fast bench's rows for each GPU; measured figures of the same GPU and case stand "
+             "beside the predicted ones (default: the results that the package ships)")
     add("--json", action="store_true", help="print JSON, not text (default: text)")
     add("--out", default="out/predict", metavar="DIR", help="folder for the report (default: %(default)s)")
 
@@ -60,33 +63,37 @@ def run(arguments) -> int:
         raise ValueError("--turns: expected it beside --impl, got none: of our kernels they are known; leave it out")
     out = Path(arguments.out)
     check_folder("--out", out)
-    found: list[Prediction] = []
+    if arguments.results and not Path(arguments.results).is_dir():
+        raise ValueError(f"--results: expected a folder, got none at {arguments.results}; check the path")
+    found: list[tuple[Prediction, list[predict_measured.Measured]]] = []
     failed = 0
-    for name, make in _work(arguments, gpu):
+    rows = predict_measured.read(Path(arguments.results or predict_measured.RESULTS), gpu)
+    for name, make, call in _work(arguments, gpu):
         try:
-            found.append(predict(make(), gpu))
+            prediction = predict(make(), gpu)
+            found.append((prediction, predict_measured.beside(prediction, call, rows)))
         except Exception as error:  # a compiler's too: the other kernels still count
             lines = str(error).strip().splitlines() or [type(error).__name__]
             print(f"predict: {name}: {lines[-1]}", file=sys.stderr, flush=True)
             failed += 1
             continue
         if not arguments.json:
-            print(predict_report.line(found[-1]), flush=True)
+            print(predict_report.line(*found[-1]), flush=True)
     if not found and not failed:
         raise ValueError(f"predict: expected --case to leave a kernel on {gpu.name}, got {arguments.case!r}; leave it out "
                          f"to see their names")
-    rows = [prediction.to_dict() for prediction in found]
+    told = [prediction.to_dict() | dict(measured=[each.to_dict() for each in measured]) for prediction, measured in found]
     if arguments.json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(told, indent=1))
     out.mkdir(parents=True, exist_ok=True)
-    save_text(out / "predictions.json", json.dumps(rows, indent=1) + "\n")
+    save_text(out / "predictions.json", json.dumps(told, indent=1) + "\n")
     save_text(out / "report.html", predict_report.html(found, gpu))
     print(f"wrote {out / 'report.html'}", file=sys.stderr if arguments.json else sys.stdout)
     return 1 if failed else 0
 
 
-def _work(arguments, gpu: GPU) -> Iterator[tuple[str, object]]:
-    """(name, function that makes the Kernel) of all that is asked for."""
+def _work(arguments, gpu: GPU) -> Iterator[tuple[str, object, predict_measured.Call | None]]:
+    """(name, function that makes the Kernel, what a measured row must be of) of all that is asked for."""
     if arguments.impl and arguments.impl.endswith(".cubin"):
         yield from _cubin(arguments, gpu)
         return
@@ -107,7 +114,7 @@ def _work(arguments, gpu: GPU) -> Iterator[tuple[str, object]]:
                 for each in (*predict_kernels.ours(family, gpu, arguments.case, arguments.candidates),
                              *predict_csrc.ours(family, gpu, arguments.case, tell)))
     for each in work:
-        yield each.name, lambda each=each: _with_turns(each.kernel(gpu, arguments.tokens), arguments)
+        yield each.name, lambda each=each: _with_turns(each.kernel(gpu, arguments.tokens), arguments), each.call
 
 
 def _with_turns(kernel: Kernel, arguments) -> Kernel:
@@ -127,7 +134,7 @@ def _launcher(path: str):
     return found
 
 
-def _cubin(arguments, gpu: GPU) -> Iterator[tuple[str, object]]:
+def _cubin(arguments, gpu: GPU) -> Iterator[tuple[str, object, None]]:
     path = Path(arguments.impl)
     if not path.is_file():
         raise ValueError(f"--impl: expected a file, got none at {path}; check the path")
@@ -138,6 +145,6 @@ def _cubin(arguments, gpu: GPU) -> Iterator[tuple[str, object]]:
         if each.cc != gpu.cc:
             raise ValueError(f"--gpu: expected a GPU of sm_{each.cc}, for which {path.name} is compiled, got {gpu.name}, sm_"
                              f"{gpu.cc}; choose another")
-        yield each.name, lambda each=each: Kernel(each.name, each.sass, each.registers, each.shared + arguments.shared,
-                                                  arguments.warps, case=path.name, tile=f"w{arguments.warps}",
-                                                  turns=arguments.turns or None)
+        yield each.name, lambda each=each: Kernel(
+            each.name, each.sass, each.registers, each.shared + arguments.shared, arguments.warps, case=path.name,
+            tile=f"w{arguments.warps}", turns=arguments.turns or None), None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ..cyclemodel import GPU, Kernel
 from ..testing import cuda_launches
 from .predict_kernels import MEMORY
+from .predict_measured import Call
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,16 @@ class Work:
     @property
     def name(self) -> str:
         return f"{self.family}, {self.case}, {self.launch.kernel}"
+
+    @property
+    def call(self) -> Call:
+        """What a measured row must be of to stand beside it."""
+        if self.family == "normalization":
+            channels, dtype = self.case.split(", ")
+            return Call("norm_act", "forward", "cuda", dtype, dict(C=int(channels), norm="rms"))
+        inputs, outputs = map(int, re.findall(r"(\d+) to (\d+)", self.case)[0])
+        return Call("causal_conv3d", "forward", "cuda", "bfloat16",
+                    dict(Cin=inputs, Cout=outputs, kernel=[3, 3, 3], stride=[1, 1, 1]))
 
     def kernel(self, gpu: GPU, tokens: int = 0) -> Kernel:
         launch = self.launch

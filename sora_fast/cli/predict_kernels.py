@@ -16,6 +16,7 @@ import torch
 from .. import env
 from ..cyclemodel import GPU, Kernel
 from ..testing import aot, aot_cache
+from .predict_measured import Call, call_of
 
 MEMORY = ("modulation", "normalization", "patches", "rotary")  # families whose time is DRAM's
 PASSES = {"forward_kernel": "forward", "embed_kernel": "forward", "box_kernel": "forward or dgrad",
@@ -34,6 +35,13 @@ class Work:
     family: str
     case: aot.AotCase
     tensors: dict[str, int]  # bytes
+    tried: bool = False  # a tile that only the tuner would take
+
+    @property
+    def call(self) -> Call | None:
+        """What a measured row must be of to stand beside it."""
+        case = self.case
+        return None if self.tried else call_of(self.family, case.fn.__name__, case.constexprs, case.signature)
 
     @property
     def name(self) -> str:
@@ -147,7 +155,7 @@ def ours(family: str, gpu: GPU, text: str = "", candidates: bool = False) -> Ite
                 key = case.fn.__name__, case.name, str(sorted(case.constexprs.items(), key=str)), str(case.options)
                 if gpu.cc in case.ccs and key not in seen:
                     seen.add(key)
-                    yield Work(family, case, _tensors(launch))
+                    yield Work(family, case, _tensors(launch), made is not call)
 
 
 def _with_candidates(family: str, call: Callable[[], object]) -> Iterator[Callable[[], object]]:

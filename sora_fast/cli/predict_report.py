@@ -1,7 +1,7 @@
 """What ``sora-fast predict`` prints, and its report.html: for each kernel a picture of its units' busy time, as a profiler's
 speed of light.
 
-The page is one file, in the style of the benchmark's report. Every figure is called predicted.
+The page is one file, in the style of the benchmark's report. Every figure is called predicted, or measured.
 """
 
 import html as escaping
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ..benchmarks.report import STYLE
 from ..cyclemodel import GPU, Prediction, calibration
+from .predict_measured import Measured
 
 UNITS = ("tensor", "issue", "alu", "fma", "xu", "shfl", "uniform", "smem", "L2", "DRAM")
 NAMES = {"tensor": "Tensor Core", "issue": "instruction issue", "alu": "integer and logic", "fma": "floating point",
@@ -26,8 +27,10 @@ PICTURE = """
 .fault { color: var(--bad); font-weight: 650; }
 """
 WORDS = {
-    "predicted": "Nothing here ran on a GPU. Machine code is read, and its instructions are issued to the units of one SM, "
+    "predicted": "Nothing of it ran on a GPU. Machine code is read, and its instructions are issued to the units of one SM, "
                  "cycle by cycle, at published rates.",
+    "measured": "What sora-fast bench timed on this GPU behind a passed gate: a whole call of the same sizes, with the tile "
+                "that it found there.",
     "a full bar": "The cycles of one turn of the main loop, or of one block where there is none, as simulated. What a unit "
                   "leaves of its bar, it waits.",
     "stacked": "Where a scheduler's time goes: cycles in which an instruction was issued, and cycles in which none could "
@@ -73,13 +76,14 @@ def _blocks_time(prediction: Prediction) -> str:
     return f"<div class=stack>{bar}</div><small>{escaping.escape(outside(prediction))}</small>"
 
 
-def _card(prediction: Prediction) -> str:
+def _card(prediction: Prediction, measured: Sequence[Measured]) -> str:
     faults = prediction.facts.faults()
     told = f'<p class=fault>{escaping.escape(", ".join(faults))}</p>' if faults else ""
     escape = escaping.escape
     return (f"<div class=card><h4>{escape(prediction.kernel)} <small>{escape(prediction.direction)}</small></h4>"
             f"<p>{escape(prediction.case)} \u00b7 {escape(prediction.tile)}</p>"
             f"<p class=figure>{escape(figure(prediction))} predicted</p>"
+            f"{''.join(f'<p>{escape(beside(each))}</p>' for each in measured)}"
             f"<p>the model's error: {escape(prediction.error)}</p>{told}{_units(prediction)}{_stack(prediction)}"
             f"{_blocks_time(prediction)}"
             f"<p>{escape(structure(prediction))}; {prediction.instructions:,} instructions a warp</p></div>")
@@ -98,20 +102,20 @@ def _calibration() -> str:
     return _table(heads, rows) if rows else "<p>No row yet.</p>"
 
 
-def html(predictions: Sequence[Prediction], gpu: GPU) -> str:
-    """The page."""
+def html(predictions: Sequence[tuple[Prediction, Sequence[Measured]]], gpu: GPU) -> str:
+    """The page, of predictions and what was measured of the same."""
     words = "".join(f"<dt>{escaping.escape(word)}</dt><dd>{escaping.escape(text)}</dd>" for word, text in WORDS.items())
-    summary = _table(("kernel", "case", "tile", "predicted", "outside the loop", "the model's error", "binds",
+    summary = _table(("kernel", "case", "tile", "predicted", "measured", "outside the loop", "the model's error", "binds",
                       "blocks an SM", "faults"),
-                     [(p.kernel, p.case, p.tile, figure(p), f"{outside_share(p):.0%}" if p.outside else "", p.error,
-                       NAMES[p.binding], f"{p.facts.blocks} ({p.facts.limit})", ", ".join(p.facts.faults()))
-                      for p in predictions])
-    cards = "".join(map(_card, predictions))
+                     [(p.kernel, p.case, p.tile, figure(p), "; ".join(map(measured_figure, measured)),
+                       f"{outside_share(p):.0%}" if p.outside else "", p.error, NAMES[p.binding],
+                       f"{p.facts.blocks} ({p.facts.limit})", ", ".join(p.facts.faults())) for p, measured in predictions])
+    cards = "".join(_card(*each) for each in predictions)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>sora_fast: predicted for {gpu.name}</title><style>{STYLE}{PICTURE}</style></head><body>
 <h1>Predicted for {gpu.name}, sm_{gpu.cc}</h1>
-<p class=lead>{len(predictions)} kernels by the cycle model. Predicted, not measured.</p>
+<p class=lead>{len(predictions)} kernels by the cycle model. Predicted where "measured" is not said.</p>
 <details><summary>What the words and pictures mean</summary><dl>{words}</dl></details>
 <h2>In short</h2>{summary}
 <h2>Kernels</h2><div class=cards>{cards}</div>
@@ -125,6 +129,17 @@ def figure(prediction: Prediction) -> str:
     if prediction.tflops is not None:
         return f"{prediction.tflops:,.0f} TFLOP/s"
     return f"{prediction.copy_share:.0%} of the copy rate"
+
+
+def measured_figure(measured: Measured) -> str:
+    """TFLOP/s or the share of a copy's rate, and how far the prediction is off."""
+    figure = f"{measured.tflops:,.0f} TFLOP/s" if measured.tflops else f"{measured.copy_share:.0%} of the copy rate"
+    return f"{figure}, predicted {measured.error:+.0%}"
+
+
+def beside(measured: Measured) -> str:
+    """A measurement in a line."""
+    return f"measured {measured_figure(measured)} ({measured.case}; {measured.device}, {measured.time[:10]})"
 
 
 def outside_share(prediction: Prediction) -> float:
@@ -155,8 +170,8 @@ def structure(prediction: Prediction) -> str:
     return ", ".join(said)
 
 
-def line(prediction: Prediction) -> str:
-    """One kernel on three lines, and one more where a block's turns are known."""
+def line(prediction: Prediction, measured: Sequence[Measured] = ()) -> str:
+    """One kernel on three lines, one more where a block's turns are known, and one for each measurement."""
     busiest = sorted(prediction.units.items(), key=lambda unit: -unit[1])[:4]
     faults = prediction.facts.faults()
     direction = f" ({prediction.direction})" if prediction.direction else ""
@@ -165,4 +180,5 @@ def line(prediction: Prediction) -> str:
             f"  {prediction.cycles:,.0f} cycles a turn; busy {', '.join(f'{unit} {busy:,.0f}' for unit, busy in busiest)}"
             f"; {prediction.binding} binds\n"
             f"{f'  {outside(prediction)}{chr(10)}' if prediction.outside else ''}"
-            f"  {structure(prediction)}{'; FAULTS: ' + ', '.join(faults) if faults else ''}")
+            f"  {structure(prediction)}{'; FAULTS: ' + ', '.join(faults) if faults else ''}"
+            + "".join(f"\n  {beside(each)}" for each in measured))
