@@ -7,6 +7,7 @@ import sys
 from unittest import mock
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 if sys.platform != "linux":
@@ -48,6 +49,7 @@ def test_a_cubin_gets_a_report_and_its_own_questions(cli, tmp_path):
     path.write_bytes(kernel.asm["cubin"])
     refused(cli("predict", "--impl", path, "--gpu", "h100", "--out", tmp_path), "expected --warps beside sum.cubin")
     refused(cli("predict", "--impl", path, "--gpu", "a100", "--warps", "4", "--out", tmp_path), "expected a GPU of sm_90")
+    refused(cli("predict", "--impl", path, "--gpu", "h100", "--warps", "4", "--emulate"), "--emulate: expected Triton")
     refused(cli("predict", "attention", "--turns", "4"), "--turns: expected it beside --impl")
     code, out, _ = cli("predict", "--impl", path, "--gpu", "h100", "--warps", "4", "--out", tmp_path, "--json")
     (row,) = json.loads(out)
@@ -144,6 +146,31 @@ def test_rows_of_models_are_found(family):
     rows = [dict(op=case.op, direction="forward", provider="triton", dtype=str(case.dtype).removeprefix("torch."),
                  shape=case.shape()) for case in specs.CASES]
     assert any(call is not None and call.is_of(row) for call in calls for row in rows)
+
+
+def bank_conflicts():
+    import emulated_gluon_kernels
+
+    x, y = (torch.empty(32, 32, device="meta") for _ in range(2))
+    emulated_gluon_kernels.transposed_kernel[(100,)](x, y, 3, 32, num_warps=4)
+
+
+def test_counted_wavefronts_enter(cli, tmp_path):
+    """A column of shared memory is 32 wavefronts for one; Triton's own layouts are ideal."""
+    def predicted(name, *flags):
+        code, out, wrong = cli("predict", "--impl", name, "--gpu", "a100", "--out", tmp_path, *flags)
+        assert code == 0, wrong
+        return json.loads((tmp_path / "predictions.json").read_text())[0], out
+
+    assumed, _ = predicted("test_predict:bank_conflicts")
+    counted, out = predicted("test_predict:bank_conflicts", "--emulate")
+    assert assumed["wavefronts"] == {} and counted["wavefronts"] == {"LDS": 32, "STS": 1}
+    assert counted["units"]["smem"] == pytest.approx(assumed["units"]["smem"] * 33 / 2)
+    assert counted["cycles"] > assumed["cycles"] and "wavefronts over the ideal, as emulated: LDS 32.00" in out
+    assumed, _ = predicted("planted_structure:prefetch")
+    counted, out = predicted("planted_structure:prefetch", "--emulate")
+    assert set(counted["wavefronts"].values()) == {1} and counted["cycles"] == assumed["cycles"]
+    assert "over the ideal, as emulated: none" in out
 
 
 def test_the_gate_tells_what_is_new_and_what_is_gone():

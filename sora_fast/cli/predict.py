@@ -43,6 +43,9 @@ def add_arguments(parser) -> None:
         help="tokens of a sample, of attention: how long its main loops are (default: %(default)s)")
     add("--turns", type=float, default=0, metavar="N",
         help="turns of a block's main loop, of your own kernel (default: its prologue and epilogue are left out)")
+    add("--emulate", action="store_true",
+        help="execute a program of each Triton kernel with matrix products in the emulator, on zeros, and take the bank "
+             "conflicts that it counts in shared memory (default: none are assumed)")
     add("--results", metavar="DIR",
         help="folder with a folder of sora-fast bench's rows for each GPU; measured figures of the same GPU and case stand "
              "beside the predicted ones (default: the results that the package ships)")
@@ -114,11 +117,12 @@ def _work(arguments, gpu: GPU) -> Iterator[tuple[str, object, predict_measured.C
                 for each in (*predict_kernels.ours(family, gpu, arguments.case, arguments.candidates),
                              *predict_csrc.ours(family, gpu, arguments.case, tell)))
     for each in work:
-        yield each.name, lambda each=each: _with_turns(each.kernel(gpu, arguments.tokens), arguments), each.call
+        yield each.name, lambda each=each: _kernel(each, gpu, arguments), each.call
 
 
-def _with_turns(kernel: Kernel, arguments) -> Kernel:
-    """A user's own kernel has those of --turns."""
+def _kernel(work, gpu: GPU, arguments) -> Kernel:
+    """With what the flags say of it."""
+    kernel = work.kernel(gpu, arguments.tokens, arguments.emulate)
     return replace(kernel, turns=arguments.turns or None) if arguments.impl else kernel
 
 
@@ -141,6 +145,8 @@ def _cubin(arguments, gpu: GPU) -> Iterator[tuple[str, object, None]]:
     if not arguments.warps:
         raise ValueError(f"--impl: expected --warps beside {path.name}, got none: a cubin does not say how many warps a "
                          f"block has; pass it, and --shared for dynamic shared memory")
+    if arguments.emulate:
+        raise ValueError(f"--emulate: expected Triton kernels, which can be launched, got {path.name}; leave it out")
     for each in cubins.functions(path, arguments.case):
         if each.cc != gpu.cc:
             raise ValueError(f"--gpu: expected a GPU of sm_{each.cc}, for which {path.name} is compiled, got {gpu.name}, sm_"

@@ -36,7 +36,8 @@ class Work:
         return Call("causal_conv3d", "forward", "cuda", "bfloat16",
                     dict(Cin=inputs, Cout=outputs, kernel=[3, 3, 3], stride=[1, 1, 1]))
 
-    def kernel(self, gpu: GPU, tokens: int = 0) -> Kernel:
+    def kernel(self, gpu: GPU, tokens: int = 0, emulate: bool = False) -> Kernel:
+        """As predict_kernels.Work's; what is asked there is known of these."""
         launch = self.launch
         found = cuda_launches.machine_code(launch.kernel, gpu.cc)
         return Kernel(

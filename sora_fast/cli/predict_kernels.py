@@ -4,6 +4,7 @@ The launches are those of sora_fast.testing.launches; what machine code does not
 traffic) is read from their constants and tensors.
 """
 
+import functools
 import importlib
 import re
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ class Work:
     family: str
     case: aot.AotCase
     tensors: dict[str, int]  # bytes
+    launches: Callable[[], object]  # makes this launch, among others
+    place: int  # of this launch among them
     tried: bool = False  # a tile that only the tuner would take
 
     @property
@@ -47,9 +50,13 @@ class Work:
     def name(self) -> str:
         return f"{self.family}, {self.case.name.partition(':')[0]}, {self.case.fn.__name__}"
 
-    def kernel(self, gpu: GPU, tokens: int = 0) -> Kernel:
-        """``tokens``: of a sample, of attention; 0: not known."""
+    def kernel(self, gpu: GPU, tokens: int = 0, emulate: bool = False) -> Kernel:
+        """``tokens``: of a sample, of attention; 0: not known. ``emulate``: count its wavefronts in shared memory."""
         case = self.case
+        counted = _emulated(self.launches, gpu.cc)[self.place] if emulate and self.family not in MEMORY else {}
+        if counted is None:
+            raise ValueError(f"--emulate: expected {case.fn.__name__} to go through a loop twice on tensors of zeros, got "
+                             f"fewer turns; leave the flag out")
         compiled = aot_cache.compile_for(cache(), case.fn, case.signature, case.constexprs, case.aligned, gpu.cc,
                                          **case.options)
         warps, stages = case.options.get("num_warps", 4), case.options.get("num_stages", 3)
@@ -62,7 +69,14 @@ class Work:
             direction=PASSES.get(case.fn.__name__, "backward"), stages=stages, bulk=_bulk(case.fn.__name__, constants),
             useful=_useful(case.fn.__name__, constants, case.signature),
             memory=self.family in MEMORY, traffic=_traffic(self.tensors, compiled.ttir),
-            turns=_turns(case.fn.__name__, constants, tokens))
+            turns=_turns(case.fn.__name__, constants, tokens), wavefronts=counted)
+
+
+@functools.cache
+def _emulated(call: Callable[[], object], cc: int) -> list[dict[str, float] | None]:
+    from ..testing.emulated_launches import wavefronts
+
+    return wavefronts(call, cc)
 
 
 def _share(size: int, block: int) -> float:
@@ -151,11 +165,11 @@ def ours(family: str, gpu: GPU, text: str = "", candidates: bool = False) -> Ite
         if text.lower() not in name.lower():
             continue
         for made in (call, *(_with_candidates(family, call) if candidates else ())):
-            for case, launch in zip(aot.cases_of(name, made, wants), aot.launches(made), strict=True):
+            for place, (case, launch) in enumerate(zip(aot.cases_of(name, made, wants), aot.launches(made), strict=True)):
                 key = case.fn.__name__, case.name, str(sorted(case.constexprs.items(), key=str)), str(case.options)
                 if gpu.cc in case.ccs and key not in seen:
                     seen.add(key)
-                    yield Work(family, case, _tensors(launch), made is not call)
+                    yield Work(family, case, _tensors(launch), made, place, made is not call)
 
 
 def _with_candidates(family: str, call: Callable[[], object]) -> Iterator[Callable[[], object]]:
@@ -184,5 +198,5 @@ def _with_candidates(family: str, call: Callable[[], object]) -> Iterator[Callab
 
 def theirs(call: Callable[[], object], name: str) -> Iterator[Work]:
     """The kernels that a user's function launches on tensors of the device "meta"."""
-    for case, launch in zip(aot.cases_of(name, call, {}), aot.launches(call), strict=True):
-        yield Work("yours", case, _tensors(launch))
+    for place, (case, launch) in enumerate(zip(aot.cases_of(name, call, {}), aot.launches(call), strict=True)):
+        yield Work("yours", case, _tensors(launch), call, place)

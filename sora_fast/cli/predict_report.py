@@ -163,6 +163,9 @@ def structure(prediction: Prediction) -> str:
     said += [f"{count} {name}" for count, name in (
         (facts.divisions, "divisions in the loop"), (facts.calls, "calls in the loop"),
         (facts.local, "local accesses in the loop"), (facts.local_outside, "outside")) if count]
+    if prediction.wavefronts:
+        conflicts = [f"{opcode} {factor:.2f}" for opcode, factor in prediction.wavefronts.items() if factor > 1]
+        said.append(f"shared-memory wavefronts over the ideal, as emulated: {', '.join(conflicts) or 'none'}")
     if prediction.lanes < 1:
         said.append(f"{prediction.lanes:.0%} of the lanes used")
     if prediction.issue_over_dram is not None:

@@ -1,12 +1,12 @@
 """What a kernel is predicted to take on a GPU: cycles by unit, what binds, blocks per SM, TFLOP/s or share of the copy rate.
 
-A prediction is no measurement. What the model cannot see: bank conflicts, L2 misses, the tail of a grid. What stands outside
-of the main loop enters where it is known how many turns the loop takes. Beside every figure stands how far the model was off
-on kernels with published times (calibration.py), those of their main loops alone.
+A prediction is no measurement. What the model cannot see: L2 misses, the tail of a grid, and bank conflicts where nobody
+counted them. What stands outside of the main loop enters where it is known how many turns the loop takes. Beside every
+figure stands how far the model was off on kernels with published times (calibration.py), those of their main loops alone.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 from . import calibration, facts, sass, turns, units
 from .gpus import GPU, blocks_per_sm
@@ -36,6 +36,7 @@ class Kernel:
     memory: bool = False  # its time is memory's, matrix products or not
     traffic: float | None = None  # DRAM bytes for each byte stored; None: those of all its accesses
     turns: float | None = None  # of a block's matrix loop; None: not known, and prologue and epilogue are left out
+    wavefronts: Mapping[str, float] = field(default_factory=dict)  # of opcodes, where they were counted: units.smem_bytes
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Prediction:
     copy_share: float | None  # of the rate of a copy
     lanes: float
     issue_over_dram: float | None
+    wavefronts: Mapping[str, float]  # of shared memory over the ideal, by opcode; empty: none were counted
     facts: facts.Facts
     error: str  # the model's, on kernels like this one
 
@@ -71,9 +73,10 @@ class Prediction:
 
 def _matrix(code: list[Instruction], path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int) -> dict:
     warps = kernel.warps * blocks
-    busy = units.cycles(path, gpu, warps, kernel.bulk * blocks)
+    busy = units.cycles(path, gpu, warps, kernel.bulk * blocks, kernel.wavefronts)
     distance = (kernel.stages or 2) - 1
-    found = Simulation(path, gpu, kernel.warps, blocks, bulk=kernel.bulk, distance=distance).run()
+    found = Simulation(path, gpu, kernel.warps, blocks, bulk=kernel.bulk, distance=distance,
+                       wavefronts=kernel.wavefronts).run()
     cycles = max(found.cycles, busy.get("L2", 0), busy.get("smem", 0))
     outside = _outside(code, path, kernel, gpu, blocks, cycles) if kernel.turns else None
     work = sum(map(units.flops, path)) * warps * kernel.useful
@@ -107,8 +110,9 @@ def _stream(path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int, 
     dram = max(1.0, kernel.useful * (stored * kernel.traffic if kernel.traffic else moved))
     joined = max(1, 4 // kernel.warps)  # blocks of fewer warps than sub-partitions: as many as make one warp on each
     found = Simulation(path, gpu, max(kernel.warps, 4), max(1, blocks // joined), latency=gpu.latency_dram,
-                       rate=gpu.bytes_per_clock * moved / dram, stagger=150).run(6)
-    busy = units.cycles(path, gpu, kernel.warps * blocks) | {"DRAM": dram * blocks / gpu.bytes_per_clock}
+                       rate=gpu.bytes_per_clock * moved / dram, stagger=150, wavefronts=kernel.wavefronts).run(6)
+    busy = units.cycles(path, gpu, kernel.warps * blocks, wavefronts=kernel.wavefronts)
+    busy["DRAM"] = dram * blocks / gpu.bytes_per_clock
     busy.pop("L2", None)
     cycles = max(found.cycles + between, busy["DRAM"])
     return dict(units=busy, cycles=cycles, waits=found.waits, turns=None, outside=None, tflops=None, loop_tflops=None,
@@ -143,6 +147,6 @@ def predict(kernel: Kernel, gpu: GPU) -> Prediction:
     binding = max(found["units"], key=found["units"].get)
     return Prediction(
         kernel.name, kernel.case, kernel.tile, kernel.direction, gpu.name, kernel.registers, kernel.shared, kernel.warps,
-        len(path), binding=binding, bound=found["units"][binding], lanes=kernel.useful,
+        len(path), wavefronts=dict(kernel.wavefronts), binding=binding, bound=found["units"][binding], lanes=kernel.useful,
         facts=facts.read(code, blocks, limit, kernel.warps, kernel.stages),
         error=calibration.known_error(calibration.kind_of(path), gpu), **found)
