@@ -3,7 +3,7 @@
 A row ("chip") for each measurement, in the model's own units where it has a constant for it, with that constant beside it:
 
     what, settings; value, unit; model: the constant of sora_fast.cyclemodel for this GPU, or null
-    ms, n: of one call, the median, and how many; clock_mhz: read while this very work ran
+    ms, n: of one call, the median, and how many; clock_mhz: the SM clock right behind half a second of this very work
     status: PASSED; FAILED (a result that is not what was known beforehand) or ERROR, with a reason and no value
 
 None of it has run on a GPU yet: the kernels are compiled for sm_90 and executed by the emulator (tests/test_bench_chip.py).
@@ -12,8 +12,10 @@ python -m sora_fast.benchmarks.chip --device cuda [--jsonl FILE]
 """
 
 import argparse
+import itertools
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ from pathlib import Path
 import torch
 
 from sora_fast.cyclemodel import GPU, GPUS
-from sora_fast.environment import clock_mhz, environment
+from sora_fast.environment import environment
 from sora_fast.files import check_file
 
 from . import rows, timing
@@ -31,6 +33,7 @@ from .roofs import Roofs
 LINE = 128  # bytes
 TILE = 64  # rows and columns of int32: 16 KiB
 BLOCKS = 2  # of an SM, so that one copies while the other sums
+SPIN = 2_000_000  # clocks
 WIDTHS, DEPTHS = (64, 128, 256), (1, 2, 3, 4)  # columns of a WGMMA, groups of four that are in flight
 
 
@@ -145,13 +148,17 @@ def _blank(what: str, unit: str) -> dict:
                 clock_mhz=None, status="PASSED", reason="")
 
 
-def _clock_under(call: Callable[[], object], ms: float, device: torch.device) -> float | None:
-    """The SM clock while half a second of this work is on its way."""
-    for _ in range(max(2, int(500 / max(ms, 1e-3)))):
+def _hertz(call: Callable[[], object], ms: float, device: torch.device) -> float:
+    """The SM clock behind half a second of this work: by a kernel that spins for so many clocks, within a millisecond."""
+    for _ in range(int(500 / max(ms, 0.1)) + 1):
         call()
-    clock = clock_mhz(device)
-    torch.cuda.synchronize(device)
-    return clock
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.device(device):
+        start.record()
+        torch.cuda._sleep(SPIN)
+        end.record()
+    end.synchronize()
+    return SPIN / start.elapsed_time(end) * 1e3
 
 
 def _measure(make: Callable[[], Probe], device: torch.device) -> dict:
@@ -160,28 +167,27 @@ def _measure(make: Callable[[], Probe], device: torch.device) -> dict:
         probe = make()
         row |= dict(what=probe.what, unit=probe.unit, settings=probe.settings, model=probe.model)
         measured = timing.measure({"": timing.Events([probe.call], device)}, timing.GPU)[""].statistics()
-        clock = _clock_under(probe.call, measured["median_ms"], device)
+        hertz = _hertz(probe.call, measured["median_ms"], device)
         if probe.wrong():
             return row | dict(status="FAILED", reason="Its result is not what it must be.")
-        if clock is None:
-            return row | dict(status="ERROR", reason="The SM clock cannot be read: nvidia-smi does not say it.")
-        return row | dict(value=probe.value(measured["median_ms"] * 1e-3, clock * 1e6), ms=measured["median_ms"],
-                          n=measured["n"], clock_mhz=clock)
+        return row | dict(value=probe.value(measured["median_ms"] * 1e-3, hertz), ms=measured["median_ms"], n=measured["n"],
+                          clock_mhz=hertz * 1e-6)
     except Exception as error:  # such as a Triton that compiles one of them no more: the others still count
         return row | dict(status="ERROR", reason=explain(error))
 
 
 def _loaded(device: torch.device, gpu: GPU | None) -> Iterator[dict]:
     """The clock at rest and under a product of random numbers, the product's rate, and that of a copy."""
-    yield _blank("SM clock at rest", "MHz") | dict(value=clock_mhz(device))
+    torch.cuda.synchronize(device)
+    time.sleep(1)
+    yield _blank("SM clock at rest", "MHz") | dict(value=_hertz(lambda: None, 1e9, device) * 1e-6)
     roofs, size = Roofs(device, "cold"), 8192
     rate = roofs.matrix(torch.bfloat16)
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    clocks = [_clock_under(lambda: a @ b, 2 * size**3 / rate * 1e3, device) for _ in range(6)]
-    known = [clock for clock in clocks if clock is not None]
+    clocks = [_hertz(lambda: a @ b, 2 * size**3 / rate * 1e3, device) * 1e-6 for _ in range(6)]
     settings = dict(size=size, dtype="bfloat16", clocks=clocks)
     yield _blank("SM clock under load", "MHz") | dict(
-        value=sum(known) / len(known) if known else None, settings=settings, model=gpu and gpu.clock(1.0) * 1e3)
+        value=sum(clocks) / len(clocks), settings=settings, model=gpu and gpu.clock(1.0) * 1e3)
     yield _blank("matrix product", "TFLOP/s") | dict(value=rate * 1e-12, settings=settings)
     yield _blank("copy", "bytes a second") | dict(value=roofs.copy(0), model=gpu and gpu.dram)
 
@@ -211,17 +217,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     here = environment(device)
     gpu = next((gpu for gpu in GPUS.values() if re.search(rf"\b{gpu.name}\b", here["device"])), None)
-    found = []
-    for make in probes(device, sizes(device), here["sm"] == 90, gpu):
-        found.append(_measure(make, device))
-        print(line(found[-1]), flush=True)
-    for row in _loaded(device, gpu):
-        found.append(row)
-        print(line(row), flush=True)
     if asked.jsonl:
         asked.jsonl.unlink(missing_ok=True)
-        rows.append(asked.jsonl, [row | dict(environment=here) for row in found])
-    return 1 if any(row["status"] != "PASSED" for row in found) else 0
+    made = (_measure(make, device) for make in probes(device, sizes(device), here["sm"] == 90, gpu))
+    whole = True
+    for row in itertools.chain(made, _loaded(device, gpu)):
+        print(line(row), flush=True)
+        whole = whole and row["status"] == "PASSED"
+        if asked.jsonl:
+            rows.append(asked.jsonl, [row | dict(environment=here)])
+    return 0 if whole else 1
 
 
 if __name__ == "__main__":

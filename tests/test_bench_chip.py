@@ -1,7 +1,5 @@
 """benchmarks/chip.py without a GPU: its kernels as compiled for sm_90, and executed by the emulator at small sizes."""
 
-import json
-
 import pytest
 import torch
 
@@ -22,7 +20,6 @@ def all_probes(hopper=True):
 
 
 def test_each_kernel_does_what_it_is_timed_for(monkeypatch):
-    monkeypatch.setattr(chip, "TILE", 16)
     monkeypatch.setattr(chip, "DEPTHS", (1, 3))
     monkeypatch.setattr(chip, "WIDTHS", (64,))
     with emulated_gpu("sm90"):
@@ -69,7 +66,7 @@ def test_what_is_written(monkeypatch, tmp_path, capsys):
     assert "UNSUPPORTED" in capsys.readouterr().out and not (tmp_path / "none.jsonl").exists()
     monkeypatch.setattr(chip.timing, "Events", lambda calls, device: chip.timing.Wall(calls))
     monkeypatch.setattr(chip.timing, "GPU", chip.timing.Effort(0.0, 0.0))
-    monkeypatch.setattr(chip, "_clock_under", lambda *arguments: 1500.0)
+    monkeypatch.setattr(chip, "_hertz", lambda *arguments: 1.5e9)
     make = lambda wrong, call=lambda: None: lambda: chip.Probe("L2 latency", "clocks", call, lambda: wrong,
                                                                lambda seconds, hertz: hertz, 300.0)
     passed, failed = chip._measure(make(False), CPU), chip._measure(make(True), CPU)
@@ -78,5 +75,13 @@ def test_what_is_written(monkeypatch, tmp_path, capsys):
     assert (failed["status"], failed["value"]) == ("FAILED", None)
     assert broken["status"] == "ERROR" and "division by zero" in broken["reason"]
     assert chip.line(passed) == "L2 latency: 1.5e+09 clocks (the model has 300)" and "ERROR" in chip.line(broken)
-    rows.append(tmp_path / "chip.jsonl", [passed, json.loads(json.dumps(broken))])
-    assert [row["row"] for row in rows.read(tmp_path / "chip.jsonl")] == ["chip", "chip"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(chip, "environment", lambda device: dict(device="NVIDIA H200", kind="cuda", sm=90))
+    monkeypatch.setattr(chip, "sizes", lambda device: SMALL)
+    monkeypatch.setattr(chip, "probes", lambda device, size, hopper, gpu: [lambda: broken] if hopper and gpu else [])
+    monkeypatch.setattr(chip, "_measure", lambda make, device: make())
+    monkeypatch.setattr(chip, "_loaded", lambda device, gpu: [passed])
+    assert chip.main(["--jsonl", str(tmp_path / "chip.jsonl")]) == 1
+    written = rows.read(tmp_path / "chip.jsonl")
+    assert [(row["row"], row["status"], row["environment"]["kind"]) for row in written] == [
+        ("chip", "ERROR", "cuda"), ("chip", "PASSED", "cuda")]
