@@ -3,13 +3,13 @@
 #
 #   benchmarks/gpu_run.sh [--device cuda|cpu] [--quick] [--out DIR] [--peers DIR] [--minutes M] [STEP...]
 #
-# Steps: build, primitives (of the CUDA kernels, on Hopper), validate, bench (roofs, peers and ours in turns), tune, model,
-# parity, sanitize, report. All, where none is named.
+# Steps: build, chip (what the cycle model cannot know), primitives (of the CUDA kernels, on Hopper), validate, bench (roofs,
+# peers and ours in turns), tune, model, parity, sanitize, report. All, where none is named.
 # --device cpu --quick goes through all of it at small sizes: the check that the script itself works.
 # --peers DIR: wheels (and .tar.xz trees) of packages to measure against; they are unpacked beside the results, not installed.
 # --minutes M: begin no further work after M minutes of this call (default 8); the same command goes on with what is left,
 #   and skips the steps that DIR/steps.log calls done with a build; only build comes again each time, for another machine.
-# DIR (default out/gpu) ends up with at most 8 files: rows (*.jsonl), steps.log, sanitize.log, report.html. Then
+# DIR (default out/gpu) ends up with at most 9 files: rows (*.jsonl), steps.log, sanitize.log, report.html. Then
 #   sora-fast bench collect DIR
 # keeps the rows in benchmarks/results/<gpu>/, and sora-fast tune --from DIR/tune.jsonl --ship the configs that won.
 # PYTHON names the interpreter (default python3), SORA_FAST_COMMIT the commit of a copy without .git. The card's clocks and
@@ -40,7 +40,7 @@ elif [ -n "$peers" ] && [ ! -d "$peers" ]; then
   exit 2
 fi
 named=${#steps[@]}
-[ "$named" -gt 0 ] || steps=(build primitives validate bench tune model parity sanitize report)
+[ "$named" -gt 0 ] || steps=(build chip primitives validate bench tune model parity sanitize report)
 
 python=${PYTHON:-python3}
 work=$out.work
@@ -82,6 +82,9 @@ step_build() {
   SORA_FAST_BUILD_CUDA=$([ "$device" = cpu ] && echo auto || echo 1) \
     "$python" -m pip install --quiet --no-build-isolation --no-deps -e . && fast info
 }
+
+# L2 under TMA, WGMMAs in flight, latencies, the clock under load: a minute
+step_chip() { "$python" -m sora_fast.benchmarks.chip --device "$device" --jsonl "$out/chip.jsonl"; }
 
 # what the CUDA kernels are made of, before they are judged
 step_primitives() {
@@ -172,7 +175,7 @@ done_before() {
 failed=0
 for step in "${steps[@]}"; do
   if ! declare -F "step_$step" >/dev/null; then
-    echo "gpu_run.sh: expected steps among build primitives validate bench tune model parity sanitize report, got $step" >&2
+    echo "gpu_run.sh: expected steps among build chip primitives validate bench tune model parity sanitize report, got $step" >&2
     exit 2
   fi
   if [ "$named" -eq 0 ] && [ "$step" != build ] && [ "$step" != report ] && done_before "$step"; then

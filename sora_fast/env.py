@@ -4,8 +4,9 @@
 SORA_FAST_BACKEND     name of the backend every op must use; same meaning as ``sora_fast.use_backend``
 SORA_FAST_ACCELERATE  0: ``sora_fast.accelerate`` swaps nothing
 SORA_FAST_CHECK       1: check the values of CUDA index tensors too (each check waits for the GPU)
-SORA_FAST_CACHE       folder of this user's validation records, tuned configs, latents of media and emulated PTX, default
-                      ~/.cache/sora_fast (XDG_CACHE_HOME/sora_fast where that is set); on every system the same
+SORA_FAST_CACHE       folder of this user's validation records, tuned configs, latents of media, emulated PTX and the machine
+                      code that predict reads, default ~/.cache/sora_fast (XDG_CACHE_HOME/sora_fast where that is set); on
+                      every system the same
 SORA_FAST_COMMIT      the commit of a copy of the sources that has no .git, for the rows that a benchmark writes
 TRITON_INTERPRET      1: Triton's own; kernels run on CPU tensors, slowly, to be tried and debugged (set it before the
                       start)

@@ -27,3 +27,15 @@ def copied_kernel(x, y, WAITS: gl.constexpr, BLOCK: gl.constexpr):
     if WAITS:
         async_copy.wait_group(0)
     gl.store(y + at, kept.load(layout))  # of what was copied
+
+
+@gluon.jit
+def transposed_kernel(x, y, turns, BLOCK: gl.constexpr):
+    """Rows are stored, columns loaded: all lanes of a warp from one bank."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+    row = gl.arange(0, BLOCK, gl.SliceLayout(1, layout))[:, None]
+    at = row * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))[None, :]
+    kept = gl.allocate_shared_memory(gl.float32, [BLOCK, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    for _ in range(turns):
+        kept.store(gl.load(x + at))
+        gl.store(y + at, kept.permute((1, 0)).load(layout))

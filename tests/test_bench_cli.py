@@ -203,7 +203,7 @@ def test_gpu_run_goes_on_with_what_was_not_done(tmp_path):
                               capture_output=True, text=True, env=os.environ | places)
         return done.returncode, re.findall(r"^=== (\w+)$", done.stdout, re.M)
 
-    steps = ["build", "primitives", "validate", "bench", "tune", "model", "parity", "sanitize", "report"]
+    steps = ["build", "chip", "primitives", "validate", "bench", "tune", "model", "parity", "sanitize", "report"]
     assert run("install parity report") == (1, steps)
     assert run("parity report") == (1, steps)
     assert run("report") == (1, ["build", "parity", "report"])

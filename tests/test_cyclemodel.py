@@ -72,6 +72,9 @@ def test_a_turn_leaves_masks_out():
     (loop,) = turns.main_loops(one)
     assert len(loop) == 7 and [i.base for i in turns.turn(loop, one)] == ["HMMA", "BRA", "IADD3", "BRA"]
     assert [i.base for i in turns.through(one)] == ["MOV", "HMMA", "BRA", "IADD3", "BRA", "EXIT"]
+    # of two ways with as many bytes, the one with the norm that an argument may turn off
+    norm = code("@P1 BRA 0x20", "MUFU.RSQ R1, R2", "STG.E.128 [R2.64], R4", "EXIT")
+    assert [i.base for i in turns.through(norm)] == ["BRA", "MUFU", "STG", "EXIT"]
 
 
 @pytest.mark.parametrize("gpu, registers, shared, warps, blocks", [
@@ -148,6 +151,13 @@ def test_a_prediction_says_how_far_the_model_was_off():
     assert found.facts.blocks == 4 and found.tflops <= found.bound_tflops and found.error.endswith("forwards on sm_80")
     assert json.loads(json.dumps(found.to_dict()))["predicted"] is True
     assert predict(dataclasses.replace(kernel, useful=0.5), A100).tflops == pytest.approx(found.tflops / 2)
+    # prologue and epilogue: 64 stores of 16 bytes a thread, and the way between blocks
+    long = dataclasses.replace(kernel, turns=8, sass=listing(*pipelined(1, "MUFU.EX2 R1, R2")[:-1],
+                                                             *["STG.E.128 [R2], R8"] * 64, "EXIT"))
+    whole, loop = predict(long, A100), predict(dataclasses.replace(long, turns=None), A100)
+    assert loop.outside is None and loop.tflops == loop.loop_tflops == whole.loop_tflops
+    assert whole.outside > 64 * 16 * 32 / (A100.l2_port / 4) and whole.outside > found.cycles
+    assert whole.tflops == pytest.approx(loop.tflops * 8 * loop.cycles / (8 * loop.cycles + whole.outside))
     with pytest.raises(ValueError, match="no room for its shared memory"):
         predict(dataclasses.replace(kernel, shared=200 << 10), A100)
     copy = ["LDG.E.128 R4, [R2.64]", "STG.E.128 [R2.64], R4", "EXIT"]

@@ -1,9 +1,13 @@
 """sora-fast predict, on kernels from outside the package: each planted fault is told, and each gets its report."""
 
+import importlib
 import json
+import subprocess
 import sys
+from unittest import mock
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 if sys.platform != "linux":
@@ -12,7 +16,9 @@ if sys.platform != "linux":
 import structure  # noqa: E402
 from cli_checks import refused  # noqa: E402
 
-from sora_fast.testing import aot  # noqa: E402
+from sora_fast.benchmarks import figures  # noqa: E402
+from sora_fast.benchmarks.specs import normalization  # noqa: E402
+from sora_fast.testing import aot, launches  # noqa: E402
 
 pytestmark = [pytest.mark.full, pytest.mark.ci]
 
@@ -20,13 +26,15 @@ pytestmark = [pytest.mark.full, pytest.mark.ci]
 @pytest.mark.parametrize("fault", ["division", "prefetch", "local memory", "occupancy"])
 def test_a_planted_fault_is_told(cli, tmp_path, fault):
     code, out, wrong = cli("predict", "--impl", f"planted_structure:{fault.replace(' ', '_')}", "--gpu", "a100", "--out",
-                           tmp_path)
+                           tmp_path, "--turns", "32")
     assert code == 0, wrong
     assert "predicted " in out and " TFLOP/s on A100 (the model's error: " in out
     (faults,) = [line.rpartition("FAULTS: ")[2] for line in out.splitlines() if "FAULTS" in line]
     assert fault in faults.split(", ")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     (row,) = json.loads((tmp_path / "predictions.json").read_text(encoding="utf-8"))
+    share = f"{row['outside'] / (row['outside'] + 32 * row['cycles']):.0%}"
+    assert f"outside the loop {row['outside']:,.0f} cycles, {share} at 32 turns" in out and f"<td>{share}</td>" in page
     assert f"<p class=fault>{faults}</p>" in page and "predicted</p>" in page and row["faults"] == faults.split(", ")
     assert "http" not in page.partition("How far the model was off")[0]  # nothing is loaded from elsewhere
 
@@ -41,11 +49,133 @@ def test_a_cubin_gets_a_report_and_its_own_questions(cli, tmp_path):
     path.write_bytes(kernel.asm["cubin"])
     refused(cli("predict", "--impl", path, "--gpu", "h100", "--out", tmp_path), "expected --warps beside sum.cubin")
     refused(cli("predict", "--impl", path, "--gpu", "a100", "--warps", "4", "--out", tmp_path), "expected a GPU of sm_90")
+    refused(cli("predict", "--impl", path, "--gpu", "h100", "--warps", "4", "--emulate"), "--emulate: expected Triton")
+    refused(cli("predict", "attention", "--turns", "4"), "--turns: expected it beside --impl")
     code, out, _ = cli("predict", "--impl", path, "--gpu", "h100", "--warps", "4", "--out", tmp_path, "--json")
     (row,) = json.loads(out)
     assert code == 0 and row["kernel"] == "good" and 0.3 < row["copy_share"] <= 1 and row["predicted"]
     refused(cli("predict", "--impl", "aot_kernels:good"), "expected a function without arguments that launches your kernel")
     refused(cli("predict", "attention", "--case", "no such"), "expected --case to leave a kernel on H200")
+
+
+def test_a_second_run_compiles_nothing(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("SORA_FAST_CACHE", str(tmp_path / "cache"))
+    compiles, runs = mock.Mock(wraps=aot.compile_for), mock.Mock(wraps=subprocess.run)
+    monkeypatch.setattr(aot, "compile_for", compiles)
+    monkeypatch.setattr(subprocess, "run", runs)
+
+    def predicted(gpu="a100"):
+        code, out, wrong = cli("predict", "--impl", "planted_structure:prefetch", "--gpu", gpu, "--out", tmp_path / "out",
+                               "--json")
+        assert code == 0, wrong
+        return json.loads(out)
+
+    first = predicted()
+    assert (compiles.call_count, runs.called) == (1, True)  # of cuobjdump
+    runs.reset_mock()
+    assert predicted() == first and (compiles.call_count, runs.called) == (1, False)
+    assert predicted("h200") != first and compiles.call_count == 2
+    for kept in (tmp_path / "cache" / "predict").iterdir():  # a drive that lost the second half
+        kept.write_bytes(kept.read_bytes()[:1000])
+    assert predicted() == first and compiles.call_count == 3
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    (tmp_path / "cache").write_text("a file")
+    refused(cli("predict", "--impl", "planted_structure:prefetch", "--gpu", "a100"), "SORA_FAST_CACHE: expected a folder")
+
+
+def test_kernels_of_csrc_are_predicted(cli, tmp_path, monkeypatch):
+    from sora_fast.cli import predict_kernels
+    from sora_fast.ops import cuda_backend
+
+    monkeypatch.setattr(predict_kernels, "ours", lambda *arguments: ())  # Triton's, which take long to compile
+    asked = "predict", "convolution", "normalization", "--case", "96", "--out", tmp_path, "--json", "--gpu"
+    if not cuda_backend.extension()[1]:
+        code, out, wrong = cli(*asked, "h200")
+        assert code == 0 and "predict:" not in wrong, wrong
+        rows = {row["case"]: row for row in json.loads(out)}
+        assert rows.keys() == {"convolution 96 to 96 bfloat16", "normalization 96, bfloat16"}
+        convolution, norm = rows.values()
+        assert convolution["kernel"] == "causal_conv3d_kernel<96, 1>" and convolution["facts"]["blocks"] == 1
+        # 96 channels of a tap: 6 k16 products of 256 x 96, and their boxes from L2
+        assert convolution["units"]["tensor"] == 6 * 256 * 96 * 16 * 2 / 4096
+        assert convolution["units"]["L2"] == 2 * (256 + 96) * 96 / 32
+        assert norm["lanes"] == 1 and norm["units"]["xu"] > 0 and 0.5 < norm["copy_share"] <= 1
+        code, _, wrong = cli(*asked, "a100")
+        assert code == 0 and "predict: convolution: without the kernels of csrc. Its kernel was built for sm_90a" in wrong
+    monkeypatch.setattr(cuda_backend, "extension", lambda: (None, "It was not built."))
+    _, _, wrong = cli(*asked, "h200")
+    assert wrong.splitlines()[:2] == [f"predict: {family}: without the kernels of csrc. It was not built."
+                                      for family in ("convolution", "normalization")]
+
+
+def test_measured_rows_stand_beside(cli, tmp_path, monkeypatch):
+    """Of this GPU, op, direction, backend and sizes, and PASSED; of two of one thing the later."""
+    from sora_fast.cli import predict_csrc, predict_kernels
+
+    # the backward takes long to compile
+    forward_alone = lambda *arguments, ours=predict_kernels.ours: [next(ours(*arguments))]
+    monkeypatch.setattr(predict_kernels, "ours", forward_alone)
+    monkeypatch.setattr(predict_csrc, "ours", lambda *arguments: ())
+    case = next(case for case in normalization.CASES if (case.channels, case.norm) == (192, "rms"))
+    row = dict(schema=1, row="time", suite="full", op="norm_act", case="planted", direction="forward", provider="triton",
+               dtype="bfloat16", shape=case.shape(), status="PASSED", reason="", flops=0, roof="copy", share=0.5,
+               environment=dict(device="NVIDIA H200", time="2027-01-02T03:04:05"), **dict.fromkeys(figures.STATISTICS, 1.0))
+    later = row | dict(share=0.6, environment=dict(device="NVIDIA H200", time="2027-02-02T03:04:05"))
+    others = [later | dict(case=str(place)) | change for place, change in enumerate((
+        dict(environment=dict(device="NVIDIA H100")), dict(direction="backward"), dict(provider="torch"),
+        dict(shape=row["shape"] | dict(C=96)), dict(dtype="float16"),
+        dict(status="FAILED", reason="wrong", **dict.fromkeys(figures.STATISTICS)), dict(environment=dict(device="GH200"))))]
+    results = tmp_path / "results" / "nvidia-h200"
+    results.mkdir(parents=True)
+    (results / "bench.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (later, row, *others)))
+    asked = ("predict", "normalization", "--case", "192, bfloat16", "--out", tmp_path / "out", "--results",
+             tmp_path / "results")
+    code, out, wrong = cli(*asked)
+    assert code == 0, wrong
+    (forward,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    (measured,) = forward["measured"]
+    assert (forward["kernel"], measured["case"], measured["copy_share"]) == ("forward_kernel", "planted", 0.6)
+    assert measured["error"] == pytest.approx(forward["copy_share"] / 0.6 - 1)
+    line = f"measured 60% of the copy rate, predicted {measured['error']:+.0%} (planted; NVIDIA H200, 2027-02-02)"
+    assert f"\n  {line}\n" in out and line in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    refused(cli(*asked[:-1], tmp_path / "nowhere"), "--results: expected a folder")
+
+
+@pytest.mark.parametrize("family", launches.FAMILIES)
+def test_rows_of_models_are_found(family):
+    """Kernels and the benchmark's cases are named alike: of each family something that is predicted is measured too."""
+    from sora_fast.cli.predict_measured import call_of
+
+    specs = importlib.import_module(f"sora_fast.benchmarks.specs.{family}")
+    calls = [call_of(family, case.fn.__name__, case.constexprs, case.signature) for case in aot.ours(family)]
+    rows = [dict(op=case.op, direction="forward", provider="triton", dtype=str(case.dtype).removeprefix("torch."),
+                 shape=case.shape()) for case in specs.CASES]
+    assert any(call is not None and call.is_of(row) for call in calls for row in rows)
+
+
+def bank_conflicts():
+    import emulated_gluon_kernels
+
+    x, y = (torch.empty(32, 32, device="meta") for _ in range(2))
+    emulated_gluon_kernels.transposed_kernel[(100,)](x, y, 3, 32, num_warps=4)
+
+
+def test_counted_wavefronts_enter(cli, tmp_path):
+    """A column of shared memory is 32 wavefronts for one; Triton's own layouts are ideal."""
+    def predicted(name, *flags):
+        code, out, wrong = cli("predict", "--impl", name, "--gpu", "a100", "--out", tmp_path, *flags)
+        assert code == 0, wrong
+        return json.loads((tmp_path / "predictions.json").read_text())[0], out
+
+    assumed, _ = predicted("test_predict:bank_conflicts")
+    counted, out = predicted("test_predict:bank_conflicts", "--emulate")
+    assert assumed["wavefronts"] == {} and counted["wavefronts"] == {"LDS": 32, "STS": 1}
+    assert counted["units"]["smem"] == pytest.approx(assumed["units"]["smem"] * 33 / 2)
+    assert counted["cycles"] > assumed["cycles"] and "wavefronts over the ideal, as emulated: LDS 32.00" in out
+    assumed, _ = predicted("planted_structure:prefetch")
+    counted, out = predicted("planted_structure:prefetch", "--emulate")
+    assert set(counted["wavefronts"].values()) == {1} and counted["cycles"] == assumed["cycles"]
+    assert "over the ideal, as emulated: none" in out
 
 
 def test_the_gate_tells_what_is_new_and_what_is_gone():
@@ -80,6 +210,12 @@ def test_what_is_read_of_launches():
     assert predict_kernels._useful("dq_kernel", constants, {"q": "*bf16"}) == 72 / 80
     assert [predict_kernels._bulk(name, constants) for name in ("dq_kernel", "dkdv_kernel")] == [
         2 * rows * 80 * 2 for rows in (128, 64)]
+    unmasked = constants | dict(GROUP=2, LEFT=False, RIGHT=False)
+    turns = lambda kernel, **more: predict_kernels._turns(kernel, unmasked | more, 8192)
+    assert (turns("forward_kernel"), turns("dkdv_kernel"), turns("dq_kernel", RIGHT=True)) == (64, 256, 32)
+    assert turns("dq_kernel", LEFT=True) is None
+    taps = dict(KT=3, KH=3, KW=3, BLOCK_K=64)
+    assert predict_kernels._turns("box_kernel", dict(MADE=96, SUMMED=160, **taps), 0) == 27 * 3
     alone = list(predict_kernels.ours("attention", GPUS["h200"], "128 bfloat16, sm90"))
     tried = list(predict_kernels.ours("attention", GPUS["h200"], "128 bfloat16, sm90", candidates=True))
     tiles = {(each.case.constexprs["BLOCK_M"], each.case.constexprs["BLOCK_N"]) for each in tried}

@@ -4,20 +4,29 @@ The launches are those of sora_fast.testing.launches; what machine code does not
 traffic) is read from their constants and tensors.
 """
 
+import functools
 import importlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import torch
 
+from .. import env
 from ..cyclemodel import GPU, Kernel
-from ..testing import aot
+from ..testing import aot, aot_cache
+from .predict_measured import Call, call_of
 
 MEMORY = ("modulation", "normalization", "patches", "rotary")  # families whose time is DRAM's
 PASSES = {"forward_kernel": "forward", "embed_kernel": "forward", "box_kernel": "forward or dgrad",
           **dict.fromkeys(("schedule_kernel", "join_kernel", "join_stats_kernel", "join_sums_kernel"), "beside the others")}
+
+
+def cache() -> Path:
+    """Where compiled kernels are kept."""
+    return env.cache() / "predict"
 
 
 @dataclass(frozen=True)
@@ -27,14 +36,29 @@ class Work:
     family: str
     case: aot.AotCase
     tensors: dict[str, int]  # bytes
+    launches: Callable[[], object]  # makes this launch, among others
+    place: int  # of this launch among them
+    tried: bool = False  # a tile that only the tuner would take
+
+    @property
+    def call(self) -> Call | None:
+        """What a measured row must be of to stand beside it."""
+        case = self.case
+        return None if self.tried else call_of(self.family, case.fn.__name__, case.constexprs, case.signature)
 
     @property
     def name(self) -> str:
         return f"{self.family}, {self.case.name.partition(':')[0]}, {self.case.fn.__name__}"
 
-    def kernel(self, gpu: GPU) -> Kernel:
+    def kernel(self, gpu: GPU, tokens: int = 0, emulate: bool = False) -> Kernel:
+        """``tokens``: of a sample, of attention; 0: not known. ``emulate``: count its wavefronts in shared memory."""
         case = self.case
-        compiled = aot.compile_for(case.fn, case.signature, case.constexprs, case.aligned, gpu.cc, **case.options)
+        counted = _emulated(self.launches, gpu.cc)[self.place] if emulate and self.family not in MEMORY else {}
+        if counted is None:
+            raise ValueError(f"--emulate: expected {case.fn.__name__} to go through a loop twice on tensors of zeros, got "
+                             f"fewer turns; leave the flag out")
+        compiled = aot_cache.compile_for(cache(), case.fn, case.signature, case.constexprs, case.aligned, gpu.cc,
+                                         **case.options)
         warps, stages = case.options.get("num_warps", 4), case.options.get("num_stages", 3)
         constants = case.constexprs
         blocks = [f"{name.removeprefix('BLOCK_')}{value}" for name, value in constants.items()
@@ -44,7 +68,15 @@ class Work:
             case=f"{self.family} {case.name.partition(':')[0]}", tile=" ".join([*blocks, f"w{warps}", f"s{stages}"]),
             direction=PASSES.get(case.fn.__name__, "backward"), stages=stages, bulk=_bulk(case.fn.__name__, constants),
             useful=_useful(case.fn.__name__, constants, case.signature),
-            memory=self.family in MEMORY, traffic=_traffic(self.tensors, compiled.ttir))
+            memory=self.family in MEMORY, traffic=_traffic(self.tensors, compiled.ttir),
+            turns=_turns(case.fn.__name__, constants, tokens), wavefronts=counted)
+
+
+@functools.cache
+def _emulated(call: Callable[[], object], cc: int) -> list[dict[str, float] | None]:
+    from ..testing.emulated_launches import wavefronts
+
+    return wavefronts(call, cc)
 
 
 def _share(size: int, block: int) -> float:
@@ -84,6 +116,24 @@ def _bulk(kernel: str, constants) -> float:
     return 0.0
 
 
+def _turns(kernel: str, constants, tokens: int) -> float | None:
+    """Of a block's main loop; None: known to the launch alone, as in wgrad, of windows, and without ``tokens``.
+
+    A block of causal attention sees half of its sample in the mean.
+    """
+    value = constants.get
+    taps = lambda summed: value("KT") * value("KH") * value("KW") * -(-value(summed) // value("BLOCK_K"))
+    if "MADE" in constants:
+        return taps("SUMMED")
+    if kernel in ("forward_kernel", "dgrad_kernel") and "CIN" in constants:
+        strides = value("ST") * value("SH") * value("SW") if kernel == "dgrad_kernel" else 1  # a pixel is seen by some taps
+        return taps("CIN" if kernel == "forward_kernel" else "COUT") / strides
+    if "E0" in constants and tokens and not value("LEFT"):
+        passing = value("GROUP") / value("BLOCK_M") if kernel == "dkdv_kernel" else 1 / value("BLOCK_N")
+        return max(1.0, tokens * passing / (2 if value("RIGHT") else 1))
+    return None
+
+
 # -------------------------------------------------------------------------------------------------------- launches
 def _tensors(launch) -> dict[str, int]:
     """Bytes of each tensor argument, by the parameter's name."""
@@ -115,11 +165,11 @@ def ours(family: str, gpu: GPU, text: str = "", candidates: bool = False) -> Ite
         if text.lower() not in name.lower():
             continue
         for made in (call, *(_with_candidates(family, call) if candidates else ())):
-            for case, launch in zip(aot.cases_of(name, made, wants), aot.launches(made), strict=True):
+            for place, (case, launch) in enumerate(zip(aot.cases_of(name, made, wants), aot.launches(made), strict=True)):
                 key = case.fn.__name__, case.name, str(sorted(case.constexprs.items(), key=str)), str(case.options)
                 if gpu.cc in case.ccs and key not in seen:
                     seen.add(key)
-                    yield Work(family, case, _tensors(launch))
+                    yield Work(family, case, _tensors(launch), made, place, made is not call)
 
 
 def _with_candidates(family: str, call: Callable[[], object]) -> Iterator[Callable[[], object]]:
@@ -148,5 +198,5 @@ def _with_candidates(family: str, call: Callable[[], object]) -> Iterator[Callab
 
 def theirs(call: Callable[[], object], name: str) -> Iterator[Work]:
     """The kernels that a user's function launches on tensors of the device "meta"."""
-    for case, launch in zip(aot.cases_of(name, call, {}), aot.launches(call), strict=True):
-        yield Work("yours", case, _tensors(launch))
+    for place, (case, launch) in enumerate(zip(aot.cases_of(name, call, {}), aot.launches(call), strict=True)):
+        yield Work("yours", case, _tensors(launch), call, place)

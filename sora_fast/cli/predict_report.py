@@ -1,7 +1,7 @@
 """What ``sora-fast predict`` prints, and its report.html: for each kernel a picture of its units' busy time, as a profiler's
 speed of light.
 
-The page is one file, in the style of the benchmark's report. Every figure is called predicted.
+The page is one file, in the style of the benchmark's report. Every figure is called predicted, or measured.
 """
 
 import html as escaping
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ..benchmarks.report import STYLE
 from ..cyclemodel import GPU, Prediction, calibration
+from .predict_measured import Measured
 
 UNITS = ("tensor", "issue", "alu", "fma", "xu", "shfl", "uniform", "smem", "L2", "DRAM")
 NAMES = {"tensor": "Tensor Core", "issue": "instruction issue", "alu": "integer and logic", "fma": "floating point",
@@ -26,12 +27,16 @@ PICTURE = """
 .fault { color: var(--bad); font-weight: 650; }
 """
 WORDS = {
-    "predicted": "Nothing here ran on a GPU. Machine code is read, and its instructions are issued to the units of one SM, "
+    "predicted": "Nothing of it ran on a GPU. Machine code is read, and its instructions are issued to the units of one SM, "
                  "cycle by cycle, at published rates.",
+    "measured": "What sora-fast bench timed on this GPU behind a passed gate: a whole call of the same sizes, with the tile "
+                "that it found there.",
     "a full bar": "The cycles of one turn of the main loop, or of one block where there is none, as simulated. What a unit "
                   "leaves of its bar, it waits.",
     "stacked": "Where a scheduler's time goes: cycles in which an instruction was issued, and cycles in which none could "
                "be, by what the next one waited for.",
+    "outside the loop": "Cycles of the blocks of an SM before and behind their main loops, and their share of a block's "
+                        "time at so many turns, as if every optional tensor was there. The figure counts them.",
     "the model's error": "Predicted over published, less one, on kernels that others wrote and timed: the table at the end. "
                          "What is not like them is not calibrated.",
 }
@@ -61,14 +66,26 @@ def _stack(prediction: Prediction) -> str:
     return f"<div class=stack>{bar}</div><small>{key}</small>"
 
 
-def _card(prediction: Prediction) -> str:
+def _blocks_time(prediction: Prediction) -> str:
+    """A block's time in two parts: its main loop, and what stands before and behind that."""
+    if not prediction.outside:
+        return ""
+    share = outside_share(prediction)
+    bar = "".join(f'<i style="width:{part * 100:.1f}%;background:{colour}"></i>'
+                  for part, colour in ((1 - share, COLOURS[0]), (share, COLOURS[1])))
+    return f"<div class=stack>{bar}</div><small>{escaping.escape(outside(prediction))}</small>"
+
+
+def _card(prediction: Prediction, measured: Sequence[Measured]) -> str:
     faults = prediction.facts.faults()
     told = f'<p class=fault>{escaping.escape(", ".join(faults))}</p>' if faults else ""
     escape = escaping.escape
     return (f"<div class=card><h4>{escape(prediction.kernel)} <small>{escape(prediction.direction)}</small></h4>"
             f"<p>{escape(prediction.case)} \u00b7 {escape(prediction.tile)}</p>"
             f"<p class=figure>{escape(figure(prediction))} predicted</p>"
+            f"{''.join(f'<p>{escape(beside(each))}</p>' for each in measured)}"
             f"<p>the model's error: {escape(prediction.error)}</p>{told}{_units(prediction)}{_stack(prediction)}"
+            f"{_blocks_time(prediction)}"
             f"<p>{escape(structure(prediction))}; {prediction.instructions:,} instructions a warp</p></div>")
 
 
@@ -85,18 +102,20 @@ def _calibration() -> str:
     return _table(heads, rows) if rows else "<p>No row yet.</p>"
 
 
-def html(predictions: Sequence[Prediction], gpu: GPU) -> str:
-    """The page."""
+def html(predictions: Sequence[tuple[Prediction, Sequence[Measured]]], gpu: GPU) -> str:
+    """The page, of predictions and what was measured of the same."""
     words = "".join(f"<dt>{escaping.escape(word)}</dt><dd>{escaping.escape(text)}</dd>" for word, text in WORDS.items())
-    summary = _table(("kernel", "case", "tile", "predicted", "the model's error", "binds", "blocks an SM", "faults"),
-                     [(p.kernel, p.case, p.tile, figure(p), p.error, NAMES[p.binding],
-                       f"{p.facts.blocks} ({p.facts.limit})", ", ".join(p.facts.faults())) for p in predictions])
-    cards = "".join(map(_card, predictions))
+    summary = _table(("kernel", "case", "tile", "predicted", "measured", "outside the loop", "the model's error", "binds",
+                      "blocks an SM", "faults"),
+                     [(p.kernel, p.case, p.tile, figure(p), "; ".join(map(measured_figure, measured)),
+                       f"{outside_share(p):.0%}" if p.outside else "", p.error, NAMES[p.binding],
+                       f"{p.facts.blocks} ({p.facts.limit})", ", ".join(p.facts.faults())) for p, measured in predictions])
+    cards = "".join(_card(*each) for each in predictions)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>sora_fast: predicted for {gpu.name}</title><style>{STYLE}{PICTURE}</style></head><body>
 <h1>Predicted for {gpu.name}, sm_{gpu.cc}</h1>
-<p class=lead>{len(predictions)} kernels by the cycle model. Predicted, not measured.</p>
+<p class=lead>{len(predictions)} kernels by the cycle model. Predicted where "measured" is not said.</p>
 <details><summary>What the words and pictures mean</summary><dl>{words}</dl></details>
 <h2>In short</h2>{summary}
 <h2>Kernels</h2><div class=cards>{cards}</div>
@@ -112,6 +131,28 @@ def figure(prediction: Prediction) -> str:
     return f"{prediction.copy_share:.0%} of the copy rate"
 
 
+def measured_figure(measured: Measured) -> str:
+    """TFLOP/s or the share of a copy's rate, and how far the prediction is off."""
+    figure = f"{measured.tflops:,.0f} TFLOP/s" if measured.tflops else f"{measured.copy_share:.0%} of the copy rate"
+    return f"{figure}, predicted {measured.error:+.0%}"
+
+
+def beside(measured: Measured) -> str:
+    """A measurement in a line."""
+    return f"measured {measured_figure(measured)} ({measured.case}; {measured.device}, {measured.time[:10]})"
+
+
+def outside_share(prediction: Prediction) -> float:
+    """Of a block's time, what it is not in its main loop."""
+    return prediction.outside / (prediction.outside + prediction.turns * prediction.cycles)
+
+
+def outside(prediction: Prediction) -> str:
+    """Prologue and epilogue in a line."""
+    return (f"outside the loop {prediction.outside:,.0f} cycles, {outside_share(prediction):.0%} at {prediction.turns:,.0f} "
+            f"turns (the loop alone: {prediction.loop_tflops:,.0f} TFLOP/s)")
+
+
 def structure(prediction: Prediction) -> str:
     """What SASS says, in one line."""
     facts = prediction.facts
@@ -122,6 +163,9 @@ def structure(prediction: Prediction) -> str:
     said += [f"{count} {name}" for count, name in (
         (facts.divisions, "divisions in the loop"), (facts.calls, "calls in the loop"),
         (facts.local, "local accesses in the loop"), (facts.local_outside, "outside")) if count]
+    if prediction.wavefronts:
+        conflicts = [f"{opcode} {factor:.2f}" for opcode, factor in prediction.wavefronts.items() if factor > 1]
+        said.append(f"shared-memory wavefronts over the ideal, as emulated: {', '.join(conflicts) or 'none'}")
     if prediction.lanes < 1:
         said.append(f"{prediction.lanes:.0%} of the lanes used")
     if prediction.issue_over_dram is not None:
@@ -129,8 +173,8 @@ def structure(prediction: Prediction) -> str:
     return ", ".join(said)
 
 
-def line(prediction: Prediction) -> str:
-    """One kernel on three lines."""
+def line(prediction: Prediction, measured: Sequence[Measured] = ()) -> str:
+    """One kernel on three lines, one more where a block's turns are known, and one for each measurement."""
     busiest = sorted(prediction.units.items(), key=lambda unit: -unit[1])[:4]
     faults = prediction.facts.faults()
     direction = f" ({prediction.direction})" if prediction.direction else ""
@@ -138,4 +182,6 @@ def line(prediction: Prediction) -> str:
             f"{prediction.gpu} (the model's error: {prediction.error})\n"
             f"  {prediction.cycles:,.0f} cycles a turn; busy {', '.join(f'{unit} {busy:,.0f}' for unit, busy in busiest)}"
             f"; {prediction.binding} binds\n"
-            f"  {structure(prediction)}{'; FAULTS: ' + ', '.join(faults) if faults else ''}")
+            f"{f'  {outside(prediction)}{chr(10)}' if prediction.outside else ''}"
+            f"  {structure(prediction)}{'; FAULTS: ' + ', '.join(faults) if faults else ''}"
+            + "".join(f"\n  {beside(each)}" for each in measured))

@@ -40,11 +40,20 @@ def _run(*arguments: str) -> str:
     return done.stdout
 
 
+def _usage(path: str | Path) -> list[tuple[str, str]]:
+    """(name, resources as cuobjdump prints them) of each kernel."""
+    return re.findall(r"Function (\S+):\s*\n(.*)", _run("-res-usage", str(path)))
+
+
+def names(path: str | Path) -> list[str]:
+    """Of the kernels in a cubin, as the linker knows them."""
+    return [name for name, _ in _usage(path)]
+
+
 def functions(path: str | Path, pattern: str = "") -> list[Function]:
     """The kernels in a cubin whose name ``pattern`` (a regular expression) is found in."""
-    usage = _run("-res-usage", str(path))
     found = []
-    for name, numbers in re.findall(r"Function (\S+):\s*\n(.*)", usage):
+    for name, numbers in _usage(path):
         if not re.search(pattern, name):
             continue
         number = lambda key, numbers=numbers: int((re.search(rf"\b{key}:(\d+)", numbers) or [0, 0])[1])
@@ -53,5 +62,7 @@ def functions(path: str | Path, pattern: str = "") -> list[Function]:
         if arch is None:
             raise ValueError(f"cyclemodel: expected machine code of {name} in {path}, got none; pass a .cubin that holds "
                              f"SASS")
-        found.append(Function(name, int(arch[1]), listing, number("REG"), number("SHARED"), number("STACK")))
+        # on sm_90 and later the system's 1 KiB of every block is counted among its static shared memory
+        shared = number("SHARED") - (1024 if int(arch[1]) >= 90 else 0)
+        found.append(Function(name, int(arch[1]), listing, number("REG"), max(0, shared), number("STACK")))
     return found

@@ -7,12 +7,13 @@ of a block and named ones. Sub-partitions are taken to be alike: a barrier of 25
 
 import re
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .gpus import GPU
 from .sass import NONE, Instruction
 from .units import (
+    IDEAL,
     barrier,
     copies_tiles,
     issue_cycles,
@@ -39,9 +40,9 @@ class Result:
 class _Step:
     """What the simulation must know of one instruction."""
 
-    def __init__(self, i: Instruction, gpu: GPU, copies: bool):
+    def __init__(self, i: Instruction, gpu: GPU, copies: bool, wavefronts: Mapping[str, float]):
         self.kind, self.base, self.never = kind(i), i.base, i.never
-        self.cost, self.tensor, self.smem = issue_cycles(i, gpu), tensor_cycles(i, gpu), smem_bytes(i)
+        self.cost, self.tensor, self.smem = issue_cycles(i, gpu), tensor_cycles(i, gpu), smem_bytes(i, wavefronts)
         self.wgmma = wgmma_shape(i) is not None
         self.ends_group = "gsb0" in i.body
         self.l2 = l2_bytes(i, gpu, copies)
@@ -72,14 +73,16 @@ class Simulation:
     """``warps`` of each of ``blocks`` blocks that run ``path`` again and again.
 
     ``bulk``: bytes that TMA loads in a turn of a block, ``distance`` turns ahead. ``rate``: bytes a clock from memory that
-    the SM gets, ``latency`` its time. ``stagger``: cycles between the blocks' starts.
+    the SM gets, ``latency`` its time. ``stagger``: cycles between the blocks' starts. ``wavefronts``: see
+    units.smem_bytes.
     """
 
     def __init__(self, path: Sequence[Instruction], gpu: GPU, warps: int, blocks: int, *, bulk: float = 0.0,
-                 distance: int = 1, latency: float | None = None, rate: float | None = None, stagger: int = 400):
+                 distance: int = 1, latency: float | None = None, rate: float | None = None, stagger: int = 400,
+                 wavefronts: Mapping[str, float] = IDEAL):
         self.gpu, self.per_block = gpu, max(1, warps // 4)
         self.latency, self.rate = latency or gpu.latency_l2, (rate or gpu.l2_port) / 4
-        self.steps = [_Step(i, gpu, copies_tiles(path)) for i in path]
+        self.steps = [_Step(i, gpu, copies_tiles(path), wavefronts) for i in path]
         self.warps = [_Warp(block, place, block * stagger + place)
                       for block in range(blocks) for place in range(self.per_block)]
         self.free = defaultdict(float)

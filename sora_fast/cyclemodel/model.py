@@ -1,11 +1,12 @@
 """What a kernel is predicted to take on a GPU: cycles by unit, what binds, blocks per SM, TFLOP/s or share of the copy rate.
 
-A prediction is no measurement. What the model cannot see: bank conflicts, L2 misses, the tail of a grid, what stands outside
-of the main loop. Beside every figure stands how far the model was off on kernels with published times (calibration.py).
+A prediction is no measurement. What the model cannot see: L2 misses, the tail of a grid, and bank conflicts where nobody
+counted them. What stands outside of the main loop enters where it is known how many turns the loop takes. Beside every
+figure stands how far the model was off on kernels with published times (calibration.py), those of their main loops alone.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 from . import calibration, facts, sass, turns, units
 from .gpus import GPU, blocks_per_sm
@@ -14,6 +15,7 @@ from .sass import Instruction
 
 PEAK = 4096  # FLOPs a clock of an sm_90 SM, 16-bit operands: the only one whose clock depends on them here
 BETWEEN = 250  # cycles from a block's end to its successor's first instruction (estimate)
+OUTSIDE = 500  # cycles of a load outside the main loop: tables come from L2, a block's own rows from DRAM (estimate)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Kernel:
     useful: float = 1.0  # share of the lanes, or of the FLOPs, that is no padding
     memory: bool = False  # its time is memory's, matrix products or not
     traffic: float | None = None  # DRAM bytes for each byte stored; None: those of all its accesses
+    turns: float | None = None  # of a block's matrix loop; None: not known, and prologue and epilogue are left out
+    wavefronts: Mapping[str, float] = field(default_factory=dict)  # of opcodes, where they were counted: units.smem_bytes
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,15 @@ class Prediction:
     bound: float  # its cycles: what is left where all overlaps
     cycles: float  # of one turn of all resident blocks, simulated
     waits: dict[str, int]
-    tflops: float | None  # useful ones
+    turns: float | None
+    outside: float | None  # cycles of all resident blocks before and behind their main loops
+    tflops: float | None  # useful ones, of a whole block where its turns are known
+    loop_tflops: float | None  # of the main loop alone
     bound_tflops: float | None
     copy_share: float | None  # of the rate of a copy
     lanes: float
     issue_over_dram: float | None
+    wavefronts: Mapping[str, float]  # of shared memory over the ideal, by opcode; empty: none were counted
     facts: facts.Facts
     error: str  # the model's, on kernels like this one
 
@@ -63,17 +71,35 @@ class Prediction:
         return {"predicted": True, **asdict(self), "faults": self.facts.faults()}
 
 
-def _matrix(path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int) -> dict:
+def _matrix(code: list[Instruction], path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int) -> dict:
     warps = kernel.warps * blocks
-    busy = units.cycles(path, gpu, warps, kernel.bulk * blocks)
+    busy = units.cycles(path, gpu, warps, kernel.bulk * blocks, kernel.wavefronts)
     distance = (kernel.stages or 2) - 1
-    found = Simulation(path, gpu, kernel.warps, blocks, bulk=kernel.bulk, distance=distance).run()
+    found = Simulation(path, gpu, kernel.warps, blocks, bulk=kernel.bulk, distance=distance,
+                       wavefronts=kernel.wavefronts).run()
     cycles = max(found.cycles, busy.get("L2", 0), busy.get("smem", 0))
+    outside = _outside(code, path, kernel, gpu, blocks, cycles) if kernel.turns else None
     work = sum(map(units.flops, path)) * warps * kernel.useful
     done = work / kernel.useful
     rate = lambda taken: work / taken * gpu.sms * gpu.clock(done / taken / PEAK) * 1e-3
-    return dict(units=busy, cycles=cycles, waits=found.waits, tflops=rate(cycles), bound_tflops=rate(max(busy.values())),
-                copy_share=None, issue_over_dram=None)
+    return dict(units=busy, cycles=cycles, waits=found.waits, turns=kernel.turns, outside=outside,
+                tflops=rate(cycles + outside / kernel.turns if outside else cycles), loop_tflops=rate(cycles),
+                bound_tflops=rate(max(busy.values())), copy_share=None, issue_over_dram=None)
+
+
+def _outside(code: list[Instruction], path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int,
+             cycles: float) -> float:
+    """What the resident blocks take from entry to exit with each loop once, less the turns in that.
+
+    They start together: where there are several, each hides more behind the others' main loops than here. Of ways that an
+    argument chooses between it is the one with most bytes: with a bias, a residual, a cache.
+    """
+    whole = turns.through(code)
+    loads = lambda those: sum(i.base in units.BULK for i in those)
+    bulk = kernel.bulk * loads(whole) / loads(path) if loads(path) else 0.0
+    once = Simulation(whole, gpu, kernel.warps, blocks, bulk=bulk, distance=0, latency=OUTSIDE, stagger=0).run(4).cycles
+    within = sum(map(units.flops, whole)) / sum(map(units.flops, path)) * cycles
+    return max(0.0, once + BETWEEN - within)
 
 
 def _stream(path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int, between: int) -> dict:
@@ -84,12 +110,13 @@ def _stream(path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int, 
     dram = max(1.0, kernel.useful * (stored * kernel.traffic if kernel.traffic else moved))
     joined = max(1, 4 // kernel.warps)  # blocks of fewer warps than sub-partitions: as many as make one warp on each
     found = Simulation(path, gpu, max(kernel.warps, 4), max(1, blocks // joined), latency=gpu.latency_dram,
-                       rate=gpu.bytes_per_clock * moved / dram, stagger=150).run(6)
-    busy = units.cycles(path, gpu, kernel.warps * blocks) | {"DRAM": dram * blocks / gpu.bytes_per_clock}
+                       rate=gpu.bytes_per_clock * moved / dram, stagger=150, wavefronts=kernel.wavefronts).run(6)
+    busy = units.cycles(path, gpu, kernel.warps * blocks, wavefronts=kernel.wavefronts)
+    busy["DRAM"] = dram * blocks / gpu.bytes_per_clock
     busy.pop("L2", None)
     cycles = max(found.cycles + between, busy["DRAM"])
-    return dict(units=busy, cycles=cycles, waits=found.waits, tflops=None, bound_tflops=None,
-                copy_share=busy["DRAM"] / cycles, issue_over_dram=busy["issue"] / busy["DRAM"])
+    return dict(units=busy, cycles=cycles, waits=found.waits, turns=None, outside=None, tflops=None, loop_tflops=None,
+                bound_tflops=None, copy_share=busy["DRAM"] / cycles, issue_over_dram=busy["issue"] / busy["DRAM"])
 
 
 def _streaming(code: list[Instruction]) -> tuple[list[Instruction], int]:
@@ -110,7 +137,7 @@ def predict(kernel: Kernel, gpu: GPU) -> Prediction:
     if loops and not kernel.memory:
         # of loops with as much work, one has masks: the shorter one is of interior tiles
         path = max((turns.turn(loop, code) for loop in loops), key=lambda path: (sum(map(units.flops, path)), -len(path)))
-        found = _matrix(path, kernel, gpu, blocks)
+        found = _matrix(code, path, kernel, gpu, blocks)
     else:
         path, between = _streaming(code)
         if not any(i.base == "STG" for i in path):
@@ -120,6 +147,6 @@ def predict(kernel: Kernel, gpu: GPU) -> Prediction:
     binding = max(found["units"], key=found["units"].get)
     return Prediction(
         kernel.name, kernel.case, kernel.tile, kernel.direction, gpu.name, kernel.registers, kernel.shared, kernel.warps,
-        len(path), binding=binding, bound=found["units"][binding], lanes=kernel.useful,
+        len(path), wavefronts=dict(kernel.wavefronts), binding=binding, bound=found["units"][binding], lanes=kernel.useful,
         facts=facts.read(code, blocks, limit, kernel.warps, kernel.stages),
         error=calibration.known_error(calibration.kind_of(path), gpu), **found)

@@ -6,6 +6,7 @@ from . import sass
 from .sass import Instruction
 from .units import BULK, GLOBAL, flops
 
+SPECIAL = ("MUFU.EX2", "MUFU.RSQ")
 CALL = 100  # instructions of a subroutine: a division in full precision has about as many
 
 
@@ -26,31 +27,34 @@ def _postorder(start: int, after: list[list[int]], inside: set[int]) -> dict[int
 
 
 def _best_path(blocks, after, start: int, inside: set[int], ends: Callable[[int], bool]) -> list[Instruction] | None:
-    """The way from ``start`` to a block that ``ends``: most matrix work, then most bytes, then fewest instructions.
+    """The way from ``start`` to a block that ``ends``: most matrix work, then most bytes, then most exponentials and roots,
+    then fewest instructions.
 
-    So edges with their masks are left out: of many tiles few are at one.
+    So edges with their masks are left out: of many tiles few are at one. A norm or an activation that an argument turns off
+    is on.
     """
     position = _postorder(start, after, inside)
     best: dict[int, tuple] = {}
     for number in sorted(position, key=position.get):
-        options = [(best[each][:3], each) for each in after[number]
+        options = [(best[each][:4], each) for each in after[number]
                    if each in best and position[each] < position[number]]
         if ends(number):
-            options.append(((0, 0, 0), None))
+            options.append(((0, 0, 0, 0), None))
         if not options:
             continue
-        (work, moved, count), following = max(options, key=lambda option: option[0])
+        (work, moved, special, count), following = max(options, key=lambda option: option[0])
         block = blocks[number]
         work += sum(map(flops, block))
         moved += sum(i.width for i in block if i.base in (*GLOBAL, *BULK))
+        special += sum(i.opcode.startswith(SPECIAL) for i in block)
         count -= len(block) + CALL * sum(i.base == "CALL" and i.target is None for i in block)
-        best[number] = (work, moved, count, following)
+        best[number] = (work, moved, special, count, following)
     if start not in best:
         return None
     found, number = [], start
     while number is not None:
         found += blocks[number]
-        number = best[number][3]
+        number = best[number][4]
     return found
 
 

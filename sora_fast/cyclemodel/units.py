@@ -6,7 +6,7 @@ Units: ``issue`` (one instruction of any kind a clock and sub-partition), ``tens
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .gpus import GPU
 from .sass import Instruction
@@ -15,6 +15,7 @@ WGMMA = ("HGMMA", "QGMMA", "IGMMA")
 MATRIX = (*WGMMA, "HMMA", "IMMA", "QMMA", "UTCHMMA")
 ATOMICS = ("RED", "REDG", "ATOM", "ATOMG")
 BULK = ("UTMALDG", "UBLKCP")
+IDEAL: Mapping[str, float] = {}  # of opcodes, wavefronts of shared memory over the ideal; 1 where none are named
 GLOBAL = ("LDG", "STG", "LDGSTS", *ATOMICS)
 
 _KINDS = {
@@ -74,8 +75,12 @@ def flops(i: Instruction) -> int:
     return (4096 if ".16816" in i.opcode else 2048) if i.base == "HMMA" else 0
 
 
-def smem_bytes(i: Instruction) -> float:
-    """Through shared memory for one warp, without bank conflicts: SASS does not show addresses."""
+def smem_bytes(i: Instruction, wavefronts: Mapping[str, float] = IDEAL) -> float:
+    """Through shared memory for one warp. Bank conflicts SASS does not show: ``wavefronts`` has them, by opcode."""
+    return _ideal_bytes(i) * wavefronts.get(i.base, 1.0)
+
+
+def _ideal_bytes(i: Instruction) -> float:
     if i.never:
         return 0
     shape = wgmma_shape(i)
@@ -127,7 +132,8 @@ def reduced_bytes(path: Sequence[Instruction]) -> float:
     return total
 
 
-def cycles(path: Sequence[Instruction], gpu: GPU, warps: int, bulk: float = 0.0) -> dict[str, float]:
+def cycles(path: Sequence[Instruction], gpu: GPU, warps: int, bulk: float = 0.0,
+           wavefronts: Mapping[str, float] = IDEAL) -> dict[str, float]:
     """Busy cycles of each unit of one SM in one turn of ``warps`` warps; ``bulk``: bytes that TMA loads in it."""
     reduced = reduced_bytes(path) * warps
     share = warps / 4  # of one sub-partition
@@ -147,7 +153,7 @@ def cycles(path: Sequence[Instruction], gpu: GPU, warps: int, bulk: float = 0.0)
             total["fma"] += cost
         elif found in ("alu", "xu", "shfl", "uniform"):
             total[found] += cost
-        shared += smem_bytes(i) * warps
+        shared += smem_bytes(i, wavefronts) * warps
         moved += l2_bytes(i, gpu, copies) * warps
     total["fma"] = max(total["fma"], heavy)
     total["smem"] = shared / gpu.smem

@@ -77,7 +77,7 @@ def kernel_ptx(path: str, kernel: str, compute_capability: int) -> str:
     for key in sorted(runs, reverse=True):
         for text in texts[key]:
             for name in re.findall(r"\.entry (\w+)\(", text):
-                if _bare(name) == kernel:
+                if bare(name) == kernel:
                     return _alone(text, name)
     there = ", ".join(f"compute_{number}{'a' * special}" for number, special in sorted(texts)) or "none"
     raise RuntimeError(f"emulated_gpu: expected PTX of {kernel} for sm{compute_capability} in the CUDA extension, got "
@@ -124,7 +124,7 @@ def _alone(text: str, name: str) -> str:
 
 
 @functools.cache
-def _bare(mangled: str) -> str:
+def bare(mangled: str) -> str:
     """"causal_conv3d_kernel<96, 1>" of an Itanium-mangled function, without namespaces, type and parameters."""
     demangle = ctypes.CDLL("libstdc++.so.6").__cxa_demangle
     demangle.restype = ctypes.c_void_p

@@ -25,7 +25,7 @@ def extension():
 
 def unsupported(problem: Problem, kernel: str, wide: torch.dtype) -> list[str]:
     """Sentences: why no CUDA kernel of the source ``kernel`` can run ``problem``. ``wide``: what it must be computed in."""
-    reasons = list(_reasons(problem.device, kernel))
+    reasons = list(why_not(problem.device, kernel))
     if problem.grad:
         reasons.append("Its kernel has no backward yet, and a gradient is needed.")
     if wide == torch.float64:
@@ -41,11 +41,12 @@ def cannot_run(device: torch.device, kernel: str) -> list[str]:
             return ["There is no CUDA GPU here."]
         major, minor = torch.cuda.get_device_capability(device)
         name = f"cuda:sm{major}{minor}"
-    return list(_reasons(name, kernel))
+    return list(why_not(name, kernel))
 
 
 @env.constant_in_graphs
-def _reasons(device: str, kernel: str) -> tuple[str, ...]:
+def why_not(device: str, kernel: str) -> tuple[str, ...]:
+    """Sentences: why what is built of the source ``kernel`` does not run on "cuda:sm90", "emulated:sm90" or "cpu"."""
     reasons = []
     _, missing = extension()
     if missing:

@@ -83,7 +83,7 @@ class Compiled:
     kernel: str
     cc: int
     sass: str
-    ttir: str  # Triton's own intermediate form, before it is lowered
+    ttir: str  # Triton's own intermediate form, before it is lowered; "" of Gluon, which begins below it
     registers: int  # of one thread
     shared: int  # bytes of one block
     tmem: int  # columns of tensor memory
@@ -190,17 +190,25 @@ def cache_violations(calls: Iterable[Callable[[], object]]) -> list[str]:
     return found
 
 
-def build(fn, signature, constexprs, aligned, cc, options):
-    """(Triton's compiled kernel, what ptxas printed). Always from the start: a cached kernel has no messages."""
+def source_of(fn, signature, constexprs, aligned) -> ASTSource:
+    """What Triton compiles for these arguments."""
     _refuse_interpreter(fn)
     attrs = {(fn.arg_names.index(name),): [ALIGNED] for name in aligned}
+    kind = ASTSource
+    if fn.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as kind
+    # The order of the signature is the order of the parameters.
+    return kind(fn, {name: signature[name] for name in fn.arg_names}, dict(constexprs), attrs)
+
+
+def build(fn, signature, constexprs, aligned, cc, options):
+    """(Triton's compiled kernel, what ptxas printed). Always from the start: a cached kernel has no messages."""
+    source = source_of(fn, signature, constexprs, aligned)
     printed = io.StringIO()
     with (tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope(),
           contextlib.redirect_stdout(printed)):
         knobs.cache.dir = folder
         knobs.nvidia.dump_ptxas_log = True
-        # The order of the signature is the order of the parameters.
-        source = ASTSource(fn, {name: signature[name] for name in fn.arg_names}, dict(constexprs), attrs)
         kernel = triton.compile(source, target=GPUTarget("cuda", cc, 32), options={**FUSION, **options})
     return kernel, printed.getvalue()
 
@@ -212,8 +220,9 @@ def _read(kernel, printed: str, cc: int) -> Compiled:
         command = [knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
         listing = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8")
     registers = max(int(count) for count in re.findall(r"Used (\d+) registers", printed))
+    ttir = kernel.asm["ttir"] if "ttir" in kernel.asm else ""
     losses = tuple(re.findall(r"\(C75\d\d\) .*", printed))
-    return Compiled(kernel.metadata.name, cc, listing.stdout, kernel.asm["ttir"], registers, kernel.metadata.shared,
+    return Compiled(kernel.metadata.name, cc, listing.stdout, ttir, registers, kernel.metadata.shared,
                     getattr(kernel.metadata, "tmem_size", None) or 0, losses)
 
 

@@ -63,11 +63,11 @@ def emulated_gpu(arch: str = "sm90", *, schedules: int | str | Iterable[str] = "
         compute_capability=capability, shared=SHARED[capability], schedules=launches.schedules(schedules), race=race,
         count=counters, configs={name: dict(values) for name, values in (configs or {}).items()},
         cache=env.cache() / "emulator", change=change, raises=raises)
-    with triton_launch.launching(emulator), use_emulated_gpu(_Device(arch, emulator)):
+    with triton_launch.launching(emulator), use_emulated_gpu(Device(arch, emulator)):
         yield emulator
 
 
-class _Device:
+class Device:
     """What dispatch asks of a GPU that is emulated."""
 
     def __init__(self, arch: str, emulator):

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from ... import ops
 from ...kernels.convolution import dgrad, forward, wgrad
 from ...kernels.convolution_config import HEURISTICS, Launch, covered
 from ...kernels.convolution_settings import ConvSettings
@@ -76,3 +77,13 @@ def aot_cases():
             yield (", ".join([f"{inputs} to {outputs} {str(dtype).removeprefix('torch.')}", *options, gpu,
                               f"padding {padding(inputs, outputs, dtype, gpu, settings):.0%}"]),
                    partial(run, inputs, outputs, dtype, gpu, **settings), wants)
+
+
+def cuda_cases():
+    """Of csrc's kernels: names, and calls on CPU tensors whose numbers are never read."""
+    def call(inputs, outputs):
+        x = dense(torch.empty(1, inputs, 4, 32, 32, dtype=torch.bfloat16))
+        ops.causal_conv3d(x, x.new_empty(outputs, inputs, 3, 3, 3), backend="cuda")
+
+    for inputs, outputs in ((96, 96), (128, 128), (160, 160), (192, 192), (384, 384), (256, 256)):
+        yield f"{inputs} to {outputs} bfloat16", partial(call, inputs, outputs)

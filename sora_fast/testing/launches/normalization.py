@@ -4,6 +4,8 @@ from functools import partial
 
 import torch
 
+from ... import ops
+from ...kernels.launch import dense
 from ...kernels.normalization import backward, forward
 from ...kernels.normalization_config import HEURISTICS, Launch
 
@@ -37,3 +39,12 @@ def aot_cases():
     yield "2048, float32", partial(both, 2048, f32, f32, f32, "rms", bias=True), wants
     yield "128, group", partial(both, 128, bf16, bf16, bf16, "group", bias=True), grouped
     yield "384, group, keep 4", partial(both, 384, bf16, bf16, f32, "group", keep=4, bias=True), grouped
+
+
+def cuda_cases():
+    """Of csrc's kernel: names, and calls on CPU tensors whose numbers are never read."""
+    def call(channels, dtype):
+        ops.norm_act(dense(torch.empty(1, channels, 4, 32, 32, dtype=dtype)), norm="rms", backend="cuda")
+
+    for channels, dtype in ((96, torch.bfloat16), (192, torch.bfloat16), (384, torch.bfloat16), (160, torch.float32)):
+        yield f"{channels}, {str(dtype).removeprefix('torch.')}", partial(call, channels, dtype)
