@@ -90,8 +90,7 @@ def dkdv_heuristic(launch: Launch, gpu: str) -> Config:
     """64 queries by 128 keys: with a head of 128 all 255 registers, and TMA, as the addresses of pointers would spill. With
     one of 64, half the keys leave room for two programs.
 
-    Where factors are in registers, one chunk: with two Triton keeps both chunks of k and v in them and spills by the
-    hundred.
+    Where factors are in registers, few queries: Triton keeps all chunks of k and v in them.
     """
     if gpu == "cpu":
         return Config(32, 32, 4, 1)
@@ -100,7 +99,9 @@ def dkdv_heuristic(launch: Launch, gpu: str) -> Config:
             return Config(32, 16, 4, 1)
         return Config(16, 16 if chunks(launch.head_dim, True)[1] else 32, 4, 1)
     if arch.multiplies_registers(gpu):
-        return Config(32, 32, 8, 1) if launch.head_dim > 128 else Config(32, 64, 4, 3, split=False)
+        if launch.head_dim > 128:
+            return Config(32, 32, 8, 1)
+        return Config(16, 64, 4, 3) if chunks(launch.head_dim, True)[1] else Config(32, 64, 4, 3)
     if launch.head_dim > 128:
         return Config(64, 64, 8, 1, tma=arch.capability(gpu) == 90)
     if arch.capability(gpu) == 90:
