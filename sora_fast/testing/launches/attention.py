@@ -41,9 +41,8 @@ def aot_cases():
                 wants |= {name: dict(expected_drains=count * links) for name, count in
                           (("forward_kernel", 1), ("dq_kernel", 2), ("dkdv_kernel", 2))}
             if (head_dim, gpu) == (128, "sm90"):
-                # up to 27 before and behind the main loop, none in it (tests/test_machine_code.py), where a tile that
-                # 1,000 queries see runs through 7,000 instructions
-                wants["dkdv_kernel"] |= dict(allowed_spills=32)
+                # before and behind the main loop, none in it (tests/test_machine_code.py)
+                wants["dkdv_kernel"] |= dict(allowed_spills=2)
             if (head_dim, dtype, gpu) == (64, bf16, "sm80"):
                 wants["schedule_kernel"] = dict(ccs=tuple(SHARED), wants_wide=False, wants_matrix=False)
             label = [f"{head_dim} {str(dtype).removeprefix('torch.')}", *(f"{k} {v}" for k, v in options.items()), gpu]
