@@ -67,9 +67,10 @@ def test_boxes_are_swizzled_as_cute_lays_them_out(said, name, swizzle, channels)
     raw["dims"][0, :2], raw["box"][0, :2], raw["steps"][0, :2] = (4 * channels, 1000), (channels, 128), 1
     raw["strides"][0, 0] = 8 * channels
     box = tma.Box(raw.tobytes(), (channels, 7), 2048)
-    assert (box.shared.reshape(128, channels) - 2048 == layouts(said)[name]).all()
+    assert (box.elements(box.shared).reshape(128, channels) - 2048 == layouts(said)[name]).all()
     row, column = np.arange(128)[:, None], np.arange(channels)
-    assert (box.addresses.reshape(128, channels) == (1 << 20) + (row + 7) * 8 * channels + (column + channels) * 2).all()
+    got = box.elements(box.addresses).reshape(128, channels)
+    assert (got == (1 << 20) + (row + 7) * 8 * channels + (column + channels) * 2).all()
 
 
 def test_boxes_beyond_the_tensor_are_filled():
@@ -78,17 +79,37 @@ def test_boxes_beyond_the_tensor_are_filled():
     raw["dims"][0, :2], raw["box"][0, :2], raw["steps"][0, :2], raw["strides"][0, 0] = (24, 5), (16, 4), 1, 64
     box = tma.Box(raw.tobytes(), (-8, 3), 1024)
     row, column = np.arange(4)[:, None] + 3, np.arange(16) - 8
-    assert (box.inside.reshape(4, 16) == ((row < 5) & (column >= 0) & (column < 24))).all()
+    inside = (row < 5) & (column >= 0) & (column < 24)
+    assert (np.repeat(box.inside, box.size // 2).reshape(4, 16) == inside).all()
+    assert (box.elements(box.addresses) == ((1 << 20) + 64 * row + 2 * column)[inside]).all()
+
+
+def numbered(function, count, k, kind):
+    """The matrix of registers whose elements are their own number, lane * values + value."""
+    numbers = np.arange(count, dtype=np.float32 if kind == "tf32" else np.float16).reshape(32, -1)
+    return function(list(numbers.view(np.uint32).T[:, None]), 1, k, kind)[0]
+
+
+def where(matrix):
+    """(row, column) of each number, by lane and value."""
+    return np.array(np.unravel_index(np.argsort(matrix, axis=None), matrix.shape)).reshape(2, 32, -1)
+
+
+def accumulated(columns):
+    """(row, column) that each accumulator of each lane holds."""
+    d = np.arange(16 * columns).reshape(16, -1, 8).swapaxes(0, 1)[None].copy()
+    return np.divmod(np.stack([r[0] for r in matrix.registers_d(d)], 1), columns)
 
 
 def test_fragments(said):
     """Which element of A, B and C each register of each lane holds, for mma.sync and wgmma."""
-    places = {("m16n8k16", "A"): (16, matrix.coords_a(16, "bf16")), ("m16n8k8", "A"): (16, matrix.coords_a(8, "bf16")),
-              ("m16n8k8_tf32", "A"): (16, matrix.coords_a(8, "tf32")), ("m64n96k16", "A"): (64, matrix.coords_a(16, "bf16")),
-              ("m16n8k16", "C"): (16, matrix.coords_d(8)), ("m64n96k16", "C"): (64, matrix.coords_d(96))}  # fmt: skip
-    for k, kind, name in ((16, "bf16", "m16n8k16"), (8, "bf16", "m16n8k8"), (8, "tf32", "m16n8k8_tf32")):
-        at, column = matrix.coords_b(k, kind)
-        places[name, "B"] = 8, (column, at)  # CuTe's B is N x K
+    a = lambda k, kind: where(numbered(matrix.matrix_a, 16 * k, k, kind))
+    b = lambda k, kind: where(numbered(matrix.matrix_b, 8 * k, k, kind).T)  # CuTe's B is N x K
+    places = {("m16n8k16", "A"): (16, a(16, "f16")), ("m16n8k8", "A"): (16, a(8, "f16")),
+              ("m16n8k8_tf32", "A"): (16, a(8, "tf32")), ("m64n96k16", "A"): (64, a(16, "f16")),
+              ("m16n8k16", "B"): (8, b(16, "f16")), ("m16n8k8", "B"): (8, b(8, "f16")),
+              ("m16n8k8_tf32", "B"): (8, b(8, "tf32")),
+              ("m16n8k16", "C"): (16, accumulated(8)), ("m64n96k16", "C"): (64, accumulated(96))}  # fmt: skip
     for (name, operand), (rows, (row, column)) in places.items():
         key = next(key for key in said if key[:3] == ("fragment", name, operand))
         threads, values = int(key[3]), int(key[4])

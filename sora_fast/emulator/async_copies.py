@@ -3,7 +3,10 @@
 import numpy as np
 
 from . import memory
-from .arith import U1, U4, U8, UNWRITTEN
+from .arith import U1, UNWRITTEN
+from .lanes import every, some, wide
+
+NOT_WRITTEN, NOBODYS = memory.repeated(0), memory.repeated(UNWRITTEN)  # of Machine.initialized, and of shared memory
 
 
 class AsyncCopies:
@@ -12,43 +15,44 @@ class AsyncCopies:
     def async_copy(self, i, k, to, source, size, src_size, number):
         """``size`` bytes per lane; what is behind ``src_size`` of them is filled with zeros and not read."""
         n = len(self.group.warps)
-        to, source = np.broadcast_to(to, (n, 32)), np.broadcast_to(source, (n, 32))
-        src_size = np.broadcast_to(src_size, (n, 32))
-        mask = self.lane_mask(k, n).copy()
+        to, source, src_size = wide(to, n), wide(source, n), wide(src_size, n)
+        mask = self.lane_mask(k, n)
         reads = mask & (src_size > 0)
         place = self.shared_addresses(i, k, to, size, number, n)
-        self.global_addresses(reads, source, size, number, n)
+        source = self.global_addresses(reads, source, size, number, n)
         if self.counters is not None:
             self.counters.access("cp.async", reads, source, size, number, n)
             self.counters.access("st.shared", mask, to, size, number, n)
         if self.races:
             self.races.copy_begins(mask, place, size, number)
             self.races.globals.access(self, reads, source, size, number)
-        entry = dict(warps=self.group.warps.copy(), group=self.copy_group[self.group.warps].copy(), mask=mask, place=place,
-                     source=np.where(src_size > 0, source, U8(memory.HARMLESS)), size=size, src_size=src_size.copy(),
-                     live=np.ones(n, bool), number=number)  # fmt: skip
+        entry = dict(warps=self.group.warps.copy(), group=self.copy_group[self.group.warps].copy(), mask=mask.copy(),
+                     place=place, source=source, size=size, src_size=src_size.copy(), live=np.ones(n, bool), number=number)
         if self.completes_now():
-            self.complete_copy(entry, np.ones(n, bool))
+            self.complete_copy(entry, entry["live"])
         else:
+            place = place if every(mask) else place[mask]
             if self.initialized is not None:  # until it completes nobody may read the destination
-                for at in range(size):
-                    self.initialized[place[mask] + U4(at)] = False
-            self.shared[place[mask][:, None] + np.arange(size, dtype=U4)] = UNWRITTEN
+                memory.scatter(self.marks, place, NOT_WRITTEN[size], size, 1)
+            memory.scatter(self.shared_views, place, NOBODYS[size], size, 1)
             self.cp_asyncs.append(entry)
 
     def complete_copy(self, e, which):
         """Write what some warps of an entry have copied."""
+        size, parts = e["size"], [e["place"], e["source"], e["src_size"]]
         mask = e["mask"] & which[:, None]
-        place, source, src_size, size = e["place"][mask], e["source"][mask], e["src_size"][mask], e["size"]
-        if len(place):
-            unit = min(size, 8)
-            data = np.ascontiguousarray(memory.load(source, unit, size // unit)).view(np.uint8).reshape(len(place), size)
-            data = np.where(np.arange(size) < src_size[:, None], data, U1(0))
-            self.shared[(place[:, None] + np.arange(size, dtype=U4))] = data
+        if some(mask):
+            place, source, src_size = parts if every(mask) else (part[mask] for part in parts)
+            data = memory.load(source, size, 1)
+            short = src_size < size
+            if some(short):
+                rest = np.arange(size) >= src_size[short][:, None]
+                data[short] = np.where(rest, U1(0), data[short].view(U1).reshape(-1, size)).view(data.dtype)[:, 0]
+            memory.scatter(self.shared_views, place, data, size, 1)
             self.mark_initialized(place, size)
             if self.races:
                 self.races.copy_lands(e, which)
-        e["live"] &= ~which
+        e["live"] = e["live"] & ~which
 
     def async_commit(self, i, k):
         self.copy_group[self.group.warps] += 1
@@ -66,6 +70,6 @@ class AsyncCopies:
             which = e["live"] & mine[e["warps"]]
             if pending is not None:
                 which &= e["group"] < self.copy_group[e["warps"]] - pending
-            if which.any():
+            if some(which):
                 self.complete_copy(e, which)
-        self.cp_asyncs = [e for e in self.cp_asyncs if e["live"].any()]
+        self.cp_asyncs = [e for e in self.cp_asyncs if some(e["live"])]

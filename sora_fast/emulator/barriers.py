@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .lanes import every, some, wide
 from .scheduler import Group, put_masked
 
 
@@ -37,13 +38,13 @@ class Barriers:
         warps = self.group.warps
         n = len(warps)
         mask = self.lane_mask(k, n)
-        columns = [None if v is None else np.broadcast_to(v, (n, 32))[mask] for v in values]
+        columns = [None if v is None else wide(v, n)[mask] for v in values]
         rows = np.nonzero(mask)[0]
         return [(int(warps[row]), *(None if c is None else int(c[j]) for c in columns)) for j, row in enumerate(rows)]
 
     def first_lane(self, values, k, n):
         """One value per warp, that of its first active lane."""
-        values = np.broadcast_to(values, (n, 32))
+        values = wide(values, n)
         return values[:, 0] if k is None else values[np.arange(n), k.argmax(1)]
 
     # ---- named barriers
@@ -51,7 +52,7 @@ class Barriers:
         end = block.end
         number = int(values[0].flat[0])
         threads = int(values[1].flat[0]) if len(values) > 1 else None
-        if group.mask is not None and (group.mask != self.alive[group.warps]).any():
+        if group.mask is not None and some(group.mask != self.alive[group.warps]):
             # other lanes of the warp are elsewhere: they come here too, or it is a deadlock
             self.waiting.setdefault(("converge", block.index), []).append(group)
             return self.gather_converged(block.index)
@@ -77,12 +78,12 @@ class Barriers:
 
     def arrive(self, number: int, group: Group, threads) -> None:
         end = self.program.blocks[group.block].end
-        for cta in np.unique(self.cta_of[group.warps]):
-            wanted = self.wanted.setdefault((number, int(cta)), threads)
+        for cta in set(self.cta_of[group.warps].tolist()):
+            wanted = self.wanted.setdefault((number, cta), threads)
             if wanted != threads:
                 raise self.launch.fault(end.number, f"barrier {number} of {wanted} threads is used with {threads}")
         twice = self.arrived[number][group.warps]
-        if twice.any():
+        if some(twice):
             thread = self.thread_of(int(group.warps[twice.argmax()]))
             raise self.launch.fault(end.number, f"a warp arrives twice at barrier {number}", thread)
         self.arrived[number][group.warps] = True
@@ -95,12 +96,11 @@ class Barriers:
                 self.ready.append(group)
             return
         arrived = self.arrived[number].reshape(self.warps, self.ctas).sum(0)
-        living = self.alive.any(1).reshape(self.warps, self.ctas).sum(0)
         done = np.zeros(self.ctas, bool)
         for cta in np.flatnonzero(arrived):
             wanted = self.wanted.get((number, int(cta)))
-            done[cta] = arrived[cta] == living[cta] if wanted is None else arrived[cta] * 32 >= wanted
-        if not done.any():
+            done[cta] = arrived[cta] == self.living[cta] if wanted is None else arrived[cta] * 32 >= wanted
+        if not some(done):
             return
         if self.races:
             for cta in np.flatnonzero(done):
@@ -111,11 +111,11 @@ class Barriers:
         left = []
         for group in self.waiting.pop(number, []):
             free = done[self.cta_of[group.warps]]
-            if free.all():
+            if every(free):
                 self.ready.append(group)
             else:
                 left.append(self.part(group, ~free))
-                if free.any():
+                if some(free):
                     self.ready.append(self.part(group, free))
         if left:
             self.waiting[number] = left
@@ -138,9 +138,9 @@ class Barriers:
             for w, a in zip(group.warps[done].tolist(), addresses[done].tolist(), strict=True):
                 self.races.mbarrier_used(w, a, number)
                 self.races.acquired(w, self.mbarrier_at(w, a, number))
-        if not done.all():
+        if not every(done):
             self.blocked.append(self.part(group, ~done))
-            if not done.any():
+            if not some(done):
                 return None
             group = self.part(group, done)
         put_masked(self.space[f"V_{block.end.args[0].name}_b"], group.index, group.mask, True)

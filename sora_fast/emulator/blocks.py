@@ -104,6 +104,12 @@ def registers(arg):
             yield from registers(item)
 
 
+def indices(places: list[int]) -> list[int] | slice:
+    """A slice where these follow one another: numpy need not copy what it selects."""
+    following = places and places == list(range(places[0], places[0] + len(places)))
+    return slice(places[0], places[-1] + 1) if following else places
+
+
 NO_DEST = (
     "st",
     "red",

@@ -1,12 +1,16 @@
 """TMA: cp.async.bulk.tensor and the tensor maps it reads (PTX ISA 9.7.9.25.5 and 9.7.9.27)."""
 
+from functools import lru_cache
+
 import numpy as np
 
 from . import memory, tma
 from .arith import UNWRITTEN
-from .lanes import LANES
+from .lanes import LANES, every
 from .memory import Fault
 from .races import EVERYBODY
+
+_box = lru_cache(4096)(tma.Box)  # CTAs load the same ones, and each is needed at its issue and where it completes
 
 
 class BulkCopies:
@@ -36,27 +40,26 @@ class BulkCopies:
         thread = self.thread_of(e["warp"])
         if e["map"] % 64 or self.allocations.check(np.array([e["map"]], np.uint64), 128) is not None:
             raise self.fault("global", e["number"], e["map"], 128, thread)
-        raw = memory.load(np.arange(e["map"], e["map"] + 128, dtype=np.uint64), 1, 1).tobytes()
         try:
-            box = tma.Box(raw, e["coords"], e["shared"])
+            box = _box(memory.span(e["map"], e["map"] + 128).tobytes(), tuple(e["coords"]), e["shared"])
         except tma.MapError as error:
             raise self.launch.fault(e["number"], str(error), thread) from None
         if e["shared"] < self.launch.shared_base or e["shared"] + box.bytes > self.launch.shared_end:
             raise self.fault("shared", e["number"], e["shared"], box.bytes, thread)
-        in_bounds = box.addresses[box.inside]
-        wrong = self.allocations.check(in_bounds, box.size) if len(in_bounds) else None
-        if wrong is not None:
-            raise self.fault("global", e["number"], int(in_bounds[wrong]), box.size, thread)
+        if len(box.addresses) and self.allocations.check(box.addresses, box.size) is not None:
+            addresses = box.elements(box.addresses)
+            wrong = self.allocations.check(addresses, box.element)
+            if wrong is not None:
+                raise self.fault("global", e["number"], int(addresses[wrong]), box.element, thread)
         return box
 
     def complete_load(self, at: int) -> None:
         e = self.tma_loads.pop(at)
         box = self.box(e)
-        values = np.zeros(box.count, f"u{box.size}")
-        if box.inside.any():
-            values[box.inside] = memory.load(box.addresses[box.inside], box.size, 1)
-        place = box.shared + e["cta"] * self.size
-        self.shared_views[box.size][place // box.size] = values
+        values = np.zeros(box.count, memory.UNITS[box.size])
+        if len(box.addresses):
+            values[box.inside] = memory.load(box.addresses, box.size, 1)
+        memory.scatter(self.shared_views, box.shared + e["cta"] * self.size, values, box.size, 1)
         if self.initialized is not None:
             start = e["cta"] * self.size + e["shared"]
             self.initialized[start : start + box.bytes] = True
@@ -98,17 +101,17 @@ class BulkCopies:
     def read_source(self, e, box) -> None:
         if e["data"] is not None:
             return
-        place = box.shared + e["cta"] * self.size
-        if self.initialized is not None and not self.initialized[place[box.inside]].all():
+        place = box.shared[box.inside] + e["cta"] * self.size
+        if self.initialized is not None and not every(self.initialized.take(box.elements(place))):
             thread = self.thread_of(e["warp"])
             self.launch.report("uninitialised shared memory", e["number"], thread, "part of the box that TMA stores")
-        e["data"] = self.shared_views[box.size][place // box.size][box.inside]
+        e["data"] = memory.gather(self.shared_views, place, box.size, 1)
 
     def write_box(self, e, waited) -> None:
         box = self.box(e)
         self.read_source(e, box)
-        if box.inside.any():
-            memory.store(box.addresses[box.inside], e["data"], box.size, 1)
+        if len(box.addresses):
+            memory.store(box.addresses, e["data"], box.size, 1)
         if self.races:
             self.races.store_ends(e, box, waited)
         self.tma_stores = [other for other in self.tma_stores if other is not e]

@@ -6,9 +6,11 @@ the others are arrays (all warps, 32), written back at the block's end. A regist
 i4, f4, ...) of the same bits.
 """
 
+from collections import Counter
+
 import numpy as np
 
-from .blocks import TYPES, WIDTH, Block, cut, reads_and_writes, registers, spin_loops
+from .blocks import TYPES, WIDTH, Block, cut, indices, reads_and_writes, registers, spin_loops
 from .codegen_arithmetic import Arithmetic
 from .codegen_memory import Memory
 from .forms import Unsupported, check
@@ -47,7 +49,7 @@ class Program:
                     self.lasting |= {r.name for r in writes}  # written by the machine
 
     def accumulators(self, names: tuple[str, ...]) -> str:
-        """The name of a wgmma's accumulators: one array (registers, warps, 32) that holds all of them."""
+        """The name of a wgmma's accumulators: one array (warps, N / 8, 16, 8) that holds all of them."""
         return f"D_{self.pools[names]}"
 
     def constant(self, bits: int, kind: str, t: str) -> str:
@@ -90,6 +92,8 @@ class BlockSource(Arithmetic, Memory):
         self.dirty: dict[str, Reg] = {}
         self.guard: str | None = None
         self.temp = 0
+        self.fragments: dict[tuple, str] = {}  # operands of mma that have been made, by their registers
+        self.versions: Counter[str] = Counter()  # of registers: how often they have changed
         self.carry = False  # has a mad.cc of this block left one?
         self.instr: Instr | None = None
         self.ftz = False
@@ -134,6 +138,7 @@ class BlockSource(Arithmetic, Memory):
         for name in names:
             self.have.pop(name, None)
             self.loaded.discard(name)
+            self.versions[name] += 1
 
     def get(self, arg, t: str) -> str:
         if isinstance(arg, Reg):
@@ -202,6 +207,7 @@ class BlockSource(Arithmetic, Memory):
         if not fresh:
             expr = f"({expr}).copy()"
         self.emit(f"{arg.name}_{t} = {expr}")
+        self.versions[arg.name] += 1
         self.have[arg.name] = {t}
         self.loaded.discard(arg.name)
         self.dirty[arg.name] = arg
@@ -254,7 +260,7 @@ class BlockSource(Arithmetic, Memory):
 
     def flush_touched(self) -> None:
         if self.touched:
-            self.emit(f"M.touch(i, {list(self.touched)}, {self.toucher}, {self.fenced})")
+            self.emit(f"M.touch(i, {indices(sorted(self.touched))}, {self.toucher}, {self.fenced})")
             self.touched = {}
 
     def type_of(self, mods) -> str:

@@ -3,7 +3,7 @@
 
 from dataclasses import replace
 
-from .blocks import TYPES, WIDTH, registers
+from .blocks import TYPES, WIDTH, indices, registers
 from .forms import Unsupported
 from .loads_stores import ATOMIC
 from .ptx import Mem, Not, Reg, Sink, Sym, Vec
@@ -133,15 +133,26 @@ class Memory:
     def op_mma(self, instr, mods, args):
         shape = next(m for m in mods if m.startswith("m") and "n" in m[1:] and "k" in m)
         kinds = [m for m in mods if m in TYPES or m == "tf32"]  # d, a, b, c
-        a = ", ".join(self.get(x, "u4") for x in args[1].items)
-        b = ", ".join(self.get(x, "u4") for x in (args[2].items if isinstance(args[2], Vec) else (args[2],)))
+        depth = int(shape.partition("k")[2])
+        a = self.fragment("a", args[1].items, depth, kinds[1])
+        b = self.fragment("b", args[2].items if isinstance(args[2], Vec) else (args[2],), depth, kinds[1])
         if kinds[0] != "f32":
             raise Unsupported(instr.text)
         c = ", ".join(self.get(x, "f4") for x in args[3].items)
         self.temp += 1
-        self.emit(f"t{self.temp} = M.mma({shape!r}, {kinds[1]!r}, ({a},), ({b},), ({c},), i, {self.mask()}, {instr.number})")
+        self.emit(f"t{self.temp} = M.mma({a}, {b}, ({c},), {self.mask()}, {instr.number})")
         for at, item in enumerate(args[0].items):
-            self.put(item, "f4", f"t{self.temp}[..., {at}]")
+            self.put(item, "f4", f"t{self.temp}[{at}]")
+
+    def fragment(self, of, items, depth, kind) -> str:
+        """An operand of mma as a matrix, made once for all mma of the block that read the same registers."""
+        key = (of, kind, depth, *((x, self.versions[x.name] if isinstance(x, Reg) else 0) for x in items))
+        if key not in self.fragments:
+            self.temp += 1
+            registers = ", ".join(self.get(x, "u4") for x in items)
+            self.emit(f"t{self.temp} = M.fragment({of!r}, ({registers},), {depth}, {kind!r})")
+            self.fragments[key] = f"t{self.temp}"
+        return self.fragments[key]
 
     def members(self, arg) -> str:
         if self.masked:
@@ -311,7 +322,7 @@ class Memory:
         target = self.program.accumulators(tuple(r.name for r in d))
         used = [self.program.wgmma_registers[r.name] for x in args[:2] for r in registers(x) if isinstance(x, Vec)]
         self.emit(
-            f"M.wgmma({shape!r}, {kinds[1]!r}, i, {self.mask()}, {target}, {used}, {a}, {b}, {scale}, {flags}, "
+            f"M.wgmma({shape!r}, {kinds[1]!r}, i, {self.mask()}, {target}, {indices(used)}, {a}, {b}, {scale}, {flags}, "
             f"{instr.number})"
         )
         return self.forget({r.name for r in d})

@@ -112,11 +112,9 @@ class GlobalRaces:
 
     def box(self, m, warp, entry, box, write, pending=False):
         """A TMA copy, as accesses of the thread that issued it: a load at its issue, a store at its wait."""
-        address = box.addresses[box.inside]
-        if len(address):
-            warps = np.full(len(address), warp)
-            kind = WRITE if write else READ
-            self.add(m, warps, np.zeros(len(address), np.int64), address, box.size, entry["number"], kind, pending)
+        if len(box.addresses):
+            warps, lanes = np.full(len(box.addresses), warp), np.zeros(len(box.addresses), np.int64)
+            self.add(m, warps, lanes, box.addresses, box.size, entry["number"], WRITE if write else READ, pending)
 
     def map_accessed(self, m, warp, address, number, write):
         """A tensor map in global memory: made by the kernel, or read by TMA."""

@@ -9,12 +9,27 @@ REDUX = {"add": np.add, "min": np.minimum, "max": np.maximum}
 REDUX |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
+def wide(x, n):
+    """``x`` of every lane of n warps, (n, 32)."""
+    return x if x.shape == (n, 32) else np.broadcast_to(x, (n, 32))  # slow even where nothing is to be done
+
+
+def some(x):
+    """x.any(), in a third of its time."""
+    return np.count_nonzero(x) > 0
+
+
+def every(x):
+    """x.all(), likewise."""
+    return np.count_nonzero(x) == x.size
+
+
 class Lanes:
     """Exchanges inside a warp."""
 
     def members(self, mask, n):
         """The lanes (n, 32) of a membermask."""
-        return ((np.broadcast_to(mask, (n, 32)) >> LANES) & U4(1)).astype(bool)
+        return ((wide(mask, n) >> LANES) & U4(1)).astype(bool)
 
     def converged(self, i, k, mask, number):
         """All lanes of the membermask must execute the instruction; in a divergent warp some may be elsewhere."""
@@ -26,7 +41,7 @@ class Lanes:
     def shuffle(self, mode, i, value, by, c):
         """(values, predicate): the predicate says whether the source lane is in range (PTX ISA 9.7.9.6)."""
         n = len(self.group.warps)
-        value = np.broadcast_to(value, (n, 32))
+        value = wide(value, n)
         limit, segment = c & U4(31), (c >> U4(8)) & U4(31)
         low = LANES & segment
         high = (low | (limit & ~segment)).astype(I4)
@@ -49,7 +64,7 @@ class Lanes:
 
     def vote(self, mode, i, k, p, mask):
         n = len(self.group.warps)
-        p = np.broadcast_to(p, (n, 32))
+        p = wide(p, n)
         active = self.members(mask, n) & self.lane_mask(k, n)
         if mode == "ballot":
             return np.where(p & active, U4(1) << LANES, U4(0)).sum(1, dtype=U4, keepdims=True)
@@ -61,7 +76,7 @@ class Lanes:
 
     def redux(self, operation, i, k, value, mask):
         n = len(self.group.warps)
-        value = np.broadcast_to(value, (n, 32))
+        value = wide(value, n)
         active = self.members(mask, n) & self.lane_mask(k, n)
         out = np.empty((n, 1), value.dtype)
         for row in range(n):

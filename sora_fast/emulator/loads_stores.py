@@ -7,6 +7,7 @@ import numpy as np
 
 from . import memory
 from .arith import SHARED_WINDOW, U4, U8, packed_add
+from .lanes import every, some, wide
 
 ATOMIC = {  # old value and operands -> new value; inc and dec wrap
     "add": lambda old, x: old + x,
@@ -23,6 +24,8 @@ ATOMIC = {  # old value and operands -> new value; inc and dec wrap
     "add_f16x2": lambda old, x: packed_add(old, x, "f16x2"),
     "dec": lambda old, x: x if old == 0 or old > x else old - old.dtype.type(1),
 }
+
+WRITTEN = memory.repeated(1)  # of every byte, in Machine.initialized
 
 
 class LoadsStores:
@@ -49,7 +52,7 @@ class LoadsStores:
 
     def lane_mask(self, k, n):
         """The active lanes (n, 32)."""
-        return np.ones((n, 32), bool) if k is None else np.broadcast_to(k, (n, 32))
+        return np.ones((n, 32), bool) if k is None else wide(k, n)
 
     def thread(self, row, lane=None) -> str:
         """ "CTA 3 warp 1 lane 5", of a warp of the group."""
@@ -71,12 +74,11 @@ class LoadsStores:
 
     def global_addresses(self, k, address, size, number, n):
         """Addresses (n, 32), checked; those of inactive lanes harmless."""
-        address = np.broadcast_to(address, (n, 32))
-        mask = None if k is None else np.broadcast_to(k, (n, 32))
+        address, mask = wide(address, n), None if k is None else wide(k, n)
         active = (address if k is None else address[mask]).ravel()
         if active.size:
             misaligned = active & U8(size - 1)
-            wrong = int(np.flatnonzero(misaligned)[0]) if misaligned.any() else self.allocations.check(active, size)
+            wrong = int(np.flatnonzero(misaligned)[0]) if some(misaligned) else self.allocations.check(active, size)
             if wrong is not None:
                 row, lane = divmod(wrong if k is None else int(np.flatnonzero(mask)[wrong]), 32)
                 raise self.fault("global", number, int(active[wrong]), size, self.thread(row, lane))
@@ -84,38 +86,37 @@ class LoadsStores:
 
     def shared_addresses(self, i, k, address, size, number, n):
         """Indices of bytes in self.shared (n, 32), checked; those of inactive lanes at the CTA's start."""
-        address = np.broadcast_to(address, (n, 32)).astype(U4, copy=False)
+        address = wide(address, n).astype(U4, copy=False)
         if k is not None:
             address = np.where(k, address, U4(self.launch.shared_base + 15 & ~15))
         if address.size:
             low, high = int(address.min()), int(address.max()) + size
             outside = low < self.launch.shared_base or high > self.launch.shared_end
-            if outside and (k is None or np.any(k)) or (address & U4(size - 1)).any():
+            if outside and (k is None or some(k)) or some(address & U4(size - 1)):
                 bad = (address < self.launch.shared_base) | (address.astype(np.int64) + size > self.launch.shared_end)
                 row, lane = divmod(int(np.flatnonzero(bad | (address & U4(size - 1) != 0))[0]), 32)
                 raise self.fault("shared", number, int(address[row, lane]), size, self.thread(row, lane))
         return address + self.shared_start[i]
 
     def local_place(self, k, address, size, count, number, n):
-        """Local memory as elements, or rows of ``count``, and the index (n, 32) of each; inactive lanes at their start."""
-        address = np.broadcast_to(address, (n, 32)).astype(np.int64)
+        """The first bytes (n, 32) of elements in local memory; inactive lanes at their start."""
+        address = wide(address, n).astype(np.int64)
         address = address if k is None else np.where(k, address, 0)
         wrong = (address + size * count > self.launch.local_size) | (address % (size * count) != 0)
         if wrong.any():
             row, lane = np.argwhere(wrong)[0]
             raise self.fault("local", number, int(address[row, lane]), size * count, self.thread(row, lane))
         start = (np.asarray(self.group.warps)[:, None] * 32 + np.arange(32)) * self.launch.local_size
-        elements = self.local.view(f"u{size}")
-        return elements if count == 1 else elements.reshape(-1, count), (start + address) // (size * count)
+        return start + address
 
     def resolve(self, space, address, number, n):
         """The state space of generic addresses, and addresses in it (PTX ISA 5.1, generic addressing)."""
         if space != "generic":
             return space, address
-        shared = np.broadcast_to(address, (n, 32)) >= SHARED_WINDOW
-        if not shared.any():
+        shared = wide(address, n) >= SHARED_WINDOW
+        if not some(shared):
             return "global", address
-        if not shared.all():
+        if not every(shared):
             raise self.launch.fault(number, "generic addresses of shared and of global memory in one instruction")
         return "shared", (address - SHARED_WINDOW).astype(U4)
 
@@ -125,8 +126,7 @@ class LoadsStores:
         n = len(self.group.warps)
         size = np.dtype(t).itemsize
         if space == "local":
-            elements, place = self.local_place(k, address, size, count, number, n)
-            return elements[place].view(t)
+            return memory.gather(self.local, self.local_place(k, address, size, count, number, n), size, count).view(t)
         space, address = self.resolve(space, address, number, n)
         if space != "shared":
             address = self.global_addresses(k, address, size * count, number, n)
@@ -146,15 +146,13 @@ class LoadsStores:
             self.counters.access("ld.shared", k, address, size * count, number, n)
         if self.races:
             self.races.read(k, place, size * count, number)
-        if count == 1:
-            return self.shared_views[size][place // U4(size) if size > 1 else place].view(t)
-        return self.shared_rows[size, count][place // U4(size * count)].view(t)
+        return memory.gather(self.shared_views, place, size, count).view(t)
 
     def check_initialized(self, k, place, size, number, n):
-        good = self.initialized[place] & self.initialized[place + U4(size - 1)]
+        good = self.initialized.take(place) & self.initialized.take(place + U4(size - 1))
         if k is not None:
-            good = good | ~np.broadcast_to(k, (n, 32))
-        if not good.all():
+            good |= ~k
+        if not every(good):
             row, lane = np.argwhere(~good)[0]
             where = int(place[row, lane]) % self.size
             detail = f"address {where:#x}, {(~good).sum()} lanes"
@@ -162,20 +160,26 @@ class LoadsStores:
 
     def mark_initialized(self, place, size):
         if self.initialized is not None:
-            for at in range(0, size):
-                self.initialized[place + U4(at)] = True
+            unit = min(size, 16)
+            for at in range(0, size, unit):
+                self.marks[unit][(place + at) >> unit.bit_length() - 1] = WRITTEN[unit]
 
     def st(self, space, i, k, address, values, t, number, order="", scope=""):
         n, count = len(self.group.warps), len(values)
         size = np.dtype(t).itemsize
         space, address = (space, address) if space == "local" else self.resolve(space, address, number, n)
-        values = [np.broadcast_to(v.view(f"u{size}"), (n, 32)) for v in values]
-        value = values[0] if count == 1 else np.stack(values, axis=-1)
-        mask = None if k is None else np.broadcast_to(k, (n, 32))
+        values = [v.view(memory.UNITS[size]) for v in values]
+        if count == 1:
+            value = wide(values[0], n)
+        else:
+            value = np.empty((n, 32, count), memory.UNITS[size])
+            for at, each in enumerate(values):
+                value[..., at] = each
+        mask = None if k is None else wide(k, n)
         if space == "local":
-            elements, place = self.local_place(k, address, size, count, number, n)
-            elements[place if mask is None else place[mask]] = value if mask is None else value[mask]
-            return
+            place = self.local_place(k, address, size, count, number, n)
+            place, value = (place, value) if mask is None else (place[mask], value[mask])
+            return memory.scatter(self.local, place, value, size, count)
         if space == "global":
             address = self.global_addresses(k, address, size * count, number, n)
             if self.counters is not None:
@@ -187,11 +191,8 @@ class LoadsStores:
                     self.races.globals.access(self, k, address, size * count, number, value)
             if self.group.block in self.program.spins:
                 self.notice(memory.load(address, size, count), value, mask)
-            if mask is None:
-                memory.store(address, value, size, count)
-            else:
-                memory.store(address[mask], value[mask], size, count)
-            return
+            address, value = (address, value) if mask is None else (address[mask], value[mask])
+            return memory.store(address, value, size, count)
         place = self.shared_addresses(i, k, address, size * count, number, n)
         if self.counters is not None:
             self.counters.access("st.shared", k, address, size * count, number, n)
@@ -199,11 +200,11 @@ class LoadsStores:
             place, value = place[mask], value[mask]
         if self.races:
             self.races.write(mask, place, size * count, number)
-        elements = self.shared_views[size] if count == 1 else self.shared_rows[size, count]
         if self.group.block in self.program.spins:
-            self.notice(elements[place // U4(size * count)], value)
-        elements[place // U4(size * count)] = value
+            self.notice(memory.gather(self.shared_views, place, size, count), value)
+        memory.scatter(self.shared_views, place, value, size, count)
         self.mark_initialized(place, size * count)
+        return None
 
     def notice(self, held, values, mask=None):
         """A store in a loop that may wait for another CTA: one that changes what is there is no waiting."""
@@ -233,7 +234,7 @@ class LoadsStores:
             if self.races:
                 self.races.shared_atomic(k, places, size, number)
             places, view = places // U4(size), self.shared_views[size].view(t)
-        values = [np.broadcast_to(v, (n, 32)) for v in values]
+        values = [wide(v, n) for v in values]
         new = ATOMIC[operation]
         for row, lane in np.argwhere(mask):
             at = places[row, lane]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import arith, memory
+from . import arith, matrix, memory
 from .arith import F4, SHARED_WINDOW, U4, UNWRITTEN
 from .async_copies import AsyncCopies
 from .barriers import Barriers, Mbarrier
@@ -141,12 +141,11 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         self.alive = np.broadcast_to(thread < threads, (total, 32)).copy()
         self.size = (launch.shared_end + 1023) // 1024 * 1024
         self.shared = np.full(max(self.size, 1024) * self.ctas, UNWRITTEN, np.uint8)
-        self.shared_views = {size: self.shared.view(f"u{size}") for size in (1, 2, 4, 8)}
-        rows = [(size, count) for size in (1, 2, 4, 8) for count in (2, 4, 8) if size * count <= 16]
-        self.shared_rows = {(size, count): self.shared_views[size].reshape(-1, count) for size, count in rows}
+        self.shared_views = memory.views(self.shared)
         self.initialized = np.zeros(len(self.shared), bool) if launch.checks else None
+        self.marks = memory.views(self.initialized.view(np.uint8)) if launch.checks else None
         self.shared_start = (self.cta_of * self.size).astype(U4)[:, None]
-        self.local = np.full(total * 32 * launch.local_size, UNWRITTEN, np.uint8)  # each thread's own
+        self.local = memory.views(np.full(total * 32 * launch.local_size, UNWRITTEN, np.uint8))  # each thread's own
         self.space = self.names(thread, launch)
         self.functions: dict = {}
         self.constants = -1
@@ -169,6 +168,7 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         self.changed = True  # an mbarrier, since blocked groups were tried
         self.idle = 0  # blocks executed, all of loops that may wait for other CTAs, since memory has changed
         self.arrived = np.zeros((16, total), bool)
+        self.living = self.alive.any(1).reshape(self.warps, self.ctas).sum(0)  # of each CTA: warps that have not left
         self.waiting: dict[int, list] = {}
         self.wanted: dict[tuple[int, int], int] = {}
         self.ready: list[Group] = [Group(0, order, self.alive.copy())]
@@ -186,9 +186,9 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         space = {name: value for name, value in vars(arith).items() if not name.startswith("__")}
         space |= {"np": np, "M": self, "P": put_masked, "SHARED_WINDOW": SHARED_WINDOW}
         for names, number in self.program.pools.items():
-            pool = space[f"D_{number}"] = np.zeros((len(names), total, 32), F4)
-            for at, name in enumerate(names):
-                space |= {f"V_{name}_{kind}4": pool[at].view(f"{kind}4") for kind in "uif"}
+            pool = space[f"D_{number}"] = np.zeros((total, len(names) // 4, 16, 8), F4)
+            for name, register in zip(names, matrix.registers_d(pool), strict=True):
+                space |= {f"V_{name}_{kind}4": register.view(f"{kind}4") for kind in "uif"}
         for name in self.program.lasting - self.program.async_regs:
             reg = self.program.kernel.regs[name]
             if reg.pred:

@@ -6,6 +6,7 @@ furthest behind (in the smallest block) go first: compilers let diverged lanes r
 
 import numpy as np
 
+from .lanes import every, some, wide
 from .memory import Fault
 
 IDLE = 2000, 100  # and for each group: so many blocks of loops without any effect, and no warp leaves its loop any more
@@ -23,7 +24,7 @@ class Group:
 
     def __init__(self, block: int, warps: np.ndarray, mask: np.ndarray | None):
         self.block, self.warps = block, warps
-        self.mask = None if mask is None or mask.all() else mask
+        self.mask = None if mask is None or every(mask) else mask
         first, count = int(warps[0]), len(warps)
         self.index = slice(first, first + count) if int(warps[-1]) - first + 1 == count else warps
 
@@ -98,7 +99,7 @@ class Scheduler:
             for g in ready:
                 if g.block < chosen:
                     late[g.warps] = True
-            if not all(late[g.warps].all() for g in ready if g.block == chosen):
+            if not all(every(late[g.warps]) for g in ready if g.block == chosen):
                 block, behind = chosen, late
         same, rest = [], []
         for g in ready:
@@ -106,11 +107,11 @@ class Scheduler:
                 rest.append(g)
                 continue
             late = None if behind is None else behind[g.warps]
-            if late is None or not late.any():
+            if late is None or not some(late):
                 same.append(g)
             else:
                 rest.append(self.part(g, late))
-                if not late.all():
+                if not every(late):
                     same.append(self.part(g, ~late))
         self.ready = rest
         group = same[0] if len(same) == 1 else self.merge(same)
@@ -167,11 +168,11 @@ class Scheduler:
             if result is None:
                 self.leave(group.warps, group.full_mask())
                 return None
-            taken = np.broadcast_to(result, (len(group.warps), 32)) & group.full_mask()
+            taken = wide(result, len(group.warps)) & group.full_mask()
             rest = group.full_mask() & ~taken
             self.leave(group.warps, taken)
             keep = rest.any(1)
-            if not keep.any():
+            if not some(keep):
                 return None
             return Group(group.block + 1, group.warps[keep], rest[keep])
         if root in ("bar", "barrier"):
@@ -181,33 +182,33 @@ class Scheduler:
     def branch(self, group: Group, taken, target: int) -> Group | None:
         """The group where all its lanes go one way; else two new ones are ready."""
         n = len(group.warps)
-        taken = np.broadcast_to(taken, (n, 32))
+        taken = wide(taken, n)
         active = group.mask
         if active is None:
-            if taken.all():
+            if every(taken):
                 group.block = target
                 return group
-            if not taken.any():
+            if not some(taken):
                 group.block += 1
                 return group
             yes, no = taken, ~taken
         else:
             yes, no = taken & active, active & ~taken
-            if not no.any():
+            if not some(no):
                 group.block = target
                 return group
-            if not yes.any():
+            if not some(yes):
                 group.block += 1
                 return group
         for mask, block in ((yes, target), (no, group.block + 1)):
-            some = mask.any(1)
-            part = mask[some]
-            self.ready.append(Group(block, group.warps[some], part))
+            there = mask.any(1)
+            self.ready.append(Group(block, group.warps[there], mask[there]))
         return None
 
     def leave(self, warps, mask) -> None:
         """Exit. Barriers of all threads do not wait for those that have left."""
         self.alive[warps] &= ~mask
+        self.living = self.alive.any(1).reshape(self.warps, self.ctas).sum(0)
         if self.waiting:
             for number in list(self.waiting):
                 self.release(number)

@@ -5,8 +5,10 @@ Products of exact operands are summed in float32 by numpy; the Tensor Core's own
 
 import numpy as np
 
-from . import matrix
+from . import matrix, memory
 from .arith import F4, U2, U4
+from .lanes import every, some, wide
+from .loads_stores import WRITTEN
 
 NO, NEVER_FENCED = -1, -2
 
@@ -15,7 +17,7 @@ class TensorCores:
     """Synchronous and asynchronous matrix instructions."""
 
     def whole_warps(self, k, number):
-        if k is not None and not np.all(k):
+        if k is not None and not every(k):
             row = int(np.argmin(k.all(1)))
             raise self.launch.fault(number, "executed by part of a warp", self.thread(row))
 
@@ -24,7 +26,7 @@ class TensorCores:
         """Shared addresses of the 16-byte rows of 8 x 8 matrices, from the lanes that give them; and indices of bytes."""
         rows = address[:, : 8 * count].astype(U4)
         bad = (rows & U4(15) != 0) | (rows < self.launch.shared_base) | (rows + U4(16) > self.launch.shared_end)
-        if bad.any():
+        if some(bad):
             row, lane = np.argwhere(bad)[0]
             raise self.fault("shared", number, int(rows[row, lane]), 16, self.thread(row, lane))
         return rows, rows + self.shared_start[i]
@@ -32,14 +34,14 @@ class TensorCores:
     def ldmatrix(self, i, k, address, count, trans, number):
         self.whole_warps(k, number)
         n = len(self.group.warps)
-        rows, place = self.matrix_rows(i, np.broadcast_to(address, (n, 32)), count, number)
+        rows, place = self.matrix_rows(i, wide(address, n), count, number)
         if self.initialized is not None:
             self.check_initialized(None, place, 16, number, n)
         if self.counters is not None:
             self.counters.access("ldmatrix", None, rows, 16, number, n)
         if self.races:
             self.races.read(None, place, 16, number, whole_warp=True)
-        data = self.shared_rows[2, 8][place // U4(16)].reshape(n, count, 8, 8)  # matrix, row, column
+        data = memory.gather(self.shared_views, place, 2, 8).reshape(n, count, 8, 8)  # matrix, row, column
         if trans:
             data = data.swapaxes(2, 3)
         data = np.ascontiguousarray(data).view(U4).reshape(n, count, 32)
@@ -48,31 +50,33 @@ class TensorCores:
     def stmatrix(self, i, k, address, values, count, trans, number):
         self.whole_warps(k, number)
         n = len(self.group.warps)
-        rows, place = self.matrix_rows(i, np.broadcast_to(address, (n, 32)), count, number)
-        data = np.stack([np.broadcast_to(v, (n, 32)) for v in values], axis=1)  # n, count, 32
-        data = np.ascontiguousarray(data).view(U2).reshape(n, count, 8, 8)
+        rows, place = self.matrix_rows(i, wide(address, n), count, number)
+        data = np.empty((n, count, 32), U4)
+        for at, value in enumerate(values):
+            data[:, at] = value
+        data = data.view(U2).reshape(n, count, 8, 8)
         if trans:
             data = data.swapaxes(2, 3)
         if self.races:
             self.races.write(None, place, 16, number, whole_warp=True)
         if self.counters is not None:
             self.counters.access("stmatrix", None, rows, 16, number, n)
-        self.shared_rows[2, 8][place // U4(16)] = data.reshape(n, count * 8, 8)
+        memory.scatter(self.shared_views, place, data.reshape(n, count * 8, 8), 2, 8)
         self.mark_initialized(place, 16)
 
-    def mma(self, shape, kind, a, b, c, i, k, number):
+    def fragment(self, of, regs, depth, kind):
+        """The operand ``of`` an mma, "a" or "b", in its registers: a matrix for each warp."""
+        return (matrix.matrix_a if of == "a" else matrix.matrix_b)(regs, len(self.group.warps), depth, kind)
+
+    def mma(self, left, right, c, k, number):
+        """The registers of D, of two fragments and C's registers."""
         self.whole_warps(k, number)
-        n = len(self.group.warps)
-        depth = int(shape.partition("k")[2])
-        full = lambda regs: [np.broadcast_to(r, (n, 32)) for r in regs]
-        left = matrix.matrix_a(full(a), depth, kind)
-        right = matrix.matrix_b(full(b), depth, kind)
-        row, column = matrix.coords_d(8)
-        return np.stack(full(c), axis=-1) + np.matmul(left, right)[:, row, column]
+        product = matrix.registers_d(np.matmul(left, right))
+        return [before + each for before, each in zip(c, product, strict=True)]
 
     # ---- warpgroup level
     def wgmma(self, shape, kind, i, k, accumulators, registers, a, b, scale, flags, number):
-        """``accumulators``: an array (registers, warps, 32); ``registers``: their indices and A's in ``touched``."""
+        """``accumulators``: an array (warps, N / 8, 16, 8); ``registers``: their indices and A's in ``touched``."""
         self.whole_warps(k, number)
         warps = self.group.warps.copy()
         n = len(warps)
@@ -80,13 +84,13 @@ class TensorCores:
         scales, transposes = flags[:2], (flags[2:] + [0, 0])[:2]
         if isinstance(a, tuple):
             transposes = [0, flags[2] if len(flags) > 2 else 0]
-            a = tuple(np.broadcast_to(r, (n, 32)).copy() for r in a)
+            a = tuple(wide(r, n).copy() for r in a)
         else:
             a = self.first_lane(a, k, n).copy()
-        self.check_fenced(registers, warps, number)
+        self.check_fenced(i, registers, warps, number)
         entry = dict(columns=columns, depth=depth, kind=kind, warps=warps, group=self.wgmma_group[warps].copy(), a=a,
                      b=self.first_lane(b, k, n).copy(), live=np.ones(n, bool), accumulators=accumulators, number=number,
-                     scale=None if scale is None else np.broadcast_to(scale, (n, 32))[:, 0].copy(), scales=scales,
+                     scale=None if scale is None else wide(scale, n)[:, 0].copy(), scales=scales,
                      transposes=transposes)  # fmt: skip
         if self.counters is not None:
             self.counters.wgmma_flops += n * 2 * 16 * columns * depth
@@ -96,23 +100,29 @@ class TensorCores:
         if self.completes_now():
             self.complete_wgmmas(warps, None)  # in order: those before it first
 
-    def check_fenced(self, registers, warps, number):
+    @staticmethod
+    def both(registers, i):
+        """An index of registers and warps; each a slice or a list."""
+        return (registers, i) if isinstance(registers, slice) or isinstance(i, slice) else np.ix_(registers, i)
+
+    def check_fenced(self, i, registers, warps, number):
         """wgmma.fence must stand between a thread's access to the registers and this wgmma (PTX ISA 9.7.15.7.1)."""
-        touched = self.touched[np.ix_(registers, warps)]
+        where = self.both(registers, i)
+        touched = self.touched[where]
         bad = touched != NO
-        if bad.any():
+        if some(bad):
             at, warp = np.argwhere(bad)[0]
             by = int(touched[at, warp])
             detail = "before the first wgmma" if by == NEVER_FENCED else f"behind {self.launch.cite(by)}"
             self.launch.report("no wgmma.fence", number, self.thread_of(int(warps[warp])), detail)
-        self.in_flight[np.ix_(registers, warps)] = self.wgmma_group[warps]
+        self.in_flight[where] = self.wgmma_group[warps]
 
     def touch(self, i, registers, number, fenced):
         """Other instructions access registers of wgmma: not while it is in flight, and not unfenced before the next."""
         warps = self.group.warps
-        where = np.ix_(registers, warps)
+        where = self.both(registers, i)
         bad = self.in_flight[where] >= self.wgmma_done[warps]
-        if bad.any():
+        if some(bad):
             thread = self.thread_of(int(warps[bad.any(0).argmax()]))
             kind = "a register of a wgmma in flight is accessed"
             self.launch.report(kind, number, thread, "no wgmma.wait_group between the wgmma and this access")
@@ -143,7 +153,7 @@ class TensorCores:
             which = e["live"] & mine[e["warps"]]
             if pending is not None:
                 which &= e["group"] < self.wgmma_group[e["warps"]] - pending
-            if not which.any():
+            if not some(which):
                 continue
             if run and not self.continues(run[0], e, which):
                 self.run_wgmmas(run)
@@ -152,70 +162,76 @@ class TensorCores:
             e["live"] = e["live"] & ~which
         if run:
             self.run_wgmmas(run)
-        self.wgmmas = [e for e in self.wgmmas if e["live"].any()]
+        self.wgmmas = [e for e in self.wgmmas if some(e["live"])]
 
     @staticmethod
     def continues(first, e, which) -> bool:
         """Is e's product added to what the run's first wgmma computes, for the same warps?"""
         before, chosen = first
         same = before["accumulators"] is e["accumulators"] and np.array_equal(before["warps"][chosen], e["warps"][which])
-        return same and (e["scale"] is None or bool(e["scale"][which].all()))
+        return same and (e["scale"] is None or every(e["scale"][which]))
 
     def run_wgmmas(self, run) -> None:
         """Add the products of a run to its accumulators one after the other: bits do not depend on the schedule."""
         e, which = run[0]
-        warps = e["warps"][which]
-        n, columns, accumulators = len(warps), e["columns"], e["accumulators"]
-        size = 4 if e["kind"] == "tf32" else 2
-        index = slice(int(warps[0]), int(warps[-1]) + 1) if int(warps[-1]) - int(warps[0]) + 1 == n else warps
-        row, column = matrix.coords_d(columns)
+        warps, columns, accumulators = e["warps"][which], e["columns"], e["accumulators"]
+        order, n = np.argsort(self.cta_of[warps], kind="stable"), len(warps)  # neighbours read the same operands
+        warps = warps[order]
         total = np.empty((n, 16, columns), F4)
-        total[:, row.T, column.T] = accumulators[:, index].swapaxes(0, 1)  # accumulators: registers, warps, lanes
+        blocked = total.reshape(n, 16, -1, 8).swapaxes(1, 2)
+        blocked[...] = accumulators[warps]
         if e["scale"] is not None:
-            total[~e["scale"][which]] = 0
+            total[~e["scale"][which][order]] = 0
         for e, which in run:
-            depth = e["depth"]
+            depth, which = e["depth"], np.flatnonzero(which)[order]
             if isinstance(e["a"], tuple):
-                left = matrix.matrix_a([r[which] for r in e["a"]], depth, e["kind"])
+                left = matrix.matrix_a([r[which] for r in e["a"]], n, depth, e["kind"])
             else:
-                left = np.empty((n, 16, depth), F4)
-                for key, part in self.by_descriptor(e["a"][which], warps).items():
-                    whole = self.smem_operand(key, 64, depth, size, e["transposes"][0], e)
-                    quarter = self.warp_of[warps[part]] % 4
-                    left[part] = whole.reshape(4, 16, depth)[quarter]
-            for key, part in self.by_descriptor(e["b"][which], warps).items():
-                right = self.smem_operand(key, columns, depth, size, e["transposes"][1], e)
-                product = np.matmul(left[part].reshape(-1, depth), right.T).reshape(-1, 16, columns)
-                if e["scales"] not in ([1, 1], []):
-                    product *= F4(e["scales"][0] * e["scales"][1])
-                total[part] += product
-        accumulators[:, index] = total[:, row.T, column.T].swapaxes(0, 1)
+                whole, of = self.operands(e["a"][which], warps, 64, e["transposes"][0], e)
+                left = whole.reshape(-1, 4, 16, depth)[of, self.warp_of[warps] % 4]
+            right, of = self.operands(e["b"][which], warps, columns, e["transposes"][1], e)
+            starts = np.flatnonzero(np.concatenate([[True], of[1:] != of[:-1]]))
+            right = right[of[starts]].swapaxes(1, 2)
+            if every(np.diff(starts, append=n) == n // len(starts)):
+                product = np.matmul(left.reshape(len(starts), -1, depth), right)
+            else:
+                parts = zip(np.split(left, starts[1:]), right, strict=True)
+                product = np.concatenate([np.matmul(part.reshape(-1, depth), each) for part, each in parts])
+            if e["scales"] not in ([1, 1], []):
+                product *= F4(e["scales"][0] * e["scales"][1])
+            total += product.reshape(total.shape)
+        accumulators[warps] = blocked
 
-    def by_descriptor(self, descriptors, warps):
-        """Warps that read the same operand: (CTA, descriptor) -> their places."""
+    def operands(self, descriptors, warps, rows, transposed, e):
+        """What matrix descriptors describe, (operands, rows, depth), and which of these each warp reads."""
         found: dict = {}
-        for at, (cta, d) in enumerate(zip(self.cta_of[warps].tolist(), descriptors.tolist(), strict=True)):
-            found.setdefault((cta, d), []).append(at)
-        return found
+        keys = zip(self.cta_of[warps].tolist(), descriptors.tolist(), strict=True)
+        of = np.array([found.setdefault(key, len(found)) for key in keys])
+        layout, kind = (bool(transposed), rows, e["depth"], 4 if e["kind"] == "tf32" else 2), e["kind"]
+        places = None
+        for at, (cta, descriptor) in enumerate(found):
+            pieces = self.pieces(descriptor, layout, e)
+            places = np.empty((len(found), *pieces.shape), np.int64) if places is None else places
+            np.add(pieces, cta * (self.size // 16), out=places[at])
+        if self.initialized is not None and not every(self.marks[16].take(places) == WRITTEN[16]):
+            self.report_uninitialized(found, layout, e)
+        bits = self.shared_views[16].take(places).view(matrix.elements(kind))
+        return matrix.numbers(bits.swapaxes(1, 2) if transposed else bits, kind), of
 
-    def smem_operand(self, key, rows, depth, size, transposed, e):
-        """An operand (rows, depth) that a matrix descriptor describes."""
-        cta, descriptor = key
-        thread = self.thread_of(int(e["warps"][0]))
+    def pieces(self, descriptor, layout, e):
+        """Which 16-byte pieces of its CTA's shared memory an operand has."""
         try:
-            start, lead, stride, swizzle = matrix.decode(descriptor)
-            offsets = matrix.offsets(swizzle, lead, stride, bool(transposed), rows, depth, size, start % 1024)
+            pieces, low, high = matrix.pieces(descriptor, *layout)
         except matrix.DescriptorError as error:
-            raise self.launch.fault(e["number"], str(error), thread) from None
-        base = start - start % 1024
-        low, high = base + int(offsets.min()), base + int(offsets.max()) + size
+            raise self.launch.fault(e["number"], str(error), self.thread_of(int(e["warps"][0]))) from None
         if low < self.launch.shared_base or high > self.launch.shared_end:
-            raise self.fault("shared", e["number"], low, size, thread)
-        places = offsets + (base + cta * self.size)
-        if self.initialized is not None and not self.initialized[places].all():
-            missing = int((~self.initialized[places]).sum())
-            self.launch.report("uninitialised shared memory", e["number"], thread, f"{missing} elements of an operand")
-        if size == 4:
-            return (self.shared_views[4][places >> 2] & U4(0xFFFFE000)).view(F4)
-        bits = self.shared_views[2][places >> 1]
-        return matrix.bf16_to_float(bits) if e["kind"] == "bf16" else bits.view(np.float16).astype(F4)
+            raise self.fault("shared", e["number"], low, layout[-1], self.thread_of(int(e["warps"][0])))
+        return pieces
+
+    def report_uninitialized(self, keys, layout, e):
+        """Count what is missing of each operand."""
+        for cta, descriptor in keys:
+            missing = int((~self.initialized[matrix.places(descriptor, *layout) + cta * self.size]).sum())
+            if missing:
+                thread, detail = self.thread_of(int(e["warps"][0])), f"{missing} elements of an operand"
+                self.launch.report("uninitialised shared memory", e["number"], thread, detail)
