@@ -34,7 +34,10 @@ class Work:
 
     def kernel(self, gpu: GPU) -> Kernel:
         case = self.case
-        compiled = aot.compile_for(case.fn, case.signature, case.constexprs, case.aligned, gpu.cc, **case.options)
+        return self.of(aot.compile_for(case.fn, case.signature, case.constexprs, case.aligned, gpu.cc, **case.options))
+
+    def of(self, compiled: aot.Compiled) -> Kernel:
+        case = self.case
         warps, stages = case.options.get("num_warps", 4), case.options.get("num_stages", 3)
         constants = case.constexprs
         blocks = [f"{name.removeprefix('BLOCK_')}{value}" for name, value in constants.items()
@@ -44,7 +47,7 @@ class Work:
             case=f"{self.family} {case.name.partition(':')[0]}", tile=" ".join([*blocks, f"w{warps}", f"s{stages}"]),
             direction=PASSES.get(case.fn.__name__, "backward"), stages=stages, bulk=_bulk(case.fn.__name__, constants),
             useful=_useful(case.fn.__name__, constants, case.signature),
-            memory=self.family in MEMORY, traffic=_traffic(self.tensors, compiled.ttir))
+            memory=self.family in MEMORY, traffic=_traffic(self.tensors, compiled.ttir) if self.tensors else None)
 
 
 def _share(size: int, block: int) -> float:
