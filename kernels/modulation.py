@@ -17,7 +17,23 @@ import triton
 import triton.language as tl
 
 from .launch import contiguous, multiprocessors, on, registers, rows_dense
-from .modulation_config import BackwardConfig, ForwardConfig
+from .modulation_config import BackwardConfig, ForwardConfig, backward_tile, tile
+from .rows import (
+    add_rows,
+    centred,
+    columns_of,
+    load_row,
+    mean_of,
+    multiply_rows,
+    numbers,
+    round_row,
+    rstd_of,
+    scale_row,
+    store_row,
+    sum_of_products,
+    sum_row,
+    zero_row,
+)
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -30,52 +46,60 @@ def _row_of(token, rows, ONE_ROW: tl.constexpr, mask):
         return tl.where(mask, token * 0 if ONE_ROW else token, -1)
 
 
-@triton.jit
-def _numbers(pointer, mask):
-    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(x, y, gate, shift, scale, rows, weight, bias, x_new, h, stats, tokens: tl.int64, gate_stride,
                    shift_stride, scale_stride, eps, D: tl.constexpr, NORM: tl.constexpr, ONE_ROW: tl.constexpr,
-                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
     """``x_new = x + gate * y`` where there is a gate; ``h`` its modulated norm where there is a NORM.
 
     ``stats`` (1 or 2, N) float32 or None: rstd and, of layer norm, mean.
     """
-    token = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_D)[None, :]
-    row = _row_of(token, rows, ONE_ROW, token < tokens)[:, None]
-    at = token[:, None] * D + column
-    inside = (token < tokens)[:, None] & (column < D)
+    token = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    inside = token < tokens
+    row = _row_of(token, rows, ONE_ROW, inside)
+    at = token * D
     used = inside & (row >= 0)  # of a token of no sample nothing is read
 
-    x_ND = _numbers(x + at, used)
+    x_ND = load_row(x + at, used, D, BLOCK_D, PIECES)
     if gate is not None:
-        x_ND += _numbers(gate + row * gate_stride + column, used) * _numbers(y + at, used)
+        gated_ND = multiply_rows(load_row(gate + row * gate_stride, used, D, BLOCK_D, PIECES),
+                                 load_row(y + at, used, D, BLOCK_D, PIECES), PIECES)
+    if gate is not None:
         # the norm sees what the next layer will see
-        x_ND = x_ND.to(x_new.dtype.element_ty).to(tl.float32)
-        tl.store(x_new + at, x_ND, mask=inside)
+        x_ND = round_row(add_rows(x_ND, gated_ND, PIECES), x_new.dtype.element_ty, PIECES)
+        store_row(x_new + at, x_ND, inside, D, BLOCK_D, PIECES)
     if NORM is not None:
         if NORM == "layer":
-            mean = tl.div_rn(tl.sum(x_ND, 1), D * 1.0)
-            x_ND = tl.where(used, x_ND - mean[:, None], 0.0)
-        # exact root and division: the approximate ones would err by all that the error rule allows, on every number
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(x_ND * x_ND, 1), D * 1.0) + eps))
+            mean = mean_of(sum_row(x_ND, PIECES), D)
+            x_ND = centred(x_ND, mean, D, BLOCK_D, PIECES)
+        rstd = rstd_of(sum_of_products(x_ND, x_ND, PIECES) * (1.0 / D), eps)
         if stats is not None:
-            tl.store(stats + token, rstd, mask=token < tokens)
+            tl.store(stats + token, rstd, mask=inside)
             if NORM == "layer":
-                tl.store(stats + tokens + token, mean, mask=token < tokens)
-        h_ND = x_ND * rstd[:, None]
+                tl.store(stats + tokens + token, mean, mask=inside)
+        rstd = tl.where(used, rstd, 0.0)  # infinite of a token of no sample, if eps is 0
         if weight is not None:
-            h_ND *= _numbers(weight + column, column < D)
+            weight_D = load_row(weight, True, D, BLOCK_D, PIECES)
         if bias is not None:
-            h_ND += _numbers(bias + column, column < D)
+            bias_D = load_row(bias, True, D, BLOCK_D, PIECES)
         if scale is not None:
-            h_ND *= 1 + _numbers(scale + row * scale_stride + column, used)
+            scale_ND = load_row(scale + row * scale_stride, used, D, BLOCK_D, PIECES)
         if shift is not None:
-            h_ND += _numbers(shift + row * shift_stride + column, used)
-        tl.store(h + at, tl.where(used, h_ND, 0.0), mask=inside)
+            shift_ND = load_row(shift + row * shift_stride, used, D, BLOCK_D, PIECES)
+        for piece in tl.static_range(PIECES):
+            h_ND = x_ND[piece] * rstd
+            if weight is not None:
+                h_ND *= weight_D[piece]
+            if bias is not None:
+                h_ND += bias_D[piece]
+            if scale is not None:
+                h_ND *= 1 + scale_ND[piece]
+            if shift is not None:
+                h_ND += shift_ND[piece]
+            if weight is not None or bias is not None:
+                h_ND = tl.where(used, h_ND, 0.0)
+            column = columns_of(piece, BLOCK_D)
+            tl.store(h + at + column, h_ND, mask=inside & (column < D))
 
 
 @triton.jit
@@ -86,47 +110,51 @@ def _store_gradients(row, columns, D: tl.constexpr, sum_dh, sum_dhx, sum_dxy, we
         tl.store(d_shift + at, sum_dh, mask=mask)
     if d_scale is not None:
         if weight is not None:
-            sum_dhx *= _numbers(weight + columns, mask)
+            sum_dhx *= numbers(weight + columns, mask)
         if bias is not None:
-            sum_dhx += sum_dh * _numbers(bias + columns, mask)
+            sum_dhx += sum_dh * numbers(bias + columns, mask)
         tl.store(d_scale + at, sum_dhx, mask=mask)
     if d_gate is not None:
         tl.store(d_gate + at, sum_dxy, mask=mask)
 
 
 @triton.jit
-def _add_affine(program, row, columns, D: tl.constexpr, sum_dh, sum_dhx, scale, scale_stride, bias_sums, weight_sums):
+def _add_affine(program, row, D: tl.constexpr, sum_dh, sum_dhx, scale, scale_stride, bias_sums, weight_sums,
+                BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
     """Add what the tokens of ``row`` give the gradients of bias and weight to the program's own row of their sums.
 
     In memory, because two more sums in registers would spill from width 5120 on.
     """
     if bias_sums is not None or weight_sums is not None:
-        at, mask = program * D + columns, columns < D
-        factor = 1.0
-        if scale is not None:
-            factor += _numbers(scale + row * scale_stride + columns, mask)
-        if bias_sums is not None:
-            tl.store(bias_sums + at, _numbers(bias_sums + at, mask) + sum_dh * factor, mask=mask)
-        if weight_sums is not None:
-            tl.store(weight_sums + at, _numbers(weight_sums + at, mask) + sum_dhx * factor, mask=mask)
+        for piece in tl.static_range(PIECES):
+            columns = columns_of(piece, BLOCK_D)
+            at, mask = program * D + columns, columns < D
+            factor = 1.0
+            if scale is not None:
+                factor += numbers(scale + row * scale_stride + columns, mask)
+            if bias_sums is not None:
+                tl.store(bias_sums + at, numbers(bias_sums + at, mask) + sum_dh[piece] * factor, mask=mask)
+            if weight_sums is not None:
+                tl.store(weight_sums + at, numbers(weight_sums + at, mask) + sum_dhx[piece] * factor, mask=mask)
         tl.debug_barrier()  # the next row's threads read what these wrote
 
 
 @triton.jit
-def _store_sums(slot, columns, D: tl.constexpr, sum_dh, sum_dhx, sum_dxy, dh_sums, dhx_sums, dxy_sums):
-    at, mask = slot * D + columns, columns < D
+def _store_sums(slot, D: tl.constexpr, sum_dh, sum_dhx, sum_dxy, dh_sums, dhx_sums, dxy_sums, BLOCK_D: tl.constexpr,
+                PIECES: tl.constexpr):
     if dh_sums is not None:
-        tl.store(dh_sums + at, sum_dh, mask=mask)
+        store_row(dh_sums + slot * D, sum_dh, True, D, BLOCK_D, PIECES)
     if dhx_sums is not None:
-        tl.store(dhx_sums + at, sum_dhx, mask=mask)
+        store_row(dhx_sums + slot * D, sum_dhx, True, D, BLOCK_D, PIECES)
     if dxy_sums is not None:
-        tl.store(dxy_sums + at, sum_dxy, mask=mask)
+        store_row(dxy_sums + slot * D, sum_dxy, True, D, BLOCK_D, PIECES)
 
 
 @triton.jit(do_not_specialize=["tokens", "run"])
 def backward_kernel(x, y, gate, scale, rows, weight, bias, stats, dx_new, dh, dx, dy, d_gate, d_shift, d_scale, dh_sums,
                     dhx_sums, dxy_sums, slot_rows, bias_sums, weight_sums, tokens: tl.int64, run: tl.int64, gate_stride,
-                    scale_stride, D: tl.constexpr, NORM: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK_D: tl.constexpr):
+                    scale_stride, D: tl.constexpr, NORM: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK_D: tl.constexpr,
+                    PIECES: tl.constexpr):
     """Program p: dx and dy of tokens p * run .., gradients of the modulation rows that are its own, sums of the others.
 
     x is what the norm was taken of; what is None is not there or not wanted. Slots 2p and 2p + 1 of the sums hold those of
@@ -136,9 +164,7 @@ def backward_kernel(x, y, gate, scale, rows, weight, bias, stats, dx_new, dh, dx
     SUM_DH: tl.constexpr = dh_sums is not None or bias_sums is not None
     SUM_DHX: tl.constexpr = dhx_sums is not None or weight_sums is not None
     program = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK_D)
-    inside = columns < D
-    zeros = tl.zeros([BLOCK_D], tl.float32)
+    zeros = zero_row(1, BLOCK_D, PIECES)
     sum_dh, sum_dhx, sum_dxy = zeros, zeros, zeros
     head = tl.full([], -1, tl.int64)  # the first modulation row met
     current = tl.full([], -1, tl.int64)
@@ -148,50 +174,57 @@ def backward_kernel(x, y, gate, scale, rows, weight, bias, stats, dx_new, dh, dx
         row = _row_of(token, rows, ONE_ROW, token < tokens)
         if row >= 0 and row != current:
             if current >= 0:
-                _add_affine(program, current, columns, D, sum_dh, sum_dhx, scale, scale_stride, bias_sums, weight_sums)
+                _add_affine(program, current, D, sum_dh, sum_dhx, scale, scale_stride, bias_sums, weight_sums, BLOCK_D,
+                            PIECES)
                 if current == head:
-                    _store_sums(2 * program, columns, D, sum_dh, sum_dhx, sum_dxy, dh_sums, dhx_sums, dxy_sums)
+                    _store_sums(2 * program, D, sum_dh, sum_dhx, sum_dxy, dh_sums, dhx_sums, dxy_sums, BLOCK_D, PIECES)
                 else:
-                    _store_gradients(current, columns, D, sum_dh, sum_dhx, sum_dxy, weight, bias, d_shift, d_scale, d_gate)
+                    for piece in tl.static_range(PIECES):
+                        _store_gradients(current, columns_of(piece, BLOCK_D), D, sum_dh[piece], sum_dhx[piece],
+                                         sum_dxy[piece], weight, bias, d_shift, d_scale, d_gate)
                 sum_dh, sum_dhx, sum_dxy = zeros, zeros, zeros
             else:
                 head = row
             current = row
 
-        used = columns < tl.where(row >= 0, D, 0)  # a token of no sample is not read: it adds 0, and its gradients are 0
-        at = token * D + columns
+        used = row >= 0  # a token of no sample is not read: it adds 0, and its gradients are 0
+        at = token * D
         dx_D = zeros
         if NORM is not None:
-            x_D = _numbers(x + at, used)
+            rstd = numbers(stats + token, used)
+            x_D = load_row(x + at, used, D, BLOCK_D, PIECES)
+            dh_D = load_row(dh + at, used, D, BLOCK_D, PIECES)
             if NORM == "layer":
-                x_D -= _numbers(stats + tokens + token, row >= 0)
-            rstd = _numbers(stats + token, row >= 0)
-            x_D *= rstd
-            dh_D = _numbers(dh + at, used)
+                x_D = centred(x_D, numbers(stats + tokens + token, used), D, BLOCK_D, PIECES)
+            x_D = scale_row(x_D, rstd, PIECES)
             if SUM_DH:
-                sum_dh += dh_D
+                sum_dh = add_rows(sum_dh, dh_D, PIECES)
             if SUM_DHX:
-                sum_dhx += dh_D * x_D
+                sum_dhx = add_rows(sum_dhx, multiply_rows(dh_D, x_D, PIECES), PIECES)
             if scale is not None:
-                dh_D *= 1 + _numbers(scale + row * scale_stride + columns, used)
+                scale_D = load_row(scale + row * scale_stride, used, D, BLOCK_D, PIECES)
+                dh_D = add_rows(dh_D, multiply_rows(dh_D, scale_D, PIECES), PIECES)
             if weight is not None:
-                dh_D *= _numbers(weight + columns, inside)
-            along = tl.sum(dh_D * x_D, 0) / D
-            mean = tl.sum(dh_D, 0) / D if NORM == "layer" else 0.0
-            dx_D = (dh_D - x_D * along - mean) * rstd
+                dh_D = multiply_rows(dh_D, load_row(weight, True, D, BLOCK_D, PIECES), PIECES)
+            along = sum_of_products(dh_D, x_D, PIECES) * (1.0 / D)
+            mean = sum_row(dh_D, PIECES) * (1.0 / D) if NORM == "layer" else 0.0
+            dx_D = ()
+            for piece in tl.static_range(PIECES):
+                dx_D = dx_D + ((dh_D[piece] - x_D[piece] * along - mean) * rstd,)
         if dx_new is not None:
-            dx_D += _numbers(dx_new + at, used)
+            dx_D = add_rows(dx_D, load_row(dx_new + at, used, D, BLOCK_D, PIECES), PIECES)
         if dxy_sums is not None:
-            sum_dxy += dx_D * _numbers(y + at, used)
+            sum_dxy = add_rows(sum_dxy, multiply_rows(dx_D, load_row(y + at, used, D, BLOCK_D, PIECES), PIECES), PIECES)
         if dx is not None:
-            tl.store(dx + at, tl.where(used, dx_D, 0.0), mask=inside)
+            store_row(dx + at, dx_D, True, D, BLOCK_D, PIECES)
         if dy is not None:
-            tl.store(dy + at, tl.where(used, dx_D * _numbers(gate + row * gate_stride + columns, used), 0.0), mask=inside)
+            gate_D = load_row(gate + row * gate_stride, used, D, BLOCK_D, PIECES)
+            store_row(dy + at, multiply_rows(dx_D, gate_D, PIECES), True, D, BLOCK_D, PIECES)
 
     if current >= 0:
-        _add_affine(program, current, columns, D, sum_dh, sum_dhx, scale, scale_stride, bias_sums, weight_sums)
+        _add_affine(program, current, D, sum_dh, sum_dhx, scale, scale_stride, bias_sums, weight_sums, BLOCK_D, PIECES)
         slot = 2 * program + (current != head).to(tl.int64)
-        _store_sums(slot, columns, D, sum_dh, sum_dhx, sum_dxy, dh_sums, dhx_sums, dxy_sums)
+        _store_sums(slot, D, sum_dh, sum_dhx, sum_dxy, dh_sums, dhx_sums, dxy_sums, BLOCK_D, PIECES)
     if slot_rows is not None:
         tl.store(slot_rows + 2 * program, head)
         tl.store(slot_rows + 2 * program + 1, tl.where(current == head, -1, current))
@@ -200,7 +233,7 @@ def backward_kernel(x, y, gate, scale, rows, weight, bias, stats, dx_new, dh, dx
 @triton.jit
 def _sum_of_row(sums, mine, slot, columns, D: tl.constexpr):
     if sums is not None:
-        return _numbers(sums + slot[:, None] * D + columns[None, :], mine[:, None] & (columns < D)[None, :])
+        return numbers(sums + slot[:, None] * D + columns[None, :], mine[:, None] & (columns < D)[None, :])
     else:
         return tl.zeros([slot.shape[0], columns.shape[0]], tl.float32)
 
@@ -271,11 +304,12 @@ def forward(x, y, gate, shift, scale, rows, weight, bias, *, norm, eps, save, dt
     if norm is not None and save:
         stats = torch.empty((2 if norm == "layer" else 1, tokens), dtype=torch.float32, device=x.device)
     if tokens and width:
+        block, count = tile(width)
         with on(x.device):
             forward_kernel[(triton.cdiv(tokens, config.tokens),)](
                 x, y, gate, shift, scale, rows, weight, bias, x_new, h, stats, tokens, gate_stride, shift_stride,
                 scale_stride, eps, D=width, NORM=norm, ONE_ROW=_one_row(rows, gate, shift, scale), BLOCK_N=config.tokens,
-                BLOCK_D=triton.next_power_of_2(width), num_warps=config.warps)
+                BLOCK_D=block, PIECES=count, num_warps=config.warps)
     return x_new, h, stats
 
 
@@ -312,12 +346,13 @@ def backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, *,
     join = want_gate or want_shift or want_scale
     slot_rows = torch.empty(2 * programs, dtype=torch.int32, device=device) if join else None
     if tokens and width:
+        block, count = backward_tile(width)
         with on(device):
             backward_kernel[(programs,)](
                 x, y, gate, scale, rows, weight, bias, stats, dx_new, dh, dx, dy, d_gate, d_shift, d_scale, dh_sums,
                 dhx_sums, dxy_sums, slot_rows, bias_sums, weight_sums, tokens, run, gate_stride, scale_stride, D=width,
-                NORM=norm, ONE_ROW=one_row, BLOCK_D=triton.next_power_of_2(width), num_warps=config.warps,
-                maxnreg=registers(config.warps, config.programs))
+                NORM=norm, ONE_ROW=one_row, BLOCK_D=block, PIECES=count, num_warps=config.warps,
+                maxnreg=registers(config.warps, config.programs, 8))
             if join:
                 span, block = 8, min(128, triton.next_power_of_2(width))
                 join_kernel[(triton.cdiv(2 * programs, span), triton.cdiv(width, block))](

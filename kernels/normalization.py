@@ -18,31 +18,37 @@ import triton
 import triton.language as tl
 
 from .launch import channels_last, contiguous, multiprocessors, on, registers
-from .normalization_config import Config
+from .normalization_config import Config, tile
+from .rows import (
+    add_rows,
+    columns_of,
+    load_row,
+    multiply_rows,
+    numbers,
+    reciprocal,
+    rstd_of,
+    sigmoid,
+    store_row,
+    sum_of_products,
+    zero_row,
+)
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
 @triton.jit
-def _numbers(pointer, mask):
-    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _rstd(mean_square, eps):
-    # exact root and division: the approximate ones would err by all that the error rule allows, on every number
-    return tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
-
-
-@triton.jit
-def _sigmoid(z):
-    # exp(-z) may be infinite, and then this is 0
-    return 1.0 / (1.0 + tl.exp(-z))
+def _of_groups(numbers, C: tl.constexpr, GROUP_C: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr):
+    """A group's number for each of its channels, as a row."""
+    found = ()
+    for piece in tl.static_range(PIECES):
+        column = columns_of(piece, BLOCK_C)
+        found = found + (tl.load(numbers + column // GROUP_C, mask=column < C, other=0.0),)
+    return found
 
 
 @triton.jit(do_not_specialize=["samples", "frames", "size", "cached", "kept"])
 def forward_kernel(x, cache, weight, bias, stats, y, cache_out, samples: tl.int64, frames: tl.int64, size: tl.int64,
                    cached: tl.int64, kept: tl.int64, eps, C: tl.constexpr, GROUP_C: tl.constexpr, NORM: tl.constexpr,
-                   ACT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+                   ACT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr):
     """y: BLOCK_P pixels of one of the samples' frames, of ``size`` pixels each.
 
     cache_out, where there is one: the last ``kept`` frames of the ``cached`` ones and y's; programs past those of y copy the
@@ -52,38 +58,43 @@ def forward_kernel(x, cache, weight, bias, stats, y, cache_out, samples: tl.int6
     tiles = tl.cdiv(size, BLOCK_P)
     program = tl.program_id(0).to(tl.int64)
     place = program // tiles  # of the frame among all samples'
-    pixel = program % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    column = tl.arange(0, BLOCK_C)[None, :]
-    at = pixel[:, None] * C + column
-    inside = (pixel < size)[:, None] & (column < C)
+    pixel = (program % tiles * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
+    at = pixel * C
+    inside = pixel < size
 
     if cache is not None and place >= samples * frames:
         place -= samples * frames
         copied = kept - frames
         sample, frame = place // copied, place % copied
-        old = tl.load(cache + (sample * cached + cached - copied + frame) * size * C + at, mask=inside, other=0.0)
-        tl.store(cache_out + (sample * kept + frame) * size * C + at, old.to(cache_out.dtype.element_ty), mask=inside)
+        old = load_row(cache + (sample * cached + cached - copied + frame) * size * C + at, inside, C, BLOCK_C, PIECES)
+        store_row(cache_out + (sample * kept + frame) * size * C + at, old, inside, C, BLOCK_C, PIECES)
     else:
         sample = place // frames
-        x_PC = _numbers(x + place * size * C + at, inside)
-        if NORM == "rms":
-            x_PC *= _rstd(tl.div_rn(tl.sum(x_PC * x_PC, 1), C * 1.0), eps)[:, None]
-        else:
-            group = sample * GROUPS + column // GROUP_C
-            x_PC = (x_PC - tl.load(stats + group, mask=column < C, other=0.0)) * tl.load(
-                stats + samples * GROUPS + group, mask=column < C, other=0.0)
-        if weight is not None:
-            x_PC *= _numbers(weight + column, column < C)
+        frame = place % frames - frames + kept  # of cache_out
+        x_PC = load_row(x + place * size * C + at, inside, C, BLOCK_C, PIECES)
+        if weight is not None:  # on their way while the pixels' norms are made
+            weight_C = load_row(weight, True, C, BLOCK_C, PIECES)
         if bias is not None:
-            x_PC += _numbers(bias + column, column < C)
-        if ACT == "silu":
-            x_PC *= _sigmoid(x_PC)
-        y_PC = x_PC.to(y.dtype.element_ty)
-        tl.store(y + place * size * C + at, y_PC, mask=inside)
-        if cache_out is not None:
-            frame = place % frames - frames + kept
-            last = (pixel < tl.where(frame >= 0, size, 0))[:, None] & (column < C)
-            tl.store(cache_out + (sample * kept + frame) * size * C + at, y_PC, mask=last)
+            bias_C = load_row(bias, True, C, BLOCK_C, PIECES)
+        if NORM == "rms":
+            rstd = rstd_of(sum_of_products(x_PC, x_PC, PIECES) * (1.0 / C), eps)
+        else:
+            mean_C = _of_groups(stats + sample * GROUPS, C, GROUP_C, BLOCK_C, PIECES)
+            rstd_C = _of_groups(stats + (samples + sample) * GROUPS, C, GROUP_C, BLOCK_C, PIECES)
+        for piece in tl.static_range(PIECES):
+            column = columns_of(piece, BLOCK_C)
+            z_PC = x_PC[piece] * rstd if NORM == "rms" else (x_PC[piece] - mean_C[piece]) * rstd_C[piece]
+            if weight is not None:
+                z_PC *= weight_C[piece]
+            if bias is not None:
+                z_PC += bias_C[piece]
+            if ACT == "silu":
+                z_PC *= sigmoid(z_PC)
+            y_PC = z_PC.to(y.dtype.element_ty)
+            tl.store(y + place * size * C + at + column, y_PC, mask=inside & (column < C))
+            if cache_out is not None:
+                last = pixel < tl.where(frame >= 0, size, 0)
+                tl.store(cache_out + (sample * kept + frame) * size * C + at + column, y_PC, mask=last & (column < C))
 
 
 @triton.jit(do_not_specialize=["size", "run", "runs"])
@@ -104,8 +115,8 @@ def stats_kernel(x, means, squares, size: tl.int64, run: tl.int64, runs: tl.int6
         pixel = start + tl.arange(0, BLOCK_P)
         inside = (pixel < last)[:, None] & (columns < C)[None, :]
         step += 1.0
-        share = tl.div_rn(1.0, step)
-        away = tl.where(inside, _numbers(x + pixel[:, None] * C + at, inside) - mean_PC, 0.0)
+        share = reciprocal(step)
+        away = tl.where(inside, numbers(x + pixel[:, None] * C + at, inside) - mean_PC, 0.0)
         mean_PC += away * share
         square_PC += away * away * (1.0 - share)
         count_P += tl.where(pixel < last, 1.0, 0.0)
@@ -145,23 +156,23 @@ def join_stats_kernel(means, squares, stats, samples: tl.int64, size: tl.int64, 
     for start in range(0, runs, BLOCK_R):
         place, at, inside = _run_of_group(start, runs, sample, group, C, GROUP_C, BLOCK_R, BLOCK_G)
         count = tl.minimum(size - place * run, run).to(tl.float32)[:, None]
-        sum_RG += _numbers(means + at, inside) * count
+        sum_RG += numbers(means + at, inside) * count
     mean = tl.div_rn(_total(sum_RG), total)
 
     sum_RG = tl.zeros([BLOCK_R, BLOCK_G], tl.float32)
     for start in range(0, runs, BLOCK_R):
         place, at, inside = _run_of_group(start, runs, sample, group, C, GROUP_C, BLOCK_R, BLOCK_G)
         count = tl.minimum(size - place * run, run).to(tl.float32)[:, None]
-        away = tl.where(inside, _numbers(means + at, inside) - mean, 0.0)
-        sum_RG += _numbers(squares + at, inside) + away * away * count
+        away = tl.where(inside, numbers(means + at, inside) - mean, 0.0)
+        sum_RG += numbers(squares + at, inside) + away * away * count
     tl.store(stats + program, mean)
-    tl.store(stats + samples * GROUPS + program, _rstd(tl.div_rn(_total(sum_RG), total), eps))
+    tl.store(stats + samples * GROUPS + program, rstd_of(tl.div_rn(_total(sum_RG), total), eps))
 
 
 @triton.jit(do_not_specialize=["samples", "size", "run", "runs"])
 def backward_kernel(dy, x, weight, bias, stats, means, dx, dz_sums, dzx_sums, samples: tl.int64, size: tl.int64,
                     run: tl.int64, runs: tl.int64, eps, C: tl.constexpr, GROUP_C: tl.constexpr, NORM: tl.constexpr,
-                    ACT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+                    ACT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr):
     """``run`` pixels of one sample: dx, and in the program's row of the sums those of dz and dz times normed x.
 
     What is None is not wanted. dz: gradient before the activation. ``means`` (2, samples, G) of a group norm's dx: of the
@@ -171,60 +182,64 @@ def backward_kernel(dy, x, weight, bias, stats, means, dx, dz_sums, dzx_sums, sa
     program = tl.program_id(0).to(tl.int64)
     sample, first = program // runs, program % runs * run
     last = tl.minimum(first + run, size)
-    column = tl.arange(0, BLOCK_C)[None, :]
-    group = sample * GROUPS + column // GROUP_C
-    there = column < C
     if weight is not None:
-        weight_C = _numbers(weight + column, there)
+        weight_C = load_row(weight, True, C, BLOCK_C, PIECES)
     if bias is not None:
-        bias_C = _numbers(bias + column, there)
+        bias_C = load_row(bias, True, C, BLOCK_C, PIECES)
     if NORM == "group":
-        mean = tl.load(stats + group, mask=there, other=0.0)
-        rstd = tl.load(stats + samples * GROUPS + group, mask=there, other=0.0)
+        mean_C = _of_groups(stats + sample * GROUPS, C, GROUP_C, BLOCK_C, PIECES)
+        rstd_C = _of_groups(stats + (samples + sample) * GROUPS, C, GROUP_C, BLOCK_C, PIECES)
         if dx is not None:
-            off = tl.load(means + group, mask=there, other=0.0)
-            along = tl.load(means + samples * GROUPS + group, mask=there, other=0.0)
+            off_C = _of_groups(means + sample * GROUPS, C, GROUP_C, BLOCK_C, PIECES)
+            along_C = _of_groups(means + (samples + sample) * GROUPS, C, GROUP_C, BLOCK_C, PIECES)
 
-    dz_PC = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    dzx_PC = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    dz_PC = zero_row(BLOCK_P, BLOCK_C, PIECES)
+    dzx_PC = zero_row(BLOCK_P, BLOCK_C, PIECES)
     for start in range(first, last, BLOCK_P):
-        pixel = start + tl.arange(0, BLOCK_P)
-        inside = (pixel < last)[:, None] & there
-        at = (sample * size + pixel)[:, None] * C + column
-        x_PC = _numbers(x + at, inside)
+        pixel = (start + tl.arange(0, BLOCK_P))[:, None]
+        inside = pixel < last
+        at = (sample * size + pixel) * C
+        x_PC = load_row(x + at, inside, C, BLOCK_C, PIECES)
+        g_PC = load_row(dy + at, inside, C, BLOCK_C, PIECES)
         if NORM == "rms":
-            rstd = _rstd(tl.div_rn(tl.sum(x_PC * x_PC, 1), C * 1.0), eps)
-            rstd = tl.where(pixel < last, rstd, 0.0)[:, None]  # infinite where there is no pixel and no eps
-        else:
-            x_PC -= mean
-        x_PC *= rstd
-        g_PC = _numbers(dy + at, inside)
-        if ACT == "silu":
-            z_PC = x_PC
-            if weight is not None:
-                z_PC *= weight_C
-            if bias is not None:
-                z_PC += bias_C
-            sigmoid = _sigmoid(z_PC)
-            g_PC *= sigmoid * (1.0 + z_PC * (1.0 - sigmoid))
+            rstd = rstd_of(sum_of_products(x_PC, x_PC, PIECES) * (1.0 / C), eps)
+            rstd = tl.where(inside, rstd, 0.0)  # infinite where there is no pixel and no eps
+        normed, gradient = (), ()
+        for piece in tl.static_range(PIECES):
+            n_PC = x_PC[piece] * rstd if NORM == "rms" else (x_PC[piece] - mean_C[piece]) * rstd_C[piece]
+            dz = g_PC[piece]
+            if ACT == "silu":
+                z_PC = n_PC
+                if weight is not None:
+                    z_PC *= weight_C[piece]
+                if bias is not None:
+                    z_PC += bias_C[piece]
+                s_PC = sigmoid(z_PC)
+                dz *= s_PC * (1.0 + z_PC * (1.0 - s_PC))
+            normed, gradient = normed + (n_PC,), gradient + (dz,)
         if dz_sums is not None:
-            dz_PC += g_PC
+            dz_PC = add_rows(dz_PC, gradient, PIECES)
         if dzx_sums is not None:
-            dzx_PC += g_PC * x_PC
+            dzx_PC = add_rows(dzx_PC, multiply_rows(gradient, normed, PIECES), PIECES)
         if dx is not None:
             if weight is not None:
-                g_PC *= weight_C
+                gradient = multiply_rows(gradient, weight_C, PIECES)
             if NORM == "rms":
-                g_PC -= x_PC * (tl.sum(g_PC * x_PC, 1) / C)[:, None]
-            else:
-                g_PC -= off + x_PC * along
-            tl.store(dx + at, (g_PC * rstd).to(dx.dtype.element_ty), mask=inside)
+                along = sum_of_products(gradient, normed, PIECES) * (1.0 / C)
+            for piece in tl.static_range(PIECES):
+                if NORM == "rms":
+                    dx_PC = (gradient[piece] - normed[piece] * along) * rstd
+                else:
+                    dx_PC = (gradient[piece] - (off_C[piece] + normed[piece] * along_C[piece])) * rstd_C[piece]
+                column = columns_of(piece, BLOCK_C)
+                tl.store(dx + at + column, dx_PC.to(dx.dtype.element_ty), mask=inside & (column < C))
 
-    columns = tl.arange(0, BLOCK_C)
-    if dz_sums is not None:
-        tl.store(dz_sums + program * C + columns, tl.sum(dz_PC, 0), mask=columns < C)
-    if dzx_sums is not None:
-        tl.store(dzx_sums + program * C + columns, tl.sum(dzx_PC, 0), mask=columns < C)
+    for piece in tl.static_range(PIECES):
+        column = piece * BLOCK_C + tl.arange(0, BLOCK_C)
+        if dz_sums is not None:
+            tl.store(dz_sums + program * C + column, tl.sum(dz_PC[piece], 0), mask=column < C)
+        if dzx_sums is not None:
+            tl.store(dzx_sums + program * C + column, tl.sum(dzx_PC[piece], 0), mask=column < C)
 
 
 @triton.jit(do_not_specialize=["samples", "size", "runs"])
@@ -239,11 +254,11 @@ def join_sums_kernel(dz_sums, dzx_sums, weight, means, samples: tl.int64, size: 
     dzx_RG = tl.zeros([BLOCK_R, BLOCK_G], tl.float32)
     for start in range(0, runs, BLOCK_R):
         _, at, inside = _run_of_group(start, runs, sample, group, C, GROUP_C, BLOCK_R, BLOCK_G)
-        dz_RG += _numbers(dz_sums + at, inside)
-        dzx_RG += _numbers(dzx_sums + at, inside)
+        dz_RG += numbers(dz_sums + at, inside)
+        dzx_RG += numbers(dzx_sums + at, inside)
     if weight is not None:
         channel = tl.arange(0, BLOCK_G)[None, :]
-        weight_G = _numbers(weight + group * GROUP_C + channel, channel < GROUP_C)
+        weight_G = numbers(weight + group * GROUP_C + channel, channel < GROUP_C)
         dz_RG *= weight_G
         dzx_RG *= weight_G
     tl.store(means + program, tl.div_rn(_total(dz_RG), total))
@@ -263,8 +278,9 @@ def _walk(x, samples, size, config):
     return run, triton.cdiv(size, run)
 
 
-def _tile(channels, config):
-    return dict(BLOCK_P=config.pixels, BLOCK_C=triton.next_power_of_2(channels), num_warps=config.warps)
+def _tile(channels, norm, config):
+    block, count = tile(channels, norm)
+    return dict(BLOCK_P=config.pixels, BLOCK_C=block, PIECES=count, num_warps=config.warps)
 
 
 def _join_tile(channels_of_group):
@@ -281,7 +297,8 @@ def _group_stats(x, groups, eps, config):
         size = frames * height * width
         run, runs = _walk(x, batch, size, config)
         means, squares = (torch.empty((batch * runs, channels), dtype=torch.float32, device=x.device) for _ in range(2))
-        stats_kernel[(batch * runs,)](x, means, squares, size, run, runs, C=channels, **_tile(channels, config),
+        stats_kernel[(batch * runs,)](x, means, squares, size, run, runs, C=channels, BLOCK_P=config.pixels,
+                                      BLOCK_C=triton.next_power_of_2(channels), num_warps=config.warps,
                                       maxnreg=registers(config.warps, config.programs, 8))
         join_stats_kernel[(batch * groups,)](means, squares, stats, batch, size, run, runs, eps, C=channels,
                                              GROUP_C=channels // groups, **_join_tile(channels // groups))
@@ -319,7 +336,7 @@ def forward(x, weight, bias, *, norm, groups, eps, act, dtype, config: Config, c
             forward_kernel[(grid,)](
                 x, cache if copied else None, weight, bias, stats, y, cache_out if kept else None, samples, frames, size,
                 cached, kept, eps, C=channels, GROUP_C=channels // groups if norm == "group" else channels, NORM=norm,
-                ACT=act, **_tile(channels, config))
+                ACT=act, **_tile(channels, norm, config))
     return y, cache_out, stats
 
 
@@ -348,7 +365,7 @@ def backward(dy, x, weight, bias, stats, *, norm, groups, eps, act, wanted, conf
     def walk(means, dx, dz_sums, dzx_sums):
         backward_kernel[(samples * runs,)](
             dy, x, *vectors, stats, means, dx, dz_sums, dzx_sums, samples, size, run, runs, eps, C=channels, GROUP_C=group,
-            NORM=norm, ACT=act, **_tile(channels, config), maxnreg=registers(config.warps, config.programs, 8))
+            NORM=norm, ACT=act, **_tile(channels, norm, config), maxnreg=registers(config.warps, config.programs, 8))
 
     if some and any(wanted):
         with on(x.device):

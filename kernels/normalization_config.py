@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from .rows import pieces
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -30,11 +32,21 @@ class Config:
     programs: int
 
 
+def tile(channels: int, norm: str) -> tuple[int, int]:
+    """Channels of a piece, and pieces of a pixel: few, so that a thread has 16 bytes of each.
+
+    One piece of a group norm: a thread has statistics for each of its channels, and with more of them they would spill.
+    """
+    whole = triton.next_power_of_2(max(channels, 1))
+    return (whole, 1) if norm == "group" else pieces(max(channels, 1), max(whole // 2, 128))
+
+
 def config_of_threads(launch: Launch, numbers: int, warps: int, resident: int, most: int = 512) -> Config:
     """``numbers`` a thread and ``resident`` warps a multiprocessor; ``most`` pixels, for the sake of few channels."""
-    block = triton.next_power_of_2(max(launch.channels, 1))
-    warps = max(warps, triton.cdiv(block, 32 * numbers))
-    return Config(warps, min(max(32 * warps * numbers // block, 1), most), max(resident // warps, 1))
+    block, count = tile(launch.channels, launch.norm)
+    warps = max(warps, triton.next_power_of_2(block * count) // (32 * numbers))
+    pixels = triton.next_power_of_2(triton.cdiv(32 * warps * numbers, block * count))
+    return Config(warps, min(pixels, most), max(resident // warps, 1))
 
 
 def forward_heuristic(launch: Launch, gpu: str) -> Config:

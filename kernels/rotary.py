@@ -4,12 +4,6 @@ N tokens, H heads of q and HK of k, E head dim, P rotated pairs of a head. A pro
 narrow ones) in registers, so that each number is read and written once, and the forward takes k after q with the
 same cosines and sines. Everything is computed in float32.
 
-A tile (BLOCK_N, BLOCK_H, E) is held as two, the first and the second number of each pair: pairs (2i, 2i + 1) are loaded side
-by side and parted in registers, pairs (i, i + P) are two loads. What is not rotated is paired likewise, with angle 0.
-
-Angles are coords times frequencies in float32, as in the reference. Fixed frequencies are a table (3, P) that is 0 for the
-axes that are not the pair's own: learned ones have the same form, (3, P) or (3, H, P).
-
 The backward takes q and k as they are and computes the norm's statistics anew, which costs no bytes.
 Gradients of weights, biases and frequencies: a program walks over a run of tokens and keeps its sums in registers; they go
 to its own row of a workspace, whose rows are then added up. No atomics: two runs give the same bits.
@@ -24,160 +18,50 @@ import triton
 import triton.language as tl
 
 from .launch import contiguous, multiprocessors, on, registers, rows_dense
-from .rotary_config import BackwardConfig, ForwardConfig
+from .rotary_config import BackwardConfig, ForwardConfig, head_block
+from .rotary_tiles import (
+    add_at,
+    affine_heads,
+    coordinates,
+    heads,
+    is_used,
+    load_affine,
+    load_heads,
+    normalise,
+    rotation,
+    squares_of_all,
+    store_pairs,
+    sum_of_row,
+    zero_heads,
+)
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
 @triton.jit
-def _columns(E: tl.constexpr, P: tl.constexpr, PAIRING: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Where the first and the second number of each pair stand in a head (1, 1, BLOCK_P), and whether they are there."""
-    pair = tl.arange(0, BLOCK_P)[None, None, :]
-    if PAIRING == "interleaved":
-        first, second = 2 * pair, 2 * pair + 1
-        return first, second, first < E, second < E
-    elif 2 * P == E:
-        return pair, pair + P, pair < P, pair < P
-    else:
-        REST: tl.constexpr = (E - 2 * P + 1) // 2  # pairs of what is not rotated, its halves again side by side
-        second = tl.where(pair < P, pair + P, pair + P + REST)
-        return tl.where(pair < P, pair, pair + P), second, pair < P + REST, second < E
-
-
-@triton.jit
-def _load_pairs(pointer, mask, E: tl.constexpr, P: tl.constexpr, PAIRING: tl.constexpr, BLOCK_P: tl.constexpr):
-    """The pairs of the heads that ``pointer`` (N, H, 1) points to, in float32; 0 where ``mask`` is off and beyond E."""
-    if PAIRING == "interleaved":
-        # 16 bytes a thread, where two loads would have strides
-        column = tl.arange(0, 2 * BLOCK_P)[None, None, :]
-        x_NHE = tl.load(pointer + column, mask=mask & (column < E), other=0.0).to(tl.float32)
-        return tl.split(tl.reshape(x_NHE, (x_NHE.shape[0], x_NHE.shape[1], BLOCK_P, 2)))
-    else:
-        first, second, has_first, has_second = _columns(E, P, PAIRING, BLOCK_P)
-        a = tl.load(pointer + first, mask=mask & has_first, other=0.0).to(tl.float32)
-        return a, tl.load(pointer + second, mask=mask & has_second, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_pairs(pointer, a, b, mask, E: tl.constexpr, P: tl.constexpr, PAIRING: tl.constexpr, BLOCK_P: tl.constexpr):
-    if PAIRING == "interleaved":
-        column = tl.arange(0, 2 * BLOCK_P)[None, None, :]
-        x_NHE = tl.reshape(tl.join(a, b), (a.shape[0], a.shape[1], 2 * BLOCK_P))
-        tl.store(pointer + column, x_NHE, mask=mask & (column < E))
-    else:
-        first, second, has_first, has_second = _columns(E, P, PAIRING, BLOCK_P)
-        tl.store(pointer + first, a, mask=mask & has_first)
-        tl.store(pointer + second, b, mask=mask & has_second)
-
-
-@triton.jit
-def _load_affine(vector, head, H: tl.constexpr, NORM: tl.constexpr, E: tl.constexpr, P: tl.constexpr, PAIRING: tl.constexpr,
-                 BLOCK_P: tl.constexpr):
-    """The pairs of a weight or bias: of each head, or one head's for all."""
-    if NORM == "rms_all":
-        return _load_pairs(vector + head * E, head < H, E, P, PAIRING, BLOCK_P)
-    else:
-        return _load_pairs(vector + head * 0, head >= 0, E, P, PAIRING, BLOCK_P)
-
-
-@triton.jit
-def _cos_sin(angle):
-    """Cosine and sine to float32's rounding, for any angle whose own rounding leaves them a meaning.
-
-    The angle is brought to [-pi/4, pi/4] by pi/2 in three parts (Cody and Waite). The first two have 8 and 11 bits: up to
-    12,000 rad their products are exact, with a fused multiply-add and, as in the interpreter, without. tl.sin would be the
-    fast sin.approx or, exact, keep a table of 2/pi's digits in local memory.
-    """
-    whole = tl.floor(angle * 0.636619772 + 0.5)
-    r = angle - whole * 1.5703125 - whole * 0.0004837512969970703 - whole * 7.549790126404332e-08
-    r = tl.where(tl.abs(r) <= 1.6, r, r * 0)  # from 2**24 on angles are further apart than this; NaN stays NaN
-    z = r * r
-    # Taylor series, whose next terms are below 2e-9
-    c = 1 + z * (-1 / 2 + z * (1 / 24 + z * (-1 / 720 + z * (1 / 40320 + z * (-1 / 3628800)))))
-    s = r + r * z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880))))
-    quarter = whole - 4 * tl.floor(whole * 0.25)  # 0 to 3, as a float, which a NaN may be too
-    odd = (quarter == 1) | (quarter == 3)
-    cos, sin = tl.where(odd, s, c), tl.where(odd, c, s)
-    return tl.where((quarter == 1) | (quarter == 2), -cos, cos), tl.where(quarter >= 2, -sin, sin)
-
-
-@triton.jit
-def _used(rows, token, tokens):
-    """Whether tokens belong to a sample."""
-    inside = token < tokens
-    if rows is not None:
-        return inside & (tl.load(rows + token, mask=inside, other=-1) >= 0)
-    else:
-        return inside
-
-
-@triton.jit
-def _frequencies(freqs, axis: tl.constexpr, head, H: tl.constexpr, P: tl.constexpr, PER_HEAD: tl.constexpr,
-                 BLOCK_P: tl.constexpr):
-    """Frequencies of ``axis``, (1, H, P) or (1, 1, P); 0 for pairs that are not rotated."""
-    pair = tl.arange(0, BLOCK_P)[None, None, :]
-    if PER_HEAD:
-        return tl.load(freqs + (axis * H + head) * P + pair, mask=(head < H) & (pair < P), other=0.0).to(tl.float32)
-    else:
-        return tl.load(freqs + axis * P + pair, mask=pair < P, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _coordinates(coords, token, used):
-    """t, h and w of tokens (N, 1, 1); 0 for tokens of no sample."""
-    t = tl.load(coords + 3 * token, mask=used, other=0).to(tl.float32)
-    h = tl.load(coords + 3 * token + 1, mask=used, other=0).to(tl.float32)
-    return t, h, tl.load(coords + 3 * token + 2, mask=used, other=0).to(tl.float32)
-
-
-@triton.jit
-def _rotation(t, h, w, freqs, head, H: tl.constexpr, P: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Cosines and sines (N, H, P), or (N, 1, P) for all heads."""
-    angle = t * _frequencies(freqs, 0, head, H, P, PER_HEAD, BLOCK_P)
-    angle += h * _frequencies(freqs, 1, head, H, P, PER_HEAD, BLOCK_P)
-    angle += w * _frequencies(freqs, 2, head, H, P, PER_HEAD, BLOCK_P)
-    return _cos_sin(angle)
-
-
-@triton.jit
-def _sum_of_row(x_NHP, NORM: tl.constexpr):
-    """Sums over what is normalised together, (N, H, 1) or (N, 1, 1)."""
-    sums = tl.sum(x_NHP, 2, keep_dims=True)
-    if NORM == "rms_all":
-        sums = tl.sum(sums, 1, keep_dims=True)
-    return sums
-
-
-@triton.jit
-def _normalise(a, b, mask, eps, H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, PAIRING: tl.constexpr,
-               BLOCK_P: tl.constexpr):
-    """Normed pairs, and rstd; 0 where ``mask`` is off, even if eps is 0."""
-    if NORM == "layer_head":
-        mean = tl.div_rn(_sum_of_row(a + b, NORM), E * 1.0)
-        _, _, has_first, has_second = _columns(E, P, PAIRING, BLOCK_P)
-        a, b = tl.where(mask & has_first, a - mean, 0.0), tl.where(mask & has_second, b - mean, 0.0)
-    WIDTH: tl.constexpr = H * E if NORM == "rms_all" else E
-    # exact root and division: the approximate ones would err by all that the error rule allows, on every number
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(_sum_of_row(a * a + b * b, NORM), WIDTH * 1.0) + eps))
-    rstd = tl.where(mask, rstd, 0.0)
-    return a * rstd, b * rstd, rstd
-
-
-@triton.jit
-def _finish(a, b, out, weight, bias, cos, sin, token, head, used, tokens, eps, H: tl.constexpr, E: tl.constexpr,
-            P: tl.constexpr, NORM: tl.constexpr, PAIRING: tl.constexpr, BLOCK_P: tl.constexpr):
+def _finish(firsts, seconds, out, weight, bias, cos, sin, token, used, tokens, eps, H: tl.constexpr, E: tl.constexpr,
+            P: tl.constexpr, NORM: tl.constexpr, PAIRING: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_H: tl.constexpr,
+            BLOCK_P: tl.constexpr):
     """Norm and rotation of the pairs that were loaded, and their store."""
-    if NORM is not None:
-        a, b, _ = _normalise(a, b, used & (head < H), eps, H, E, P, NORM, PAIRING, BLOCK_P)
+    PIECES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    AFFINE: tl.constexpr = PIECES if NORM == "rms_all" else 1  # pieces of weight and bias
+    TURNS: tl.constexpr = PIECES if PER_HEAD else 1  # pieces of the angles
+    if weight is not None:
+        weight_a, weight_b = affine_heads(weight, H, NORM, E, P, PAIRING, BLOCK_H, BLOCK_P)
+    if bias is not None:
+        bias_a, bias_b = affine_heads(bias, H, NORM, E, P, PAIRING, BLOCK_H, BLOCK_P)
+    squares = squares_of_all(firsts, seconds, NORM, PIECES)
+    for piece in tl.static_range(PIECES):
+        a, b, head = firsts[piece], seconds[piece], heads(piece, BLOCK_H)
+        if NORM is not None:
+            a, b, _ = normalise(a, b, squares, used & (head < H), eps, H, E, P, NORM, PAIRING, BLOCK_P)
         if weight is not None:
-            weight_a, weight_b = _load_affine(weight, head, H, NORM, E, P, PAIRING, BLOCK_P)
-            a, b = a * weight_a, b * weight_b
+            a, b = a * weight_a[piece % AFFINE], b * weight_b[piece % AFFINE]
         if bias is not None:
-            bias_a, bias_b = _load_affine(bias, head, H, NORM, E, P, PAIRING, BLOCK_P)
-            a, b = a + bias_a, b + bias_b
-    if P > 0:
-        a, b = a * cos - b * sin, a * sin + b * cos
-    _store_pairs(out + (token * H + head) * E, tl.where(used, a, 0.0), tl.where(used, b, 0.0),
-                 (token < tokens) & (head < H), E, P, PAIRING, BLOCK_P)
+            a, b = a + bias_a[piece % AFFINE], b + bias_b[piece % AFFINE]
+        if P > 0:
+            a, b = a * cos[piece % TURNS] - b * sin[piece % TURNS], a * sin[piece % TURNS] + b * cos[piece % TURNS]
+        store_pairs(out + (token * H + head) * E, tl.where(used, a, 0.0), tl.where(used, b, 0.0),
+                     (token < tokens) & (head < H), E, P, PAIRING, BLOCK_P)
 
 
 @triton.jit(do_not_specialize=["tokens", "q_token", "q_head", "k_token", "k_head"])
@@ -188,21 +72,21 @@ def forward_kernel(q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, coord
                    BLOCK_H: tl.constexpr, BLOCK_HK: tl.constexpr, BLOCK_P: tl.constexpr):
     """Program p: tokens p * BLOCK_N .. of q and, where there is one, of k. Strides of tokens and heads are in units."""
     token = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
-    used = _used(rows, token, tokens)  # of a token of no sample nothing is read
-    head = tl.arange(0, BLOCK_H)[None, :, None]
-    key_head = tl.arange(0, BLOCK_HK)[None, :, None]
-    a, b = _load_pairs(q + (token * q_token + head * q_head) * Q_UNIT, used & (head < H), E, P, PAIRING, BLOCK_P)
+    used = is_used(rows, token, tokens)  # of a token of no sample nothing is read
+    a, b = load_heads(q + token * q_token * Q_UNIT, q_head * Q_UNIT, used, H, E, P, PAIRING, BLOCK_H, BLOCK_P)
     if k is not None:  # on its way while q is worked on
-        c, d = _load_pairs(k + (token * k_token + key_head * k_head) * K_UNIT, used & (key_head < HK), E, P, PAIRING,
-                           BLOCK_P)
-    cos, sin = 1.0, 0.0
+        c, d = load_heads(k + token * k_token * K_UNIT, k_head * K_UNIT, used, HK, E, P, PAIRING, BLOCK_HK, BLOCK_P)
+    cos, sin = (), ()
     if P > 0:
-        at_t, at_h, at_w = _coordinates(coords, token, used)
-        cos, sin = _rotation(at_t, at_h, at_w, freqs, head, H, P, PER_HEAD, BLOCK_P)
-    _finish(a, b, q_out, q_weight, q_bias, cos, sin, token, head, used, tokens, eps, H, E, P, NORM, PAIRING, BLOCK_P)
+        at_t, at_h, at_w = coordinates(coords, token, used)
+        for piece in tl.static_range((H + BLOCK_H - 1) // BLOCK_H if PER_HEAD else 1):
+            c_, s_ = rotation(at_t, at_h, at_w, freqs, heads(piece, BLOCK_H), H, P, PER_HEAD, BLOCK_P)
+            cos, sin = cos + (c_,), sin + (s_,)
+    _finish(a, b, q_out, q_weight, q_bias, cos, sin, token, used, tokens, eps, H, E, P, NORM, PAIRING, PER_HEAD, BLOCK_H,
+            BLOCK_P)
     if k is not None:
-        _finish(c, d, k_out, k_weight, k_bias, cos, sin, token, key_head, used, tokens, eps, HK, E, P, NORM, PAIRING,
-                BLOCK_P)
+        _finish(c, d, k_out, k_weight, k_bias, cos, sin, token, used, tokens, eps, HK, E, P, NORM, PAIRING, PER_HEAD,
+                BLOCK_HK, BLOCK_P)
 
 
 @triton.jit
@@ -211,11 +95,11 @@ def _store_sums(sums, a, b, head, H: tl.constexpr, E: tl.constexpr, P: tl.conste
     """A program's sums of a weight's or bias's gradient, of each head or of all."""
     a, b = tl.sum(a, 0, keep_dims=True), tl.sum(b, 0, keep_dims=True)
     if NORM == "rms_all":
-        _store_pairs(sums + head * E, a, b, head < H, E, P, PAIRING, BLOCK_P)
+        store_pairs(sums + head * E, a, b, head < H, E, P, PAIRING, BLOCK_P)
     else:
         a, b = tl.sum(a, 1, keep_dims=True), tl.sum(b, 1, keep_dims=True)
         one = tl.zeros([1, 1, 1], tl.int32)
-        _store_pairs(sums + one, a, b, one == 0, E, P, PAIRING, BLOCK_P)
+        store_pairs(sums + one, a, b, one == 0, E, P, PAIRING, BLOCK_P)
 
 
 @triton.jit
@@ -224,70 +108,99 @@ def _walk(d_out, x, dx, weight, bias, coords, freqs, rows, weight_sums, bias_sum
           H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, PAIRING: tl.constexpr,
           PER_HEAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr):
     """dx of the program's run of tokens, and its sums of the gradients of weight, bias and freqs."""
+    PIECES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    AFFINE: tl.constexpr = PIECES if NORM == "rms_all" else 1  # pieces of weight and bias
+    TURNS: tl.constexpr = PIECES if PER_HEAD else 1  # pieces of the angles
+    WIDTH: tl.constexpr = H * E if NORM == "rms_all" else E
     program = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, BLOCK_H)[None, :, None]
-    zeros = tl.zeros([BLOCK_N, BLOCK_H, BLOCK_P], tl.float32)
+    zeros = zero_heads(AFFINE, BLOCK_N, BLOCK_H, BLOCK_P)
     weight_a, weight_b, bias_a, bias_b = zeros, zeros, zeros, zeros
-    angle_zeros = tl.zeros([BLOCK_N, BLOCK_H if PER_HEAD else 1, BLOCK_P], tl.float32)
+    angle_zeros = zero_heads(TURNS, BLOCK_N, BLOCK_H if PER_HEAD else 1, BLOCK_P)
     sum_t, sum_h, sum_w = angle_zeros, angle_zeros, angle_zeros
 
     for first in range(program * run, tl.minimum((program + 1) * run, tokens), BLOCK_N):
         token = (first + tl.arange(0, BLOCK_N))[:, None, None]
-        used = _used(rows, token, tokens)
-        mask = used & (head < H)
-        ga, gb = _load_pairs(d_out + (token * d_out_token + head * d_out_head) * D_OUT_UNIT, mask, E, P, PAIRING, BLOCK_P)
+        used = is_used(rows, token, tokens)
+        ga, gb = load_heads(d_out + token * d_out_token * D_OUT_UNIT, d_out_head * D_OUT_UNIT, used, H, E, P, PAIRING,
+                            BLOCK_H, BLOCK_P)
         if x is not None:
-            a, b = _load_pairs(x + (token * x_token + head * x_head) * X_UNIT, mask, E, P, PAIRING, BLOCK_P)
+            a, b = load_heads(x + token * x_token * X_UNIT, x_head * X_UNIT, used, H, E, P, PAIRING, BLOCK_H, BLOCK_P)
+            squares = squares_of_all(a, b, NORM, PIECES)
         if P > 0:
-            t, h, w = _coordinates(coords, token, used)
-            cos, sin = _rotation(t, h, w, freqs, head, H, P, PER_HEAD, BLOCK_P)
-            ga, gb = ga * cos + gb * sin, gb * cos - ga * sin
-        if NORM is not None:
-            a, b, rstd = _normalise(a, b, mask, eps, H, E, P, NORM, PAIRING, BLOCK_P)
-        if weight is not None:
-            weights_a, weights_b = _load_affine(weight, head, H, NORM, E, P, PAIRING, BLOCK_P)
-        if freq_sums is not None:
-            turned_a, turned_b = a, b
-            if weight is not None:
-                turned_a, turned_b = a * weights_a, b * weights_b
-            if bias is not None:
-                biases_a, biases_b = _load_affine(bias, head, H, NORM, E, P, PAIRING, BLOCK_P)
-                turned_a, turned_b = turned_a + biases_a, turned_b + biases_b
-            d_angle = turned_a * gb - turned_b * ga  # the same before the turn as after it
+            t, h, w = coordinates(coords, token, used)
             if not PER_HEAD:
-                d_angle = tl.sum(d_angle, 1, keep_dims=True)
-            sum_t += t * d_angle
-            sum_h += h * d_angle
-            sum_w += w * d_angle
-        if weight_sums is not None:
-            weight_a += ga * a
-            weight_b += gb * b
-        if bias_sums is not None:
-            bias_a += ga
-            bias_b += gb
-        if dx is not None:
+                cos, sin = rotation(t, h, w, freqs, token, H, P, PER_HEAD, BLOCK_P)
+        if weight is not None:
+            weights_a, weights_b = affine_heads(weight, H, NORM, E, P, PAIRING, BLOCK_H, BLOCK_P)
+        along = tl.zeros([BLOCK_N, 1, 1], tl.float32)  # of all heads together
+        normed_a, normed_b, grads_a, grads_b, rstds = (), (), (), (), ()
+        for piece in tl.static_range(PIECES):
+            head = heads(piece, BLOCK_H)
+            g, f = ga[piece], gb[piece]
+            if P > 0:
+                if PER_HEAD:
+                    cos, sin = rotation(t, h, w, freqs, head, H, P, PER_HEAD, BLOCK_P)
+                g, f = g * cos + f * sin, f * cos - g * sin
+            if x is not None:
+                c, d = a[piece], b[piece]
+                if NORM is not None:
+                    c, d, rstd = normalise(c, d, squares, used & (head < H), eps, H, E, P, NORM, PAIRING, BLOCK_P)
+                    rstds = rstds + (rstd,)
+                normed_a, normed_b = normed_a + (c,), normed_b + (d,)
+            if freq_sums is not None:
+                turned_a, turned_b = c, d
+                if weight is not None:
+                    turned_a, turned_b = c * weights_a[piece % AFFINE], d * weights_b[piece % AFFINE]
+                if bias is not None:
+                    biases_a, biases_b = load_affine(bias, head, H, NORM, E, P, PAIRING, BLOCK_P)
+                    turned_a, turned_b = turned_a + biases_a, turned_b + biases_b
+                d_angle = turned_a * f - turned_b * g  # the same before the turn as after it
+                if not PER_HEAD:
+                    d_angle = tl.sum(d_angle, 1, keep_dims=True)
+                sum_t = add_at(sum_t, t * d_angle, piece % TURNS, TURNS)
+                sum_h = add_at(sum_h, h * d_angle, piece % TURNS, TURNS)
+                sum_w = add_at(sum_w, w * d_angle, piece % TURNS, TURNS)
+            if weight_sums is not None:
+                weight_a = add_at(weight_a, g * c, piece % AFFINE, AFFINE)
+                weight_b = add_at(weight_b, f * d, piece % AFFINE, AFFINE)
+            if bias_sums is not None:
+                bias_a = add_at(bias_a, g, piece % AFFINE, AFFINE)
+                bias_b = add_at(bias_b, f, piece % AFFINE, AFFINE)
             if weight is not None:
-                ga, gb = ga * weights_a, gb * weights_b
-            if NORM is not None:
-                WIDTH: tl.constexpr = H * E if NORM == "rms_all" else E
-                along = _sum_of_row(ga * a + gb * b, NORM) / WIDTH
-                mean = _sum_of_row(ga + gb, NORM) / WIDTH if NORM == "layer_head" else 0.0
-                ga, gb = (ga - a * along - mean) * rstd, (gb - b * along - mean) * rstd
-            # of a token of no sample nothing was read, and its gradients are 0
-            _store_pairs(dx + (token * H + head) * E, ga, gb, (token < tokens) & (head < H), E, P, PAIRING, BLOCK_P)
+                g, f = g * weights_a[piece % AFFINE], f * weights_b[piece % AFFINE]
+            if NORM == "rms_all":
+                along += sum_of_row(g * c + f * d, NORM)
+            grads_a, grads_b = grads_a + (g,), grads_b + (f,)
+        if dx is not None:
+            for piece in tl.static_range(PIECES):
+                head = heads(piece, BLOCK_H)
+                g, f = grads_a[piece], grads_b[piece]
+                if NORM is not None:
+                    c, d, rstd = normed_a[piece], normed_b[piece], rstds[piece]
+                    if NORM != "rms_all":
+                        along = sum_of_row(g * c + f * d, NORM)
+                    mean = sum_of_row(g + f, NORM) * (1.0 / WIDTH) if NORM == "layer_head" else 0.0
+                    g, f = (g - c * (along * (1.0 / WIDTH)) - mean) * rstd, (f - d * (along * (1.0 / WIDTH)) - mean) * rstd
+                # of a token of no sample nothing was read, and its gradients are 0
+                store_pairs(dx + (token * H + head) * E, g, f, (token < tokens) & (head < H), E, P, PAIRING, BLOCK_P)
 
-    if weight_sums is not None:
-        _store_sums(weight_sums + program * SUMS, weight_a, weight_b, head, H, E, P, NORM, PAIRING, BLOCK_P)
-    if bias_sums is not None:
-        _store_sums(bias_sums + program * SUMS, bias_a, bias_b, head, H, E, P, NORM, PAIRING, BLOCK_P)
+    for piece in tl.static_range(AFFINE):
+        head = heads(piece, BLOCK_H)
+        if weight_sums is not None:
+            _store_sums(weight_sums + program * SUMS, weight_a[piece], weight_b[piece], head, H, E, P, NORM, PAIRING,
+                        BLOCK_P)
+        if bias_sums is not None:
+            _store_sums(bias_sums + program * SUMS, bias_a[piece], bias_b[piece], head, H, E, P, NORM, PAIRING, BLOCK_P)
     if freq_sums is not None:
         pair = tl.arange(0, BLOCK_P)[None, None, :]
         HEADS: tl.constexpr = H if PER_HEAD else 1
-        at = freq_sums + program * SUMS + (head * P if PER_HEAD else 0) + pair
-        there = (pair < P) & (head < H) if PER_HEAD else pair < P
-        tl.store(at, tl.sum(sum_t, 0, keep_dims=True), mask=there)
-        tl.store(at + HEADS * P, tl.sum(sum_h, 0, keep_dims=True), mask=there)
-        tl.store(at + 2 * HEADS * P, tl.sum(sum_w, 0, keep_dims=True), mask=there)
+        for piece in tl.static_range(TURNS):
+            head = heads(piece, BLOCK_H)
+            at = freq_sums + program * SUMS + (head * P if PER_HEAD else 0) + pair
+            there = (pair < P) & (head < H) if PER_HEAD else pair < P
+            tl.store(at, tl.sum(sum_t[piece], 0, keep_dims=True), mask=there)
+            tl.store(at + HEADS * P, tl.sum(sum_h[piece], 0, keep_dims=True), mask=there)
+            tl.store(at + 2 * HEADS * P, tl.sum(sum_w[piece], 0, keep_dims=True), mask=there)
 
 
 @triton.jit(do_not_specialize=["tokens", "run", "d_q_out_token", "d_q_out_head", "d_k_out_token", "d_k_out_head", "q_token",
@@ -344,10 +257,10 @@ def _strided(tensor):
 
 def _constants(heads, key_heads, head_dim, coords, freqs, norm, pairing, config):
     rotated = coords is not None
-    block = lambda count: triton.next_power_of_2(max(count, 1))
     return dict(H=heads, HK=key_heads, E=head_dim, P=freqs.shape[-1] if rotated else 0, NORM=norm,
                 PAIRING=pairing if rotated else "interleaved", PER_HEAD=rotated and freqs.dim() == 3, BLOCK_N=config.tokens,
-                BLOCK_H=block(heads), BLOCK_HK=block(key_heads), BLOCK_P=block((head_dim + 1) // 2), num_warps=config.warps)
+                BLOCK_H=head_block(heads), BLOCK_HK=head_block(key_heads),
+                BLOCK_P=triton.next_power_of_2(max((head_dim + 1) // 2, 1)), num_warps=config.warps)
 
 
 def _together(*tensors) -> bool:

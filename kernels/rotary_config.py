@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from .rows import pieces
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -46,21 +48,49 @@ def tile(heads: int, head_dim: int) -> int:
     return triton.next_power_of_2(max(heads, 1)) * max(triton.next_power_of_2(max(head_dim, 1)), 2)
 
 
+def head_block(heads: int) -> int:
+    """Heads of a piece: 8 of 24 or 40, 4 of 12, 16 of 32."""
+    return pieces(max(heads, 1), 16, 1)[0]
+
+
+def numbers_of(heads: int, head_dim: int) -> int:
+    """Of one token in registers, all pieces together."""
+    block = head_block(heads)
+    return -(-heads // block) * tile(block, head_dim)
+
+
+def _tokens(launch: Launch) -> tuple[int, int]:
+    """(tokens, numbers): as many as make 1024 numbers of q a program, and its numbers of the larger of q and k."""
+    numbers = numbers_of(max(launch.heads, launch.key_heads), launch.head_dim)
+    tokens = min(1 << max(1024 // numbers, 1).bit_length() - 1, 16)
+    return tokens, tokens * numbers
+
+
 def forward_heuristic(launch: Launch, gpu: str) -> ForwardConfig:
-    """32 numbers of q a thread: with fewer, more threads would compute the same cosine; 1024 or more a program."""
-    block = tile(max(launch.heads, launch.key_heads), launch.head_dim)
-    numbers = max(block, 1024)
-    return ForwardConfig(warps=min(numbers // 1024, 8), tokens=min(numbers // block, 16))
+    """64 numbers of q and k a thread or more, 48 without norm: with fewer, more threads would compute the same cosine."""
+    tokens, _ = _tokens(launch)
+    numbers = tokens * sum(numbers_of(heads, launch.head_dim) for heads in (launch.heads, launch.key_heads) if heads)
+    share = numbers // (32 * (48 if launch.norm is None else 64))
+    return ForwardConfig(warps=min(1 << max(share, 1).bit_length() - 1, 8), tokens=tokens)
 
 
 def backward_heuristic(launch: Launch, gpu: str) -> BackwardConfig:
-    """16 numbers a thread, and as many programs as are resident, or the last ones would wait for a turn of their own."""
-    block = tile(max(launch.heads, launch.key_heads), launch.head_dim)
-    numbers = max(block, 1024)
-    warps = min(numbers // 512, 16)
-    # of 65,536 registers: up to 128 a thread, 55 where there is nothing to sum
-    resident = 32 if launch.norm is None and launch.freqs != "learned" else 16
-    return BackwardConfig(warps=warps, tokens=min(numbers // block, 16), programs=resident // warps)
+    """16 numbers a thread or more, and as many programs as are resident, or the last would wait for a turn of their own.
+
+    20 at most where all heads are normed together, and have sums for each.
+    """
+    tokens, numbers = _tokens(launch)
+    if launch.norm == "rms_all":
+        warps = min(triton.next_power_of_2(triton.cdiv(numbers, 32 * 20)), 16)
+    else:
+        warps = min(1 << max(numbers // (32 * 16), 1).bit_length() - 1, 16)
+    # of 65,536 registers: up to 128 a thread, 55 where there is nothing to sum, 168 for 24 learned sums
+    resident = 16
+    if launch.freqs == "learned":
+        resident = 12 if numbers > 32 * 20 * warps else 16
+    elif launch.norm is None:
+        resident = 32
+    return BackwardConfig(warps=warps, tokens=tokens, programs=max(resident // warps, 1))
 
 
 HEURISTICS = dict(forward=forward_heuristic, backward=backward_heuristic)

@@ -1,18 +1,23 @@
 """What our kernels' machine code is held to beside registers and spills.
 
-Copies at least a turn ahead, no division and no local memory in a main loop, blocks per SM. structure.json lists today's
-faults with why they are known; a new one fails, and so does one that is gone and still listed.
+Copies at least a turn ahead, no division and no local memory in a main loop, blocks per SM; of kernels whose time is
+memory's, how long their instructions take to be issued, in percent of DRAM's time, which may fall. structure.json lists
+today's faults with why they are known; a new one fails, and so does one that is gone and still listed.
 
-    python tests/structure.py    # writes structure.json anew, keeping the reasons; minutes
+    python tests/structure.py              # writes structure.json anew, keeping the reasons; minutes
+    python tests/structure.py modulation   # of these families alone
 """
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import triton
 
+from sora_fast.cli.predict_kernels import MEMORY, Work
 from sora_fast.cyclemodel import GPUS, blocks_per_sm, facts, sass
+from sora_fast.cyclemodel.model import issue_over_dram
 from sora_fast.testing import aot
 
 FILE = Path(__file__).with_name("structure.json")
@@ -33,8 +38,11 @@ def read(case: aot.AotCase, compiled: aot.Compiled, cc: int) -> facts.Facts:
 
 def entry(result: aot.Result) -> dict:
     found = read(result.case, result.compiled, result.cc)
-    return {"case": result.case.name.partition(":")[0], "blocks": found.blocks, "limit": found.limit,
-            "faults": dict.fromkeys(found.faults(), "")}
+    made = {"case": result.case.name.partition(":")[0], "blocks": found.blocks, "limit": found.limit}
+    if family(result) in MEMORY:
+        kernel = Work(family(result), result.case, {}, launches=lambda: None, place=0).of(result.compiled)
+        made["issue"] = round(100 * issue_over_dram(kernel, GPU[result.cc]))
+    return made | {"faults": dict.fromkeys(found.faults(), "")}
 
 
 def violations(results: Iterable[aot.Result], table: dict = TABLE) -> list[str]:
@@ -59,6 +67,9 @@ def violations(results: Iterable[aot.Result], table: dict = TABLE) -> list[str]:
         for fault in known["faults"]:
             if fault not in got["faults"]:
                 found.append(f"{name}: expected the listed {fault} fault, got none; take it off the list.")
+        if got.get("issue", 0) > known.get("issue", 0):
+            found.append(f"{name}: expected at most {known.get('issue', 0)}% of DRAM's time for its instructions, got "
+                         f"{got['issue']}%; use fewer, or state it if it is wanted.")
         if (got["blocks"], got["limit"]) != (known["blocks"], known["limit"]):
             found.append(f"{name}: expected {known['blocks']} blocks an SM, limited by {known['limit']}, got "
                          f"{got['blocks']}, limited by {got['limit']}; state it if it is wanted.")
@@ -68,18 +79,19 @@ def violations(results: Iterable[aot.Result], table: dict = TABLE) -> list[str]:
     return found
 
 
-def main() -> None:
+def main(families: Iterable[str]) -> None:
     from sora_fast.testing.launches import FAMILIES
 
-    kernels: dict = {}
+    kernels: dict = TABLE["kernels"] if families else {}
     for cc in GPU:
-        for name in FAMILIES:
+        for name in families or FAMILIES:
             first = list({case.fn.__name__: case for case in reversed(aot.ours(name)) if cc in case.ccs}.values())
             results, _ = aot.check_all(first, (cc,), 1)
-            made = kernels.setdefault(f"sm_{cc}", {}).setdefault(name, {})
+            reasons = TABLE["kernels"].get(f"sm_{cc}", {}).get(name, {})
+            made = kernels.setdefault(f"sm_{cc}", {})[name] = {}
             for result in results:
                 got = entry(result)
-                known = TABLE["kernels"].get(f"sm_{cc}", {}).get(name, {}).get(result.case.fn.__name__, {}).get("faults", {})
+                known = reasons.get(result.case.fn.__name__, {}).get("faults", {})
                 got["faults"] = {fault: known.get(fault, "") for fault in got["faults"]}
                 made[result.case.fn.__name__] = got
             print(f"sm_{cc} {name}: {len(results)} kernels", flush=True)
@@ -87,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

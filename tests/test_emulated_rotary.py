@@ -238,7 +238,7 @@ def test_wrong_kernels_fail(wrong, monkeypatch):
     if wrong == "pairing":
         monkeypatch.setattr(kernels, "_constants", lambda *a: constants(*a) | dict(PAIRING="half"))
     elif wrong == "head":
-        monkeypatch.setattr(kernels, "_constants", lambda *a: constants(*a) | dict(BLOCK_H=2))
+        monkeypatch.setattr(kernels, "_constants", lambda *a: (made := constants(*a)) | dict(H=made["H"] - 1))
     else:
         monkeypatch.setattr(kernels, wrong, Short(getattr(kernels, wrong)))
     with pytest.raises(AssertionError, match=OP):

@@ -6,6 +6,7 @@ import importlib
 import itertools
 from dataclasses import replace
 from functools import partial
+from math import prod
 
 import pytest
 import torch
@@ -25,7 +26,10 @@ from sora_fast.kernels.arch import SHARED, capability, has_tma  # noqa: E402
 from sora_fast.kernels.convolution_config import loads_by_tma  # noqa: E402
 from sora_fast.kernels.launch import registers  # noqa: E402
 from sora_fast.kernels.modulation_candidates import candidates as candidates_of_modulation  # noqa: E402
-from sora_fast.kernels.rotary_config import tile  # noqa: E402
+from sora_fast.kernels.modulation_config import backward_tile as modulation_backward_tile  # noqa: E402
+from sora_fast.kernels.modulation_config import tile as modulation_tile  # noqa: E402
+from sora_fast.kernels.normalization_config import tile as normalization_tile  # noqa: E402
+from sora_fast.kernels.rotary_config import numbers_of  # noqa: E402
 from sora_fast.testing import aot  # noqa: E402
 from sora_fast.testing.launches.convolution import padding, padding_share  # noqa: E402
 from sora_fast.testing.launches.patches import embedding  # noqa: E402
@@ -120,7 +124,7 @@ def test_explain_shows_kernel_and_config(family):
     lines = explain(family, device="cuda:sm90", assume_validated=True).splitlines()
     taken = [line for line in lines if " * " in line and " triton " in line]
     assert len(taken) == sum(op.name in OPS for op in OPS_OF[family])
-    config = {"modulation": "warps=4", "normalization": "warps=4, pixels=32", "rotary": "warps=", "attention": "block_m=128",
+    config = {"modulation": "warps=4", "normalization": "warps=4, pixels=", "rotary": "warps=", "attention": "block_m=128",
               "patches": "block_n=", "convolution": "tma=True"}[family]
     assert all(config in line and "the heuristic" in line for line in taken)
     without = explain(family, device="cuda:sm90")
@@ -145,26 +149,26 @@ def _fits_patches(kernel, launch, config, gpu):
 
 
 def _fits_modulation(kernel, launch, config, gpu):
-    """No more than 16 elements a thread, 32 backward, and a backward that the registers of an SM can hold."""
-    block = triton.next_power_of_2(launch.width)
+    """No more than 48 elements a thread, 32 backward, and a backward that the registers of an SM can hold."""
+    elements = prod((modulation_tile if kernel == "forward" else modulation_backward_tile)(launch.width))
     if kernel == "forward":
-        return powers(config.warps, config.tokens) and config.tokens * block <= 16 * 32 * config.warps
-    return powers(config.warps) and block <= 32 * 32 * config.warps and 1 <= config.programs * config.warps <= 16
+        return powers(config.warps, config.tokens) and config.tokens * elements <= 48 * 32 * config.warps
+    return powers(config.warps) and elements <= 32 * 32 * config.warps and 1 <= config.programs * config.warps <= 24
 
 
 def _fits_rotary(kernel, launch, config, gpu):
-    most = 32 if kernel == "forward" else 16
-    numbers = config.tokens * tile(launch.heads, launch.head_dim)
+    most = 64 if kernel == "forward" else 32
+    numbers = config.tokens * numbers_of(launch.heads, launch.head_dim)
     return (powers(config.warps, config.tokens) and numbers <= most * 32 * config.warps and config.warps <= 16
             and (kernel == "forward" or 1 <= config.programs * config.warps <= 32))
 
 
 def _fits_normalization(kernel, launch, config, gpu):
-    """32 elements a thread at most, 16 where sums are held besides, and registers for those."""
+    """64 elements a thread at most, 32 where sums are held besides, and registers for those."""
     sums = kernel == "backward" or launch.norm == "group"
-    block = triton.next_power_of_2(launch.channels)
+    block = prod(normalization_tile(launch.channels, launch.norm))
     return (powers(config.warps, config.pixels) and config.warps <= 16 and 1 <= config.programs * config.warps <= 32
-            and config.pixels * block <= 32 * config.warps * (16 if sums else 32)
+            and config.pixels * block <= 32 * config.warps * (32 if sums else 64)
             and (not sums or registers(config.warps, config.programs, 8) >= 128))
 
 
@@ -222,14 +226,15 @@ OF_PERMUTE = replace(EXAMPLES["patches"], width=16, rows=4)
 
 @pytest.mark.parametrize("tokens", (128, 32768))
 def test_candidates_of_modulation_fit(tokens):
-    """Powers of two, two beside the heuristic, at most 32 elements per thread, and backwards that fit an SM."""
+    """Powers of two, two beside the heuristic, at most 48 elements per thread, and backwards that fit an SM."""
     for width, kernel in itertools.product((1, 64, 384, 1152, 1536, 3072, 5120, 8192), HEURISTICS["modulation"]):
         launch = replace(EXAMPLES["modulation"], width=width, tokens=tokens)
         found = set(candidates_of_modulation(kernel, launch, "sm90"))
         assert len(found - {HEURISTICS["modulation"][kernel](launch, "sm90")}) >= 2
         for config in found:
-            share = triton.next_power_of_2(width) * (config.tokens if kernel == "forward" else 1) / (32 * config.warps)
-            assert powers(config.warps, config.tokens) and share <= 32 and config.warps <= 16, (width, config)
+            elements = prod((modulation_tile if kernel == "forward" else modulation_backward_tile)(width))
+            share = elements * (config.tokens if kernel == "forward" else 1) / (32 * config.warps)
+            assert powers(config.warps, config.tokens) and share <= 48 and config.warps <= 16, (width, config)
             assert kernel == "forward" or config.warps * config.programs <= 32
 
 

@@ -59,6 +59,11 @@ class Work:
                              f"fewer turns; leave the flag out")
         compiled = aot_cache.compile_for(cache(), case.fn, case.signature, case.constexprs, case.aligned, gpu.cc,
                                          **case.options)
+        return self.of(compiled, tokens, counted)
+
+    def of(self, compiled: aot.Compiled, tokens: int = 0, counted: dict[str, float] | None = None) -> Kernel:
+        """``counted``: wavefronts, as the emulator found them."""
+        case = self.case
         warps, stages = case.options.get("num_warps", 4), case.options.get("num_stages", 3)
         constants = case.constexprs
         blocks = [f"{name.removeprefix('BLOCK_')}{value}" for name, value in constants.items()
@@ -68,8 +73,8 @@ class Work:
             case=f"{self.family} {case.name.partition(':')[0]}", tile=" ".join([*blocks, f"w{warps}", f"s{stages}"]),
             direction=PASSES.get(case.fn.__name__, "backward"), stages=stages, bulk=_bulk(case.fn.__name__, constants),
             useful=_useful(case.fn.__name__, constants, case.signature),
-            memory=self.family in MEMORY, traffic=_traffic(self.tensors, compiled.ttir),
-            turns=_turns(case.fn.__name__, constants, tokens), wavefronts=counted)
+            memory=self.family in MEMORY, traffic=_traffic(self.tensors, compiled.ttir) if self.tensors else None,
+            turns=_turns(case.fn.__name__, constants, tokens), wavefronts=counted or {})
 
 
 @functools.cache

@@ -102,12 +102,24 @@ def _outside(code: list[Instruction], path: Sequence[Instruction], kernel: Kerne
     return max(0.0, once + BETWEEN - within)
 
 
-def _stream(path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int, between: int) -> dict:
-    """A turn, or a block, beside all that are resident, DRAM as the queue that all accesses go through."""
+def _nbytes(path: Sequence[Instruction], kernel: Kernel) -> tuple[float, float]:
+    """(moved by all accesses of a block, of them to or from DRAM)."""
     accesses = [i for i in path if i.base in units.GLOBAL and not i.never]
     nbytes = lambda those: sum(32 * i.width * kernel.warps for i in those)
     moved, stored = nbytes(accesses), nbytes(i for i in accesses if i.base == "STG")
-    dram = max(1.0, kernel.useful * (stored * kernel.traffic if kernel.traffic else moved))
+    return moved, max(1.0, kernel.useful * (stored * kernel.traffic if kernel.traffic else moved))
+
+
+def issue_over_dram(kernel: Kernel, gpu: GPU) -> float:
+    """Of a kernel whose time is memory's: the time to issue its instructions over that of its bytes, without simulation."""
+    path, _ = _streaming(max(sass.functions(kernel.sass), key=len))
+    _, dram = _nbytes(path, kernel)
+    return units.cycles(path, gpu, kernel.warps)["issue"] * gpu.bytes_per_clock / dram
+
+
+def _stream(path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int, between: int) -> dict:
+    """A turn, or a block, beside all that are resident, DRAM as the queue that all accesses go through."""
+    moved, dram = _nbytes(path, kernel)
     joined = max(1, 4 // kernel.warps)  # blocks of fewer warps than sub-partitions: as many as make one warp on each
     found = Simulation(path, gpu, max(kernel.warps, 4), max(1, blocks // joined), latency=gpu.latency_dram,
                        rate=gpu.bytes_per_clock * moved / dram, stagger=150, wavefronts=kernel.wavefronts).run(6)
