@@ -94,7 +94,7 @@ class _Modulation(torch.autograd.Function):
         return (*gradients, None, None, None, None, None)
 
 
-def _run(x, y=None, gate=None, shift=None, scale=None, rows=None, *, norm=None, weight=None, bias=None, eps=0.0,
+def _run(x, y=None, gate=None, shift=None, scale=None, rows=None, *, tail, norm=None, weight=None, bias=None, eps=0.0,
          dtype=None):
     save = needs_grad(x, y, gate, shift, scale, weight, bias)
     tensors = triton_backend.apart((x, y, gate, shift, scale, weight, bias))

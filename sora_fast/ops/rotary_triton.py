@@ -101,7 +101,7 @@ class _Rotary(torch.autograd.Function):
         return (*gradients, *[None] * 7)
 
 
-def _run(q, k, coords, *, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing, eps, rows):
+def _run(q, k, coords, *, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing, eps, rows, tail):
     rotated = 0 if coords is None else sum(axes) if freqs is None else 2 * freqs.shape[-1]
     if rotated == 0:
         coords = freqs = None
