@@ -177,34 +177,39 @@ class Op:
         logging.getLogger("sora_fast").warning("%s runs on %s. %s sora_fast.explain(%r) shows the choices.",
                                                self.name, what, reasons or "It has no other backend.", self.name)
 
-    def run(self, facts: tuple, requested: str, **arguments):
+    def run(self, facts: tuple, requested: str, key: tuple | None = None, /, **arguments):
         """Run the op on the chosen backend; the result can be differentiated once.
 
-        ``facts``: the fields of its Problem, in order, which is made of them where the choice is not remembered.
         Ops have cast their tensors by now: autocast is off inside, or it would round the products that a backend
         makes in float32 (the reference's, and the angles of learned frequencies).
+
+        Args:
+            facts: the fields of its Problem, in order, which is made of them where the choice is not remembered.
+            key: the call's ``call_key``; where it has one, neither a graph nor a transform of torch.func is at work.
         """
-        if torch.compiler.is_compiling():
+        plain = key is not None
+        if not plain and torch.compiler.is_compiling():
             _refuse_graphs()
             backend = self.choose(self.problem(*facts), requested)
         else:
-            refuse_transforms(self.name, arguments.values())
-            backend = self._remembered(facts, requested)
+            if not plain or forward_ad._current_level >= 0:
+                refuse_transforms(self.name, arguments.values())
+            backend = self._remembered(facts, requested, not plain and transformed())
             if facts[2]:  # Problem.grad
-                arguments = first_order(arguments, self.name)
-        kind = _device_type(facts[0])
+                arguments = first_order(arguments, self.name, plain)
+        kind = "cpu" if facts[0] == "cpu" else _device_type(facts[0])
         if autocasts(kind):
             with no_autocast(kind):
                 return backend.run(**arguments)
         return backend.run(**arguments)
 
-    def _remembered(self, facts: tuple, requested: str) -> Backend:
+    def _remembered(self, facts: tuple, requested: str, transform: bool) -> Backend:
         """What ``choose`` answered when all that it depends on was as now.
 
         ``unsupported`` of a backend sees its problem and the environment; what else there is (the build of our extension,
         installed packages) is fixed for the process.
         """
-        now = (self, requested, _forced, env.backend(), env.interpreted(), transformed(), records.generation, facts)
+        now = (self, requested, _forced, env.backend(), env.interpreted(), transform, records.generation, facts)
         found = remembered(now)
         if found is None:
             problem = self.problem(*facts)
@@ -230,7 +235,8 @@ def call_key(op: Op, tensors: tuple, *settings, casts: bool = False) -> tuple | 
     """
     if torch.compiler.is_compiling() or transformed():
         return None
-    key = [op, _emulated_name(), torch.is_grad_enabled()]
+    gpu = _emulated.get()
+    key = [op, gpu and gpu.arch, torch.is_grad_enabled()]
     for tensor in tensors:
         if tensor is None:
             key.append(None)
@@ -310,8 +316,6 @@ def _capability_of(index: int) -> str:
 
 def _device_type(device: str) -> str:
     """PyTorch's type for a Problem's ``device``: what an emulated GPU works on are CPU tensors."""
-    if device == "cpu":
-        return device
     kind = device.partition(":")[0]
     return "cpu" if kind == "emulated" else kind
 
@@ -426,14 +430,14 @@ class _NoSecond(torch.autograd.Function):
         )
 
 
-def first_order(arguments: dict, op: str) -> dict:
+def first_order(arguments: dict, op: str, plain: bool = False) -> dict:
     """``arguments`` with a second derivative refused to their tensors, and lists of tensors: one node for all of them."""
     tensors = []
     for value in arguments.values():
         for each in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(each, torch.Tensor) and each.requires_grad:
                 tensors.append(each)
-    node = _FirstOrderTransformed if transformed() else _FirstOrder
+    node = _FirstOrder if plain or not transformed() else _FirstOrderTransformed
     once = iter(node.apply(op, *tensors))
     found = {}
     for name, value in arguments.items():

@@ -78,7 +78,7 @@ def _torch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scal
     copies = q.shape[1] // k.shape[1]
     if copies > 1:
         k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
-    if q.device.type == "cpu" and holds_numbers(cu_seqlens_q) and holds_numbers(cu_seqlens_k):
+    if q.is_cpu and holds_numbers(cu_seqlens_q) and (cu_seqlens_k is cu_seqlens_q or holds_numbers(cu_seqlens_k)):
         return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window)
     q, k, v = (reference.without_tail(t, cu) for t, cu in
                ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k)))
@@ -258,7 +258,7 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None
     else:
         cu_seqlens_q, cu_seqlens_k = _offsets(op, q, k, cu_seqlens_q, cu_seqlens_k)
         q, k, v = autocast(q, k, v)
-    return VARLEN_ATTENTION.run(facts, backend, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+    return VARLEN_ATTENTION.run(facts, backend, key, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
                                 softmax_scale=softmax_scale, causal=causal, window=tuple(window),
                                 return_lse=return_lse, deterministic=facts[-1])
 

@@ -336,7 +336,7 @@ def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zer
         facts = _facts(x, weight, settings, needs_grad(x, weight, bias, cache, residual), wide_dtype(x, weight))
         found = remember(key, (facts, settings))
     facts, settings = found
-    return CAUSAL_CONV3D.run((*facts, _cudnn_of(facts[0])), backend, settings=settings, x=x, weight=weight, bias=bias,
+    return CAUSAL_CONV3D.run((*facts, _cudnn_of(facts[0])), backend, key, settings=settings, x=x, weight=weight, bias=bias,
                              cache=cache, residual=residual)
 
 
@@ -368,5 +368,5 @@ def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, n
         facts = _facts(x, weight, settings, needs_grad(*tensors), wide_dtype(x, weight, norm_weight, norm_bias))
         found = remember(key, (facts, settings))
     facts, settings = found
-    return NORM_ACT_CONV3D.run((*facts, _cudnn_of(facts[0])), backend, settings=settings, x=x, weight=weight, bias=bias,
+    return NORM_ACT_CONV3D.run((*facts, _cudnn_of(facts[0])), backend, key, settings=settings, x=x, weight=weight, bias=bias,
                                norm_weight=norm_weight, norm_bias=norm_bias, cache=cache, residual=residual)

@@ -45,7 +45,7 @@ def kl_sample(moments, noise=None, *, backend="auto"):
     if facts is None:
         _check(moments, noise)
         facts = remember(key, (device_name(moments), moments.dtype, needs_grad(moments, noise)))
-    return KL_SAMPLE.run(facts, backend, moments=moments, noise=noise)
+    return KL_SAMPLE.run(facts, backend, key, moments=moments, noise=noise)
 
 
 def _check(moments, noise) -> None:

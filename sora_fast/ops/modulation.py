@@ -65,13 +65,29 @@ def _modulated(x_ND, shift, scale, rows, tail, norm, weight, bias, eps):
     return only_samples(h_ND, rows) if tail else h_ND
 
 
-def _torch_norm_modulate(x, shift, scale, rows, tail, *, norm, weight, bias, eps, dtype):
-    x_ND = cast(x, wide_dtype(x, shift, scale, weight, bias))
+def _by_row(even: int, x, y, *tables):
+    """x and y (R, N / R, D), tables (R, 1, D), where every row has ``even`` tokens: views, in place of tables of N rows."""
+    return (*(None if t is None else t.view(-1, even, t.shape[1]) for t in (x, y)),
+            *(None if t is None else t[:, None] for t in tables))
+
+
+def _torch_norm_modulate(x, shift, scale, rows, tail, even, *, norm, weight, bias, eps, dtype):
+    wide = wide_dtype(x, shift, scale, weight, bias)
+    if even:
+        x, _, shift, scale = _by_row(even, x, None, shift, scale)
+        rows = None
+    x_ND = cast(x, wide)
     x_ND = only_samples(x_ND, rows) if tail else x_ND
-    return cast(_modulated(x_ND, shift, scale, rows, tail, norm, weight, bias, eps), dtype or x.dtype)
+    h = cast(_modulated(x_ND, shift, scale, rows, tail, norm, weight, bias, eps), dtype or x.dtype)
+    return h.flatten(0, 1) if even else h
 
 
-def _torch_gate_residual(x, y, gate, rows, tail):
+def _torch_gate_residual(x, y, gate, rows, tail, even):
+    x_new = _gated(*_by_row(even, x, y, gate), None, tail) if even else _gated(x, y, gate, rows, tail)
+    return x_new.flatten(0, 1) if even else x_new
+
+
+def _gated(x, y, gate, rows, tail):
     wide = wide_dtype(x, y, gate)
     x_ND, y_ND, gate = cast(x, wide), cast(y, wide), _row_of_token(cast(gate, wide), rows, tail)
     if tail:
@@ -80,14 +96,18 @@ def _torch_gate_residual(x, y, gate, rows, tail):
     return cast(only_samples(x_ND, rows) if tail else x_ND, x.dtype)
 
 
-def _torch_gate_residual_norm_modulate(x, y, gate, shift, scale, rows, tail, *, norm, weight, bias, eps):
-    x_new = _torch_gate_residual(x, y, gate, rows, tail)
+def _torch_gate_residual_norm_modulate(x, y, gate, shift, scale, rows, tail, even, *, norm, weight, bias, eps):
     wide = wide_dtype(x, y, gate, shift, scale, weight, bias)
-    return x_new, cast(_modulated(cast(x_new, wide), shift, scale, rows, tail, norm, weight, bias, eps), y.dtype)
+    if even:
+        x, y, gate, shift, scale = _by_row(even, x, y, gate, shift, scale)
+        rows = None
+    x_new = _gated(x, y, gate, rows, tail)
+    h = cast(_modulated(cast(x_new, wide), shift, scale, rows, tail, norm, weight, bias, eps), y.dtype)
+    return (x_new.flatten(0, 1), h.flatten(0, 1)) if even else (x_new, h)
 
 
 def _op(name: str, example, kernel: Backend, run) -> Op:
-    definition = lambda *, tail, **arguments: getattr(reference, name)(**arguments)  # it looks for itself
+    definition = lambda *, tail, even, **arguments: getattr(reference, name)(**arguments)  # it looks for itself
     return Op(name, "modulation", example, [kernel, Backend("torch", run), Backend("reference", definition)],
               ModulationProblem)
 
@@ -146,13 +166,19 @@ def _facts(x, y, gate, shift, scale, weight, bias, norm) -> tuple:
             wide_dtype(*tensors))
 
 
-def _rows(op: str, x, table, rows):
-    """The rows (N,) of a call, or None, and whether some may be -1. Those of a Pack were checked when it was made."""
+def _rows(op: str, x, table, rows, key) -> dict:
+    """``rows`` (N,) of a call, or None; ``tail``: whether some may be -1; ``even``: Pack.even.
+
+    Those of a Pack were checked when it was made.
+    """
     if rows is None:
-        return None, False
-    if isinstance(rows, Pack):
-        return rows.rows, torch.compiler.is_compiling() or rows.tail  # one graph for packs with a tail and without
-    return rows, checks.rows(op, rows, x.shape[0], None if table is None else table.shape[0])
+        return dict(rows=None, tail=False, even=0)
+    if not isinstance(rows, Pack):
+        tail = checks.rows(op, rows, x.shape[0], None if table is None else table.shape[0])
+        return dict(rows=rows, tail=tail, even=0)
+    if key is None:  # one graph for packs with a tail and without
+        return dict(rows=rows.rows, tail=True, even=0)
+    return dict(rows=rows.rows, tail=rows.tail, even=rows.even)
 
 
 # ------------------------------------------------------------------------------------------------- public ops
@@ -183,8 +209,8 @@ def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias
         checks.require(dtype is None or getattr(dtype, "is_floating_point", False), op,
                        "dtype to be a floating torch.dtype", dtype, "pass torch.bfloat16, or leave it out for x's own")
         facts = remember(key, _facts(x, None, None, shift, scale, weight, bias, norm))
-    rows, tail = _rows(op, x, scale if shift is None else shift, rows)
-    return NORM_MODULATE.run(facts, backend, x=x, shift=shift, scale=scale, rows=rows, tail=tail, norm=norm, weight=weight,
+    where = _rows(op, x, scale if shift is None else shift, rows, key)
+    return NORM_MODULATE.run(facts, backend, key, x=x, shift=shift, scale=scale, **where, norm=norm, weight=weight,
                              bias=bias, eps=eps, dtype=dtype)
 
 
@@ -201,8 +227,8 @@ def gate_residual(x, y, gate, rows=None, *, backend="auto"):
         checks.tensor(op, "y", y)
         _check(op, x, y, {"gate": gate}, rows)
         facts = remember(key, _facts(x, y, gate, None, None, None, None, None))
-    rows, tail = _rows(op, x, gate, rows)
-    return GATE_RESIDUAL.run(facts, backend, x=x, y=y, gate=gate, rows=rows, tail=tail)
+    where = _rows(op, x, gate, rows, key)
+    return GATE_RESIDUAL.run(facts, backend, key, x=x, y=y, gate=gate, **where)
 
 
 def gate_residual_norm_modulate(x, y, gate, shift, scale, rows=None, *, norm="layer", weight=None, bias=None,
@@ -223,6 +249,6 @@ def gate_residual_norm_modulate(x, y, gate, shift, scale, rows=None, *, norm="la
         _check(op, x, y, {"gate": gate, "shift": shift, "scale": scale}, rows, weight, bias)
         _check_norm(op, norm, eps)
         facts = remember(key, _facts(x, y, gate, shift, scale, weight, bias, norm))
-    rows, tail = _rows(op, x, gate, rows)
-    return GATE_RESIDUAL_NORM_MODULATE.run(facts, backend, x=x, y=y, gate=gate, shift=shift, scale=scale, rows=rows,
-                                           tail=tail, norm=norm, weight=weight, bias=bias, eps=eps)
+    where = _rows(op, x, gate, rows, key)
+    return GATE_RESIDUAL_NORM_MODULATE.run(facts, backend, key, x=x, y=y, gate=gate, shift=shift, scale=scale,
+                                           norm=norm, weight=weight, bias=bias, eps=eps, **where)

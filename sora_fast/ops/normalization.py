@@ -95,4 +95,4 @@ def norm_act(x, weight=None, bias=None, *, norm="rms", groups=32, eps=1e-6, act=
         check("norm_act", x, weight, bias, norm, groups, eps, act)
         facts = remember(key, (device_name(x), x.dtype, needs_grad(x, weight, bias), x.shape[1], norm, act,
                                wide_dtype(x, weight, bias)))
-    return NORM_ACT.run(facts, backend, x=x, weight=weight, bias=bias, norm=norm, groups=groups, eps=eps, act=act)
+    return NORM_ACT.run(facts, backend, key, x=x, weight=weight, bias=bias, norm=norm, groups=groups, eps=eps, act=act)

@@ -183,13 +183,13 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
     if facts is None:
         facts = remember(key, _check(q, k, coords, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing,
                                      eps, rows))
-    coords, rows, tail = _places("qk_norm_rope", q, coords, rows)
-    return QK_NORM_ROPE.run(facts, backend, q=q, k=k, coords=coords, q_weight=q_weight, k_weight=k_weight,
+    coords, rows, tail = _places("qk_norm_rope", q, coords, rows, key)
+    return QK_NORM_ROPE.run(facts, backend, key, q=q, k=k, coords=coords, q_weight=q_weight, k_weight=k_weight,
                             q_bias=q_bias, k_bias=k_bias, norm=norm, axes=axes, theta=theta, freqs=freqs,
                             pairing=pairing, eps=eps, rows=rows, tail=tail)
 
 
-def _places(op: str, q, coords, rows):
+def _places(op: str, q, coords, rows, key):
     """coords (N, 3) and rows (N,), or None, of a call, and whether some of these may be -1.
 
     Those of a Pack were checked when it was made.
@@ -197,7 +197,7 @@ def _places(op: str, q, coords, rows):
     if isinstance(coords, Pack):
         coords, rows = coords.coords, coords
     if isinstance(rows, Pack):
-        return coords, rows.rows, torch.compiler.is_compiling() or rows.tail  # one graph for packs with a tail and without
+        return coords, rows.rows, key is None or rows.tail  # one graph for packs with a tail and without
     return coords, rows, rows is not None and checks.rows(op, rows, q.shape[0], None)
 
 
