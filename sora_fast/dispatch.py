@@ -233,7 +233,7 @@ def call_key(op: Op, tensors: tuple, *settings, casts: bool = False) -> tuple | 
         tensors: each a tensor, a Pack or None. settings: the other arguments that are checked, and whatever else the problem
             is made of. casts: the op casts its tensors as torch.autocast asks.
     """
-    if torch.compiler.is_compiling() or transformed():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     gpu = _emulated.get()
     key = [op, gpu and gpu.arch, torch.is_grad_enabled()]

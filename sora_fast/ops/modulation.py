@@ -49,13 +49,18 @@ def _normalise(x_ND, norm, weight, bias, eps):
 
 def _row_of_token(table, rows, tail):
     """``pick``, without its clamp where no row is -1."""
-    return pick(table, rows) if tail or table is None or rows is None else table.index_select(0, rows)
+    if rows is None:
+        return table
+    return pick(table, rows) if tail else table.index_select(0, rows)
 
 
 def _modulated(x_ND, shift, scale, rows, tail, norm, weight, bias, eps):
-    shift, scale, weight, bias = (cast(t, x_ND.dtype) for t in (shift, scale, weight, bias))
-    h_ND = _normalise(x_ND, norm, weight, bias, eps)
-    shift, scale = (_row_of_token(t, rows, tail) for t in (shift, None if scale is None else 1 + scale))
+    dtype = x_ND.dtype
+    h_ND = _normalise(x_ND, norm, cast(weight, dtype), cast(bias, dtype), eps)
+    if scale is not None:
+        scale = _row_of_token(1 + cast(scale, dtype), rows, tail)
+    if shift is not None:
+        shift = _row_of_token(cast(shift, dtype), rows, tail)
     if scale is not None and shift is not None:
         h_ND = torch.addcmul(shift, h_ND, scale)
     elif scale is not None:
@@ -63,28 +68,6 @@ def _modulated(x_ND, shift, scale, rows, tail, norm, weight, bias, eps):
     elif shift is not None:
         h_ND = h_ND + shift
     return only_samples(h_ND, rows) if tail else h_ND
-
-
-def _by_row(even: int, x, y, *tables):
-    """x and y (R, N / R, D), tables (R, 1, D), where every row has ``even`` tokens: views, in place of tables of N rows."""
-    return (*(None if t is None else t.view(-1, even, t.shape[1]) for t in (x, y)),
-            *(None if t is None else t[:, None] for t in tables))
-
-
-def _torch_norm_modulate(x, shift, scale, rows, tail, even, *, norm, weight, bias, eps, dtype):
-    wide = wide_dtype(x, shift, scale, weight, bias)
-    if even:
-        x, _, shift, scale = _by_row(even, x, None, shift, scale)
-        rows = None
-    x_ND = cast(x, wide)
-    x_ND = only_samples(x_ND, rows) if tail else x_ND
-    h = cast(_modulated(x_ND, shift, scale, rows, tail, norm, weight, bias, eps), dtype or x.dtype)
-    return h.flatten(0, 1) if even else h
-
-
-def _torch_gate_residual(x, y, gate, rows, tail, even):
-    x_new = _gated(*_by_row(even, x, y, gate), None, tail) if even else _gated(x, y, gate, rows, tail)
-    return x_new.flatten(0, 1) if even else x_new
 
 
 def _gated(x, y, gate, rows, tail):
@@ -96,11 +79,36 @@ def _gated(x, y, gate, rows, tail):
     return cast(only_samples(x_ND, rows) if tail else x_ND, x.dtype)
 
 
+# Where every row has ``even`` tokens, tokens are (R, N / R, D) and tables (R, 1, D): views, in place of tables of N rows.
+def _by_row(tokens, even: int):
+    return tokens.view(-1, even, tokens.shape[1])
+
+
+def _for_rows(table):
+    return None if table is None else table[:, None]
+
+
+def _torch_norm_modulate(x, shift, scale, rows, tail, even, *, norm, weight, bias, eps, dtype):
+    wide = wide_dtype(x, shift, scale, weight, bias)
+    if even:
+        x, shift, scale, rows = _by_row(x, even), _for_rows(shift), _for_rows(scale), None
+    x_ND = cast(x, wide)
+    x_ND = only_samples(x_ND, rows) if tail else x_ND
+    h = cast(_modulated(x_ND, shift, scale, rows, tail, norm, weight, bias, eps), dtype or x.dtype)
+    return h.flatten(0, 1) if even else h
+
+
+def _torch_gate_residual(x, y, gate, rows, tail, even):
+    if even:
+        return _gated(_by_row(x, even), _by_row(y, even), _for_rows(gate), None, False).flatten(0, 1)
+    return _gated(x, y, gate, rows, tail)
+
+
 def _torch_gate_residual_norm_modulate(x, y, gate, shift, scale, rows, tail, even, *, norm, weight, bias, eps):
     wide = wide_dtype(x, y, gate, shift, scale, weight, bias)
     if even:
-        x, y, gate, shift, scale = _by_row(even, x, y, gate, shift, scale)
-        rows = None
+        x, y, gate = _by_row(x, even), _by_row(y, even), _for_rows(gate)
+        shift, scale, rows = _for_rows(shift), _for_rows(scale), None
     x_new = _gated(x, y, gate, rows, tail)
     h = cast(_modulated(cast(x_new, wide), shift, scale, rows, tail, norm, weight, bias, eps), y.dtype)
     return (x_new.flatten(0, 1), h.flatten(0, 1)) if even else (x_new, h)
