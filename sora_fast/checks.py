@@ -60,12 +60,13 @@ def whole(op: str, name: str, value: object, least: int | None = None) -> None:
 
 def several(op: str, name: str, value: object, names: str, least: int | None = None) -> None:
     """A tuple or list of ints, as many as ``names`` ("pt, ph, pw") has, each at least ``least``."""
-    floor = "" if least is None else f", each {least} or more"
     right = isinstance(value, (tuple, list)) and len(value) == names.count(",") + 1
     for each in value if right else ():
-        whole(op, f"every number of {name}", each)
+        if type(each) is not int:
+            whole(op, f"every number of {name}", each)
         right = right and (least is None or each >= least)
     if not right:
+        floor = "" if least is None else f", each {least} or more"
         raise error(op, f"{name} as ints ({names}){floor}", came(value), "pass them in this order")
 
 
@@ -95,10 +96,12 @@ def tensor(op: str, name: str, value: object) -> None:
 
 def shape(op: str, name: str, value: torch.Tensor, expected: Sequence[int | str], remedy: str) -> None:
     """``expected`` mixes numbers, which must match, and letters, which stand for any size."""
-    tensor(op, name, value)
-    matches = value.dim() == len(expected)
+    if not isinstance(value, torch.Tensor):
+        tensor(op, name, value)
+    sizes = value.shape
+    matches = len(sizes) == len(expected)
     if matches:
-        for size, want in zip(value.shape, expected, strict=True):
+        for size, want in zip(sizes, expected):  # noqa: B905 (of one length; strict=True takes as long as all the rest)
             if not isinstance(want, str) and size != want:
                 matches = False
     if not matches:
@@ -109,43 +112,42 @@ def shape(op: str, name: str, value: torch.Tensor, expected: Sequence[int | str]
 
 def floating(op: str, **tensors: torch.Tensor | None) -> None:
     for name, value in tensors.items():
-        if value is not None:
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor):
             tensor(op, name, value)
-            if not value.is_floating_point():
-                raise TypeError(
-                    f"{op}: expected {name} of a floating dtype, got {value.dtype}; convert it with .float()"
-                )
-
-
-def _present(op: str, tensors: dict) -> list[tuple[str, torch.Tensor]]:
-    present = [(name, value) for name, value in tensors.items() if value is not None]
-    for name, value in present:
-        tensor(op, name, value)
-    return present
+        if not value.is_floating_point():
+            raise TypeError(f"{op}: expected {name} of a floating dtype, got {value.dtype}; convert it with .float()")
 
 
 def same_dtype(op: str, **tensors: torch.Tensor | None) -> None:
     """All given tensors have the first one's dtype."""
-    present = _present(op, tensors)
-    first_name, first = present[0]
-    for name, value in present[1:]:
-        if value.dtype != first.dtype:
-            raise TypeError(
-                f"{op}: expected {name} in {first_name}'s dtype {first.dtype}, got {value.dtype}; "
-                f"convert one with .to(), or run under torch.autocast"
-            )
+    dtype = None
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor):
+            tensor(op, name, value)
+        if dtype is None:
+            first, dtype = name, value.dtype
+        elif value.dtype != dtype:
+            raise TypeError(f"{op}: expected {name} in {first}'s dtype {dtype}, got {value.dtype}; "
+                            f"convert one with .to(), or run under torch.autocast")
 
 
 def same_device(op: str, **tensors: torch.Tensor | None) -> None:
     """All given tensors lie on the first one's device."""
-    present = _present(op, tensors)
-    first_name, first = present[0]
-    for name, value in present[1:]:
-        if value.device != first.device:
-            raise ValueError(
-                f"{op}: expected {name} on {first_name}'s device {first.device}, got {value.device}; "
-                f"move one with .to(device)"
-            )
+    device = None
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor):
+            tensor(op, name, value)
+        if device is None:
+            first, device = name, value.device
+        elif value.device != device:
+            raise ValueError(f"{op}: expected {name} on {first}'s device {device}, got {value.device}; "
+                             f"move one with .to(device)")
 
 
 def choice(op: str, name: str, value: object, allowed: Sequence[object]) -> None:
@@ -206,22 +208,26 @@ def cu_seqlens(op: str, name: str, value: torch.Tensor, total: int, owner: str) 
         )
 
 
-def rows(op: str, value: torch.Tensor, tokens: int, table_rows: int | None) -> None:
-    """One modulation row a token, int32, -1 for tokens of no sample, non-decreasing otherwise."""
+def rows(op: str, value: torch.Tensor, tokens: int, table_rows: int | None) -> bool:
+    """One modulation row a token, int32, -1 for tokens of no sample, non-decreasing otherwise.
+
+    Returns whether there may be tokens of no sample: True too where values are not visible.
+    """
     shape(op, "rows", value, (tokens,), "rows names one modulation row for every token")
     integers(op, "rows", value, (torch.int32, torch.int64))
     if tokens == 0 or not values_are_visible(value):
-        return
-    used = value[value >= 0]
-    low = int(value.min())
-    high = int(value.max())
+        return True
+    low, high = (int(n) for n in value.aminmax())
     require(low >= -1, op, "rows of -1 (no sample) or more", low, "use -1 for tokens that belong to no sample")
     if table_rows is not None and high >= table_rows:
         raise error(op, f"rows below the {table_rows} rows of the modulation", high,
                     "pass one modulation row for every index in rows")
-    if used.numel() > 1 and bool((used[1:] < used[:-1]).any()):
-        place = int((used[1:] < used[:-1]).nonzero()[0])
+    used = value if low >= 0 else value[value >= 0]
+    falls = used[1:] < used[:-1]
+    if bool(falls.any()):
+        place = int(falls.nonzero()[0])
         raise ValueError(
             f"{op}: expected rows never to fall, got {int(used[place])} before {int(used[place + 1])}; "
             f"order the tokens by sample, as Pack does"
         )
+    return low < 0

@@ -34,6 +34,12 @@ EVIDENCE = ("us", "heuristic_us", "n", "gpu", "command")
 _overrides: list[tuple[str, str, object, object]] = []
 _recordings: list[dict["Asked", object]] = []
 _found: dict["Asked", "Found"] = {}
+generation = 0  # of answers: who remembers one remembers it with this number
+
+
+def _changed() -> None:
+    global generation
+    generation += 1
 
 
 @dataclass(frozen=True)
@@ -116,10 +122,12 @@ def override(family: str, kernel: str, config, problem=None) -> Iterator[None]:
     ``problem``: for this one alone; None: for all.
     """
     _overrides.append((family, kernel, problem, config))
+    _changed()
     try:
         yield
     finally:
         _overrides.pop()
+        _changed()
 
 
 @contextmanager
@@ -130,10 +138,12 @@ def recording() -> Iterator[dict[Asked, object]]:
     """
     collected: dict[Asked, object] = {}
     _recordings.append(collected)
+    _changed()
     try:
         yield collected
     finally:
         _recordings[:] = [each for each in _recordings if each is not collected]
+        _changed()
 
 
 def entry(family: str, config, evidence: Mapping[str, object]) -> dict:
@@ -186,6 +196,7 @@ def keep(family: str, gpu: str, entries: Mapping[str, dict], root: Path | None =
 def forget() -> None:
     """Read the files again at the next lookup."""
     _found.clear()
+    _changed()
 
 
 def _look(asked: Asked, default) -> Found:

@@ -5,6 +5,7 @@ An op has a few backends. Each answers ``unsupported(problem)`` with full senten
 A backend asked for by name needs no record; it runs or raises: nothing falls back.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ import torch
 from torch.autograd import forward_ad
 
 from . import configs, env, records
-from .precision import no_autocast, transformed
+from .pack import Pack
+from .precision import autocast_dtype, autocasts, no_autocast, transformed
 
 # The one visible order of "auto": kernels, PyTorch's own best composition, then the definition. An op has some of them.
 ORDER = ("cuda", "triton", "torch", "reference")
@@ -101,10 +103,11 @@ class Op:
     """A public op: its name, its backends, and the choice between them."""
 
     def __init__(self, name: str, family: str, example: Callable[[str, torch.dtype, bool], Problem],
-                 backends: Iterable[Backend]):
+                 backends: Iterable[Backend], problem: type[Problem] = Problem):
         self.name = name
         self.family = family
         self.example = example  # (device, dtype, grad) -> a typical problem, for explain()
+        self.problem = problem
         self.backends = {backend.name: backend for backend in backends}
         self.told = False  # that auto landed on a slow path
 
@@ -174,23 +177,111 @@ class Op:
         logging.getLogger("sora_fast").warning("%s runs on %s. %s sora_fast.explain(%r) shows the choices.",
                                                self.name, what, reasons or "It has no other backend.", self.name)
 
-    def run(self, problem: Problem, requested: str, **arguments):
+    def run(self, facts: tuple, requested: str, key: tuple | None = None, /, **arguments):
         """Run the op on the chosen backend; the result can be differentiated once.
 
         Ops have cast their tensors by now: autocast is off inside, or it would round the products that a backend
         makes in float32 (the reference's, and the angles of learned frequencies).
+
+        Args:
+            facts: the fields of its Problem, in order, which is made of them where the choice is not remembered.
+            key: the call's ``call_key``; where it has one, neither a graph nor a transform of torch.func is at work.
         """
-        if torch.compiler.is_compiling():
+        plain = key is not None
+        if not plain and torch.compiler.is_compiling():
             _refuse_graphs()
+            backend = self.choose(self.problem(*facts), requested)
         else:
-            refuse_transforms(self.name, arguments.values())
-        backend = self.choose(problem, requested)
-        if not torch.compiler.is_compiling():
-            self._tell_if_slow(backend, problem, requested)
-        if problem.grad and not torch.compiler.is_compiling():
-            arguments = {name: first_order(value, self.name) for name, value in arguments.items()}
-        with no_autocast(_device_type(problem.device)):
-            return backend.run(**arguments)
+            if not plain or forward_ad._current_level >= 0:
+                refuse_transforms(self.name, arguments.values())
+            backend = self._remembered(facts, requested, not plain and transformed())
+            if facts[2]:  # Problem.grad
+                arguments = first_order(arguments, self.name, plain)
+        kind = "cpu" if facts[0] == "cpu" else _device_type(facts[0])
+        if autocasts(kind):
+            with no_autocast(kind):
+                return backend.run(**arguments)
+        return backend.run(**arguments)
+
+    def _remembered(self, facts: tuple, requested: str, transform: bool) -> Backend:
+        """What ``choose`` answered when all that it depends on was as now.
+
+        ``unsupported`` of a backend sees its problem and the environment; what else there is (the build of our extension,
+        installed packages) is fixed for the process.
+        """
+        now = (self, requested, _forced, env.backend(), env.interpreted(), transform, records.generation, facts)
+        found = remembered(now)
+        if found is None:
+            problem = self.problem(*facts)
+            found = self.choose(problem, requested)
+            self._tell_if_slow(found, problem, requested)
+            remember(now, found)
+        return found
+
+
+# ------------------------------------------------------------------------------------------- what need not be done twice
+_answers: dict[tuple, object] = {}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def call_key(op: Op, tensors: tuple, *settings, casts: bool = False) -> tuple | None:
+    """All that a call's checks and its problem depend on, but values: two calls with one key are right or wrong together.
+
+    None where nothing is to be remembered: in graphs and transforms, and of subclasses of tensors, fake ones among them.
+
+    Args:
+        tensors: each a tensor, a Pack or None. settings: the other arguments that are checked, and whatever else the problem
+            is made of. casts: the op casts its tensors as torch.autocast asks.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    gpu = _emulated.get()
+    key = [op, gpu and gpu.arch, torch.is_grad_enabled()]
+    for tensor in tensors:
+        if tensor is None:
+            key.append(None)
+        elif type(tensor) in _PLAIN:
+            key += (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
+        elif isinstance(tensor, Pack):
+            key += tensor.facts
+        else:
+            return None
+    if casts and tensors[0] is not None:
+        key.append(autocast_dtype(tensors[0]))
+    for value in settings:  # with their types: 1, 1.0 and True are one key of a dict
+        if type(value) in (tuple, list):
+            key += (type(value), *map(type, value), *value)
+        elif isinstance(value, torch.Tensor):
+            return None
+        else:
+            key += (type(value), value)
+    return tuple(key)
+
+
+def remembered(key: tuple | None) -> object | None:
+    """What was remembered under ``key``, or None."""
+    try:
+        return None if key is None else _answers.get(key)
+    except TypeError:  # an argument without a hash: it is to be refused, or is not worth remembering
+        return None
+
+
+def remember(key: tuple | None, answer):
+    """Keep and return ``answer``."""
+    if key is not None:
+        if len(_answers) >= 10_000:  # packs of all lengths come by, and nothing grows for ever
+            _answers.clear()
+        try:
+            _answers[key] = answer
+        except TypeError:
+            pass
+    return answer
+
+
+def forget() -> None:
+    """Check and choose again; needed only where a test has changed backends or the machine."""
+    _answers.clear()
+    _capability_of.cache_clear()
 
 
 @contextmanager
@@ -213,7 +304,12 @@ def use_backend(name: str):
 
 
 @env.constant_in_graphs
-def _capability(index: int | None) -> str:
+def _capability(index: int) -> str:
+    return _capability_of(index)
+
+
+@functools.cache
+def _capability_of(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     return f"cuda:sm{major}{minor}"
 
@@ -240,7 +336,11 @@ def device_name(tensor: torch.Tensor) -> str:
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def refuse_transforms(op: str, values: Iterable) -> None:
@@ -272,29 +372,43 @@ def is_batched(tensor: torch.Tensor) -> bool:
 
 
 class _FirstOrder(torch.autograd.Function):
-    """The identity, differentiable once: kernels have no second derivative, so no backend pretends to have one.
+    """The identity of tensors, differentiable once: kernels have no second derivative, so no backend pretends to have one.
 
-    The second output, which holds nothing, ties gradients to the input: a backend's gradient may look constant to
+    The last output, which holds nothing, ties gradients to the inputs: a backend's gradient may look constant to
     autograd, which would then say no more than that nothing requires a gradient.
     """
 
-    generate_vmap_rule = True  # of the backward, as torch.func.jacrev wants it
+    @staticmethod
+    def forward(ctx, op, *tensors):
+        tie = tensors[0].new_empty(())
+        ctx.op = op
+        ctx.save_for_backward(tie)
+        ctx.set_materialize_grads(False)
+        return (*tensors, tie)
 
     @staticmethod
-    def forward(x, op):
-        return x.view_as(x), x.new_empty(())
+    def backward(ctx, *grads):
+        grads = grads[:-1]
+        if torch.is_grad_enabled():  # create_graph=True
+            (tie,) = ctx.saved_tensors
+            grads = [None if grad is None else _NoSecond.apply(grad, tie, ctx.op) for grad in grads]
+        return (None, *grads)
+
+
+class _FirstOrderTransformed(_FirstOrder):
+    """The same as torch.func's transforms want it, at a price: PyTorch binds its arguments by their names."""
+
+    generate_vmap_rule = True  # of the backward, for torch.func.jacrev
+
+    @staticmethod
+    def forward(op, *tensors):
+        return (*(tensor.view_as(tensor) for tensor in tensors), tensors[0].new_empty(()))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op = inputs[1]
-        ctx.save_for_backward(output[1])
+        ctx.op = inputs[0]
+        ctx.save_for_backward(output[-1])
         ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad, nothing):
-        if torch.is_grad_enabled() and grad is not None:  # create_graph=True
-            return _NoSecond.apply(grad, *ctx.saved_tensors, ctx.op), None
-        return grad, None
 
 
 class _NoSecond(torch.autograd.Function):
@@ -316,10 +430,20 @@ class _NoSecond(torch.autograd.Function):
         )
 
 
-def first_order(value, op: str):
-    """``value`` (a tensor, a list of them, anything else) with its gradient refused a second derivative."""
-    if isinstance(value, torch.Tensor):
-        return _FirstOrder.apply(value, op)[0] if value.requires_grad else value
-    if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
-        return type(value)(first_order(v, op) for v in value)
-    return value
+def first_order(arguments: dict, op: str, plain: bool = False) -> dict:
+    """``arguments`` with a second derivative refused to their tensors, and lists of tensors: one node for all of them."""
+    tensors = []
+    for value in arguments.values():
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, torch.Tensor) and each.requires_grad:
+                tensors.append(each)
+    node = _FirstOrder if plain or not transformed() else _FirstOrderTransformed
+    once = iter(node.apply(op, *tensors))
+    found = {}
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            value = next(once) if value.requires_grad else value
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+            value = type(value)([next(once) if each.requires_grad else each for each in value])
+        found[name] = value
+    return found

@@ -49,6 +49,8 @@ class Pack:
         segment_ids: int32 (N,), the sample of each token, -1 in the tail.
         coords: int32 (N, 3), t, h, w of each token within its sample, 0 in the tail.
         rows: int32 (N,), the modulation row of each token, -1 in the tail; non-decreasing before it.
+        tail: bool (host), whether some of ``rows`` may be -1; without, ops need no masks.
+        even: int (host), the tokens of each modulation row where all have as many, in order and without a tail; else 0.
         row_samples: int64 (R,), the sample that each modulation row belongs to.
         text_cu_seqlens: int32 (S + 1,) or None; text_max_seqlen: int; text_lengths: tuple of S ints (host) or None;
             text_segment_ids: int32 (L,), the sample of each text token, -1 in the text's tail, or None.
@@ -89,6 +91,7 @@ class Pack:
             rows[inside] = (first_row[segment_ids[inside].long()] + coords[inside, 0]).to(torch.int32)
             row_samples = torch.repeat_interleave(torch.arange(len(grids), device="cpu"), frames)
         self._set(cu_seqlens, int(lengths.max()) if len(grids) else 0, segment_ids, coords, rows, row_samples)
+        self._hold(even=self._evenly())
         self.set_text(text_lengths)
         self._move(torch.device(device))
 
@@ -99,17 +102,19 @@ class Pack:
     def _check(self) -> None:
         tokens = self.num_tokens
         checks.cu_seqlens("Pack", "cu_seqlens", self.cu_seqlens, tokens, "the pack")
-        checks.rows("Pack", self.rows, tokens, self.num_rows)
+        self._hold(tail=checks.rows("Pack", self.rows, tokens, self.num_rows))
         checks.shape("Pack", "coords", self.coords, (tokens, 3), "one t, h, w per token")
 
     def _hold(self, **values) -> "Pack":
         """Set attributes without a check."""
-        self.__dict__.update(values)
+        self.__dict__.update(values, _facts=None)
         return self
 
     def __setattr__(self, name: str, value: object):
-        self._copy()._hold(**{name: value})._check()  # ops trust what a pack holds, so also what is put there later
-        self._hold(**{name: value})
+        changed = self._copy()._hold(**{name: value})
+        changed._check()  # ops trust what a pack holds, so also what is put there later
+        self._hold(**vars(changed))
+        self._hold(even=0)
 
     @classmethod
     def of(cls, latents: torch.Tensor | Sequence[torch.Tensor], patch: Sequence[int], *, modulation: str = "sample",
@@ -187,6 +192,22 @@ class Pack:
     def device(self) -> torch.device:
         return self.cu_seqlens.device
 
+    @property
+    def facts(self) -> tuple:
+        """What the checks of a call look at; made once."""
+        if self._facts is None:
+            self.__dict__["_facts"] = (
+                Pack, self.segment_ids.shape[0], self.row_samples.shape[0], self.cu_seqlens.shape[0], self.text_tokens,
+                self.cu_seqlens.device, self.modulation, self.kept is None)
+        return self._facts
+
+    def _evenly(self) -> int:
+        """How many tokens each modulation row has, one after the other, where all have as many; else 0."""
+        if self.tail or self.kept is not None:
+            return 0
+        counts = {h * w if self.modulation == "frame" else t * h * w for t, h, w in self.grids}
+        return counts.pop() if len(counts) == 1 else 0
+
     def _move(self, device: torch.device) -> None:
         for name in ("grids_device", "cu_seqlens", "segment_ids", "coords", "rows", "row_samples", "text_cu_seqlens",
                      "text_segment_ids", "kept"):
@@ -222,6 +243,7 @@ class Pack:
             raise checks.error("Pack.pad_to", "text_tokens for a pack with text_lengths", text_tokens, "leave it out")
         return self._copy()._hold(
             segment_ids=_extend(self.segment_ids, more, -1), rows=_extend(self.rows, more, -1),
+            tail=self.tail or more > 0, even=0 if more else self.even,
             coords=_extend(self.coords, more, 0), kept=None if self.kept is None else _extend(self.kept, more, -1),
             text_segment_ids=None if text is None else _extend(text, int(text_tokens) - self.text_tokens, -1))
 
@@ -243,7 +265,7 @@ class Pack:
                            f"rising places below {sum(self._lengths()):,}", _first_few(index),
                            "sort them and leave the tail out")
         index = to_device(index, self.device)
-        other = self._copy()._hold(kept=index)
+        other = self._copy()._hold(kept=index, even=0)
         segment_ids = self.segment_ids[index]
         lengths = torch.zeros(self.num_samples, dtype=torch.int64, device=self.device)
         lengths.index_add_(0, segment_ids.long(), torch.ones_like(index))
@@ -366,7 +388,8 @@ def check_pack(op: str, pack: object, **tokens: torch.Tensor) -> None:
     if not isinstance(pack, Pack):
         raise TypeError(f"{op}: expected a Pack, got {checks.came(pack)}; pass Pack(grids), or Pack.of(latents, patch)")
     for name, value in tokens.items():
-        checks.tensor(op, name, value)
+        if not isinstance(value, torch.Tensor):
+            checks.tensor(op, name, value)
         if value.dim() == 0 or value.shape[0] != pack.num_tokens:
             rows = checks.shown(value.shape[0]) if value.dim() else "no"
             raise checks.error(op, f"{name} of one row for each of the pack's {checks.shown(pack.num_tokens)} tokens",

@@ -11,34 +11,46 @@ from .env import constant_in_graphs
 
 def wide_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """float64 if any of ``tensors`` is float64, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """``tensor`` in ``dtype``; None stays None. ``Tensor.to`` costs its microsecond also where there is nothing to do."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def widen(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """``tensors`` in their common wide dtype; None stays None."""
     dtype = wide_dtype(*tensors)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
+    return tuple([cast(t, dtype) for t in tensors])
 
 
-def _autocasts(kind: str) -> bool:
+def autocasts(kind: str) -> bool:
     """Whether torch.autocast is on for devices of ``kind``; the meta device has no autocast."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def no_autocast(kind: str):
     """A context without torch.autocast for devices of ``kind`` (under it even torch.cat refuses some dtypes)."""
-    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """The dtype that F.linear would compute in here, or None outside torch.autocast."""
     kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if _autocasts(kind) else None
+    return torch.get_autocast_dtype(kind) if autocasts(kind) else None
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Cast as F.linear does under torch.autocast: floating tensors other than float64; else leave all alone."""
-    dtype = next((autocast_dtype(t) for t in tensors if t is not None), None)
+    dtype = None
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = autocast_dtype(tensor)
+            break
     if dtype is None:
         return tensors
     return tuple(

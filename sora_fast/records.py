@@ -21,6 +21,7 @@ import torch
 from . import env, environment, files
 
 SCHEMA = 1
+generation = 0  # of what has been read: who remembers an answer remembers it with this number
 DIRECTIONS = ("forward", "backward")
 
 
@@ -52,8 +53,10 @@ def evidence(op: str, backend: _Backend, problem: _Problem) -> str:
 
 def forget() -> None:
     """Read records and kernels again at the next call; a graph of torch.compile keeps what it was traced with."""
+    global generation
     for cached in (_answer, _index, kernel_hash, launch_hash):
         cached.cache_clear()
+    generation += 1
 
 
 # ------------------------------------------------------------------------------------------------------- the answer

@@ -15,6 +15,7 @@ import pytest  # noqa: E402
 import tiers  # noqa: E402
 import torch  # noqa: E402
 
+from sora_fast import dispatch  # noqa: E402
 from sora_fast.cli.__main__ import main  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -57,6 +58,7 @@ def clean_state(monkeypatch, tmp_path_factory):
     monkeypatch.delenv("SORA_FAST_BACKEND", raising=False)
     monkeypatch.delenv("SORA_FAST_CHECK", raising=False)
     monkeypatch.setenv("SORA_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    dispatch.forget()  # a test may have changed what is fixed for a process
     torch.manual_seed(0)
     flags = [(torch.backends.cudnn, "benchmark"), (torch.backends.cudnn, "allow_tf32"),
              (torch.backends.cuda.matmul, "allow_tf32")]

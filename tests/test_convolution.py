@@ -355,6 +355,7 @@ def test_auto_and_explain_name_the_cudnn(monkeypatch, caplog):
     text = explain("causal_conv3d", device="cuda:sm90", dtype=torch.bfloat16)
     assert text.count("cuDNN 9.10.2 was found") >= 2
     monkeypatch.setattr(convolution, "_cudnn", lambda: (91002, False))
+    problem = plain.example("cuda:sm90", torch.bfloat16, False)
     taken = plain.choose(problem)  # the definition convolves in float32, which is right with TF32 off
     assert taken.name == "reference"
     plain._tell_if_slow(taken, problem, "auto")

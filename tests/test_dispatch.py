@@ -11,7 +11,7 @@ from sora_fast import dispatch, ops, use_backend
 from sora_fast.dispatch import Backend, Op, Problem
 from sora_fast.ops import attention, operators
 
-PROBLEM = Problem("cpu", torch.float32, False)
+FACTS = ("cpu", torch.float32, False)  # of a Problem
 
 
 def made_up(**refusals):
@@ -23,40 +23,40 @@ def made_up(**refusals):
 
 def test_auto_takes_the_first_of_the_visible_order():
     assert dispatch.ORDER == ("cuda", "triton", "torch", "reference")
-    assert made_up(reference=[], torch=[]).run(PROBLEM, "auto") == "torch"
-    assert made_up(reference=[], torch=["It cannot."]).run(PROBLEM, "auto") == "reference"
-    assert made_up(reference=[]).run(PROBLEM, "auto") == "reference"
+    assert made_up(reference=[], torch=[]).run(FACTS, "auto") == "torch"
+    assert made_up(reference=[], torch=["It cannot."]).run(FACTS, "auto") == "reference"
+    assert made_up(reference=[]).run(FACTS, "auto") == "reference"
 
 
 def test_a_named_backend_never_falls_back():
     op = made_up(reference=[], torch=["It is too small.", "It is too green."])
-    assert op.run(PROBLEM, "reference") == "reference"
+    assert op.run(FACTS, "reference") == "reference"
     with pytest.raises(NotImplementedError, match="made_up.*'torch'.*too small.*too green"):
-        op.run(PROBLEM, "torch")
+        op.run(FACTS, "torch")
     with use_backend("torch"), pytest.raises(NotImplementedError, match="too small"):
-        op.run(PROBLEM, "auto")
+        op.run(FACTS, "auto")
     with pytest.raises(NotImplementedError, match="made_up.*'torch'.*does not implement.*'reference'"):
-        made_up(reference=[]).run(PROBLEM, "torch")
+        made_up(reference=[]).run(FACTS, "torch")
     for unknown in ("fast", "", 3, None, ["torch"]):
-        op_checks.assert_refused(lambda unknown=unknown: op.run(PROBLEM, unknown), "made_up", "'reference'", "'torch'")
+        op_checks.assert_refused(lambda unknown=unknown: op.run(FACTS, unknown), "made_up", "'reference'", "'torch'")
 
 
 def test_when_nothing_fits_every_backend_gives_its_reasons():
     op = made_up(reference=["It has one reason.", "It has two."], torch=["It has another."], elsewhere=[])
     with pytest.raises(NotImplementedError) as caught:
-        op.run(PROBLEM, "auto")
+        op.run(FACTS, "auto")
     for part in ("made_up:", "[reference] It has one reason. It has two.", "[torch] It has another.", "[elsewhere]"):
         assert part in str(caught.value)
-    assert op.run(PROBLEM, "elsewhere") == "elsewhere"
+    assert op.run(FACTS, "elsewhere") == "elsewhere"
     op.backends["triton"] = Backend("triton", lambda: "triton", kernel="made_up")
     with pytest.raises(NotImplementedError, match=r"\[triton\] It is a kernel for CUDA GPUs and auto takes it there only"):
-        op.run(PROBLEM, "auto")
-    assert op.run(PROBLEM, "triton") == "triton"
+        op.run(FACTS, "auto")
+    assert op.run(FACTS, "triton") == "triton"
 
 
 def test_use_backend_nests_and_goes_before_the_environment(monkeypatch):
     op = made_up(reference=[], torch=[])
-    ran = lambda requested="auto": op.run(PROBLEM, requested)
+    ran = lambda requested="auto": op.run(FACTS, requested)
     monkeypatch.setenv("SORA_FAST_BACKEND", "reference")
     assert ran() == "reference" and ran("torch") == "torch"
     with use_backend("torch"):
@@ -126,10 +126,10 @@ def test_problems_hold_no_size():
     seen = {}
 
     def spy(op):
-        choose = op.choose
-        op.choose = lambda problem, requested="auto": seen.setdefault(op.name, []).append(problem) or choose(
-            problem, requested)
-        return op, choose
+        run = op.run
+        op.run = lambda facts, *rest, **arguments: seen.setdefault(op.name, []).append(op.problem(*facts)) or run(
+            facts, *rest, **arguments)
+        return op
 
     watched = [spy(op) for op in (attention.VARLEN_ATTENTION, ops.convolution.CAUSAL_CONV3D,
                                   ops.modulation.NORM_MODULATE, ops.patches.PATCH_EMBED)]
@@ -142,8 +142,8 @@ def test_problems_hold_no_size():
             ops.norm_modulate(torch.randn(n, 8), None, None)
             ops.patch_embed(torch.randn(n * 4), torch.randn(2, 1, 1, 2, 2), grids=[(n, 1, 1)])
     finally:
-        for op, _ in watched:
-            del op.choose
+        for op in watched:
+            del op.run
     assert all(len(problems) == 3 and len(set(problems)) == 1 for problems in seen.values()) and len(seen) == 4
 
 
@@ -208,7 +208,7 @@ def test_fake_and_meta_tensors():
 def test_a_slow_path_on_a_gpu_is_told_once(caplog):
     refuses = Backend("torch", lambda: "fast", lambda problem: ["It cannot today."])
     op = Op("made_up", "none", lambda *facts: Problem(*facts), [refuses, Backend("reference", lambda: "slow")])
-    on_gpu, on_cpu = (Problem(device, torch.float32, False) for device in ("cuda:sm90", "cpu"))
+    on_gpu, on_cpu = ((device, torch.float32, False) for device in ("cuda:sm90", "cpu"))
     with caplog.at_level("WARNING", logger="sora_fast"):
         op.run(on_cpu, "auto")
         with use_backend("reference"):

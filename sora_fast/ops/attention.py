@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks
-from ..dispatch import Backend, Op, Problem, device_name, needs_grad
+from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
 from ..pack import Pack, check_kind, check_pack
-from ..precision import autocast, holds_numbers, widen
+from ..precision import autocast, cast, holds_numbers, widen
 from ..reference import attention as reference
 from . import attention_peers, attention_triton
 
@@ -44,14 +44,15 @@ def _torch_unsupported(problem: AttentionProblem) -> list[str]:
     return []
 
 
-def _sdpa(q_NHE, k_NHE, v_NHE, scale, mask_QK=None):
-    q, k, v = (t.transpose(0, 1)[None] for t in (q_NHE, k_NHE, v_NHE))
+def _sdpa(q_SQHE, k_SKHE, v_SKHE, scale, mask_QK=None):
+    """(S, Q, H, E) of S samples of one shape."""
+    q, k, v = q_SQHE.transpose(1, 2), k_SKHE.transpose(1, 2), v_SKHE.transpose(1, 2)
     if mask_QK is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
     # SDPA is undefined on rows that see nothing: let them see everything, then put 0 there
     sees_Q = mask_QK.any(dim=1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask_QK | ~sees_Q[:, None])[None, None], scale=scale)
-    return torch.where(sees_Q[:, None, None], out[0].transpose(0, 1), 0)
+    return torch.where(sees_Q[:, None, None], out.transpose(1, 2), 0)
 
 
 def _varlen_applies(q, deterministic: bool) -> bool:
@@ -77,7 +78,7 @@ def _torch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scal
     copies = q.shape[1] // k.shape[1]
     if copies > 1:
         k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
-    if q.device.type == "cpu" and holds_numbers(cu_seqlens_q) and holds_numbers(cu_seqlens_k):
+    if q.is_cpu and holds_numbers(cu_seqlens_q) and (cu_seqlens_k is cu_seqlens_q or holds_numbers(cu_seqlens_k)):
         return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window)
     q, k, v = (reference.without_tail(t, cu) for t, cu in
                ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k)))
@@ -85,7 +86,7 @@ def _torch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scal
         out = _torch_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, (window[0], 0) if causal else window)
         return reference.without_tail(out, cu_seqlens_q)
     mask = reference.visible(cu_seqlens_q, cu_seqlens_k, queries, keys, causal, window, q.device)
-    return _sdpa(q, k, v, scale, mask)
+    return _sdpa(q[None], k[None], v[None], scale, mask)[0]
 
 
 def _nothing(q, k, v):
@@ -95,29 +96,54 @@ def _nothing(q, k, v):
 
 
 def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
-    """On a CPU the lengths are at hand: one dense SDPA per sample, no number of another sample touched."""
-    outs, done, dtype = [], 0, q.dtype
+    """On a CPU the lengths are at hand: a dense SDPA per sample, or one of all where they have one shape.
+
+    No number of another sample is touched.
+    """
+    outs, dtype = [], q.dtype
     # 16-bit SDPA on a CPU is no faster than float32 up to a thousand tokens, and its backward ten times slower at lengths
     # such as 250 (27 against 2.3 ms, 3 heads of 64, torch 2.13).
     q, k, v = widen(q, k, v)
     left, right = window[0], 0 if causal else window[1]
     ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
-    for a, b, c, d in zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True):
-        done = b
+    samples, parts = len(ends_q) - 1, zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True)
+    if not _even(ends_q) or not _even(ends_k):
+        samples = 1
+    else:
+        parts = [(0, ends_q[-1], 0, ends_k[-1])]
+    whole = False  # some attention ran, so that gradients reach q, k and v
+    for a, b, c, d in parts:
         if b == a:
             continue
         if d == c:
             outs.append(torch.zeros_like(q[a:b]))
             continue
-        mask = None
-        if left >= 0 or right >= 0:
-            distance = torch.arange(c - d, 0, device=q.device)[None, :] - torch.arange(a - b, 0, device=q.device)[:, None]
-            mask = torch.ones_like(distance, dtype=torch.bool)
-            mask = mask if left < 0 else mask & (distance >= -left)
-            mask = mask if right < 0 else mask & (distance <= right)
-        outs.append(_sdpa(q[a:b], k[c:d], v[c:d], scale, mask))
-    outs.append(_nothing(q[done:], k, v))
-    return torch.cat(outs).to(dtype)
+        mask = _mask((b - a) // samples, (d - c) // samples, left, right) if left >= 0 or right >= 0 else None
+        out = _sdpa(_samples(q, a, b, samples), _samples(k, c, d, samples), _samples(v, c, d, samples), scale, mask)
+        outs.append(out.flatten(0, 1))
+        whole = True
+    if ends_q[-1] < q.shape[0] or not whole:
+        outs.append(_nothing(q[ends_q[-1]:], k, v))
+    return cast(outs[0] if len(outs) == 1 else torch.cat(outs), dtype)
+
+
+def _even(ends: list[int]) -> bool:
+    """Whether all samples have one length."""
+    return ends == [ends[1] * place for place in range(len(ends))]
+
+
+def _samples(x_NHE, start: int, end: int, samples: int):
+    """(S, L, H, E) of rows ``start`` to ``end``."""
+    rows = x_NHE if end - start == x_NHE.shape[0] else x_NHE[start:end]
+    return rows.view(samples, -1, *rows.shape[1:])
+
+
+def _mask(queries: int, keys: int, left: int, right: int):
+    """(Q, K) bool: which key each query of a sample sees."""
+    distance = torch.arange(-keys, 0, device="cpu")[None, :] - torch.arange(-queries, 0, device="cpu")[:, None]
+    mask = torch.ones_like(distance, dtype=torch.bool)
+    mask = mask if left < 0 else mask & (distance >= -left)
+    return mask if right < 0 else mask & (distance <= right)
 
 
 # Peers that are installed stand behind "triton": their order here is that of the table, the choice is dispatch.ORDER's.
@@ -125,17 +151,17 @@ VARLEN_ATTENTION = Op("varlen_attention", "attention", _example, [
     attention_triton.ATTENTION,
     *attention_peers.ATTENTION,
     Backend("torch", _torch_varlen_attention, _torch_unsupported),
-    Backend("reference", reference.varlen_attention)])
+    Backend("reference", reference.varlen_attention)], AttentionProblem)
 VARLEN_ATTENTION_FORWARD = Op("varlen_attention_forward", "attention", _raw_example, [
     attention_triton.FORWARD,
     *attention_peers.FORWARD,
-    Backend("reference", reference.varlen_attention_forward)])
+    Backend("reference", reference.varlen_attention_forward)], AttentionProblem)
 VARLEN_ATTENTION_BACKWARD = Op("varlen_attention_backward", "attention", _raw_example, [
     attention_triton.BACKWARD,
-    Backend("reference", reference.varlen_attention_backward)])
+    Backend("reference", reference.varlen_attention_backward)], AttentionProblem)
 MERGE_ATTENTION = Op("merge_attention", "attention", _example, [
     Backend("torch", reference.merge_attention),  # element by element: the definition fuses as it stands
-    Backend("reference", reference.merge_attention)])
+    Backend("reference", reference.merge_attention)], AttentionProblem)
 OPS = (VARLEN_ATTENTION, VARLEN_ATTENTION_FORWARD, VARLEN_ATTENTION_BACKWARD, MERGE_ATTENTION)
 __all__ = ["merge_attention", "varlen_attention", "varlen_attention_backward", "varlen_attention_forward"]
 
@@ -154,40 +180,48 @@ def _check(op: str, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
         raise checks.error(op, f"key heads that divide the {heads} query heads", key_heads, "repeat or drop heads")
     checks.floating(op, q=q, k=k, v=v)
     checks.same_device(op, q=q, k=k, v=v)
-    for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        check_kind(op, name, value)
-    if cu_seqlens_k is None:
-        checks.require(isinstance(cu_seqlens_q, Pack), op, "cu_seqlens_k beside cu_seqlens_q, or a Pack",
-                       "cu_seqlens_q alone", "pass both, or the Pack of queries and keys")
-        cu_seqlens_k = cu_seqlens_q
-    cu_seqlens_q = _offsets(op, "q", q, cu_seqlens_q)
-    cu_seqlens_k = _offsets(op, "k", k, cu_seqlens_k)
-    if cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
-        raise checks.error(op, "cu_seqlens_q and cu_seqlens_k of one length",
-                           f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}",
-                           "every sample has queries and keys, possibly none of either")
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if value is not None and not isinstance(value, torch.Tensor):  # flash-attn's callers pass 0-d tensors too
             checks.whole(op, name, value)
     if softmax_scale is not None:
         checks.number(op, "softmax_scale", softmax_scale)
     checks.several(op, "window", window, "left, right")
+    for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_kind(op, name, value)
+    if cu_seqlens_k is None:
+        checks.require(isinstance(cu_seqlens_q, Pack), op, "cu_seqlens_k beside cu_seqlens_q, or a Pack",
+                       "cu_seqlens_q alone", "pass both, or the Pack of queries and keys")
+    for name, value, given in (("q", q, cu_seqlens_q), ("k", k, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)):
+        if isinstance(given, Pack):
+            check_pack(op, given, **{name: value})
+        else:
+            checks.same_device(op, **{name: value, f"cu_seqlens_{name}": given})
+    cu_seqlens_q, cu_seqlens_k = _offsets(op, q, k, cu_seqlens_q, cu_seqlens_k)
+    if cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
+        raise checks.error(op, "cu_seqlens_q and cu_seqlens_k of one length",
+                           f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}",
+                           "every sample has queries and keys, possibly none of either")
     return cu_seqlens_q, cu_seqlens_k
 
 
-def _offsets(op: str, name: str, value, cu_seqlens):
-    """cu_seqlens of the rows of ``value``, q or k: those of a Pack, which were checked when it was made, or bare ones."""
-    if isinstance(cu_seqlens, Pack):
-        check_pack(op, cu_seqlens, **{name: value})
-        return cu_seqlens.cu_seqlens
-    checks.same_device(op, **{name: value, f"cu_seqlens_{name}": cu_seqlens})
-    checks.cu_seqlens(op, f"cu_seqlens_{name}", cu_seqlens, value.shape[0], name)
-    return cu_seqlens
+def _offsets(op: str, q, k, cu_seqlens_q, cu_seqlens_k):
+    """cu_seqlens of queries and keys: those of a Pack, which were checked when it was made, or bare ones, looked at anew."""
+    if isinstance(cu_seqlens_q, Pack):
+        if cu_seqlens_k is None:
+            return cu_seqlens_q.cu_seqlens, cu_seqlens_q.cu_seqlens
+        cu_seqlens_q = cu_seqlens_q.cu_seqlens
+    else:
+        checks.cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0], "q")
+    if isinstance(cu_seqlens_k, Pack):
+        return cu_seqlens_q, cu_seqlens_k.cu_seqlens
+    checks.cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0], "k")
+    return cu_seqlens_q, cu_seqlens_k
 
 
-def _problem(q, k, grad, causal, window, return_lse, deterministic) -> AttentionProblem:
-    return AttentionProblem(device_name(q), q.dtype, grad, q.shape[1], k.shape[1], q.shape[2], causal, tuple(window),
-                            return_lse, deterministic or torch.are_deterministic_algorithms_enabled())
+def _facts(q, k, grad, causal, window, return_lse, deterministic) -> tuple:
+    """The fields of an AttentionProblem."""
+    return (device_name(q), q.dtype, grad, q.shape[1], k.shape[1], q.shape[2], causal, tuple(window), return_lse,
+            deterministic or torch.are_deterministic_algorithms_enabled())
 
 
 # ------------------------------------------------------------------------------------------------- public ops
@@ -211,14 +245,22 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None
         natural log-sum-exp (H, Nq), float32 (float64 for float64), -inf on rows without keys, differentiable.
     """
     op = "varlen_attention"
-    cu_seqlens_q, cu_seqlens_k = _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
-                                        window)
-    q, k, v = autocast(q, k, v)
-    checks.same_dtype(op, q=q, k=k, v=v)
-    problem = _problem(q, k, needs_grad(q, k, v), causal, window, return_lse, deterministic)
-    return VARLEN_ATTENTION.run(problem, backend, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+    key = call_key(VARLEN_ATTENTION, (q, k, v, cu_seqlens_q, cu_seqlens_k), type(max_seqlen_q), type(max_seqlen_k),
+                   type(softmax_scale), causal, window, return_lse, deterministic,
+                   torch.are_deterministic_algorithms_enabled(), casts=True)
+    facts = remembered(key)
+    if facts is None:
+        cu_seqlens_q, cu_seqlens_k = _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                            softmax_scale, window)
+        q, k, v = autocast(q, k, v)
+        checks.same_dtype(op, q=q, k=k, v=v)
+        facts = remember(key, _facts(q, k, needs_grad(q, k, v), causal, window, return_lse, deterministic))
+    else:
+        cu_seqlens_q, cu_seqlens_k = _offsets(op, q, k, cu_seqlens_q, cu_seqlens_k)
+        q, k, v = autocast(q, k, v)
+    return VARLEN_ATTENTION.run(facts, backend, key, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
                                 softmax_scale=softmax_scale, causal=causal, window=tuple(window),
-                                return_lse=return_lse, deterministic=problem.deterministic)
+                                return_lse=return_lse, deterministic=facts[-1])
 
 
 def varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *,
@@ -229,7 +271,7 @@ def varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqle
                                         window)
     q, k, v = autocast(q, k, v)
     checks.same_dtype(op, q=q, k=k, v=v)
-    return VARLEN_ATTENTION_FORWARD.run(_problem(q, k, False, causal, window, True, False), backend, q=q, k=k,
+    return VARLEN_ATTENTION_FORWARD.run(_facts(q, k, False, causal, window, True, False), backend, q=q, k=k,
                                         v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
                                         softmax_scale=softmax_scale, causal=causal, window=tuple(window))
 
@@ -255,11 +297,11 @@ def varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_se
         checks.shape(op, "dlse", dlse, (q.shape[1], q.shape[0]), "it is the gradient of lse")
     checks.floating(op, dout=dout, out=out, lse=lse, dlse=dlse)
     checks.same_device(op, q=q, dout=dout, out=out, lse=lse, dlse=dlse)
-    problem = _problem(q, k, False, causal, window, True, deterministic)
+    facts = _facts(q, k, False, causal, window, True, deterministic)
     return VARLEN_ATTENTION_BACKWARD.run(
-        problem, backend, dout=dout, dlse=dlse, q=q, k=k, v=v, out=out, lse=lse, cu_seqlens_q=cu_seqlens_q,
+        facts, backend, dout=dout, dlse=dlse, q=q, k=k, v=v, out=out, lse=lse, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, softmax_scale=softmax_scale, causal=causal, window=tuple(window),
-        deterministic=problem.deterministic)
+        deterministic=facts[-1])
 
 
 def merge_attention(outs, lses, *, backend="auto"):
@@ -284,5 +326,5 @@ def merge_attention(outs, lses, *, backend="auto"):
         checks.same_device(op, **{"outs[0]": outs[0], f"outs[{place}]": out, f"lses[{place}]": lse})
         checks.same_dtype(op, **{"outs[0]": outs[0], f"outs[{place}]": out})
     q = outs[0]
-    problem = _problem(q, q, needs_grad(*outs, *lses), False, (-1, -1), True, False)
-    return MERGE_ATTENTION.run(problem, backend, outs=list(outs), lses=list(lses))
+    facts = _facts(q, q, needs_grad(*outs, *lses), False, (-1, -1), True, False)
+    return MERGE_ATTENTION.run(facts, backend, outs=list(outs), lses=list(lses))

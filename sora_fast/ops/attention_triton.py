@@ -79,7 +79,7 @@ class _Attention(torch.autograd.Function):
 
 def _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window, return_lse, deterministic):
     tensors = triton_backend.apart((q, k, v, cu_seqlens_q, cu_seqlens_k))
-    out, lse = _Attention.apply(*tensors, softmax_scale, causal, *window)
+    out, lse = triton_backend.apply(_Attention, *tensors, softmax_scale, causal, *window)
     return (out, lse) if return_lse else out
 
 

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks, env
-from ..dispatch import Backend, Op, Problem, device_name, needs_grad, refuse_transforms
+from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, refuse_transforms, remember, remembered
 from ..kernels.convolution_settings import ConvSettings
-from ..precision import autocast, autocast_dtype, emulated_on_cpu, holds_numbers, transformed, wide_dtype
+from ..precision import autocast, autocast_dtype, cast, emulated_on_cpu, holds_numbers, transformed, wide_dtype
 from ..reference import convolution as reference
 from . import convolution_cuda, convolution_triton, normalization
 
 
 @dataclass(frozen=True)
 class ConvolutionProblem(Problem):
-    """``norm`` is None for causal_conv3d; ``wide``: the dtype that it must be computed in."""
+    """``norm`` is None for causal_conv3d; ``wide``: what it must be computed in; ``cudnn``: what ``_cudnn`` says."""
 
     in_channels: int
     out_channels: int
@@ -31,10 +31,12 @@ class ConvolutionProblem(Problem):
     upsample: int
     norm: str | None
     wide: torch.dtype = torch.float32
+    cudnn: tuple[int, bool] = (0, False)
 
 
 def _example(device: str, dtype: torch.dtype, grad: bool) -> ConvolutionProblem:
-    return ConvolutionProblem(device, dtype, grad, 96, 96, (3, 3, 3), (1, 1, 1), "zeros", "zeros", 0, 1, None)
+    return ConvolutionProblem(device, dtype, grad, 96, 96, (3, 3, 3), (1, 1, 1), "zeros", "zeros", 0, 1, None,
+                              cudnn=_cudnn_of(device))
 
 
 # -------------------------------------------------------------------------------------------------------- cuDNN
@@ -45,13 +47,17 @@ def _cudnn() -> tuple[int, bool]:
     return version or 0, torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
+def _cudnn_of(device: str) -> tuple[int, bool]:
+    return _cudnn() if device.startswith("cuda") else (0, False)
+
+
 def _wrong_cudnn(problem: ConvolutionProblem, dtype: torch.dtype) -> list[str]:
     """Why cuDNN's 3-D convolution in ``dtype`` is not to be trusted here.
 
     16 bits: wrong on large inputs in 9.8 to 9.14 (pytorch#163539; PyTorch goes around it for NCDHW tensors only, and ours
     have their channels last). TF32: a broken kernel in 9.10.2 to 9.15, its cases unknown (pytorch#167024).
     """
-    version, tf32 = _cudnn() if problem.device.startswith("cuda") else (0, False)
+    version, tf32 = problem.cudnn
     found = f"cuDNN {version // 10000}.{version // 100 % 100}.{version % 100}"
     package = f"nvidia-cudnn-cu{(torch.version.cuda or '13').partition('.')[0]}"
     if dtype in (torch.bfloat16, torch.float16) and 90800 <= version < 91500 and problem.kernel != (1, 1, 1):
@@ -67,8 +73,8 @@ def _wrong_cudnn(problem: ConvolutionProblem, dtype: torch.dtype) -> list[str]:
 def _activate(settings: ConvSettings, x, norm_weight, norm_bias, dtype):
     """What is convolved, before its rounding to ``dtype``: gradients of the halo are summed at this width."""
     if settings.norm is None:
-        return x.to(wide_dtype(x)) if _repeats(settings) else x
-    h = normalization.torch_norm_act(x.to(wide_dtype(x)), norm_weight, norm_bias, **settings.of_norm)
+        return cast(x, wide_dtype(x)) if _repeats(settings) else x
+    h = normalization.torch_norm_act(cast(x, wide_dtype(x)), norm_weight, norm_bias, **settings.of_norm)
     # under autocast the convolution's dtype may be another than x's, which norm_act alone would round to
     return h if x.dtype in (dtype, h.dtype) else h.to(x.dtype)
 
@@ -127,7 +133,7 @@ def _conv3d(x, weight, bias, stride, padding):
 
 
 def _torch_forward(settings: ConvSettings, x, weight, bias, cache, residual, norm_weight, norm_bias):
-    h = _activate(settings, x, norm_weight, norm_bias, weight.dtype).to(weight.dtype)
+    h = cast(_activate(settings, x, norm_weight, norm_bias, weight.dtype), weight.dtype)
     cache_out = reference.next_cache(h, cache, settings.keep) if settings.return_cache else None
     return _convolve(settings, h, weight, bias, cache, residual), cache_out
 
@@ -139,15 +145,11 @@ class _SavesInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(settings, x, weight, bias, cache, residual, norm_weight, norm_bias):
-        return _torch_forward(settings, x, weight, bias, cache, residual, norm_weight, norm_bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.settings, x, weight, bias, cache, residual, norm_weight, norm_bias = inputs
-        ctx.has_bias = bias is not None
+    def forward(ctx, settings, x, weight, bias, cache, residual, norm_weight, norm_bias):
+        ctx.settings, ctx.has_bias = settings, bias is not None
         ctx.save_for_backward(x, weight, cache, norm_weight, norm_bias)
         ctx.set_materialize_grads(False)
+        return _torch_forward(settings, x, weight, bias, cache, residual, norm_weight, norm_bias)
 
     @staticmethod
     def backward(ctx, dy, dcache_out):
@@ -221,9 +223,9 @@ def _reference_unsupported(problem: ConvolutionProblem) -> list[str]:
 
 _PLAIN = (Backend("torch", _torch, _torch_unsupported), Backend("reference", _reference, _reference_unsupported))
 CAUSAL_CONV3D = Op("causal_conv3d", "convolution", _example, [
-    convolution_cuda.CONVOLUTION, convolution_triton.CAUSAL_CONV3D, *_PLAIN])
+    convolution_cuda.CONVOLUTION, convolution_triton.CAUSAL_CONV3D, *_PLAIN], ConvolutionProblem)
 NORM_ACT_CONV3D = Op("norm_act_conv3d", "convolution", _example, [
-    convolution_cuda.CONVOLUTION, convolution_triton.NORM_ACT_CONV3D, *_PLAIN])
+    convolution_cuda.CONVOLUTION, convolution_triton.NORM_ACT_CONV3D, *_PLAIN], ConvolutionProblem)
 OPS = (CAUSAL_CONV3D, NORM_ACT_CONV3D)
 __all__ = ["causal_conv3d", "norm_act_conv3d"]
 
@@ -287,10 +289,11 @@ def _settings(op: str, x, weight, bias, cache, residual, *, stride, padding, tim
     return settings
 
 
-def _problem(x, weight, settings: ConvSettings, grad: bool, wide: torch.dtype) -> ConvolutionProblem:
+def _facts(x, weight, settings: ConvSettings, grad: bool, wide: torch.dtype) -> tuple:
+    """The fields of a ConvolutionProblem but the last, which may be another at the next call."""
     s = settings
-    return ConvolutionProblem(device_name(x), weight.dtype, grad, x.shape[1], weight.shape[0], s.kernel, s.stride,
-                              s.time_pad, s.space_pad, s.lookahead, s.upsample, s.norm, wide)
+    return (device_name(x), weight.dtype, grad, x.shape[1], weight.shape[0], s.kernel, s.stride, s.time_pad, s.space_pad,
+            s.lookahead, s.upsample, s.norm, wide)
 
 
 def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zeros", space_pad="zeros", cache=None,
@@ -318,15 +321,23 @@ def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zer
     Dilation and groups are not supported.
     """
     op = "causal_conv3d"
-    settings = _settings(op, x, weight, bias, cache, residual, stride=stride, padding=padding, time_pad=time_pad,
-                         space_pad=space_pad, phase=phase, lookahead=lookahead, upsample=upsample, return_cache=return_cache)
-    checks.floating(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
-    checks.same_device(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
+    key = call_key(CAUSAL_CONV3D, (x, weight, bias, cache, residual), stride, padding, time_pad, space_pad, phase, lookahead,
+                   upsample, return_cache, casts=True)
+    found = remembered(key)
+    if found is None:
+        settings = _settings(op, x, weight, bias, cache, residual, stride=stride, padding=padding, time_pad=time_pad,
+                             space_pad=space_pad, phase=phase, lookahead=lookahead, upsample=upsample,
+                             return_cache=return_cache)
+        checks.floating(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
+        checks.same_device(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
     x, weight, bias, cache, residual = autocast(x, weight, bias, cache, residual)
-    checks.same_dtype(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
-    problem = _problem(x, weight, settings, needs_grad(x, weight, bias, cache, residual), wide_dtype(x, weight))
-    return CAUSAL_CONV3D.run(problem, backend, settings=settings, x=x, weight=weight, bias=bias, cache=cache,
-                             residual=residual)
+    if found is None:
+        checks.same_dtype(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
+        facts = _facts(x, weight, settings, needs_grad(x, weight, bias, cache, residual), wide_dtype(x, weight))
+        found = remember(key, (facts, settings))
+    facts, settings = found
+    return CAUSAL_CONV3D.run((*facts, _cudnn_of(facts[0])), backend, key, settings=settings, x=x, weight=weight, bias=bias,
+                             cache=cache, residual=residual)
 
 
 def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, norm="rms", groups=32, eps=1e-6,
@@ -338,18 +349,24 @@ def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, n
     ``causal_conv3d``; ``cache`` and ``cache_out`` hold frames after norm and activation. (The backend ``reference``,
     traced graphs and functions that torch.func transforms are the plain composition: there PyTorch decides what is saved.)
     """
-    op = "norm_act_conv3d"
-    normalization.check(op, x, norm_weight, norm_bias, norm, groups, eps, act, prefix="norm_")
-    settings = _settings(op, x, weight, bias, cache, residual, stride=stride, padding=padding, time_pad=time_pad,
-                         space_pad=space_pad, phase=phase, lookahead=lookahead, upsample=upsample, return_cache=return_cache,
-                         norm=norm, groups=groups, eps=eps, act=act)
-    checks.floating(op, weight=weight, bias=bias, cache=cache, residual=residual)
-    checks.same_device(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
+    op, tensors = "norm_act_conv3d", (x, weight, bias, norm_weight, norm_bias, cache, residual)
+    key = call_key(NORM_ACT_CONV3D, tensors, norm, groups, eps, act, stride, padding, time_pad, space_pad, phase,
+                   lookahead, upsample, return_cache, casts=True)
+    found = remembered(key)
+    if found is None:
+        normalization.check(op, x, norm_weight, norm_bias, norm, groups, eps, act, prefix="norm_")
+        settings = _settings(op, x, weight, bias, cache, residual, stride=stride, padding=padding, time_pad=time_pad,
+                             space_pad=space_pad, phase=phase, lookahead=lookahead, upsample=upsample,
+                             return_cache=return_cache, norm=norm, groups=groups, eps=eps, act=act)
+        checks.floating(op, weight=weight, bias=bias, cache=cache, residual=residual)
+        checks.same_device(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
     # x itself is normalised as it came; what is convolved has the dtype that F.conv3d would cast it to
     weight, bias, cache, residual = autocast(weight, bias, cache, residual)
-    convolved = x if autocast_dtype(x) is None or x.dtype == torch.float64 else weight
-    checks.same_dtype(op, x=convolved, weight=weight, bias=bias, cache=cache, residual=residual)
-    problem = _problem(x, weight, settings, needs_grad(x, weight, bias, norm_weight, norm_bias, cache, residual),
-                       wide_dtype(x, weight, norm_weight, norm_bias))
-    return NORM_ACT_CONV3D.run(problem, backend, settings=settings, x=x, weight=weight, bias=bias, norm_weight=norm_weight,
-                               norm_bias=norm_bias, cache=cache, residual=residual)
+    if found is None:
+        convolved = x if autocast_dtype(x) is None or x.dtype == torch.float64 else weight
+        checks.same_dtype(op, x=convolved, weight=weight, bias=bias, cache=cache, residual=residual)
+        facts = _facts(x, weight, settings, needs_grad(*tensors), wide_dtype(x, weight, norm_weight, norm_bias))
+        found = remember(key, (facts, settings))
+    facts, settings = found
+    return NORM_ACT_CONV3D.run((*facts, _cudnn_of(facts[0])), backend, key, settings=settings, x=x, weight=weight, bias=bias,
+                               norm_weight=norm_weight, norm_bias=norm_bias, cache=cache, residual=residual)

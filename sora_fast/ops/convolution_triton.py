@@ -112,7 +112,7 @@ class _Convolution(torch.autograd.Function):
 
 def _run(settings: ConvSettings, *, x, weight, bias, cache, residual, norm_weight=None, norm_bias=None):
     tensors = (x, weight, bias, cache, residual, norm_weight, norm_bias)
-    made = _Convolution.apply(*triton_backend.apart(tensors), needs_grad(*tensors), settings)
+    made = triton_backend.apply(_Convolution, *triton_backend.apart(tensors), needs_grad(*tensors), settings)
     if settings.return_cache and settings.keep == 0:  # a kernel of one frame remembers none
         return made[0], x[:, :, :0].to(weight.dtype).clone()
     return made if settings.return_cache else made[0]

@@ -3,8 +3,8 @@
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Op, Problem, device_name, needs_grad
-from ..precision import wide_dtype
+from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
+from ..precision import cast, wide_dtype
 from ..reference import latents as reference
 
 
@@ -13,13 +13,13 @@ def _example(device: str, dtype: torch.dtype, grad: bool) -> Problem:
 
 
 def _torch_kl_sample(moments, noise):
-    mean, logvar = moments.to(wide_dtype(moments, noise)).chunk(2, dim=1)
+    mean, logvar = cast(moments, wide_dtype(moments, noise)).chunk(2, dim=1)
     logvar = logvar.clamp(-30.0, 20.0)
     std = torch.exp(0.5 * logvar)
-    z = mean.clone() if noise is None else torch.addcmul(mean, std, noise.to(mean.dtype))
+    z = mean.clone() if noise is None else torch.addcmul(mean, std, cast(noise, mean.dtype))
     # std^2 would lose the difference to 1 for tiny log-variances; expm1 keeps it
     kl = 0.5 * (torch.addcmul(torch.expm1(logvar) - logvar, mean, mean)).flatten(1).sum(1)
-    return z.to(moments.dtype), kl.to(wide_dtype(moments))
+    return cast(z, moments.dtype), cast(kl, wide_dtype(moments))
 
 
 KL_SAMPLE = Op("kl_sample", "latents", _example, [
@@ -40,6 +40,15 @@ def kl_sample(moments, noise=None, *, backend="auto"):
 
     Source: arXiv 1312.6114, appendix B.
     """
+    key = call_key(KL_SAMPLE, (moments, noise))
+    facts = remembered(key)
+    if facts is None:
+        _check(moments, noise)
+        facts = remember(key, (device_name(moments), moments.dtype, needs_grad(moments, noise)))
+    return KL_SAMPLE.run(facts, backend, key, moments=moments, noise=noise)
+
+
+def _check(moments, noise) -> None:
     checks.tensor("kl_sample", "moments", moments)
     checks.floating("kl_sample", moments=moments, noise=noise)
     checks.same_device("kl_sample", moments=moments, noise=noise)
@@ -49,5 +58,3 @@ def kl_sample(moments, noise=None, *, backend="auto"):
     if noise is not None:
         checks.shape("kl_sample", "noise", noise, (moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]),
                      "draw one number per latent entry, as with torch.randn_like(mean)")
-    problem = Problem(device_name(moments), moments.dtype, needs_grad(moments, noise))
-    return KL_SAMPLE.run(problem, backend, moments=moments, noise=noise)

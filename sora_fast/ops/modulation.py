@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks
-from ..dispatch import Backend, Op, Problem, device_name, needs_grad
+from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
 from ..pack import Pack, check_kind, check_pack
-from ..precision import wide_dtype
+from ..precision import cast, wide_dtype
 from ..reference import modulation as reference
 from ..reference.modulation import only_samples, pick
 from . import modulation_triton
@@ -47,49 +47,90 @@ def _normalise(x_ND, norm, weight, bias, eps):
     return h_ND if bias is None else h_ND + bias
 
 
-def _modulated(x_ND, shift, scale, rows, norm, weight, bias, eps):
-    shift, scale, weight, bias = (None if t is None else t.to(x_ND.dtype) for t in (shift, scale, weight, bias))
-    h_ND = _normalise(x_ND, norm, weight, bias, eps)
+def _row_of_token(table, rows, tail):
+    """``pick``, without its clamp where no row is -1."""
+    if rows is None:
+        return table
+    return pick(table, rows) if tail else table.index_select(0, rows)
+
+
+def _modulated(x_ND, shift, scale, rows, tail, norm, weight, bias, eps):
+    dtype = x_ND.dtype
+    h_ND = _normalise(x_ND, norm, cast(weight, dtype), cast(bias, dtype), eps)
+    if scale is not None:
+        scale = _row_of_token(1 + cast(scale, dtype), rows, tail)
+    if shift is not None:
+        shift = _row_of_token(cast(shift, dtype), rows, tail)
     if scale is not None and shift is not None:
-        h_ND = torch.addcmul(pick(shift, rows), h_ND, 1 + pick(scale, rows))
+        h_ND = torch.addcmul(shift, h_ND, scale)
     elif scale is not None:
-        h_ND = h_ND * (1 + pick(scale, rows))
+        h_ND = h_ND * scale
     elif shift is not None:
-        h_ND = h_ND + pick(shift, rows)
-    return only_samples(h_ND, rows)
+        h_ND = h_ND + shift
+    return only_samples(h_ND, rows) if tail else h_ND
 
 
-def _torch_norm_modulate(x, shift, scale, rows, *, norm, weight, bias, eps, dtype):
-    wide = wide_dtype(x, shift, scale, weight, bias)
-    return _modulated(only_samples(x.to(wide), rows), shift, scale, rows, norm, weight, bias, eps).to(dtype or x.dtype)
-
-
-def _torch_gate_residual(x, y, gate, rows):
+def _gated(x, y, gate, rows, tail):
     wide = wide_dtype(x, y, gate)
-    x_ND, y_ND = only_samples(x.to(wide), rows), only_samples(y.to(wide), rows)
-    return only_samples(torch.addcmul(x_ND, pick(gate.to(wide), rows), y_ND), rows).to(x.dtype)
+    x_ND, y_ND, gate = cast(x, wide), cast(y, wide), _row_of_token(cast(gate, wide), rows, tail)
+    if tail:
+        x_ND, y_ND = only_samples(x_ND, rows), only_samples(y_ND, rows)
+    x_ND = torch.addcmul(x_ND, gate, y_ND)
+    return cast(only_samples(x_ND, rows) if tail else x_ND, x.dtype)
 
 
-def _torch_gate_residual_norm_modulate(x, y, gate, shift, scale, rows, *, norm, weight, bias, eps):
-    x_new = _torch_gate_residual(x, y, gate, rows)
+# Where every row has ``even`` tokens, tokens are (R, N / R, D) and tables (R, 1, D): views, in place of tables of N rows.
+def _by_row(tokens, even: int):
+    return tokens.view(-1, even, tokens.shape[1])
+
+
+def _for_rows(table):
+    return None if table is None else table[:, None]
+
+
+def _torch_norm_modulate(x, shift, scale, rows, tail, even, *, norm, weight, bias, eps, dtype):
+    wide = wide_dtype(x, shift, scale, weight, bias)
+    if even:
+        x, shift, scale, rows = _by_row(x, even), _for_rows(shift), _for_rows(scale), None
+    x_ND = cast(x, wide)
+    x_ND = only_samples(x_ND, rows) if tail else x_ND
+    h = cast(_modulated(x_ND, shift, scale, rows, tail, norm, weight, bias, eps), dtype or x.dtype)
+    return h.flatten(0, 1) if even else h
+
+
+def _torch_gate_residual(x, y, gate, rows, tail, even):
+    if even:
+        return _gated(_by_row(x, even), _by_row(y, even), _for_rows(gate), None, False).flatten(0, 1)
+    return _gated(x, y, gate, rows, tail)
+
+
+def _torch_gate_residual_norm_modulate(x, y, gate, shift, scale, rows, tail, even, *, norm, weight, bias, eps):
     wide = wide_dtype(x, y, gate, shift, scale, weight, bias)
-    return x_new, _modulated(x_new.to(wide), shift, scale, rows, norm, weight, bias, eps).to(y.dtype)
+    if even:
+        x, y, gate = _by_row(x, even), _by_row(y, even), _for_rows(gate)
+        shift, scale, rows = _for_rows(shift), _for_rows(scale), None
+    x_new = _gated(x, y, gate, rows, tail)
+    h = cast(_modulated(cast(x_new, wide), shift, scale, rows, tail, norm, weight, bias, eps), y.dtype)
+    return (x_new.flatten(0, 1), h.flatten(0, 1)) if even else (x_new, h)
 
 
-NORM_MODULATE = Op("norm_modulate", "modulation", _example, [
-    modulation_triton.NORM_MODULATE, Backend("torch", _torch_norm_modulate), Backend("reference", reference.norm_modulate)])
-GATE_RESIDUAL = Op("gate_residual", "modulation", partial(_example, norm=None), [
-    modulation_triton.GATE_RESIDUAL, Backend("torch", _torch_gate_residual), Backend("reference", reference.gate_residual)])
-GATE_RESIDUAL_NORM_MODULATE = Op("gate_residual_norm_modulate", "modulation", _example, [
-    modulation_triton.GATE_RESIDUAL_NORM_MODULATE, Backend("torch", _torch_gate_residual_norm_modulate),
-    Backend("reference", reference.gate_residual_norm_modulate)])
+def _op(name: str, example, kernel: Backend, run) -> Op:
+    definition = lambda *, tail, even, **arguments: getattr(reference, name)(**arguments)  # it looks for itself
+    return Op(name, "modulation", example, [kernel, Backend("torch", run), Backend("reference", definition)],
+              ModulationProblem)
+
+
+NORM_MODULATE = _op("norm_modulate", _example, modulation_triton.NORM_MODULATE, _torch_norm_modulate)
+GATE_RESIDUAL = _op("gate_residual", partial(_example, norm=None), modulation_triton.GATE_RESIDUAL, _torch_gate_residual)
+GATE_RESIDUAL_NORM_MODULATE = _op("gate_residual_norm_modulate", _example, modulation_triton.GATE_RESIDUAL_NORM_MODULATE,
+                                  _torch_gate_residual_norm_modulate)
 OPS = (NORM_MODULATE, GATE_RESIDUAL, GATE_RESIDUAL_NORM_MODULATE)
 __all__ = ["gate_residual", "gate_residual_norm_modulate", "norm_modulate"]
 
 
 # ------------------------------------------------------------------------------------------------------- checks
-def _check(op: str, x, tables: dict, rows, norm=None, weight=None, bias=None, eps=0.0, normed=True):
-    """The rows (N,) of a call, or None."""
+def _check(op: str, x, y, tables: dict, rows, weight=None, bias=None) -> None:
+    """All but the settings and the numbers of ``rows``. The gate, which an op cannot be without, was seen to be there."""
     checks.shape(op, "x", x, ("N", "D"), "flatten the tokens of all samples into one row each")
     tokens, width = x.shape
     checks.floating(op, x=x, weight=weight, bias=bias, **tables)
@@ -99,9 +140,6 @@ def _check(op: str, x, tables: dict, rows, norm=None, weight=None, bias=None, ep
         check_pack(op, pack, x=x)
         rows = pack.rows
     checks.same_device(op, x=x, rows=rows, weight=weight, bias=bias, **tables)
-    if normed:
-        checks.choice(op, "norm", norm, NORMS)
-    checks.number(op, "eps", eps)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             checks.shape(op, name, value, (width,), "a norm has one number per column of x")
@@ -118,9 +156,37 @@ def _check(op: str, x, tables: dict, rows, norm=None, weight=None, bias=None, ep
                                "pass the pack that the modulation was made for")
         if rows is None and value.shape[0] != 1:
             checks.shape(op, name, value, (tokens, width), "without rows it holds one row, or one per token")
-    if rows is not None and pack is None:  # a pack's were checked when it was made
-        checks.rows(op, rows, tokens, count)
-    return rows
+    if y is not None:
+        checks.floating(op, y=y)
+        checks.same_device(op, x=x, y=y)
+        checks.shape(op, "y", y, x.shape, "y is added to x")
+
+
+def _check_norm(op: str, norm, eps) -> None:
+    checks.choice(op, "norm", norm, NORMS)
+    checks.number(op, "eps", eps)
+
+
+def _facts(x, y, gate, shift, scale, weight, bias, norm) -> tuple:
+    """Of a ModulationProblem."""
+    tensors = (x, y, gate, shift, scale, weight, bias)
+    return (device_name(x), x.dtype, needs_grad(*tensors), x.shape[1], norm, weight is not None or bias is not None,
+            wide_dtype(*tensors))
+
+
+def _rows(op: str, x, table, rows, key) -> dict:
+    """``rows`` (N,) of a call, or None; ``tail``: whether some may be -1; ``even``: Pack.even.
+
+    Those of a Pack were checked when it was made.
+    """
+    if rows is None:
+        return dict(rows=None, tail=False, even=0)
+    if not isinstance(rows, Pack):
+        tail = checks.rows(op, rows, x.shape[0], None if table is None else table.shape[0])
+        return dict(rows=rows, tail=tail, even=0)
+    if key is None:  # one graph for packs with a tail and without
+        return dict(rows=rows.rows, tail=True, even=0)
+    return dict(rows=rows.rows, tail=rows.tail, even=rows.even)
 
 
 # ------------------------------------------------------------------------------------------------- public ops
@@ -142,12 +208,17 @@ def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias
 
     Source: adaLN of DiT, arXiv 2212.09748.
     """
-    rows = _check("norm_modulate", x, {"shift": shift, "scale": scale}, rows, norm, weight, bias, eps)
-    checks.require(dtype is None or getattr(dtype, "is_floating_point", False), "norm_modulate",
-                   "dtype to be a floating torch.dtype", dtype, "pass torch.bfloat16, or leave it out for x's own")
-    problem = ModulationProblem(device_name(x), x.dtype, needs_grad(x, shift, scale, weight, bias), x.shape[1], norm,
-                                weight is not None or bias is not None, wide_dtype(x, shift, scale, weight, bias))
-    return NORM_MODULATE.run(problem, backend, x=x, shift=shift, scale=scale, rows=rows, norm=norm, weight=weight,
+    op = "norm_modulate"
+    key = call_key(NORM_MODULATE, (x, shift, scale, weight, bias, rows), norm, eps, dtype)
+    facts = remembered(key)
+    if facts is None:
+        _check(op, x, None, {"shift": shift, "scale": scale}, rows, weight, bias)
+        _check_norm(op, norm, eps)
+        checks.require(dtype is None or getattr(dtype, "is_floating_point", False), op,
+                       "dtype to be a floating torch.dtype", dtype, "pass torch.bfloat16, or leave it out for x's own")
+        facts = remember(key, _facts(x, None, None, shift, scale, weight, bias, norm))
+    where = _rows(op, x, scale if shift is None else shift, rows, key)
+    return NORM_MODULATE.run(facts, backend, key, x=x, shift=shift, scale=scale, **where, norm=norm, weight=weight,
                              bias=bias, eps=eps, dtype=dtype)
 
 
@@ -156,14 +227,16 @@ def gate_residual(x, y, gate, rows=None, *, backend="auto"):
 
     x may be float32 with a 16-bit y (a residual stream kept in float32).
     """
-    checks.shape("gate_residual", "gate", gate, ("R", "D"), "gate is modulation, one row per sample or frame")
-    rows = _check("gate_residual", x, {"gate": gate}, rows, normed=False)
-    checks.floating("gate_residual", y=y)
-    checks.same_device("gate_residual", x=x, y=y)
-    checks.shape("gate_residual", "y", y, x.shape, "y is added to x")
-    problem = ModulationProblem(device_name(x), x.dtype, needs_grad(x, y, gate), x.shape[1], None, False,
-                                wide_dtype(x, y, gate))
-    return GATE_RESIDUAL.run(problem, backend, x=x, y=y, gate=gate, rows=rows)
+    op = "gate_residual"
+    key = call_key(GATE_RESIDUAL, (x, y, gate, rows))
+    facts = remembered(key)
+    if facts is None:
+        checks.shape(op, "gate", gate, ("R", "D"), "gate is modulation, one row per sample or frame")
+        checks.tensor(op, "y", y)
+        _check(op, x, y, {"gate": gate}, rows)
+        facts = remember(key, _facts(x, y, gate, None, None, None, None, None))
+    where = _rows(op, x, gate, rows, key)
+    return GATE_RESIDUAL.run(facts, backend, key, x=x, y=y, gate=gate, **where)
 
 
 def gate_residual_norm_modulate(x, y, gate, shift, scale, rows=None, *, norm="layer", weight=None, bias=None,
@@ -176,13 +249,14 @@ def gate_residual_norm_modulate(x, y, gate, shift, scale, rows=None, *, norm="la
         ``(x_new, h)``: x_new (N, D) in x's dtype, h (N, D) in y's dtype (float32 stream, 16-bit branch).
     """
     op = "gate_residual_norm_modulate"
-    checks.shape(op, "gate", gate, ("R", "D"), "gate is modulation, one row per sample or frame")
-    rows = _check(op, x, {"gate": gate, "shift": shift, "scale": scale}, rows, norm, weight, bias, eps)
-    checks.floating(op, y=y)
-    checks.same_device(op, x=x, y=y)
-    checks.shape(op, "y", y, x.shape, "y is added to x")
-    problem = ModulationProblem(device_name(x), x.dtype, needs_grad(x, y, gate, shift, scale, weight, bias),
-                                x.shape[1], norm, weight is not None or bias is not None,
-                                wide_dtype(x, y, gate, shift, scale, weight, bias))
-    return GATE_RESIDUAL_NORM_MODULATE.run(problem, backend, x=x, y=y, gate=gate, shift=shift, scale=scale, rows=rows,
-                                           norm=norm, weight=weight, bias=bias, eps=eps)
+    key = call_key(GATE_RESIDUAL_NORM_MODULATE, (x, y, gate, shift, scale, weight, bias, rows), norm, eps)
+    facts = remembered(key)
+    if facts is None:
+        checks.shape(op, "gate", gate, ("R", "D"), "gate is modulation, one row per sample or frame")
+        checks.tensor(op, "y", y)
+        _check(op, x, y, {"gate": gate, "shift": shift, "scale": scale}, rows, weight, bias)
+        _check_norm(op, norm, eps)
+        facts = remember(key, _facts(x, y, gate, shift, scale, weight, bias, norm))
+    where = _rows(op, x, gate, rows, key)
+    return GATE_RESIDUAL_NORM_MODULATE.run(facts, backend, key, x=x, y=y, gate=gate, shift=shift, scale=scale,
+                                           norm=norm, weight=weight, bias=bias, eps=eps, **where)

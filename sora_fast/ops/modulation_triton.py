@@ -94,11 +94,11 @@ class _Modulation(torch.autograd.Function):
         return (*gradients, None, None, None, None, None)
 
 
-def _run(x, y=None, gate=None, shift=None, scale=None, rows=None, *, norm=None, weight=None, bias=None, eps=0.0,
+def _run(x, y=None, gate=None, shift=None, scale=None, rows=None, *, tail, even, norm=None, weight=None, bias=None, eps=0.0,
          dtype=None):
     save = needs_grad(x, y, gate, shift, scale, weight, bias)
     tensors = triton_backend.apart((x, y, gate, shift, scale, weight, bias))
-    made = _Modulation.apply(*tensors, rows, norm, eps, save, dtype or (x if y is None else y).dtype)
+    made = triton_backend.apply(_Modulation, *tensors, rows, norm, eps, save, dtype or (x if y is None else y).dtype)
     return made if len(made) > 1 else made[0]
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks
-from ..dispatch import Backend, Op, Problem, device_name, needs_grad
-from ..precision import wide_dtype, widen
+from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
+from ..precision import cast, wide_dtype, widen
 from ..reference import normalization as reference
 from . import normalization_cuda, normalization_triton
 
@@ -46,12 +46,12 @@ def torch_norm_act(x, weight=None, bias=None, *, norm, groups, eps, act):
         x_BCTHW = x_BCTHW * inverse if weight_C is None else x_BCTHW * inverse * weight_C[:, None, None, None]
         if bias_C is not None:
             x_BCTHW = x_BCTHW + bias_C[:, None, None, None]
-    return (F.silu(x_BCTHW) if act == "silu" else x_BCTHW).to(dtype)
+    return cast(F.silu(x_BCTHW) if act == "silu" else x_BCTHW, dtype)
 
 
 NORM_ACT = Op("norm_act", "normalization", _example, [
     normalization_cuda.NORM_ACT, normalization_triton.NORM_ACT, Backend("torch", torch_norm_act),
-    Backend("reference", reference.norm_act)])
+    Backend("reference", reference.norm_act)], NormalizationProblem)
 OPS = (NORM_ACT,)
 __all__ = ["norm_act"]
 
@@ -89,7 +89,10 @@ def norm_act(x, weight=None, bias=None, *, norm="rms", groups=32, eps=1e-6, act=
     Returns:
         (B, C, T, H, W) in x's dtype; computed in at least float32.
     """
-    check("norm_act", x, weight, bias, norm, groups, eps, act)
-    problem = NormalizationProblem(device_name(x), x.dtype, needs_grad(x, weight, bias), x.shape[1], norm, act,
-                                   wide_dtype(x, weight, bias))
-    return NORM_ACT.run(problem, backend, x=x, weight=weight, bias=bias, norm=norm, groups=groups, eps=eps, act=act)
+    key = call_key(NORM_ACT, (x, weight, bias), norm, groups, eps, act)
+    facts = remembered(key)
+    if facts is None:
+        check("norm_act", x, weight, bias, norm, groups, eps, act)
+        facts = remember(key, (device_name(x), x.dtype, needs_grad(x, weight, bias), x.shape[1], norm, act,
+                               wide_dtype(x, weight, bias)))
+    return NORM_ACT.run(facts, backend, key, x=x, weight=weight, bias=bias, norm=norm, groups=groups, eps=eps, act=act)

@@ -87,7 +87,7 @@ class _NormAct(torch.autograd.Function):
 
 
 def _run(x, weight=None, bias=None, *, norm, groups, eps, act):
-    return _NormAct.apply(*triton_backend.apart((x, weight, bias)), norm, groups, eps, act)
+    return triton_backend.apply(_NormAct, *triton_backend.apart((x, weight, bias)), norm, groups, eps, act)
 
 
 def _unsupported(problem) -> list[str]:

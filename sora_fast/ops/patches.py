@@ -3,6 +3,8 @@
 N tokens, C channels, D width; a sample has t x h x w tokens of pt x ph x pw pixels.
 """
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -61,6 +63,42 @@ def _places(grids_S3, tokens: int, patch, channels: int, device):
     return place + (start_N + corner_N)[:, None, None, None, None], belongs_N
 
 
+def _runs(grids) -> Iterator[tuple[int, int, int, int]]:
+    """Neighbours of one size: how many they are, and their t, h, w."""
+    for (t, h, w), alike in itertools.groupby(grids):
+        yield sum(1 for _ in alike), t, h, w
+
+
+def _cut(latents, grids, patch, channels):
+    """``reference.cut``, samples of one size together."""
+    pt, ph, pw = patch
+    numel = channels * pt * ph * pw
+    parts, start = [], 0
+    for samples, t, h, w in _runs(grids):
+        end = start + samples * t * h * w * numel
+        clips = latents[start:end].reshape(samples, channels, t, pt, h, ph, w, pw)
+        parts.append(clips.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(samples * t * h * w, numel))
+        start = end
+    if start < latents.shape[0] or not parts:
+        parts.append(latents.new_zeros(((latents.shape[0] - start) // numel, numel)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _joined(tokens, grids, patch, channels):
+    """``reference.unpatchify``, samples of one size together."""
+    pt, ph, pw = patch
+    parts, start = [], 0
+    for samples, t, h, w in _runs(grids):
+        end = start + samples * t * h * w
+        clips = tokens[start:end].reshape(samples, t, h, w, pt, ph, pw, channels)
+        # a copy always: reshape(-1) of one token and one pixel a sample would be the very tokens
+        parts.append(clips.permute(0, 7, 1, 4, 2, 5, 3, 6).clone(memory_format=torch.contiguous_format).view(-1))
+        start = end
+    if start < tokens.shape[0] or not parts:
+        parts.append(tokens.new_zeros((tokens.shape[0] - start) * tokens.shape[1]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _torch_patch_embed(latents, weight, bias, *, grids, pack):
     width, channels, *patch = weight.shape
     if isinstance(grids, torch.Tensor):
@@ -68,8 +106,8 @@ def _torch_patch_embed(latents, weight, bias, *, grids, pack):
         place, belongs = _places(grids, tokens, patch, channels, latents.device)
         patches = torch.where(belongs[:, None], latents[torch.where(belongs[:, None], place.flatten(1), 0)], 0)
     else:
-        patches = reference.cut(latents, grids, patch, channels)
-        inside = sum(t * h * w for t, h, w in grids)
+        patches = _cut(latents, grids, patch, channels)
+        inside = sum([t * h * w for t, h, w in grids])
         belongs = None if inside == patches.shape[0] else torch.arange(patches.shape[0], device=latents.device) < inside
     out = F.linear(patches, weight.flatten(1), bias)
     # without a bias too: it is the gradient of a tail token (NaN perhaps) that must not reach the weight
@@ -78,7 +116,7 @@ def _torch_patch_embed(latents, weight, bias, *, grids, pack):
 
 def _torch_unpatchify(tokens, grids, pack, patch, channels):
     if not isinstance(grids, torch.Tensor):
-        return reference.unpatchify(tokens, grids, patch, channels)
+        return _joined(tokens, grids, patch, channels)
     place, belongs = _places(grids, tokens.shape[0], patch, channels, tokens.device)
     place = place.permute(0, 2, 3, 4, 1).flatten(1)  # a token's numbers are in (pt, ph, pw, C) order
     total = tokens.shape[0] * tokens.shape[1]
@@ -105,10 +143,10 @@ def _reference_unpatchify(tokens, grids, pack, patch, channels):
 
 PATCH_EMBED = Op("patch_embed", "patches", _embed_example, [
     patches_triton.PATCH_EMBED, Backend("torch", _torch_patch_embed),
-    Backend("reference", _reference_patch_embed, _reference_unsupported)])
+    Backend("reference", _reference_patch_embed, _reference_unsupported)], PatchesProblem)
 UNPATCHIFY = Op("unpatchify", "patches", _permute_example, [
     patches_triton.UNPATCHIFY, Backend("torch", _torch_unpatchify),
-    Backend("reference", _reference_unpatchify, _reference_unsupported)])
+    Backend("reference", _reference_unpatchify, _reference_unsupported)], PatchesProblem)
 OPS = (PATCH_EMBED, UNPATCHIFY)
 __all__ = ["patch_embed", "unpatchify"]
 
@@ -201,9 +239,9 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
         checks.shape(op, "bias", bias, (width,), "one number per column of the tokens")
     latents, weight, bias = autocast(latents, weight, bias)
     checks.same_dtype(op, latents=latents, weight=weight, bias=bias)
-    problem = PatchesProblem(device_name(latents), latents.dtype, needs_grad(latents, weight, bias), width,
-                             channels * patch[0] * patch[1], patch[2], isinstance(grids, torch.Tensor))
-    return PATCH_EMBED.run(problem, backend, latents=latents, weight=weight, bias=bias, grids=grids, pack=pack)
+    facts = (device_name(latents), latents.dtype, needs_grad(latents, weight, bias), width, channels * patch[0] * patch[1],
+             patch[2], isinstance(grids, torch.Tensor))
+    return PATCH_EMBED.run(facts, backend, latents=latents, weight=weight, bias=bias, grids=grids, pack=pack)
 
 
 def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
@@ -236,9 +274,8 @@ def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
     if isinstance(sizes, torch.Tensor):
         checks.require(flat, op, "flat=True with a grids tensor in a traced graph", "flat=False",
                        "cut the buffer into clips outside the graph")
-    problem = PatchesProblem(device_name(tokens), tokens.dtype, needs_grad(tokens), channels, pt * ph, pw,
-                             isinstance(sizes, torch.Tensor))
-    buffer = UNPATCHIFY.run(problem, backend, tokens=tokens, grids=sizes, pack=pack, patch=tuple(patch),
+    facts = (device_name(tokens), tokens.dtype, needs_grad(tokens), channels, pt * ph, pw, isinstance(sizes, torch.Tensor))
+    buffer = UNPATCHIFY.run(facts, backend, tokens=tokens, grids=sizes, pack=pack, patch=tuple(patch),
                             channels=channels)
     return buffer if flat else clips(buffer, sizes, patch, channels)
 

@@ -141,11 +141,12 @@ class _Unpatchify(torch.autograd.Function):
 
 
 def _patch_embed(latents, weight, bias, *, grids, pack):
-    return _PatchEmbed.apply(*triton_backend.apart((latents, weight, bias)), *_on_device(grids, pack, latents))
+    tensors = triton_backend.apart((latents, weight, bias))
+    return triton_backend.apply(_PatchEmbed, *tensors, *_on_device(grids, pack, latents))
 
 
 def _unpatchify(tokens, grids, pack, patch, channels):
-    return _Unpatchify.apply(tokens, *_on_device(grids, pack, tokens), list(patch), channels)
+    return triton_backend.apply(_Unpatchify, tokens, *_on_device(grids, pack, tokens), list(patch), channels)
 
 
 def _unsupported(problem) -> list[str]:

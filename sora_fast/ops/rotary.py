@@ -3,15 +3,16 @@
 N tokens, H query heads, Hk key heads, E head dim, R rotated numbers of a head.
 """
 
+import weakref
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from .. import checks
-from ..dispatch import Backend, Op, Problem, device_name, needs_grad
+from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
 from ..pack import Pack, check_kind, check_pack
-from ..precision import wide_dtype
+from ..precision import cast, holds_numbers, wide_dtype
 from ..reference import rotary as reference
 from ..reference.modulation import only_samples
 from . import rotary_triton
@@ -46,39 +47,107 @@ def _example(device: str, dtype: torch.dtype, grad: bool) -> RotaryProblem:
 
 
 # ---------------------------------------------------------------------------------------------- backend "torch"
+@dataclass(frozen=True)
+class _Turn:
+    """Cosines and sines (N, 1, P) of the angles that were made of ``coords`` as they stood, for ``settings``."""
+
+    coords: weakref.ref
+    version: int
+    settings: tuple
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+_last: _Turn | None = None
+
+
+def _turn(coords, rows, axes, theta, freqs, dtype):
+    """Cosines and sines of all angles. ``rows``: None where no token is without sample."""
+    # a pack's coordinates of tokens without sample are not read either, nor do they reach the gradient of freqs
+    angles = reference.angles(coords if rows is None else only_samples(coords, rows), axes, theta, freqs, dtype)
+    return angles.cos(), angles.sin()
+
+
+def _turn_of_fixed(coords, axes, theta, dtype):
+    """The same of fixed frequencies, kept for the next layer, which has the same coords. On CPUs only: a table that is kept
+    on a GPU would have to wait for streams, and live for CUDA graphs.
+    """
+    global _last
+    if not coords.is_cpu or not holds_numbers(coords) or coords.is_inference():
+        return _turn(coords, None, axes, theta, None, dtype)
+    settings = (tuple(axes), tuple(theta) if isinstance(theta, list) else theta, dtype)
+    last = _last
+    if (last is not None and last.coords() is coords and last.version == coords._version  # not changed in place since
+            and last.settings == settings):
+        return last.cos, last.sin
+    with torch.inference_mode(False):  # a backward may save it later
+        cos, sin = _turn(coords, None, axes, theta, None, dtype)
+    if holds_numbers(cos):
+        _last = _Turn(weakref.ref(coords, _forget_turn), coords._version, settings, cos, sin)
+    return cos, sin
+
+
+def _forget_turn(coords: weakref.ref) -> None:
+    """Nothing outlives the coords that it was made of."""
+    global _last
+    if _last is not None and _last.coords is coords:
+        _last = None
+
+
+def _rotate(x_NHE, cos, sin, pairing):
+    """``reference.rotate`` by cosines and sines."""
+    pairs = cos.shape[-1]
+    rest = None
+    if 2 * pairs < x_NHE.shape[-1]:
+        x_NHE, rest = x_NHE[..., : 2 * pairs], x_NHE[..., 2 * pairs :]
+    interleaved = pairing == "interleaved"
+    a, b = (x_NHE[..., 0::2], x_NHE[..., 1::2]) if interleaved else (x_NHE[..., :pairs], x_NHE[..., pairs:])
+    a, b = a * cos - b * sin, a * sin + b * cos
+    turned = torch.stack([a, b], dim=-1).flatten(-2) if interleaved else torch.cat([a, b], dim=-1)
+    return turned if rest is None else torch.cat([turned, rest], dim=-1)
+
+
 def _torch_norm_rope(x, weight, bias, turn, norm, pairing, eps, rows):
     shape, width = x.shape, x.shape[1] * x.shape[2]
-    wide = wide_dtype(x, weight, bias, turn)
-    h = only_samples(x.reshape(-1, width).to(wide), rows)
-    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
-    if norm is not None:
-        columns = (width,) if norm == "rms_all" else (shape[2],)
-        h = h.reshape(-1, *columns) if norm == "rms_all" else h.reshape(shape)
+    wide = wide_dtype(x, weight, bias, None if turn is None else turn[0])
+    h, weight, bias = cast(x, wide), cast(weight, wide), cast(bias, wide)
+    if rows is not None:
+        h = only_samples(h.reshape(-1, width), rows).reshape(shape)
+    if norm == "rms_all":
+        h = F.rms_norm(h.reshape(-1, width), (width,), weight, eps)
+        h = (h if bias is None else h + bias).reshape(shape)
+    elif norm is not None:
         if norm == "layer_head":
-            h = F.layer_norm(h, columns, None, None, eps)
+            h = F.layer_norm(h, shape[2:], None, None, eps)
             h = h if weight is None else h * weight
         else:
-            h = F.rms_norm(h, columns, weight, eps)
+            h = F.rms_norm(h, shape[2:], weight, eps)
         h = h if bias is None else h + bias
-    h = h.reshape(shape)
     if turn is not None:
-        h = reference.rotate(h, turn.to(wide), pairing)
-    return only_samples(h.reshape(-1, width), rows).reshape(shape).to(x.dtype)
+        h = _rotate(h, cast(turn[0], wide), cast(turn[1], wide), pairing)
+    if rows is not None:
+        h = only_samples(h.reshape(-1, width), rows).reshape(shape)
+    return cast(h, x.dtype)
 
 
 def _torch_qk_norm_rope(q, k, coords, *, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing, eps,
-                        rows):
-    turn = None
+                        rows, tail):
+    turn, rows = None, rows if tail else None
     if coords is not None:
-        positions = (coords,) if coords.is_floating_point() else ()
-        turn = reference.angles(only_samples(coords, rows), axes, theta, freqs,
-                                wide_dtype(q, k, freqs, q_weight, k_weight, *positions))
+        dtype = wide_dtype(q, k, freqs, q_weight, k_weight, coords if coords.is_floating_point() else None)
+        plain = rows is None and freqs is None and not coords.requires_grad
+        turn = _turn_of_fixed(coords, axes, theta, dtype) if plain else _turn(coords, rows, axes, theta, freqs, dtype)
     q_out = _torch_norm_rope(q, q_weight, q_bias, turn, norm, pairing, eps, rows)
     return q_out, None if k is None else _torch_norm_rope(k, k_weight, k_bias, turn, norm, pairing, eps, rows)
 
 
+def _reference_qk_norm_rope(*, tail, **arguments):
+    return reference.qk_norm_rope(**arguments)  # it looks for itself
+
+
 QK_NORM_ROPE = Op("qk_norm_rope", "rotary", _example, [
-    rotary_triton.QK_NORM_ROPE, Backend("torch", _torch_qk_norm_rope), Backend("reference", reference.qk_norm_rope)])
+    rotary_triton.QK_NORM_ROPE, Backend("torch", _torch_qk_norm_rope), Backend("reference", _reference_qk_norm_rope)],
+    RotaryProblem)
 OPS = (QK_NORM_ROPE,)
 __all__ = ["qk_norm_rope"]
 
@@ -108,12 +177,37 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
 
     Source: RoPE, arXiv 2104.09864; QK-norm, arXiv 2302.05442; freqs as in Mochi 1.
     """
+    key = call_key(QK_NORM_ROPE, (q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows), norm, pairing, axes, theta,
+                   eps)
+    facts = remembered(key)
+    if facts is None:
+        facts = remember(key, _check(q, k, coords, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing,
+                                     eps, rows))
+    coords, rows, tail = _places("qk_norm_rope", q, coords, rows, key)
+    return QK_NORM_ROPE.run(facts, backend, key, q=q, k=k, coords=coords, q_weight=q_weight, k_weight=k_weight,
+                            q_bias=q_bias, k_bias=k_bias, norm=norm, axes=axes, theta=theta, freqs=freqs,
+                            pairing=pairing, eps=eps, rows=rows, tail=tail)
+
+
+def _places(op: str, q, coords, rows, key):
+    """coords (N, 3) and rows (N,), or None, of a call, and whether some of these may be -1.
+
+    Those of a Pack were checked when it was made.
+    """
+    if isinstance(coords, Pack):
+        coords, rows = coords.coords, coords
+    if isinstance(rows, Pack):
+        return coords, rows.rows, key is None or rows.tail  # one graph for packs with a tail and without
+    return coords, rows, rows is not None and checks.rows(op, rows, q.shape[0], None)
+
+
+def _check(q, k, coords, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing, eps, rows) -> tuple:
+    """All but the numbers of ``rows``; returns the fields of a RotaryProblem."""
     op = "qk_norm_rope"
     checks.shape(op, "q", q, ("N", "H", "E"), "split the heads first, as in x.unflatten(-1, (heads, -1))")
     check_kind(op, "coords", coords)
     check_kind(op, "rows", rows)
-    packed = isinstance(coords, Pack) or isinstance(rows, Pack)
-    if packed:
+    if isinstance(coords, Pack) or isinstance(rows, Pack):
         coords, rows = _of_pack(op, q, coords, rows)
     checks.choice(op, "norm", norm, NORMS)
     checks.choice(op, "pairing", pairing, ("interleaved", "half"))
@@ -139,17 +233,12 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
         checks.require(coords.dtype != torch.bool and not coords.is_complex(), op, "coords of an int or float dtype",
                        coords.dtype, "pass Pack.coords")
         rotated = _check_angles(op, q, k, axes, theta, freqs)
-    if rows is not None and not packed:  # a pack's were checked when it was made
-        checks.rows(op, rows, tokens, None)
     checks.number(op, "eps", eps)
     affine = (q_weight, k_weight, q_bias, k_bias)
     positions = coords if coords is not None and coords.is_floating_point() else None
-    problem = RotaryProblem(device_name(q), q.dtype, needs_grad(q, k, *affine, freqs, coords), heads,
-                            0 if k is None else k.shape[1], head_dim, norm, any(t is not None for t in affine), rotated,
-                            pairing, freqs is not None, needs_grad(coords), wide_dtype(q, k, *affine, freqs, positions))
-    return QK_NORM_ROPE.run(problem, backend, q=q, k=k, coords=coords, q_weight=q_weight, k_weight=k_weight,
-                            q_bias=q_bias, k_bias=k_bias, norm=norm, axes=axes, theta=theta, freqs=freqs,
-                            pairing=pairing, eps=eps, rows=rows)
+    return (device_name(q), q.dtype, needs_grad(q, k, *affine, freqs, coords), heads, 0 if k is None else k.shape[1],
+            head_dim, norm, any(t is not None for t in affine), rotated, pairing, freqs is not None, needs_grad(coords),
+            wide_dtype(q, k, *affine, freqs, positions))
 
 
 def _of_pack(op: str, q, coords, rows):
@@ -183,10 +272,10 @@ def _check_angles(op: str, q, k, axes, theta, freqs) -> int:
 def check_axes(op: str, axes, theta, head_dim: int, name: str = "axes") -> int:
     """``axes`` (under that ``name``) and ``theta`` fit a head; returns R."""
     checks.several(op, name, axes, "t, h, w", 0)
-    checks.require(all(size % 2 == 0 for size in axes), op, f"{name} as three even numbers", axes,
-                   "give the rotated entries of t, h and w")
-    bases = theta if isinstance(theta, (tuple, list)) else (theta,) * 3
-    checks.require(len(bases) == 3, op, "theta as a number or three", theta, "give one per axis")
+    if axes[0] % 2 or axes[1] % 2 or axes[2] % 2:
+        raise checks.error(op, f"{name} as three even numbers", axes, "give the rotated entries of t, h and w")
+    bases = theta if isinstance(theta, (tuple, list)) else (theta,)
+    checks.require(bases is not theta or len(bases) == 3, op, "theta as a number or three", theta, "give one per axis")
     for base in bases:
         checks.number(op, "theta", base)
         checks.require(base > 0, op, "theta above 0", base, "it is the base of a power, usually 10,000")

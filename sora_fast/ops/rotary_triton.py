@@ -11,9 +11,9 @@ _TENSORS = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias", "freqs")  # th
 
 
 def _config_of_call(direction, q, k, q_weight, k_weight, q_bias, k_bias, coords, freqs, norm, pairing):
-    there = next(t for t in (q, k) if t is not None)
+    there = k if q is None else q
     turned = None if coords is None else "fixed" if freqs is None else "learned"
-    affine = any(t is not None for t in (q_weight, k_weight, q_bias, k_bias))
+    affine = not (q_weight is None and k_weight is None and q_bias is None and k_bias is None)
     return triton_backend.config("rotary", direction, there.device, heads=0 if q is None else q.shape[1],
                                  key_heads=0 if k is None else k.shape[1], head_dim=there.shape[2],
                                  tokens=configs.bucket(there.shape[0]), dtype=there.dtype, norm=norm, affine=affine,
@@ -101,14 +101,14 @@ class _Rotary(torch.autograd.Function):
         return (*gradients, *[None] * 7)
 
 
-def _run(q, k, coords, *, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing, eps, rows):
+def _run(q, k, coords, *, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing, eps, rows, tail):
     rotated = 0 if coords is None else sum(axes) if freqs is None else 2 * freqs.shape[-1]
     if rotated == 0:
         coords = freqs = None
     bases = theta if isinstance(theta, (tuple, list)) else (theta,) * 3
     axes, bases = ([], []) if coords is None or freqs is not None else (list(axes), [float(base) for base in bases])
     tensors = triton_backend.apart((q, k, q_weight, k_weight, q_bias, k_bias, freqs, coords, rows))
-    made = _Rotary.apply(*tensors, norm, axes, bases, pairing, eps)
+    made = triton_backend.apply(_Rotary, *tensors, norm, axes, bases, pairing, eps)
     return made[0], made[1] if k is not None else None
 
 

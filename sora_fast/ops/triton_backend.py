@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from .. import configs, env
-from ..dispatch import Problem, emulated_gpu
+from ..dispatch import Problem, emulated_gpu, remember, remembered
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,8 +50,13 @@ def config(family: str, kernel: str, device: torch.device | str, *launch, **name
 
     ``device``: of tensors, or of a Problem.
     """
-    rules = importlib.import_module(f"..kernels.{family}_config", __package__)  # needs Triton, which need not be there
-    return configs.lookup(family, kernel, rules.Launch(*launch, **named), _gpu_name(device), rules.HEURISTICS[kernel])
+    gpu = _gpu_name(device)
+    key = (config, configs.generation, family, kernel, gpu, *launch, *named, *named.values())
+    found = remembered(key)
+    if found is None:
+        rules = importlib.import_module(f"..kernels.{family}_config", __package__)  # needs Triton, which need not be there
+        found = remember(key, configs.lookup(family, kernel, rules.Launch(*launch, **named), gpu, rules.HEURISTICS[kernel]))
+    return found
 
 
 def _gpu_name(device: torch.device | str) -> str:
@@ -67,6 +72,27 @@ def _gpu_name(device: torch.device | str) -> str:
 def tf32() -> bool:
     """Whether float32 products may drop bits: off unless asked for, where cuDNN's own switch, for convolutions, is on."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+class _NoNode:
+    """In place of the context of an autograd node: nothing is kept for a backward."""
+
+    def save_for_backward(self, *tensors):
+        pass
+
+    def set_materialize_grads(self, value):
+        pass
+
+
+def apply(function: type[torch.autograd.Function], *arguments):
+    """``function.apply``, and where no gradient is asked for its forward alone, without the price of a node."""
+    if torch.compiler.is_compiling():
+        return function.apply(*arguments)
+    if torch.is_grad_enabled():
+        for each in arguments:
+            if isinstance(each, torch.Tensor) and each.requires_grad:
+                return function.apply(*arguments)
+    return function.forward(_NoNode(), *arguments)
 
 
 def apart(tensors):
