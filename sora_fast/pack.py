@@ -107,7 +107,8 @@ class Pack:
 
     def _hold(self, **values) -> "Pack":
         """Set attributes without a check."""
-        self.__dict__.update(values, _facts=None)
+        values["_facts"] = None  # they are made anew of what is held now
+        self.__dict__.update(values)
         return self
 
     def __setattr__(self, name: str, value: object):
@@ -205,8 +206,8 @@ class Pack:
         """How many tokens each modulation row has, one after the other, where all have as many; else 0."""
         if self.tail or self.kept is not None:
             return 0
-        counts = {h * w if self.modulation == "frame" else t * h * w for t, h, w in self.grids}
-        return counts.pop() if len(counts) == 1 else 0
+        counts = [h * w if self.modulation == "frame" else t * h * w for t, h, w in self.grids]
+        return counts[0] if counts and counts == counts[:1] * len(counts) else 0
 
     def _move(self, device: torch.device) -> None:
         for name in ("grids_device", "cu_seqlens", "segment_ids", "coords", "rows", "row_samples", "text_cu_seqlens",
