@@ -27,5 +27,5 @@ def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[Config]:
                     config = Config(block_m, block_n, warps, stages, tma, best.split)
                     # or less in registers: scores of a tile alone, or what two programs of 8 warps have room for
                     plain = replace(config, lookahead=False) if kernel == "forward" else config
-                    shared = [replace(plain, maxnreg=SHARED_BY_TWO)] if warps == 8 else []
+                    shared = [replace(plain, maxnreg=SHARED_BY_TWO)] if warps == 8 and stages > 1 else []
                     yield from (each for each in dict.fromkeys((config, plain, *shared)) if each != best)

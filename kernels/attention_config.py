@@ -106,7 +106,7 @@ def dkdv_heuristic(launch: Launch, gpu: str) -> Config:
         return Config(64, 64, 8, 1, tma=arch.capability(gpu) == 90)
     if arch.capability(gpu) == 90:
         return Config(64, 64, 4, 3, tma=True) if launch.head_dim <= 64 else Config(64, 128, 8, 3, tma=True)
-    return Config(64, 128, 8, 2)
+    return Config(64, 128 if launch.group == 1 else 64, 8, 2)
 
 
 HEURISTICS = {"forward": forward_heuristic, "dq": dq_heuristic, "dkdv": dkdv_heuristic}

@@ -44,8 +44,8 @@ def _work(cu_other, sample, samples):
     return tl.where(sample < samples, end - start, samples - 1 - sample)
 
 
-@triton.jit(do_not_specialize=["samples", "rows", "tiles"])
-def schedule_kernel(cu, cu_other, table, first, samples: tl.int64, rows: tl.int64, tiles: tl.int64, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["samples", "rows", "tiles", "block"])
+def schedule_kernel(cu, cu_other, table, first, samples: tl.int64, rows: tl.int64, tiles: tl.int64, block,
                     SPAN: tl.constexpr):
     """Program s writes the tiles of sample s: ``first[s]`` is the place of its first one in ``table``, which holds s.
 
@@ -58,9 +58,9 @@ def schedule_kernel(cu, cu_other, table, first, samples: tl.int64, rows: tl.int6
         other = start + tl.arange(0, SPAN)
         others_work = _work(cu_other, other, samples)
         before = (other <= samples) & ((others_work > work) | ((others_work == work) & (other < mine)))
-        count = tl.cdiv(_length(cu, other, samples, rows), BLOCK)
+        count = tl.cdiv(_length(cu, other, samples, rows), block)
         place += tl.sum(tl.where(before, count, 0), 0)
-    end = tl.minimum(place + tl.cdiv(_length(cu, mine, samples, rows), BLOCK), tiles)
+    end = tl.minimum(place + tl.cdiv(_length(cu, mine, samples, rows), block), tiles)
     value = mine.to(tl.int32)
     if mine <= samples:
         tl.store(first + mine, place.to(tl.int32))

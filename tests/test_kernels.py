@@ -398,11 +398,11 @@ def test_workspace_of_attention(monkeypatch):
     queries, keys, samples, heads = 100_000, 90_000, 64, 8
     noted = Guarded()
     monkeypatch.setattr(attention, "torch", noted)
-    assert aot.launches(lambda: calls.call_attention(queries, keys, samples, heads, 2, 72))
+    assert aot.launches(lambda: calls.call_attention(queries, keys, samples, heads, 2, 128))
     tables = lambda rows: [4 * (triton.cdiv(rows, 128) + samples), 4 * (samples + 1)]
     padded = attention.PAD * (triton.cdiv(queries, attention.PAD) + samples + 1)
-    forward = [2 * queries * heads * 72, 4 * queries * heads, *tables(queries)]  # out, lse
-    backward = [2 * queries * heads * 72, 2 * keys * 2 * 72, 2 * keys * 2 * 72, 2 * 4 * heads * padded, *tables(queries),
+    forward = [2 * queries * heads * 128, 4 * queries * heads, *tables(queries)]  # out, lse
+    backward = [2 * queries * heads * 128, 2 * keys * 2 * 128, 2 * keys * 2 * 128, 2 * 4 * heads * padded, *tables(queries),
                 *tables(keys)]  # dq, dk, dv, rows of lse and delta
     assert [(t.numel() - 128) * t.element_size() for t in noted.buffers] == forward + backward
 
