@@ -187,15 +187,16 @@ def backward_kernel(x, y, gate, scale, rows, weight, bias, stats, dx_new, dh, dx
                 head = row
             current = row
 
-        used = row >= 0  # a token of no sample is not read: it adds 0, and its gradients are 0
+        # a token of no sample is not read: it adds 0, and its gradients are 0
+        used = tl.zeros([1, 1], tl.int64) + row >= 0
         at = token * D
         dx_D = zeros
         if NORM is not None:
-            rstd = numbers(stats + token, used)
+            rstd = numbers(stats + token, row >= 0)
             x_D = load_row(x + at, used, D, BLOCK_D, PIECES)
             dh_D = load_row(dh + at, used, D, BLOCK_D, PIECES)
             if NORM == "layer":
-                x_D = centred(x_D, numbers(stats + tokens + token, used), D, BLOCK_D, PIECES)
+                x_D = centred(x_D, numbers(stats + tokens + token, row >= 0), D, BLOCK_D, PIECES)
             x_D = scale_row(x_D, rstd, PIECES)
             if SUM_DH:
                 sum_dh = add_rows(sum_dh, dh_D, PIECES)

@@ -52,17 +52,23 @@ def _padded(launch: Launch) -> int:
 
 
 def embed_heuristic(launch: Launch, gpu: str) -> ProductConfig:
-    """128 x 128 and the whole patch up to 128 numbers, which is then gathered once for all columns; else what fits."""
+    """The whole patch up to 256 numbers, gathered once for all columns, and tiles so small that several blocks are on an SM:
+    one waits for its part of the weight while another stores. Else what fits.
+    """
     padded = _padded(launch)
     if gpu == "cpu":
         return ProductConfig(32, 16, min(padded, LONGEST_RUN), warps=4, stages=1)
     small = arch.is_small(gpu)
     if launch.dtype == torch.float32:
+        if padded <= 64 and not small:
+            return ProductConfig(64, 32, max(padded, 32), warps=4, stages=3)
         return ProductConfig(64, 32, max(triton.next_power_of_2(launch.run), 32), warps=8, stages=2)
     if launch.width % 8 != 0:
         return ProductConfig(64, 64, min(padded, 64), warps=4, stages=2)
-    if padded <= (64 if small else 128):
-        return ProductConfig(128, 128, padded, warps=8, stages=2)
+    if padded <= 64:
+        return ProductConfig(64, 64, padded, warps=4, stages=3)
+    if padded <= 256 and not small:
+        return ProductConfig(64, 64, padded, warps=8, stages=3 if padded <= 128 else 2)
     if launch.run < 8:  # the addresses of 64 numbers in shorter runs, or of more tokens, spill
         return ProductConfig(64, 64 if small else 128, 32, warps=8, stages=3)
     return ProductConfig(64 if small else 128, 128, 64, warps=8, stages=2 if small else 3)

@@ -178,7 +178,7 @@ def test_counted_wavefronts_enter(cli, tmp_path):
     assert "over the ideal, as emulated: none" in out
 
 
-def test_the_gate_tells_what_is_new_and_what_is_gone():
+def test_the_gate_tells_what_is_new_and_what_is_gone(monkeypatch):
     import planted_structure
 
     (case,) = aot.cases_of("planted", planted_structure.prefetch, {})
@@ -193,6 +193,9 @@ def test_the_gate_tells_what_is_new_and_what_is_gone():
     (new,) = structure.violations([result], table(faults={}))
     (gone,) = structure.violations([result], table(faults={"prefetch": "", "division": ""}))
     (blocks,) = structure.violations([result], table(blocks=entry["blocks"] + 1))
+    monkeypatch.setattr(structure, "MEMORY", (structure.family(result),))
+    (issue,) = structure.violations([result], table(issue=0))
+    assert "expected at most 0% of DRAM's time" in issue and structure.violations([result], table(issue=10**6)) == []
     assert "expected no prefetch fault, got one" in new and "expected the listed division fault, got none" in gone
     assert "blocks an SM" in blocks
 
