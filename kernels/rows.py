@@ -4,6 +4,8 @@ A tile's lengths are powers of two, and few rows are: 1152 columns in one tile o
 is ``count`` pieces of ``block`` columns, 3 of 64 for 192: a tuple of tiles, each step a loop over them that is unrolled.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -11,6 +13,7 @@ MOST_PIECES = 8  # each is code of its own
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as @triton.jit has it; there is no PTX then
 
 
+@functools.cache
 def pieces(size: int, near: int, least: int = 8) -> tuple[int, int]:
     """(block, count) with the least padding; among equals the block nearest to ``near``, both powers of two.
 
