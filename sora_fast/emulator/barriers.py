@@ -96,17 +96,19 @@ class Barriers:
                 self.ready.append(group)
             return
         arrived = self.arrived[number].reshape(self.warps, self.ctas).sum(0)
-        done = np.zeros(self.ctas, bool)
-        for cta in np.flatnonzero(arrived):
-            wanted = self.wanted.get((number, int(cta)))
-            done[cta] = arrived[cta] == self.living[cta] if wanted is None else arrived[cta] * 32 >= wanted
-        if not some(done):
+        complete = []
+        for cta, (count, living) in enumerate(zip(arrived.tolist(), self.living.tolist(), strict=True)):
+            wanted = self.wanted.get((number, cta))
+            if count and (count == living if wanted is None else count * 32 >= wanted):
+                complete.append(cta)
+        if not complete:
             return
-        if self.races:
-            for cta in np.flatnonzero(done):
+        for cta in complete:
+            self.wanted.pop((number, cta), None)
+            if self.races:
                 self.races.barrier(np.flatnonzero(self.arrived[number] & (self.cta_of == cta)))
-        for cta in np.flatnonzero(done):
-            self.wanted.pop((number, int(cta)), None)
+        done = np.zeros(self.ctas, bool)
+        done[complete] = True
         self.arrived[number][done[self.cta_of]] = False
         left = []
         for group in self.waiting.pop(number, []):

@@ -214,15 +214,23 @@ class Scheduler:
                 self.release(number)
 
     def progress(self) -> bool:
-        """Where nothing is ready: try the mbarriers again, or complete a TMA load. False: a deadlock."""
+        """Where nothing is ready: try the mbarriers again, or complete a TMA load. False: a deadlock.
+
+        Without a seed the first load of each CTA completes, which is as late as one alone: CTAs, which wait for none of
+        each other's loads, then go on together.
+        """
         if self.changed and self.blocked:
             self.changed = False
             self.ready += self.blocked
             self.blocked = []
             return True
         if self.tma_loads:
-            at = 0 if self.schedule.seed is None else self.random.randrange(len(self.tma_loads))
-            self.complete_load(at)
+            if self.schedule.seed is None:
+                first = {e["cta"]: at for at, e in reversed(list(enumerate(self.tma_loads)))}
+            else:
+                first = {None: self.random.randrange(len(self.tma_loads))}
+            for at in sorted(first.values(), reverse=True):
+                self.complete_load(at)
             return True
         return False
 

@@ -8,7 +8,6 @@ import numpy as np
 from . import matrix, memory
 from .arith import F4, U2, U4
 from .lanes import every, some, wide
-from .loads_stores import WRITTEN
 
 NO, NEVER_FENCED = -1, -2
 
@@ -187,15 +186,15 @@ class TensorCores:
             if isinstance(e["a"], tuple):
                 left = matrix.matrix_a([r[which] for r in e["a"]], n, depth, e["kind"])
             else:
-                whole, of = self.operands(e["a"][which], warps, 64, e["transposes"][0], e)
-                left = whole.reshape(-1, 4, 16, depth)[of, self.warp_of[warps] % 4]
-            right, of = self.operands(e["b"][which], warps, columns, e["transposes"][1], e)
-            starts = np.flatnonzero(np.concatenate([[True], of[1:] != of[:-1]]))
-            right = right[of[starts]].swapaxes(1, 2)
-            if every(np.diff(starts, append=n) == n // len(starts)):
-                product = np.matmul(left.reshape(len(starts), -1, depth), right)
+                whole, counts = self.operands(e["a"][which], warps, 64, e["transposes"][0], e)
+                reads = np.repeat(np.arange(len(counts)), counts)
+                left = whole.reshape(-1, 4, 16, depth)[reads, self.warp_of[warps] % 4]
+            right, counts = self.operands(e["b"][which], warps, columns, e["transposes"][1], e)
+            right = right.swapaxes(1, 2)
+            if every(counts == counts[0]):
+                product = np.matmul(left.reshape(len(counts), -1, depth), right)
             else:
-                parts = zip(np.split(left, starts[1:]), right, strict=True)
+                parts = zip(np.split(left, np.cumsum(counts)[:-1]), right, strict=True)
                 product = np.concatenate([np.matmul(part.reshape(-1, depth), each) for part, each in parts])
             if e["scales"] not in ([1, 1], []):
                 product *= F4(e["scales"][0] * e["scales"][1])
@@ -203,35 +202,30 @@ class TensorCores:
         accumulators[warps] = blocked
 
     def operands(self, descriptors, warps, rows, transposed, e):
-        """What matrix descriptors describe, (operands, rows, depth), and which of these each warp reads."""
-        found: dict = {}
-        keys = zip(self.cta_of[warps].tolist(), descriptors.tolist(), strict=True)
-        of = np.array([found.setdefault(key, len(found)) for key in keys])
-        layout, kind = (bool(transposed), rows, e["depth"], 4 if e["kind"] == "tf32" else 2), e["kind"]
-        places = None
-        for at, (cta, descriptor) in enumerate(found):
-            pieces = self.pieces(descriptor, layout, e)
-            places = np.empty((len(found), *pieces.shape), np.int64) if places is None else places
-            np.add(pieces, cta * (self.size // 16), out=places[at])
-        if self.initialized is not None and not every(self.marks[16].take(places) == WRITTEN[16]):
-            self.report_uninitialized(found, layout, e)
+        """What matrix descriptors describe, (operands, rows, depth), and how many warps, one after the other, read each."""
+        ctas, kind = self.cta_of[warps], e["kind"]
+        layout = bool(transposed), rows, e["depth"], 4 if kind == "tf32" else 2
+        new = np.ones(len(warps), bool)
+        new[1:] = (ctas[1:] != ctas[:-1]) | (descriptors[1:] != descriptors[:-1])
+        first = np.flatnonzero(new)
+        places = [self.pieces(cta, descriptor, layout, e)
+                  for cta, descriptor in zip(ctas[first].tolist(), descriptors[first].tolist(), strict=True)]
         bits = self.shared_views[16].take(places).view(matrix.elements(kind))
-        return matrix.numbers(bits.swapaxes(1, 2) if transposed else bits, kind), of
+        counts = np.append(first[1:], len(warps)) - first
+        return matrix.numbers(bits.swapaxes(1, 2) if transposed else bits, kind), counts
 
-    def pieces(self, descriptor, layout, e):
-        """Which 16-byte pieces of its CTA's shared memory an operand has."""
+    def pieces(self, cta, descriptor, layout, e):
+        """Which 16-byte pieces of shared memory an operand has."""
         try:
             pieces, low, high = matrix.pieces(descriptor, *layout)
         except matrix.DescriptorError as error:
             raise self.launch.fault(e["number"], str(error), self.thread_of(int(e["warps"][0]))) from None
         if low < self.launch.shared_base or high > self.launch.shared_end:
             raise self.fault("shared", e["number"], low, layout[-1], self.thread_of(int(e["warps"][0])))
-        return pieces
-
-    def report_uninitialized(self, keys, layout, e):
-        """Count what is missing of each operand."""
-        for cta, descriptor in keys:
-            missing = int((~self.initialized[matrix.places(descriptor, *layout) + cta * self.size]).sum())
+        start = cta * self.size
+        if self.initialized is not None and not every(self.initialized[start + low : start + high]):  # or what lies between
+            missing = int((~self.initialized[matrix.places(descriptor, *layout) + start]).sum())
             if missing:
                 thread, detail = self.thread_of(int(e["warps"][0])), f"{missing} elements of an operand"
                 self.launch.report("uninitialised shared memory", e["number"], thread, detail)
+        return pieces + start // 16
