@@ -62,6 +62,8 @@ def forward_heuristic(launch: Launch, gpu: str) -> Config:
     if arch.multiplies_registers(gpu):
         if launch.head_dim > 96 and arch.is_small(gpu):  # its shared memory has room for one program
             return Config(128, 32 if launch.band else 64, 8, 2)
+        if launch.head_dim <= 64 and arch.capability(gpu) == 120:  # ptxas would spill the scores ahead
+            return Config(128, 64, 8, 3)
         return Config(128, 32, 4, 3, lookahead=launch.head_dim <= 64)
     if arch.capability(gpu) == 90:
         one_chunk = launch.head_dim <= 64

@@ -214,9 +214,15 @@ def rows_of(name: str, subject: Study) -> list[tuple[Place, str]]:
     return list(found.items())
 
 
-def table(results: dict[str, list[tuple[Place, str]]]) -> str:
+def table(results: dict[str, list[tuple[Place, str]]], before: str = "") -> str:
+    """``before``: an earlier table, which targets that were not run now stay from."""
     lines = ["# Synchronisation removed", "", "Made by `python tests/emulator_removals.py`, which says how.", ""]
-    for name, rows in results.items():
+    for name in TARGETS:
+        if name not in results:
+            part = before.partition(f"## {name}\n")[2].partition("\n## ")[0].rstrip("\n")
+            lines += [f"## {name}", part, ""] if part else []
+            continue
+        rows = results[name]
         alone = sum(not text.startswith(("covered", "orders")) for _, text in rows)
         covered = sum(text.startswith("covered") for _, text in rows)
         rest = len(rows) - alone - covered
@@ -235,10 +241,10 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="JSON file of verdicts, so that a run can be continued")
     args = parser.parse_args()
     CACHE = args.cache
-    results = {}
+    results, before = {}, args.out.read_text() if args.out.exists() else ""
     for name in args.targets or TARGETS:
         results[name] = study(name)
-        args.out.write_text(table(results))  # after each target, lest a run that is cut off has made nothing
+        args.out.write_text(table(results, before))  # after each target, lest a run that is cut off has made nothing
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 TABLE = removals.TABLE.read_text() if removals.TABLE.exists() else ""
 FORWARD = "attention forward, E = 128"
-DRAWN = ("wgmma.wait_group #1", "cp.async.wait_group #0", "fence.proxy.async #0", "wgmma.fence #0", "bar.sync #0")
+DRAWN = ("wgmma.wait_group #1", "mbarrier.try_wait #1", "fence.proxy.async #0", "wgmma.fence #0", "bar.sync #4")
 
 
 def rows(name):
