@@ -131,7 +131,8 @@ def _schedule(cu, cu_other, total, block):
     samples = cu.shape[0] - 1
     tiles = capacity(total, samples, block)
     table, first = (torch.empty(count, dtype=torch.int32, device=cu.device) for count in (tiles, samples + 1))
-    schedule_kernel[(samples + 2,)](cu, cu_other, table, first, samples, total, tiles, block, SPAN=256, num_warps=4)
+    schedule_kernel[(samples + 2,)](cu, cu_other, table, first, samples, total, tiles, block.bit_length() - 1, SPAN=256,
+                                    num_warps=4)
     return table, first
 
 

@@ -44,10 +44,16 @@ def _work(cu_other, sample, samples):
     return tl.where(sample < samples, end - start, samples - 1 - sample)
 
 
-@triton.jit(do_not_specialize=["samples", "rows", "tiles", "block"])
-def schedule_kernel(cu, cu_other, table, first, samples: tl.int64, rows: tl.int64, tiles: tl.int64, block,
+@triton.jit
+def _tiles(length, power):
+    return length + (1 << power) - 1 >> power
+
+
+@triton.jit(do_not_specialize=["samples", "rows", "tiles", "power"])
+def schedule_kernel(cu, cu_other, table, first, samples: tl.int64, rows: tl.int64, tiles: tl.int64, power,
                     SPAN: tl.constexpr):
-    """Program s writes the tiles of sample s: ``first[s]`` is the place of its first one in ``table``, which holds s.
+    """Program s writes sample s's tiles of 2^power rows: ``first[s]`` is the place of its first one in ``table``, which
+    holds s.
 
     Program S does so for the tail; program S + 1 fills what is left of the table's ``tiles`` places with -1.
     """
@@ -58,9 +64,9 @@ def schedule_kernel(cu, cu_other, table, first, samples: tl.int64, rows: tl.int6
         other = start + tl.arange(0, SPAN)
         others_work = _work(cu_other, other, samples)
         before = (other <= samples) & ((others_work > work) | ((others_work == work) & (other < mine)))
-        count = tl.cdiv(_length(cu, other, samples, rows), block)
+        count = _tiles(_length(cu, other, samples, rows), power)
         place += tl.sum(tl.where(before, count, 0), 0)
-    end = tl.minimum(place + tl.cdiv(_length(cu, mine, samples, rows), block), tiles)
+    end = tl.minimum(place + _tiles(_length(cu, mine, samples, rows), power), tiles)
     value = mine.to(tl.int32)
     if mine <= samples:
         tl.store(first + mine, place.to(tl.int32))

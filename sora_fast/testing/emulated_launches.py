@@ -25,7 +25,7 @@ class _Memory:
             for name, value in given.items():
                 if re.fullmatch(r"cu_[qk]", name) and isinstance(value, torch.Tensor):
                     rows = given[name[-1]].shape[0]
-                    self.real(value).copy_(torch.linspace(0, rows, len(value)).int())
+                    self.real(value).copy_(torch.linspace(0, rows, len(value), dtype=torch.float64, device="cpu").int())
 
     def real(self, value):
         if hasattr(value, "block_shape"):  # a descriptor of Triton's
@@ -34,8 +34,8 @@ class _Memory:
             return value
         storage = value.untyped_storage()
         if storage._cdata not in self.storages:
-            self.storages[storage._cdata] = torch.zeros(storage.nbytes(), dtype=torch.uint8).untyped_storage()
-        made = torch.empty(0, dtype=value.dtype)
+            self.storages[storage._cdata] = torch.zeros(storage.nbytes(), dtype=torch.uint8, device="cpu").untyped_storage()
+        made = torch.empty(0, dtype=value.dtype, device="cpu")
         return made.set_(self.storages[storage._cdata], value.storage_offset(), value.shape, value.stride())
 
 

@@ -82,7 +82,7 @@ def aot_cases():
 def cuda_cases():
     """Of csrc's kernels: names, and calls on CPU tensors whose numbers are never read."""
     def call(inputs, outputs):
-        x = dense(torch.empty(1, inputs, 4, 32, 32, dtype=torch.bfloat16))
+        x = dense(torch.empty(1, inputs, 4, 32, 32, dtype=torch.bfloat16, device="cpu"))
         ops.causal_conv3d(x, x.new_empty(outputs, inputs, 3, 3, 3), backend="cuda")
 
     for inputs, outputs in ((96, 96), (128, 128), (160, 160), (192, 192), (384, 384), (256, 256)):

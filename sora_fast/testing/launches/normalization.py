@@ -44,7 +44,8 @@ def aot_cases():
 def cuda_cases():
     """Of csrc's kernel: names, and calls on CPU tensors whose numbers are never read."""
     def call(channels, dtype):
-        ops.norm_act(dense(torch.empty(1, channels, 4, 32, 32, dtype=dtype)), norm="rms", backend="cuda")
+        x = torch.empty(1, channels, 4, 32, 32, dtype=dtype, device="cpu")
+        ops.norm_act(dense(x), norm="rms", backend="cuda")
 
     for channels, dtype in ((96, torch.bfloat16), (192, torch.bfloat16), (384, torch.bfloat16), (160, torch.float32)):
         yield f"{channels}, {str(dtype).removeprefix('torch.')}", partial(call, channels, dtype)
