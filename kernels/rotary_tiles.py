@@ -137,13 +137,13 @@ def sum_of_row(x_NHP, NORM: tl.constexpr):
 @triton.jit
 def normalise(a, b, squares, mask, eps, H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr,
                PAIRING: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Normed pairs, and rstd; 0 where ``mask`` is off, even if eps is 0. ``squares``: their sum, if not of a and b alone."""
+    """Normed pairs, and rstd; 0 where ``mask`` is off, even if eps is 0. ``squares``: of ``squares_of_all``."""
     if NORM == "layer_head":
         mean = mean_of(sum_of_row(a + b, NORM), E)
         _, _, has_first, has_second = columns(E, P, PAIRING, BLOCK_P)
         a, b = tl.where(mask & has_first, a - mean, 0.0), tl.where(mask & has_second, b - mean, 0.0)
     WIDTH: tl.constexpr = H * E if NORM == "rms_all" else E
-    if squares is None:
+    if NORM != "rms_all":
         squares = sum_of_row(a * a + b * b, NORM)
     rstd = tl.where(mask, rstd_of(squares * (1.0 / WIDTH), eps), 0.0)
     return a * rstd, b * rstd, rstd
@@ -171,14 +171,14 @@ def load_heads(pointer, head_stride, used, H: tl.constexpr, E: tl.constexpr, P: 
 
 @triton.jit
 def squares_of_all(a, b, NORM: tl.constexpr, PIECES: tl.constexpr):
-    """Sums of squares over what is normalised together, if that is all heads; else None: each piece has its own."""
+    """Sums of squares over what is normalised together, if that is all heads; else 0: each piece has its own."""
     if NORM == "rms_all":
         total = sum_of_row(a[0] * a[0] + b[0] * b[0], NORM)
         for piece in tl.static_range(1, PIECES):
             total += sum_of_row(a[piece] * a[piece] + b[piece] * b[piece], NORM)
         return total
     else:
-        return None
+        return 0.0
 
 
 @triton.jit
