@@ -3,8 +3,6 @@
 N tokens, C channels, D width; a sample has t x h x w tokens of pt x ph x pw pixels.
 """
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -63,10 +61,15 @@ def _places(grids_S3, tokens: int, patch, channels: int, device):
     return place + (start_N + corner_N)[:, None, None, None, None], belongs_N
 
 
-def _runs(grids) -> Iterator[tuple[int, int, int, int]]:
-    """Neighbours of one size: how many they are, and their t, h, w."""
-    for (t, h, w), alike in itertools.groupby(grids):
-        yield sum(1 for _ in alike), t, h, w
+def _runs(grids) -> list[tuple[int, int, int, int]]:
+    """Neighbours of one size: how many they are, and their t, h, w. (torch.compile traces no groupby of symbols.)"""
+    runs = []
+    for t, h, w in grids:
+        if runs and runs[-1][1:] == (t, h, w):
+            runs[-1] = (runs[-1][0] + 1, t, h, w)
+        else:
+            runs.append((1, t, h, w))
+    return runs
 
 
 def _cut(latents, grids, patch, channels):
