@@ -11,20 +11,17 @@ None of it has run on a GPU yet: the kernels are compiled for sm_90 and executed
 python -m sora_fast.benchmarks.chip --device cuda [--jsonl FILE]
 """
 
-import argparse
 import itertools
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from sora_fast.cyclemodel import GPU, GPUS
 from sora_fast.environment import environment
-from sora_fast.files import check_file
 
 from . import rows, timing
 from .gate import explain
@@ -201,17 +198,8 @@ def line(row: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sora_fast.benchmarks.chip", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--device", default="cuda", help="a CUDA GPU; on any other the reason is printed (default cuda)")
-    parser.add_argument("--jsonl", type=Path, metavar="FILE", help="write the rows to it")
-    asked = parser.parse_args(arguments)
+    asked = rows.arguments_of("chip", __doc__, "a CUDA GPU", "write the rows to it", arguments)
     device = torch.device(asked.device)
-    try:
-        if asked.jsonl:
-            check_file("--jsonl", asked.jsonl)
-    except OSError as error:
-        parser.error(str(error))
     if device.type != "cuda" or not torch.cuda.is_available():
         print("UNSUPPORTED: these are measurements of a CUDA GPU, and there is none here.")
         return 0

@@ -6,14 +6,11 @@ its edges. Factors are small integers, so that every sum is exact and the result
 python -m sora_fast.benchmarks.primitives --device cuda [--jsonl FILE]
 """
 
-import argparse
 import sys
-from pathlib import Path
 
 import torch
 
 from sora_fast.environment import environment
-from sora_fast.files import check_file
 from sora_fast.ops import cuda_backend
 
 from . import rows
@@ -43,17 +40,8 @@ def wrong_numbers(device: str, tile_columns: int, slice: int, size: tuple[int, i
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sora_fast.benchmarks.primitives", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--device", default="cuda", help="a Hopper GPU; on any other the reason is printed (default cuda)")
-    parser.add_argument("--jsonl", type=Path, metavar="FILE", help="append a row for each product to it")
-    asked = parser.parse_args(arguments)
+    asked = rows.arguments_of("primitives", __doc__, "a Hopper GPU", "append a row for each product to it", arguments)
     device = torch.device(asked.device)
-    try:
-        if asked.jsonl:
-            check_file("--jsonl", asked.jsonl)
-    except OSError as error:
-        parser.error(str(error))
     reasons = cuda_backend.cannot_run(device, "product")
     if reasons:
         print(f"UNSUPPORTED: {' '.join(reasons)}")

@@ -18,6 +18,7 @@ A row with ``"row": "roof"`` is a limit of the machine: kind ("matrix" in FLOP/s
 working set), rate, published (null where the chip is not in the table), source, l2, timer, n, environment.
 """
 
+import argparse
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -65,3 +66,18 @@ def append(path: Path, rows: Iterable[Mapping]) -> None:
         if kept and not kept.endswith(b"\n"):
             file.truncate(kept.rfind(b"\n") + 1)
     files.append(path, text, flush=True)
+
+
+def arguments_of(program: str, text: str, gpu: str, jsonl: str, arguments: list[str] | None) -> argparse.Namespace:
+    """--device and --jsonl of a program that writes rows of its own; a file it cannot write is told before any work."""
+    parser = argparse.ArgumentParser(prog=f"python -m sora_fast.benchmarks.{program}", description=text,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--device", default="cuda", help=f"{gpu}; on any other the reason is printed (default cuda)")
+    parser.add_argument("--jsonl", type=Path, metavar="FILE", help=jsonl)
+    asked = parser.parse_args(arguments)
+    try:
+        if asked.jsonl:
+            files.check_file("--jsonl", asked.jsonl)
+    except OSError as error:
+        parser.error(str(error))
+    return asked

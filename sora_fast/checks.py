@@ -120,34 +120,37 @@ def floating(op: str, **tensors: torch.Tensor | None) -> None:
             raise TypeError(f"{op}: expected {name} of a floating dtype, got {value.dtype}; convert it with .float()")
 
 
-def same_dtype(op: str, **tensors: torch.Tensor | None) -> None:
-    """All given tensors have the first one's dtype."""
-    dtype = None
+def _different(op: str, field: str, tensors: dict) -> tuple | None:
+    """(name, field) of the first given tensor and of the first one that differs from it, or None where all are alike."""
+    first = None
     for name, value in tensors.items():
         if value is None:
             continue
         if not isinstance(value, torch.Tensor):
             tensor(op, name, value)
-        if dtype is None:
-            first, dtype = name, value.dtype
-        elif value.dtype != dtype:
-            raise TypeError(f"{op}: expected {name} in {first}'s dtype {dtype}, got {value.dtype}; "
-                            f"convert one with .to(), or run under torch.autocast")
+        if first is None:
+            first = name, getattr(value, field)
+        elif getattr(value, field) != first[1]:
+            return *first, name, getattr(value, field)
+    return None
+
+
+def same_dtype(op: str, **tensors: torch.Tensor | None) -> None:
+    """All given tensors have the first one's dtype."""
+    found = _different(op, "dtype", tensors)
+    if found:
+        first, dtype, name, other = found
+        raise TypeError(f"{op}: expected {name} in {first}'s dtype {dtype}, got {other}; "
+                        f"convert one with .to(), or run under torch.autocast")
 
 
 def same_device(op: str, **tensors: torch.Tensor | None) -> None:
     """All given tensors lie on the first one's device."""
-    device = None
-    for name, value in tensors.items():
-        if value is None:
-            continue
-        if not isinstance(value, torch.Tensor):
-            tensor(op, name, value)
-        if device is None:
-            first, device = name, value.device
-        elif value.device != device:
-            raise ValueError(f"{op}: expected {name} on {first}'s device {device}, got {value.device}; "
-                             f"move one with .to(device)")
+    found = _different(op, "device", tensors)
+    if found:
+        first, device, name, other = found
+        raise ValueError(f"{op}: expected {name} on {first}'s device {device}, got {other}; "
+                         f"move one with .to(device)")
 
 
 def choice(op: str, name: str, value: object, allowed: Sequence[object]) -> None:
