@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sora_fast.diffusion import DDPM, FlowMatching, generate, make_objective
+from sora_fast.diffusion import DDPM, FlowMatching, LearnedVariance, generate, make_objective, training_loss
 from sora_fast.models import DiT, DiTConfig
 from sora_fast.models.text import Text
 from sora_fast.pack import Pack
@@ -109,6 +109,28 @@ def test_x0_loss_is_weighted_as_velocity():
     one = torch.tensor([4])
     low = FlowMatching("x0").loss(torch.ones(4), torch.zeros(4), torch.zeros(4), torch.tensor([1.0]), one)
     assert float(low) == pytest.approx(400)
+
+
+@pytest.mark.parametrize("objective", (FlowMatching(), FlowMatching("x0"), DDPM(), LearnedVariance()), ids=repr)
+def test_training_loss_is_the_objectives_on_one_pack(objective):
+    """Of a model that is told what was drawn, and of one DiT step on a clip and an image."""
+    latents, seen = [torch.randn(4, 3, 4, 6), torch.randn(4, 1, 2, 2)], {}
+    width = 2 if isinstance(objective, LearnedVariance) else 1
+
+    def model(x_t, timesteps, pack, *, labels):
+        seen.update(x_t=x_t, timesteps=timesteps, grids=pack.grids, labels=labels)
+        return x_t.new_zeros(width * x_t.shape[0])
+
+    draw = lambda: torch.Generator().manual_seed(3)
+    loss = training_loss(model, objective, latents, patch=(1, 2, 2), generator=draw(), labels="given")
+    assert seen["grids"] == ((3, 2, 3), (1, 1, 1)) and seen["labels"] == "given"
+    generator, counts = draw(), [288, 16]
+    timesteps = objective.draw_timesteps(torch.tensor([18, 1]), generator)
+    noise, x0 = torch.randn(304, generator=generator), torch.cat([clip.flatten() for clip in latents])
+    assert torch.equal(seen["timesteps"], timesteps)
+    assert torch.equal(seen["x_t"], objective.add_noise(x0, noise, timesteps, torch.tensor(counts)))
+    predicted = objective.split(torch.zeros(304 * width), counts)
+    assert torch.equal(loss, objective.loss(predicted, x0, noise, timesteps, torch.tensor(counts)))
 
 
 @pytest.mark.parametrize("schedule, name", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])

@@ -79,6 +79,16 @@ test_gradcheck = op_checks.gradchecks([
 ])
 
 
+@pytest.mark.parametrize("head_dim, axes", ((128, (44, 42, 42)), (72, (24, 24, 24)), (64, (24, 20, 20)), (16, (8, 4, 4)),
+                                            (256, (44, 42, 42))))
+def test_axes_fit_the_head(head_dim, axes):
+    """Wan's share is the default, for every head dim; all is rotated of a head of up to 128."""
+    q = torch.randn(6, 1, head_dim)
+    given = [ops.qk_norm_rope(q, None, PACK.coords, axes=chosen, backend=backend)[0]
+             for chosen in (None, axes) for backend in ("reference", "torch")]
+    assert torch.equal(given[0], given[2]) and torch.equal(given[1], given[3])
+
+
 # ---------------------------------------------------------------------------------------------------- exactness
 @pytest.mark.parametrize("backend", op_checks.BACKENDS)
 @pytest.mark.parametrize("pairing", ("interleaved", "half"))

@@ -91,6 +91,7 @@ class BlockDiagonalMask:
         return replace(mask, k_seqinfo=other.q_seqinfo), queries, keys, values
 
     def to(self, device) -> "BlockDiagonalMask":
+        """The mask with its offsets on ``device``."""
         return replace(self, q_seqinfo=self.q_seqinfo.to(device), k_seqinfo=self.k_seqinfo.to(device))
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -98,9 +99,11 @@ class BlockDiagonalMask:
         return self.split_queries(tensor)
 
     def split_queries(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """(1, sum of queries, ...) to (1, Mi, ...) of each block, as views."""
         return self._split(self.q_seqinfo, tensor)
 
     def split_kv(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """(1, sum of keys, ...) to (1, Ki, ...) of each block, as views."""
         return self._split(self.k_seqinfo, tensor)
 
     def _split(self, info: SeqLenInfo, tensor: torch.Tensor) -> list[torch.Tensor]:

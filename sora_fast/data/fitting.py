@@ -17,18 +17,18 @@ import torch
 class FitPolicy:
     """How items are cut to sizes a model takes: native aspect, never enlarged, a bounded number of tokens.
 
-    short_side:     lines or columns of the shorter side; smaller items keep their own.
-    fps:            frames per second to read at; None reads every frame. A slower clip keeps its own rate,
-                    since repeating frames to reach a higher one would teach a model to stutter.
-    max_frames:     upper limit of T.
-    space_multiple: H and W are rounded down to multiples of it, and are at least one of it. (Only where a
-                    side is shorter than one multiple is a picture enlarged.)
-    time_factor:    T is `time_factor * k + 1`, the lengths a causal VAE of that time factor takes.
-    max_tokens:     upper limit of `tokens(T, H, W)`, or None: first the clip is shortened, down to one frame,
-                    then the picture is made smaller.
-    token_pixels:   frames, lines and columns under one token, each a divisor of time_factor or
-                    space_multiple; None is (time_factor, space_multiple, space_multiple). The first frame has
-                    tokens of its own.
+    Args:
+        short_side: pixels of the shorter side; smaller items keep their own.
+        fps: frames per second to read at; None reads every frame. A slower clip keeps its own rate, since repeating frames
+            to reach a higher one would teach a model to stutter.
+        max_frames: upper limit of T.
+        space_multiple: H and W are rounded down to multiples of it, and are at least one of it. (Only where a side is
+            shorter than one multiple is a picture enlarged.)
+        time_factor: T is ``time_factor * k + 1``, the lengths a causal VAE of that time factor takes.
+        max_tokens: upper limit of ``tokens(T, H, W)``, or None: first the clip is shortened, down to one frame, then the
+            picture is made smaller.
+        token_pixels: frames, height and width of pixels under one token, each a divisor of time_factor or space_multiple;
+            None is (time_factor, space_multiple, space_multiple). The first frame has tokens of its own.
     """
 
     short_side: int = 256

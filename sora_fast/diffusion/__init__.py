@@ -9,9 +9,11 @@ from .conditioning import MediaPrompt, Seam, jumps
 from .learned_variance import LearnedVariance, pairs
 from .objectives import DDPM, FlowMatching, Objective
 from .sampling import Known, generate, place
+from .training_loss import training_loss
 
 __all__ = ["DDPM", "FlowMatching", "FrameTimesteps", "Known", "LearnedVariance", "MediaPrompt", "Objective", "Seam",
-           "draw_clean_frames", "generate", "jumps", "make_objective", "pairs", "place"]
+           "draw_clean_frames", "generate", "jumps", "make_objective", "pairs", "place",
+           "training_loss"]
 
 
 def make_objective(kind: str, prediction: str | None = None, *, learn_sigma: bool = False, **options) -> Objective:

@@ -122,6 +122,7 @@ class LearnedVariance(DDPM):
         return torch.where(first, -bin_log_likelihood(x0, mean, log_var), kl) / math.log(2)
 
     def split(self, predicted, counts):
+        """(M, 2) of a model's 2 C channels: each element's noise and variance."""
         return pairs(predicted, counts)
 
     def loss(self, predicted, x0, noise, timesteps, counts):

@@ -26,12 +26,23 @@ class Objective(Protocol):
 
     prediction: Prediction
 
-    def draw_timesteps(self, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor: ...
-    def add_noise(self, x0, noise, timesteps, counts): ...
-    def split(self, predicted, counts: Sequence[int]): ...
-    def loss(self, predicted, x0, noise, timesteps, counts) -> torch.Tensor: ...
-    def scheduler(self, steps: int, tokens: int): ...
-    def for_scheduler(self, predicted, x_t, timesteps, counts): ...
+    def draw_timesteps(self, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Timesteps (S,) for samples of ``tokens`` (S,) tokens."""
+
+    def add_noise(self, x0, noise, timesteps, counts):
+        """The noisy latents x_t of clean ones."""
+
+    def split(self, predicted, counts: Sequence[int]):
+        """What ``loss`` and ``for_scheduler`` take, of a model's output."""
+
+    def loss(self, predicted, x0, noise, timesteps, counts) -> torch.Tensor:
+        """A float32 scalar, the mean over all elements."""
+
+    def scheduler(self, steps: int, tokens: int):
+        """A scheduler of diffusers, set to ``steps`` steps for a sample of ``tokens`` tokens."""
+
+    def for_scheduler(self, predicted, x_t, timesteps, counts):
+        """What that scheduler's ``step`` takes, of a model's prediction."""
 
 
 def spread(values_S, counts_S, total: int | None = None):
@@ -115,13 +126,16 @@ class FlowMatching:
         return 1000.0 * shift * s / (1 + (shift - 1) * s)
 
     def add_noise(self, x0, noise, timesteps, counts):
+        """``x_t`` (M,) of ``x0`` and ``noise`` (M,)."""
         s = spread(timesteps / 1000.0, counts, x0.shape[0])
         return torch.lerp(x0, noise, s)
 
     def target(self, x0, noise, timesteps, counts):
+        """What the model is to predict, (M,)."""
         return {"velocity": noise - x0, "x0": x0, "noise": noise}[self.prediction]
 
     def split(self, predicted, counts):
+        """The prediction's first C channels: a learned variance is not used."""
         return first_channels(predicted, counts)
 
     def loss(self, predicted, x0, noise, timesteps, counts):
@@ -190,16 +204,19 @@ class DDPM:
         return tuple(spread(scale[timesteps.long()], counts, total) for scale in scales)
 
     def add_noise(self, x0, noise, timesteps, counts):
+        """``x_t`` (M,) of ``x0`` and ``noise`` (M,)."""
         signal, sigma = self._scales(timesteps, counts, x0.shape[0])
         return signal * x0 + sigma * noise
 
     def target(self, x0, noise, timesteps, counts):
+        """What the model is to predict, (M,)."""
         if self.prediction == "velocity":
             signal, sigma = self._scales(timesteps, counts, x0.shape[0])
             return signal * noise - sigma * x0
         return x0 if self.prediction == "x0" else noise
 
     def split(self, predicted, counts):
+        """The prediction's first C channels: a learned variance is not used."""
         return first_channels(predicted, counts)
 
     def loss(self, predicted, x0, noise, timesteps, counts):

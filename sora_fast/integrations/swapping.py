@@ -116,7 +116,7 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
         progress: called with (frames done, frames in all) while a video autoencoder encodes or decodes without gradients.
 
     Returns:
-        Report: every module, swapped or left, with the reason.
+        A Report: every module, swapped or left, with the reason.
 
     Raises:
         TypeError: not an nn.Module.

@@ -20,9 +20,11 @@ class StreamState:
         self._slots: dict[nn.Module, object] = {}
 
     def get(self, module: nn.Module, default: object = None) -> object:
+        """What ``module`` remembers, a tensor, a number or a tuple of them; ``default`` before its first chunk."""
         return self._slots.get(module, default)
 
     def set(self, module: nn.Module, value: object) -> None:
+        """``module`` remembers ``value`` for the next chunk."""
         self._slots[module] = value
 
     def copy(self) -> "StreamState":
@@ -40,6 +42,7 @@ class StreamState:
         return other
 
     def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor that is remembered."""
         for value in self._slots.values():
             for part in value if isinstance(value, tuple) else (value,):
                 if isinstance(part, torch.Tensor):

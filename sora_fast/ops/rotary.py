@@ -154,7 +154,7 @@ __all__ = ["qk_norm_rope"]
 
 # ------------------------------------------------------------------------------------------------- public op
 def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_bias=None, norm="rms_head",
-                 axes=(44, 42, 42), theta=1e4, freqs=None, pairing="interleaved", eps=1e-6, rows=None,
+                 axes=None, theta=1e4, freqs=None, pairing="interleaved", eps=1e-6, rows=None,
                  backend="auto"):
     """Norm of q and k, then rotary position embedding over time, height and width.
 
@@ -164,8 +164,9 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
             None: no rotation (then k may have another length).
         q_weight, k_weight, q_bias, k_bias: of the norm: (E,), or (H * E,) / (Hk * E,) for ``"rms_all"``; or None.
         norm: ``"rms_head"`` or ``"layer_head"`` over each head, ``"rms_all"`` over all heads together, None: none.
-        axes: even numbers of rotated entries for t, h, w; they sum to R <= E, the other E - R pass through. Axis a of
-            size d has the angles ``coords[:, a] * theta_a ** (-2 j / d)``, j < d / 2, axes one after the other.
+        axes: even numbers of rotated entries for t, h, w; they sum to R <= E, the other E - R pass through. None: Wan's
+            share of the first 128 entries, (44, 42, 42) of a head of 128, (24, 20, 20) of 64. Axis a of size d has the
+            angles ``coords[:, a] * theta_a ** (-2 j / d)``, j < d / 2, axes one after the other.
         theta: a float, or one per axis.
         freqs: float (3, R/2) or (3, H, R/2) in place of axes and theta: angle i of head h is the sum over a of
             ``coords[:, a] * freqs[a, h, i]``; it has a gradient.
@@ -177,6 +178,8 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
 
     Source: RoPE, arXiv 2104.09864; QK-norm, arXiv 2302.05442; freqs as in Mochi 1.
     """
+    if axes is None and isinstance(q, torch.Tensor) and q.dim() == 3:
+        axes = reference.default_axes(q.shape[-1])
     key = call_key(QK_NORM_ROPE, (q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows), norm, pairing, axes, theta,
                    eps)
     facts = remembered(key)

@@ -59,11 +59,18 @@ def _norm_rope(x, weight, bias, angles_NHP, norm, pairing, eps, rows):
     return only_samples(x_NHE.reshape(tokens, heads * head_dim), rows).reshape(x.shape).to(x.dtype)
 
 
+def default_axes(head_dim: int) -> tuple[int, int, int]:
+    """Wan's division of a head between t, h and w, of at most 128 entries: (44, 42, 42) of 128, (24, 20, 20) of 64."""
+    side = min(head_dim, 128) // 6 * 2
+    return min(head_dim, 128) // 2 * 2 - 2 * side, side, side
+
+
 def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_bias=None, norm="rms_head",
-                 axes=(44, 42, 42), theta=1e4, freqs=None, pairing="interleaved", eps=1e-6, rows=None):
+                 axes=None, theta=1e4, freqs=None, pairing="interleaved", eps=1e-6, rows=None):
     """``q`` and ``k`` normalised and rotated; see ``sora_fast.ops.qk_norm_rope``."""
     turn = None
     if coords is not None:
+        axes = default_axes(q.shape[-1]) if axes is None else axes
         tensors = (q, k, freqs, q_weight, k_weight)
         if coords.is_floating_point():
             tensors += (coords,)

@@ -137,6 +137,7 @@ class Report:
         return "\n".join(lines)
 
     def to_dicts(self) -> list[dict]:
+        """A dictionary for each row, of plain Python values."""
         return [row.as_dict() for row in self.rows]
 
     def to_jsonl(self) -> str:

@@ -1,0 +1,67 @@
+"""docs/: its code runs, its commands exist, its pages build without a warning, and what they list is documented."""
+
+import importlib
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sora_fast.cli.__main__ import COMMANDS, parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+@pytest.mark.full
+@pytest.mark.ci
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_python_runs(page):
+    """The blocks of a page in order, as a reader would paste them."""
+    names = {}
+    for code in blocks(page, "python"):
+        exec(compile(code, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=lambda page: page.stem)
+def test_commands_and_flags_exist(page):
+    commands = parser()._subparsers._group_actions[0].choices
+    for line in "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if "sora_fast.cli" in words:
+            words = words[words.index("sora_fast.cli"):]
+        elif not words or not words[0].endswith("sora-fast"):
+            continue
+        name = " ".join(words[1:3]) if " ".join(words[1:3]) in COMMANDS else words[1]
+        assert name in COMMANDS, f"{page.name}: {line}"
+        flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert flags <= set(commands[name]._option_string_actions), f"{page.name}: {line}"
+
+
+@pytest.mark.parametrize("module", re.findall(r"^reference/(\w+)$", (ROOT / "docs/index.md").read_text(), flags=re.M))
+def test_public_names_are_documented(module):
+    """Functions, classes and their public methods say what they are."""
+    package = importlib.import_module("sora_fast" if module == "sora_fast" else f"sora_fast.{module}")
+    for name in package.__all__:
+        value = getattr(package, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            methods = [each for key, each in vars(value).items() if inspect.isfunction(each) and key[0] != "_"
+                       ] if inspect.isclass(value) else []
+            blank = [each.__qualname__ for each in (value, *methods) if not inspect.getdoc(each)]
+            assert not blank, f"{module}.{name}: no docstring of {', '.join(blank)}"
+
+
+@pytest.mark.full
+@pytest.mark.ci
+def test_pages_build_without_a_warning(tmp_path):
+    built = subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", str(tmp_path)], cwd=ROOT,
+                           capture_output=True, encoding="utf-8")
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "reference/ops.html").read_text(encoding="utf-8").count("causal_conv3d") > 1
