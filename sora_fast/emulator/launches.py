@@ -5,6 +5,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from threadpoolctl import ThreadpoolController
@@ -13,7 +14,7 @@ from . import memory
 from .codegen import Program
 from .counters import Counters
 from .machine import Launch, Schedule
-from .ptx import parse
+from .ptx import bare, parse
 
 
 def schedules(asked: int | str | Schedule | Iterable) -> tuple[Schedule, ...]:
@@ -96,11 +97,16 @@ class Emulator:
 
         Raises:
             memory.Fault: a finding, or results that depend on the schedule though nothing is added atomically.
+            RuntimeError: more shared memory than a CTA may have.
         """
         if self.change is not None:
             ptx = self.change(ptx)
         program = program_of(ptx)
         raw = params(program)
+        asked = shared + sum(each.size for each in program.kernel.variables.values() if each.space == "shared")
+        if self.shared is not None and asked > self.shared:
+            raise RuntimeError(f"{name}: expected at most {self.shared} bytes of shared memory, what "
+                               f"sm{self.compute_capability} has for a CTA, got {asked}; ask for less")
         several = len(self.schedules) > 1  # or nothing is copied: of a large tensor a kernel may touch little
         before = _Memory(allocations) if several else None
         results, runs, start = [], [], time.perf_counter()
@@ -126,6 +132,9 @@ class Emulator:
         return record
 
 
+current: ContextVar[Emulator | None] = ContextVar("the emulator that takes launches", default=None)
+
+
 @functools.cache
 def _blas() -> ThreadpoolController:
     """numpy's BLAS: an MMA is so small a product that threads would mostly wait for one another."""
@@ -140,6 +149,7 @@ def program_of(ptx: str) -> Program:
     key = hashlib.sha256(ptx.encode()).digest()
     if key not in _programs:
         (kernel,) = parse(ptx).values()
+        kernel.name = bare(kernel.name)  # as findings call it
         _programs[key] = Program(kernel)
     return _programs[key]
 
