@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "out", "__pycache__", "*.egg-info", ".pytest_cache", ".hypothesis")
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "build", "out", "__pycache__", "*.egg-info", ".pytest_cache",
+                                  ".hypothesis")
 
 
 @dataclass(frozen=True)
