@@ -1,26 +1,26 @@
-"""What the attention kernels share: which program does which tile of a ragged pack, and how a tile is read.
+"""What the attention kernels share: the tile schedule of a packed batch, and loads, stores, masks and MMAs of tiles.
 
-Queries and keys of a sample are cut into tiles of BLOCK rows. A table holds the sample of every tile, samples with the most
-work first, so that the last programs to start are short. It is made on the device by ``schedule_kernel``: no length is known
-on the host, and the launch has as many programs as tiles there can be at most, ``capacity(rows, samples, block)``.
+The rows of each sample are cut into tiles of BLOCK rows. The schedule holds the sample of every tile, in order of decreasing
+work, so that the last programs to start are short. ``schedule_kernel`` fills it on the device, because the host knows no
+sequence length; the grid has room for the most tiles there can be, ``capacity(rows, samples, block)``.
 
-Rows past the end of cu_seqlens are one sample more, number S, which sees nothing: its outputs and gradients are the 0 and
--inf of every row without keys.
+Rows past the end of cu_seqlens form an extra sample S, which has no keys: its outputs and gradients are 0 and its lse is
+-inf, as in every row without keys.
 """
 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)  # softmax in powers of 2, which the hardware has
+LOG2E = tl.constexpr(1.4426950408889634)  # softmax uses exp2, which the hardware has (MUFU.EX2)
 
 
 def capacity(rows: int, samples: int, block: int) -> int:
-    """The most tiles of ``block`` rows that ``samples`` and a tail can have: each may end in one that is not full."""
+    """The most tiles of ``block`` rows that ``samples`` and the tail can have: the last tile of each may be partial."""
     return triton.cdiv(rows, block) + samples
 
 
 def chunks(head_dim: int, split: bool) -> tuple[int, int]:
-    """Powers of two that a head is read in: 64 and 16 for 72, 128 and 0 for 128. A product is over 16 numbers at least."""
+    """The powers of two that a head dim is loaded in: (64, 16) for 72, (128, 0) for 128. An MMA needs K of at least 16."""
     if not split:
         return triton.next_power_of_2(head_dim), 0
     one = 1 << head_dim.bit_length() - 1
@@ -30,7 +30,7 @@ def chunks(head_dim: int, split: bool) -> tuple[int, int]:
 
 @triton.jit
 def _length(cu, sample, samples, rows):
-    """Rows of ``sample``; of the tail those that are left, and 0 of what is no sample."""
+    """Sequence length of ``sample``; for the tail the rows that are left, past it 0."""
     start = tl.load(cu + sample, mask=sample <= samples, other=0)
     end = tl.load(cu + sample + 1, mask=sample < samples, other=0)
     return tl.maximum(tl.where(sample < samples, end, tl.where(sample == samples, rows.to(tl.int32), start)) - start, 0)
@@ -38,77 +38,76 @@ def _length(cu, sample, samples, rows):
 
 @triton.jit
 def _work(cu_other, sample, samples):
-    """What samples are sorted by: rows on the other side, -1 for the tail, -2 for what is no sample."""
+    """Sort key of the schedule: the sample's length on the other side, -1 for the tail, below for padding."""
     start = tl.load(cu_other + sample, mask=sample < samples, other=0)
     end = tl.load(cu_other + sample + 1, mask=sample < samples, other=0)
     return tl.where(sample < samples, end - start, samples - 1 - sample)
 
 
 @triton.jit
-def _tiles(length, power):
-    return length + (1 << power) - 1 >> power
+def _tiles(length, log2_block):
+    return length + (1 << log2_block) - 1 >> log2_block
 
 
-@triton.jit(do_not_specialize=["samples", "rows", "tiles", "power"])
-def schedule_kernel(cu, cu_other, table, first, samples: tl.int64, rows: tl.int64, tiles: tl.int64, power,
+@triton.jit(do_not_specialize=["samples", "rows", "tiles", "log2_block"])
+def schedule_kernel(cu, cu_other, schedule, first_tile, samples: tl.int64, rows: tl.int64, tiles: tl.int64, log2_block,
                     SPAN: tl.constexpr):
-    """Program s writes sample s's tiles of 2^power rows: ``first[s]`` is the place of its first one in ``table``, which
-    holds s.
+    """Program s writes s into ``schedule`` once per tile of 2^log2_block rows of sample s, from ``first_tile[s]`` on.
 
-    Program S does so for the tail; program S + 1 fills what is left of the table's ``tiles`` places with -1.
+    Program S does the same for the tail. Program S + 1 fills the unused entries of the ``tiles`` in ``schedule`` with -1.
     """
-    mine = tl.program_id(0).to(tl.int64)
-    work = _work(cu_other, mine, samples)
+    sample = tl.program_id(0).to(tl.int64)
+    work = _work(cu_other, sample, samples)
     place = tl.zeros([], tl.int64)
     for start in range(0, samples + 1, SPAN):
         other = start + tl.arange(0, SPAN)
         others_work = _work(cu_other, other, samples)
-        before = (other <= samples) & ((others_work > work) | ((others_work == work) & (other < mine)))
-        count = _tiles(_length(cu, other, samples, rows), power)
+        before = (other <= samples) & ((others_work > work) | ((others_work == work) & (other < sample)))
+        count = _tiles(_length(cu, other, samples, rows), log2_block)
         place += tl.sum(tl.where(before, count, 0), 0)
-    end = tl.minimum(place + _tiles(_length(cu, mine, samples, rows), power), tiles)
-    value = mine.to(tl.int32)
-    if mine <= samples:
-        tl.store(first + mine, place.to(tl.int32))
+    end = tl.minimum(place + _tiles(_length(cu, sample, samples, rows), log2_block), tiles)
+    value = sample.to(tl.int32)
+    if sample <= samples:
+        tl.store(first_tile + sample, place.to(tl.int32))
     else:
         end = tiles
         value = tl.full([], -1, tl.int32)
     for slot0 in range(place, end, SPAN):
         slot = slot0 + tl.arange(0, SPAN)
-        tl.store(table + slot, tl.zeros([SPAN], tl.int32) + value, mask=slot < end)
+        tl.store(schedule + slot, tl.zeros([SPAN], tl.int32) + value, mask=slot < end)
 
 
 @triton.jit
-def tile_of(program, table, first, cu, samples, rows, heads, BLOCK: tl.constexpr):
-    """(sample or -1, its first row, its rows, head, first row within the sample) of a program's tile.
+def tile_coords(program, schedule, first_tile, cu, samples, rows, heads, BLOCK: tl.constexpr):
+    """(sample or -1, its first row, its length, head, first row of the tile within the sample) of a program's tile.
 
-    A sample's heads follow one another, each with all its tiles, the last first: they read the same keys out of the cache,
-    and under a causal mask the last have the most work.
+    Tiles of one head are adjacent and share its keys in L2. They run last to first: under a causal mask the last tile has
+    the most work.
     """
-    sample = tl.load(table + program // heads)
+    sample = tl.load(schedule + program // heads)
     known = tl.maximum(sample, 0)
     length = _length(cu, known, samples, rows)
     tiles = tl.maximum(tl.cdiv(length, BLOCK), 1)
-    local = program - tl.load(first + known) * heads
+    local = program - tl.load(first_tile + known) * heads
     return sample, tl.load(cu + known).to(tl.int64), length, local // tiles, (tiles - 1 - local % tiles) * BLOCK
 
 
 @triton.jit
 def segment(cu, sample, samples):
-    """(first row, rows) of a sample on the other side of its tile: the tail has none there."""
+    """(first row, length) of a sample on the other side; the tail has length 0 there."""
     start = tl.load(cu + sample)
     end = tl.load(cu + sample + 1, mask=sample < samples, other=0)
     length = tl.where(sample < samples, end - start, 0)
-    # a descriptor needs an address that exists, though nothing is read
+    # a tensor descriptor needs a valid address even where nothing is loaded
     return tl.where(length > 0, start, 0).to(tl.int64), length
 
 
 @triton.jit
-def view(pointer, stride, length, head_stride, heads, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+def make_view(pointer, stride, length, head_stride, heads, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
          BLOCK: tl.constexpr, TMA: tl.constexpr):
-    """What ``rows`` reads tiles of BLOCK rows from: ``length`` rows of E numbers, of each of ``heads`` heads.
+    """TMA descriptors, or pointers, of tiles of BLOCK rows: ``length`` rows of E elements in each of ``heads`` heads.
 
-    A row is one chunk of E0 numbers, or two, of E0 and E1: powers of two of which the last may reach past E.
+    A row is one chunk of E0 elements, or two of E0 and E1: powers of two, of which the last may extend past E.
     """
     if TMA:
         known = tl.maximum(length, 1)
@@ -131,16 +130,16 @@ def _chunk(source, row, stride, length, head, head_stride, E: tl.constexpr, COLU
     if TMA:
         return source.load([head, row, COLUMN]).reshape(BLOCK, WIDTH)
     else:
-        inside = (tl.arange(0, BLOCK) < length - row)[:, None]
+        in_bounds = (tl.arange(0, BLOCK) < length - row)[:, None]
         if COLUMN + WIDTH > E:
-            inside = inside & (COLUMN + tl.arange(0, WIDTH) < E)[None, :]
-        return tl.load(source + (head * head_stride + row * stride), mask=inside, other=0.0)
+            in_bounds = in_bounds & (COLUMN + tl.arange(0, WIDTH) < E)[None, :]
+        return tl.load(source + (head * head_stride + row * stride), mask=in_bounds, other=0.0)
 
 
 @triton.jit
-def rows(source, row, stride, length, head, head_stride, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+def load_tile(source, row, stride, length, head, head_stride, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
          BLOCK: tl.constexpr, TMA: tl.constexpr):
-    """Both chunks of BLOCK rows from ``row`` of a ``view``; 0 past its rows and its columns, whatever lies there."""
+    """Both chunks of BLOCK rows from ``row`` of a view; out-of-bounds rows and columns are filled with 0."""
     one = _chunk(source[0], row, stride, length, head, head_stride, E, 0, BLOCK, E0, TMA)
     if E1:
         return one, _chunk(source[1], row, stride, length, head, head_stride, E, E0, BLOCK, E1, TMA)
@@ -149,46 +148,47 @@ def rows(source, row, stride, length, head, head_stride, E: tl.constexpr, E0: tl
 
 
 @triton.jit
-def read(pointer, stride, length, row, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, BLOCK: tl.constexpr):
-    """``rows`` that are read once: by pointers, as a descriptor costs more than it saves."""
-    return rows(view(pointer, stride, length, 0, 1, E, E0, E1, BLOCK, False), row, stride, length, 0, 0, E, E0, E1, BLOCK,
-                False)
+def load_once(pointer, stride, length, row, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, BLOCK: tl.constexpr):
+    """``load_tile`` outside the main loop: by pointers, since building a descriptor costs more than one load saves."""
+    view = make_view(pointer, stride, length, 0, 1, E, E0, E1, BLOCK, False)
+    return load_tile(view, row, stride, length, 0, 0, E, E0, E1, BLOCK, False)
 
 
 @triton.jit
-def write(pointer, stride, length, row, one, two, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, BLOCK: tl.constexpr):
-    """Store both chunks of BLOCK rows from ``row``, as far as there are rows and columns."""
+def store_tile(pointer, stride, length, row, one, two, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+               BLOCK: tl.constexpr):
+    """Store both chunks of BLOCK rows from ``row``, masked to the rows and columns in bounds."""
     at = pointer + (row + tl.arange(0, BLOCK)).to(tl.int64)[:, None] * stride
-    inside = (tl.arange(0, BLOCK) < length - row)[:, None]
+    in_bounds = (tl.arange(0, BLOCK) < length - row)[:, None]
     column = tl.arange(0, E0)[None, :]
-    tl.store(at + column, one.to(pointer.dtype.element_ty), mask=inside & (column < E))
+    tl.store(at + column, one.to(pointer.dtype.element_ty), mask=in_bounds & (column < E))
     if E1:
         column = E0 + tl.arange(0, E1)[None, :]
-        tl.store(at + column, two.to(pointer.dtype.element_ty), mask=inside & (column < E))
+        tl.store(at + column, two.to(pointer.dtype.element_ty), mask=in_bounds & (column < E))
 
 
 @triton.jit
-def power(x, EXACT: tl.constexpr):
-    """exp(x) where EXACT, else 2^x, for which scores were scaled by LOG2E: an instruction less, and a rounding more."""
-    return tl.exp2(x * LOG2E) if EXACT else tl.exp2(x)
+def softmax_exp(x, FP32: tl.constexpr):
+    """exp(x) if FP32, else exp2(x) of scores prescaled by LOG2E: one instruction less, one rounding more."""
+    return tl.exp2(x * LOG2E) if FP32 else tl.exp2(x)
 
 
 @triton.jit
-def scores(one, two, start, E1: tl.constexpr, PRECISION: tl.constexpr):
-    """``one @ two.T`` over both chunks, added to ``start`` (None: to 0)."""
-    if start is None:
-        found = tl.dot(one[0], two[0].T, input_precision=PRECISION)
+def dot_nt(a, b, acc, E1: tl.constexpr, PRECISION: tl.constexpr):
+    """``a @ b.T`` over both chunks, accumulated onto ``acc`` (None: 0)."""
+    if acc is None:
+        found = tl.dot(a[0], b[0].T, input_precision=PRECISION)
     else:
-        found = tl.dot(one[0], two[0].T, start, input_precision=PRECISION)
+        found = tl.dot(a[0], b[0].T, acc, input_precision=PRECISION)
     if E1:
-        found = tl.dot(one[1], two[1].T, found, input_precision=PRECISION)
+        found = tl.dot(a[1], b[1].T, found, input_precision=PRECISION)
     return found
 
 
 @triton.jit
-def keys_of(m0, q_len, k_len, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
+def key_range(m0, q_len, k_len, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
             BLOCK_N: tl.constexpr):
-    """[lo, hi): the keys that any row of a tile of queries sees, lo a multiple of BLOCK_N."""
+    """[lo, hi): the keys that at least one query of the tile attends to; lo is a multiple of BLOCK_N."""
     lo = tl.zeros([], tl.int32)
     hi = k_len
     if RIGHT:
@@ -199,9 +199,9 @@ def keys_of(m0, q_len, k_len, left, right, LEFT: tl.constexpr, RIGHT: tl.constex
 
 
 @triton.jit
-def queries_of(n0, q_len, k_len, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
+def query_range(n0, q_len, k_len, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
                BLOCK_N: tl.constexpr):
-    """[lo, hi): the queries that see any row of a tile of keys, lo a multiple of BLOCK_M."""
+    """[lo, hi): the queries that attend to at least one key of the tile; lo is a multiple of BLOCK_M."""
     lo = tl.zeros([], tl.int32)
     hi = q_len
     if RIGHT:
@@ -212,11 +212,11 @@ def queries_of(n0, q_len, k_len, left, right, LEFT: tl.constexpr, RIGHT: tl.cons
 
 
 @triton.jit
-def masked(s, m0, n0, q_len, k_len, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
+def apply_mask(s, m0, n0, q_len, k_len, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
            BLOCK_N: tl.constexpr):
-    """Scores (BLOCK_M, BLOCK_N) with -inf where a query does not see a key.
+    """Scores (BLOCK_M, BLOCK_N) with -inf where a query must not attend to a key.
 
-    Behind a branch: few tiles are at an edge, and a comparison and a selection for every score are a tenth of the loop.
+    Under a branch: few tiles need a mask, and a compare and a select per score are a tenth of the loop.
     """
     shift = k_len - q_len
     edge = n0 + BLOCK_N > k_len
@@ -227,10 +227,10 @@ def masked(s, m0, n0, q_len, k_len, left, right, LEFT: tl.constexpr, RIGHT: tl.c
     if edge:
         key = n0 + tl.arange(0, BLOCK_N)[None, :]
         row = m0 + shift + tl.arange(0, BLOCK_M)[:, None]
-        seen = key < k_len
+        visible = key < k_len
         if RIGHT:
-            seen = seen & (key <= row + right)
+            visible = visible & (key <= row + right)
         if LEFT:
-            seen = seen & (key >= row - left)
-        s = tl.where(seen, s, -float("inf"))
+            visible = visible & (key >= row - left)
+        s = tl.where(visible, s, -float("inf"))
     return s

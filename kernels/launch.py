@@ -1,4 +1,4 @@
-"""What all launchers share: the device that kernels run on, tensors as they take them, and a program's share of it."""
+"""What all launches share: the device guard, the layouts kernels take, and the register budget of a program."""
 
 from contextlib import nullcontext
 
@@ -6,15 +6,15 @@ import torch
 
 from .arch import REGISTERS, REGISTERS_OF_THREAD
 
-# Products of float32: three of 10 bits each, exact to the rounding of float32. "ieee" is on no matrix unit, and its unrolled
-# products over a head of 128 spill by the thousand.
+# float32 MMAs as three TF32 MMAs, accurate to float32 rounding. "ieee" does not use Tensor Cores, and its unrolled FMAs over
+# a head dim of 128 spill thousands of registers.
 TF32X3 = "tf32x3"
-# maxnreg of kernels that fill the registers: where nothing is said, ptxas spills to stay within 80, 128 or 168.
+# maxnreg for kernels that need all registers: without it ptxas spills to stay within 80, 128 or 168.
 MAXNREG = REGISTERS_OF_THREAD
 
 
 def on(device: torch.device):
-    """Kernels run on their tensors' device, which need not be the current one."""
+    """Make ``device`` current for a launch: tensors need not be on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -23,12 +23,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def registers(warps: int, programs: int, multiple_of: int = 1) -> int:
-    """maxnreg with which ``programs`` of ``warps`` are on a multiprocessor at once."""
+    """maxnreg with which ``programs`` of ``warps`` are resident per SM."""
     return min(REGISTERS // (32 * warps * programs) // multiple_of * multiple_of, MAXNREG)
 
 
 def precision(dtype: torch.dtype, tf32: bool) -> str:
-    """input_precision of products; ``tf32``: may those of float32 drop 13 bits of their factors."""
+    """input_precision for tl.dot; ``tf32``: whether float32 operands may be rounded to TF32."""
     return ("tf32" if tf32 else TF32X3) if dtype == torch.float32 else "ieee"
 
 
@@ -37,20 +37,20 @@ def contiguous(*tensors) -> list:
 
 
 def rows_dense(tensor):
-    """``tensor``, its last axis side by side in memory (a copy where it is not), any strides before."""
+    """``tensor`` with unit stride in its last axis (copied if it has another), any strides in the others."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def channels_last(tensor):
-    """``tensor`` (B, C, T, H, W) in channels_last_3d memory; None stays None."""
+    """``tensor`` (B, C, T, H, W) in the channels_last_3d memory format; None stays None."""
     return None if tensor is None else tensor.contiguous(memory_format=torch.channels_last_3d)
 
 
 def aligned(tensor):
-    """``tensor`` from a multiple of 16 bytes on, copied where it is not; None stays None."""
+    """``tensor``, copied if its address is not a multiple of 16 bytes; None stays None."""
     return tensor.clone() if tensor is not None and tensor.data_ptr() % 16 else tensor
 
 
 def dense(tensor):
-    """``tensor`` (B, C, T, H, W) in channels_last_3d memory, aligned."""
+    """``tensor`` (B, C, T, H, W) in the channels_last_3d memory format, aligned to 16 bytes."""
     return aligned(channels_last(tensor))

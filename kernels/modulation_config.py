@@ -1,4 +1,4 @@
-"""Configs of adaLN: what the best ones depend on, and what is taken where nothing is tuned."""
+"""Configs of adaLN: what the best ones depend on, and the heuristics for what is not tuned."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """``warps`` of a program and ``tokens`` it takes at once, a power of two."""
+    """``warps`` per program and ``tokens`` per tile, a power of two."""
 
     warps: int
     tokens: int
@@ -30,7 +30,7 @@ class ForwardConfig:
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """``warps`` of a program, the fewest ``tokens`` it walks over, and ``programs`` for each multiprocessor."""
+    """``warps`` per program, the least ``tokens`` it loops over, and ``programs`` per SM."""
 
     warps: int
     tokens: int
@@ -38,28 +38,28 @@ class BackwardConfig:
 
 
 def tile(width: int) -> tuple[int, int]:
-    """Columns of a piece, and pieces of a row."""
+    """Columns per piece, and pieces per row."""
     return pieces(max(width, 1), 1024 if width <= 6144 else 2048)
 
 
 def backward_tile(width: int) -> tuple[int, int]:
-    """The same of the backward, which takes a token at a time: blocks that fill 4 warps."""
+    """The same for the backward, which processes one token at a time: pieces that fill 4 warps."""
     return pieces(max(width, 1), 1024 if width <= 6144 else 2048, 1024)
 
 
 def forward_heuristic(launch: Launch, gpu: str) -> ForwardConfig:
-    """8 numbers a thread and piece, 16 bytes of 16 bits; and 1024 a piece, or narrow rows would cost more to launch than to
-    move.
+    """8 elements per thread and piece, 16 bytes in 16-bit types; tiles of at least 1024 elements, as smaller ones would cost
+    more to launch than to move.
     """
     block, _ = tile(launch.width)
     return ForwardConfig(warps=min(max(block // 256, 4), 16), tokens=min(max(1024 // block, 1), 16))
 
 
 def backward_heuristic(launch: Launch, gpu: str) -> BackwardConfig:
-    """Up to 24 numbers a thread, and as many programs as are resident, or the last ones would wait for a turn of their own.
+    """Up to 24 elements per thread, and as many programs as are resident, which avoids a partial second wave.
 
-    16 numbers take at most 128 registers a thread with two sums, 130 to 184 with a gate's besides or an affine norm, 64 to
-    80 without a norm; 24 of them 168, with a gate 242, and 119 without a norm.
+    16 elements take at most 128 registers per thread with two sums, 130 to 184 with a gate or an affine norm as well, 64 to
+    80 without a norm; 24 elements take 168, with a gate 242, and 119 without a norm.
     """
     block, count = backward_tile(launch.width)
     warps = min(max(triton.next_power_of_2(triton.cdiv(block * count, 32 * 24)), 1), 8)

@@ -1,7 +1,7 @@
-"""norm_act_conv3d: the kernels of normalization.py and convolution.py in a row, forward and backward.
+"""norm_act_conv3d: the kernels of normalization.py, then those of convolution.py, forward and backward.
 
-The norm writes what the convolution reads, once, and in the same launch the frames that the next chunk needs. It lives as
-long as the call: the backward makes it again from x.
+The norm stores its output h once, and in the same launch the frames that the next chunk needs. h is freed after the call;
+the backward recomputes it from x.
 """
 
 from . import convolution, normalization
@@ -9,9 +9,9 @@ from .convolution_settings import ConvSettings
 
 
 def forward(x, weight, bias, cache, residual, norm_weight, norm_bias, settings: ConvSettings, *, tf32, norm_config, config):
-    """``(y, cache_out, stats)``: of convolution.forward and normalization.forward.
+    """``(y, cache_out, stats)`` of convolution.forward and normalization.forward.
 
-    Workspace: the convolved frames, of x's size in weight's dtype.
+    Workspace: h, of x's size in weight's dtype.
     """
     h, cache_out, stats = normalization.forward(x, norm_weight, norm_bias, dtype=weight.dtype, config=norm_config,
                                                 cache=cache, keep=settings.keep, **settings.of_norm)
@@ -20,9 +20,9 @@ def forward(x, weight, bias, cache, residual, norm_weight, norm_bias, settings: 
 
 def backward(dy, dcache_out, x, weight, cache, norm_weight, norm_bias, stats, settings: ConvSettings, *, wanted, tf32,
              norm_config, norm_backward_config, dgrad_config, wgrad_config):
-    """``(dx, dweight, dcache, dnorm_weight, dnorm_bias)``, None for those that ``wanted``, five bools, leaves out.
+    """``(dx, dweight, dcache, dnorm_weight, dnorm_bias)``; None where ``wanted``, five bools, is False.
 
-    Workspace: the convolved frames where dweight is wanted, their gradient where another is, and those of the parts.
+    Workspace: h for dweight, its gradient for the others, and the workspaces of the two backwards.
     """
     want_x, want_weight, want_cache, want_norm_weight, want_norm_bias = wanted
     through_norm = (want_x, want_norm_weight, want_norm_bias)

@@ -1,4 +1,4 @@
-"""Configs of norm and activation: what the best ones depend on, and what is taken where nothing is tuned."""
+"""Configs of norm and activation: what the best ones depend on, and the heuristics for what is not tuned."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from .rows import pieces
 
 @dataclass(frozen=True)
 class Launch:
-    """What the best Config depends on; ``pixels`` of all samples, a bucket; ``y_dtype``: of the output or its gradient."""
+    """What the best Config depends on; ``pixels``: of all samples, a bucket; ``y_dtype``: of the output or its gradient."""
 
     channels: int
     pixels: int
@@ -22,9 +22,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class Config:
-    """``warps`` of a program, ``pixels`` it takes at once, a power of two.
+    """``warps`` per program and ``pixels`` per tile, a power of two.
 
-    ``programs`` for each multiprocessor, of kernels that walk over pixels: the backward and group statistics.
+    ``programs`` per SM, for kernels that loop over tiles: the backward and the group statistics.
     """
 
     warps: int
@@ -33,26 +33,26 @@ class Config:
 
 
 def tile(channels: int, norm: str) -> tuple[int, int]:
-    """Channels of a piece, and pieces of a pixel: few, so that a thread has 16 bytes of each.
+    """Channels per piece, and pieces per pixel: few, so that a thread loads 16 bytes of each.
 
-    One piece of a group norm: a thread has statistics for each of its channels, and with more of them they would spill.
+    Group norm has one piece: a thread holds statistics of each of its channels, and more of them would spill.
     """
     whole = triton.next_power_of_2(max(channels, 1))
     return (whole, 1) if norm == "group" else pieces(max(channels, 1), max(whole // 2, 128))
 
 
-def config_of_threads(launch: Launch, numbers: int, warps: int, resident: int, most: int = 512) -> Config:
-    """``numbers`` a thread and ``resident`` warps a multiprocessor; ``most`` pixels, for the sake of few channels."""
+def config_of_threads(launch: Launch, elements: int, warps: int, resident: int, most: int = 512) -> Config:
+    """``elements`` per thread and ``resident`` warps per SM; at most ``most`` pixels, which binds for few channels."""
     block, count = tile(launch.channels, launch.norm)
-    warps = max(warps, triton.next_power_of_2(block * count) // (32 * numbers))
-    pixels = triton.next_power_of_2(triton.cdiv(32 * warps * numbers, block * count))
+    warps = max(warps, triton.next_power_of_2(block * count) // (32 * elements))
+    pixels = triton.next_power_of_2(triton.cdiv(32 * warps * elements, block * count))
     return Config(warps, min(pixels, most), max(resident // warps, 1))
 
 
 def forward_heuristic(launch: Launch, gpu: str) -> Config:
-    """32 numbers a thread, so that weights are fetched once for many; 16 of less video, which would not fill the GPU.
+    """32 elements per thread, so that weights are loaded once for many; 16 for less video, which would not fill the GPU.
 
-    16 of a group norm, whose statistics hold three of each: 16 warps a multiprocessor then have the registers for them.
+    16 for group norm, whose statistics hold three registers per element: 16 warps per SM then have enough.
     """
     if launch.norm == "group":
         return config_of_threads(launch, 16, 4, 16)
@@ -60,11 +60,11 @@ def forward_heuristic(launch: Launch, gpu: str) -> Config:
 
 
 def backward_heuristic(launch: Launch, gpu: str) -> Config:
-    """16 numbers a thread, which holds five of each at once, and 16 warps a multiprocessor, of 128 registers a thread.
+    """16 elements per thread, five registers each, and 16 warps per SM of 128 registers per thread.
 
-    8 warps of more than 1024 channels: a thread's weights and biases are of 8 channels then, and of 16 would spill.
+    8 warps for more than 1024 channels: a thread then holds weights and biases of 8 channels; those of 16 would spill.
     """
-    # the interpreter adds the pixels of a tile one after the other: with more, it errs by more than a GPU's tree would
+    # the interpreter adds the pixels of a tile sequentially: with more, its error exceeds that of a GPU's tree reduction
     return config_of_threads(launch, 16, 8 if launch.channels > 1024 else 4, 16, 16 if gpu == "cpu" else 512)
 
 

@@ -1,7 +1,7 @@
-"""What the row kernels share: a row in registers, cut into pieces, and its statistics.
+"""What the row kernels share: a row held in registers as pieces of a power of two, and its reductions.
 
-A tile's lengths are powers of two, and few rows are: 1152 columns in one tile of 2048 leave 44 % of the lanes idle. So a row
-is ``count`` pieces of ``block`` columns, 3 of 64 for 192: a tuple of tiles, each step a loop over them that is unrolled.
+Triton's tile shapes are powers of two, and few row lengths are: 1152 columns in a tile of 2048 leave 44 % of the lanes idle.
+So a row is a tuple of ``count`` tiles of ``block`` columns, 3 of 64 for 192, and every operation an unrolled loop over them.
 """
 
 import functools
@@ -9,41 +9,41 @@ import functools
 import triton
 import triton.language as tl
 
-MOST_PIECES = 8  # each is code of its own
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as @triton.jit has it; there is no PTX then
+MAX_PIECES = 8  # loops over pieces are unrolled
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as @triton.jit reads it; inline PTX is not available
 
 
 @functools.cache
-def pieces(size: int, near: int, least: int = 8) -> tuple[int, int]:
-    """(block, count) with the least padding; among equals the block nearest to ``near``, both powers of two.
+def pieces(size: int, target: int, min_block: int = 8) -> tuple[int, int]:
+    """(block, count) with the least padding; ties go to the block closest to ``target``.
 
-    A block has ``least`` columns or more, a power of two too; 8 of 16-bit numbers are 16 bytes.
+    ``target``, ``min_block`` and block are powers of two; 8 16-bit elements are a 16-byte access.
     """
-    least = min(least, triton.next_power_of_2(max(size, 8)))
-    blocks = [least << power for power in range(size.bit_length()) if triton.cdiv(size, least << power) <= MOST_PIECES]
-    block = min(blocks, key=lambda block: (triton.cdiv(size, block) * block, max(block / near, near / block)))
+    min_block = min(min_block, triton.next_power_of_2(max(size, 8)))
+    blocks = [min_block << i for i in range(size.bit_length()) if triton.cdiv(size, min_block << i) <= MAX_PIECES]
+    block = min(blocks, key=lambda block: (triton.cdiv(size, block) * block, max(block / target, target / block)))
     return block, triton.cdiv(size, block)
 
 
 @triton.jit
-def numbers(pointer, mask):
+def load_f32(pointer, mask):
     return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def columns_of(piece: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a piece, (1, BLOCK)."""
+    """Column indices of a piece, (1, BLOCK)."""
     return piece * BLOCK + tl.arange(0, BLOCK)[None, :]
 
 
 @triton.jit
 def load_row(pointer, mask, D: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr):
-    """The pieces of rows that begin at ``pointer`` (N, 1), in float32; 0 where ``mask`` is off."""
-    found = ()
+    """Rows that start at ``pointer`` (N, 1), in float32; 0 where ``mask`` is False."""
+    out = ()
     for piece in tl.static_range(PIECES):
         column = columns_of(piece, BLOCK)
-        found = found + (numbers(pointer + column, mask & (column < D)),)
-    return found
+        out = out + (load_f32(pointer + column, mask & (column < D)),)
+    return out
 
 
 @triton.jit
@@ -55,64 +55,64 @@ def store_row(pointer, x, mask, D: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl
 
 @triton.jit
 def zero_row(ROWS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr):
-    found = ()
+    out = ()
     for _ in tl.static_range(PIECES):
-        found = found + (tl.zeros([ROWS, BLOCK], tl.float32),)
-    return found
+        out = out + (tl.zeros([ROWS, BLOCK], tl.float32),)
+    return out
 
 
 @triton.jit
 def add_rows(a, b, PIECES: tl.constexpr):
-    found = ()
+    out = ()
     for piece in tl.static_range(PIECES):
-        found = found + (a[piece] + b[piece],)
-    return found
+        out = out + (a[piece] + b[piece],)
+    return out
 
 
 @triton.jit
 def multiply_rows(a, b, PIECES: tl.constexpr):
-    found = ()
+    out = ()
     for piece in tl.static_range(PIECES):
-        found = found + (a[piece] * b[piece],)
-    return found
+        out = out + (a[piece] * b[piece],)
+    return out
 
 
 @triton.jit
 def scale_row(a, factor, PIECES: tl.constexpr):
     """a * factor (N, 1)."""
-    found = ()
+    out = ()
     for piece in tl.static_range(PIECES):
-        found = found + (a[piece] * factor,)
-    return found
+        out = out + (a[piece] * factor,)
+    return out
 
 
 @triton.jit
 def round_row(x, DTYPE: tl.constexpr, PIECES: tl.constexpr):
-    found = ()
+    out = ()
     for piece in tl.static_range(PIECES):
-        found = found + (x[piece].to(DTYPE).to(tl.float32),)
-    return found
+        out = out + (x[piece].to(DTYPE).to(tl.float32),)
+    return out
 
 
 @triton.jit
 def centred(x, mean, D: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr):
-    """x - mean (N, 1), and 0 beyond D."""
-    found = ()
+    """x - mean (N, 1); 0 past column D."""
+    out = ()
     for piece in tl.static_range(PIECES):
-        away = x[piece] - mean
+        diff = x[piece] - mean
         if (piece + 1) * BLOCK > D:
-            away = tl.where(columns_of(piece, BLOCK) < D, away, 0.0)
-        found = found + (away,)
-    return found
+            diff = tl.where(columns_of(piece, BLOCK) < D, diff, 0.0)
+        out = out + (diff,)
+    return out
 
 
 @triton.jit
 def sum_row(x, PIECES: tl.constexpr):
-    """Of each row, (N, 1)."""
-    found = x[0]
+    """The sum of each row, (N, 1)."""
+    out = x[0]
     for piece in tl.static_range(1, PIECES):
-        found += x[piece]
-    return tl.sum(found, 1, keep_dims=True)
+        out += x[piece]
+    return tl.sum(out, 1, keep_dims=True)
 
 
 @triton.jit
@@ -122,17 +122,17 @@ def sum_of_products(a, b, PIECES: tl.constexpr):
 
 @triton.jit
 def mean_of(total, SIZE: tl.constexpr):
-    """total / SIZE, rounded as a division is, but by a reciprocal and a Newton step."""
-    rough = total * (1.0 / SIZE)
-    return rough + tl.fma(-rough, SIZE * 1.0, total) * (1.0 / SIZE)
+    """total / SIZE, correctly rounded, by a reciprocal multiplication and one Newton step."""
+    approx = total * (1.0 / SIZE)
+    return approx + tl.fma(-approx, SIZE * 1.0, total) * (1.0 / SIZE)
 
 
 @triton.jit
 def rstd_of(mean_square, eps):
-    """1 / sqrt(mean_square + eps), rounded but for the last bit.
+    """1 / sqrt(mean_square + eps) within 1 ulp.
 
-    The approximate root errs by all that the error rule allows, on every number; a Newton step mends it in a fifth of the
-    instructions of an exact root and division. Of infinity the root is 0, and there is nothing to mend.
+    rsqrt.approx alone uses up the error that the rule allows. One Newton step refines it in a fifth of the instructions of
+    an exact square root and division. rsqrt(inf) is 0, which the step would turn into NaN.
     """
     square = mean_square + eps
     root = tl.rsqrt(square)
@@ -149,12 +149,12 @@ def _rcp(x):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x of a normal number, rounded but for the last bit, without a division's slow path."""
-    rough = _rcp(x)
-    return rough + rough * tl.fma(-rough, x, 1.0)
+    """1 / x of a normal float within 1 ulp, without the slow path of a division."""
+    approx = _rcp(x)
+    return approx + approx * tl.fma(-approx, x, 1.0)
 
 
 @triton.jit
 def sigmoid(z):
-    """By the hardware's power of 2 and reciprocal, each good to a bit or two of float32. exp(-z) may be infinite: then 0."""
+    """By ex2.approx and rcp.approx, each within 2 ulp. exp(-z) may overflow to inf, which gives 0."""
     return _rcp(1.0 + tl.exp2(z * -1.4426950408889634))

@@ -67,7 +67,7 @@ class Misled:
 
     def __getitem__(self, grid):
         def launch(*arguments, **options):
-            table = next(a for a, name in zip(arguments, self.kernel.arg_names, strict=False) if name == "table")
+            table = next(a for a, name in zip(arguments, self.kernel.arg_names, strict=False) if name == "schedule")
             table[0] = -1
             return self.kernel[grid](*arguments, **options)
         return launch

@@ -48,7 +48,7 @@ def test_a_drawn_row_still_holds():
 
 
 def test_only_missing_rows_are_run(monkeypatch, tmp_path, capsys):
-    """Stopped and begun again, with a row of a changed kernel among them, and one that fails."""
+    """Stopped and begun again, with rows of changed kernels among them, of which one launches what it did; one fails."""
     monkeypatch.setattr(proof, "ROWS", tmp_path / "proof.jsonl")
     monkeypatch.setattr(proof, "TABLE", tmp_path / "PROOF.md")
     some = [call for call in proof.calls() if call.op == "unpatchify" and call.arch == "sm90"][:3]
@@ -66,7 +66,8 @@ def test_only_missing_rows_are_run(monkeypatch, tmp_path, capsys):
     assert proof.main() == 0 and ran == some[:1]
     assert proof.main() == 0 and ran == some[:2]
     rows = proof.rows()
-    proof.ROWS.write_text(json.dumps(rows[0] | dict(kernel_hash="old")) + "\n" + json.dumps(rows[1]) + "\n")
+    monkeypatch.setattr(proof, "launches_alike", lambda row, call: call is some[1])
+    proof.ROWS.write_text("".join(json.dumps(row | dict(kernel_hash="old")) + "\n" for row in rows))
     monkeypatch.setattr("sys.argv", ["proof.py"])
     assert proof.main() == 1 and ran == [*some[:2], some[0], some[2]]
     table = proof.TABLE.read_text()
@@ -74,9 +75,11 @@ def test_only_missing_rows_are_run(monkeypatch, tmp_path, capsys):
 
 
 def test_a_wrong_kernel_is_no_proof(monkeypatch):
-    """The last program left out: the row says that it failed."""
+    """The last program left out: the row says that it failed, and no row of before holds on."""
     call = next(call for call in proof.calls() if call.op == "unpatchify" and not call.race)
+    right = proof.prove(call)
+    assert right["passed"] and proof.launches_alike(right, call)
     monkeypatch.setattr(patches, "permute_kernel", Short(patches.permute_kernel))
     monkeypatch.setattr(patches, "torch", Guarded())
     row = proof.prove(call)
-    assert not row["passed"] and not row["refused"]
+    assert not row["passed"] and not row["refused"] and not proof.launches_alike(right, call)

@@ -16,6 +16,7 @@ import numpy as np
 
 from . import memory, tma
 from .launches import Emulator
+from .ptx import bare
 
 
 def launch(emulator: Emulator, extension: ModuleType, op: str, tensors: Mapping[str, object], arguments: Mapping) -> None:
@@ -78,7 +79,7 @@ def kernel_ptx(path: str, kernel: str, compute_capability: int) -> str:
         for text in texts[key]:
             for name in re.findall(r"\.entry (\w+)\(", text):
                 if bare(name) == kernel:
-                    return _alone(text, name)
+                    return alone(text, name)
     there = ", ".join(f"compute_{number}{'a' * special}" for number, special in sorted(texts)) or "none"
     raise RuntimeError(f"emulated_gpu: expected PTX of {kernel} for sm{compute_capability} in the CUDA extension, got "
                        f"{there}; build it anew with SORA_FAST_BUILD_CUDA=1 pip install -e .")
@@ -111,7 +112,7 @@ def _cuobjdump() -> str:
     return found
 
 
-def _alone(text: str, name: str) -> str:
+def alone(text: str, name: str) -> str:
     """A module with this one kernel, its variables and files: the parser takes seconds for all of them."""
     at = text.index(f".entry {name}(")
     first, following = text.index(".entry "), text.find(".entry ", at + 1)
@@ -119,19 +120,5 @@ def _alone(text: str, name: str) -> str:
     start, end = text.rfind("\n", 0, at), text.rfind("\n}", at, following if following > 0 else len(text)) + 3
     head = text[:text.rfind("\n", 0, first)]
     between = text[text.rfind("\n}", 0, at) + 3:start] if at > first else ""
-    files = "\n".join(line for line in text.splitlines() if line.startswith(".file"))
+    files = "\n".join(line for line in text.splitlines() if line.lstrip().startswith(".file"))
     return "\n".join([head, between, text[start:end], files])
-
-
-@functools.cache
-def bare(mangled: str) -> str:
-    """"causal_conv3d_kernel<96, 1>" of an Itanium-mangled function, without namespaces, type and parameters."""
-    demangle = ctypes.CDLL("libstdc++.so.6").__cxa_demangle
-    demangle.restype = ctypes.c_void_p
-    status = ctypes.c_int()
-    made = demangle(mangled.encode(), None, None, ctypes.byref(status))
-    if status.value:
-        return mangled
-    whole = ctypes.string_at(made).decode()
-    ctypes.CDLL(None).free(ctypes.c_void_p(made))
-    return re.sub(r"\w+::", "", whole.partition("(")[0]).removeprefix("void ")

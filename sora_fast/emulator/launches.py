@@ -3,8 +3,10 @@
 import copy
 import functools
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from threadpoolctl import ThreadpoolController
@@ -13,7 +15,7 @@ from . import memory
 from .codegen import Program
 from .counters import Counters
 from .machine import Launch, Schedule
-from .ptx import parse
+from .ptx import bare, parse
 
 
 def schedules(asked: int | str | Schedule | Iterable) -> tuple[Schedule, ...]:
@@ -40,7 +42,11 @@ def schedules(asked: int | str | Schedule | Iterable) -> tuple[Schedule, ...]:
 
 @dataclass(frozen=True)
 class Launched:
-    """One launch as it was executed: ``runs`` holds the machine's Launch of each schedule, ``seconds`` the time of all."""
+    """One launch as it was executed: ``runs`` holds the machine's Launch of each schedule, ``seconds`` the time of all.
+
+    ``digest`` is the same for launches of the same instructions with the same arguments, whatever the names of kernel and
+    tensors, the lines of the source and the addresses.
+    """
 
     name: str
     grid: tuple[int, int, int]
@@ -48,6 +54,7 @@ class Launched:
     ptx: str
     seconds: float
     runs: tuple[Launch, ...]
+    digest: str
 
     @property
     def counters(self) -> Counters:
@@ -71,6 +78,7 @@ class Emulator:
     ``compute_capability``: 90 of sm90. ``race``: look for races, three to five times as slow. ``count``: Counters for each
     launch. ``configs``: of autotuned kernels, by name (triton_launch.py). ``cache``: folder of compiled PTX, or None.
     ``change``: takes and returns the PTX of a kernel: planted faults. ``raises``: whether findings raise memory.Fault.
+    ``dry``: launches are compiled and recorded, and not executed.
     ``shared``: bytes of shared memory that a CTA may have; None: any number. ``sms``: SMs that launchers see.
     """
 
@@ -82,6 +90,7 @@ class Emulator:
     cache: object = None
     change: Callable[[str], str] | None = None
     raises: bool = True
+    dry: bool = False
     shared: int | None = None
     sms: int = 3
     records: list[Launched] = field(default_factory=list)
@@ -96,15 +105,21 @@ class Emulator:
 
         Raises:
             memory.Fault: a finding, or results that depend on the schedule though nothing is added atomically.
+            RuntimeError: more shared memory than a CTA may have.
         """
         if self.change is not None:
             ptx = self.change(ptx)
         program = program_of(ptx)
         raw = params(program)
+        asked = shared + sum(each.size for each in program.kernel.variables.values() if each.space == "shared")
+        if self.shared is not None and asked > self.shared:
+            raise RuntimeError(f"{name}: expected at most {self.shared} bytes of shared memory, what "
+                               f"sm{self.compute_capability} has for a CTA, got {asked}; ask for less")
+        digest = _digest(ptx, grid, block, shared, raw, allocations)
         several = len(self.schedules) > 1  # or nothing is copied: of a large tensor a kernel may touch little
-        before = _Memory(allocations) if several else None
+        before = _Memory(allocations) if several and not self.dry else None
         results, runs, start = [], [], time.perf_counter()
-        for place, schedule in enumerate(self.schedules):
+        for place, schedule in enumerate(() if self.dry else self.schedules):
             if place:
                 before.restore()
             counters = Counters(program) if self.count else None
@@ -114,16 +129,19 @@ class Emulator:
             runs.append(run)
             if several:
                 results.append(_Memory(allocations))
-        record = Launched(name, tuple(grid), tuple(block), ptx, time.perf_counter() - start, tuple(runs))
+        record = Launched(name, tuple(grid), tuple(block), ptx, time.perf_counter() - start, tuple(runs), digest)
         self.records.append(record)
         found = record.findings
-        if not found and not _rounds_by_schedule(program):
+        if results and not found and not _rounds_by_schedule(program):
             found = [f"{name}: results differ between {self.schedules[0]} and {schedule}, first in {where}, and nothing is "
                      f"added atomically" for schedule, result in zip(self.schedules[1:], results[1:], strict=True)
                      if (where := results[0].difference(result))]
         if found and self.raises:
             raise memory.Fault("\n".join(found))
         return record
+
+
+current: ContextVar[Emulator | None] = ContextVar("the emulator that takes launches", default=None)
 
 
 @functools.cache
@@ -140,8 +158,29 @@ def program_of(ptx: str) -> Program:
     key = hashlib.sha256(ptx.encode()).digest()
     if key not in _programs:
         (kernel,) = parse(ptx).values()
+        kernel.name = bare(kernel.name)  # as findings call it
         _programs[key] = Program(kernel)
     return _programs[key]
+
+
+def _digest(ptx: str, grid, block, shared: int, params: bytes, allocations: memory.Allocations) -> str:
+    """Launched.digest."""
+    words = []
+    for at in range(0, len(params), 8):
+        word = int.from_bytes(params[at:at + 8], "little")
+        tensors = ((place, word - start) for place, (start, end, *_) in enumerate(allocations.given) if start <= word < end)
+        words.append(next(tensors, word))
+    return hashlib.sha256(repr((_bare_code(ptx), *grid, *block, shared, words)).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=8)
+def _bare_code(ptx: str) -> str:
+    """PTX without comments, names of functions and parameters, and what only debuggers read."""
+    code = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx.partition("\n\t.section")[0], flags=re.DOTALL)
+    code = re.sub(r"^\s*\.(loc|file)\b[^\n]*", "", code, flags=re.MULTILINE)
+    for name in set(re.findall(r"\.(?:entry|func)\s+([\w$]+)", code)):
+        code = code.replace(name, "f")
+    return re.sub(r"\s+", " ", code)
 
 
 def _rounds_by_schedule(program: Program) -> bool:

@@ -8,7 +8,6 @@ import contextlib
 import struct
 import threading
 from collections.abc import Iterator
-from contextvars import ContextVar
 
 import numpy as np
 import triton
@@ -17,13 +16,12 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from . import memory, tma
-from .launches import Emulator
+from .launches import Emulator, current
 from .triton_compile import CompiledKernel, compiled
 
 PACK = {"i1": "<b", "i8": "<b", "u8": "<B", "i16": "<h", "u16": "<H", "i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q",
         "fp32": "<f", "f32": "<f", "fp64": "<d", "u1": "<B"}
 
-_here: ContextVar[Emulator | None] = ContextVar("emulator of Triton's launches", default=None)
 _lock = threading.Lock()
 _open = 0  # scopes, in all threads
 _own = {JITFunction: JITFunction.run, Autotuner: Autotuner.run}
@@ -37,11 +35,11 @@ def launching(emulator: Emulator) -> Iterator[None]:
         _open += 1
         if _open == 1:
             JITFunction.run, Autotuner.run = _run, _run_tuned
-    token = _here.set(emulator)
+    token = current.set(emulator)
     try:
         yield
     finally:
-        _here.reset(token)
+        current.reset(token)
         with _lock:
             _open -= 1
             if _open == 0:
@@ -50,7 +48,7 @@ def launching(emulator: Emulator) -> Iterator[None]:
 
 def _run(self, *args, grid, warmup, **options):
     """In the place of JITFunction.run."""
-    emulator = _here.get()
+    emulator = current.get()
     if emulator is None:
         try:
             return _own[JITFunction](self, *args, grid=grid, warmup=warmup, **options)
@@ -70,7 +68,7 @@ def _run(self, *args, grid, warmup, **options):
 
 def _run_tuned(self, *args, **options):
     """In the place of Autotuner.run: nothing is timed, the config is the first that pruning leaves, or the one named."""
-    emulator = _here.get()
+    emulator = current.get()
     if emulator is None:
         return _own[Autotuner](self, *args, **options)
     self.nargs = dict(zip(self.arg_names, args, strict=False))
@@ -97,7 +95,7 @@ def _chosen(name: str, configs: list, named: dict) -> "triton.Config":
 
 
 def _launch(kernel: CompiledKernel, bound: dict, grid) -> None:
-    emulator = _here.get()
+    emulator = current.get()
     if emulator is None:
         raise RuntimeError(f"{kernel.name}: expected a launch inside emulated_gpu, for which it was compiled, got one "
                            f"outside; launch the function itself")
