@@ -22,9 +22,9 @@ class CudaKernel:
         RuntimeError: outside emulated_gpu, nvcc is missing or refuses the source, too much shared memory is asked for.
         ValueError: arguments that are not what the function takes. sora_fast.emulator.memory.Fault: a finding.
 
-        kernel = CudaKernel("scale.cu", "scale")
-        with emulated_gpu("sm90", race=True):
-            kernel((blocks, 1, 1), (256, 1, 1), (x, y, n, 2.0))
+    >>> kernel = CudaKernel("scale.cu", "scale")
+    >>> with emulated_gpu("sm90", race=True):
+    ...     kernel((blocks, 1, 1), (256, 1, 1), (x, y, n, 2.0))
     """
 
     def __init__(self, source: str | Path, name: str, options: Sequence[str] = ()):
