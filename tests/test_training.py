@@ -16,7 +16,8 @@ from training_checks import Count, Numbers, Rows, Stop, little, rows_of, same_fi
 from sora_fast import progress
 from sora_fast.named import pick_device
 from sora_fast.training import checkpoint, loop
-from sora_fast.training.config import VAETraining
+from sora_fast.training.config import DiTTraining, VAETraining
+from sora_fast.training.dit import objective_of
 
 pytest.importorskip("safetensors", reason="the train extra is not installed")
 
@@ -431,3 +432,14 @@ def test_wrong_settings_get_a_sentence():
     for name in ("gpu", "cuda:77", "meta:x"):
         with pytest.raises(ValueError, match=f"--device: expected auto, cpu, cuda .* got '{name}' .*; sora-fast info"):
             pick_device(name)
+
+
+def test_an_objective_of_the_users_own_trains(tmp_path, monkeypatch):
+    """``--objective my_objective:Halved`` is made by name, and its loss is what is learned."""
+    (tmp_path / "my_objective.py").write_text(
+        "from sora_fast.diffusion import FlowMatching\n\n\nclass Halved(FlowMatching):\n"
+        "    def loss(self, *arguments):\n        return super().loss(*arguments) / 2\n")
+    monkeypatch.chdir(tmp_path)
+    made = objective_of(DiTTraining(objective="my_objective:Halved"))
+    x0, noise, counts = torch.zeros(4), torch.ones(4), torch.tensor([4])
+    assert made.loss(torch.zeros(4), x0, noise, torch.tensor([500.0]), counts) == 0.5

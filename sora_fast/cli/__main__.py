@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..files import FULL
+from .overview import first_screen, overview
 from .parsing import Parser
 
 # What --help says of each. A command is a module of this room ("bench compare" the module bench_compare) with
@@ -40,12 +41,12 @@ COMMANDS = {
 
 def parser(named: Container[str] = COMMANDS) -> Parser:
     """The whole command line; a command that is not ``named`` has no flags yet."""
-    top = Parser(prog="sora-fast", description="Fast, differentiable, ragged layers for Sora-style video models: see them "
-                                               "work, train, generate, check.")
+    top = Parser(prog="sora-fast", usage="sora-fast COMMAND [--help] ...", description=overview(COMMANDS),
+                 formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"sora_fast {__version__}")
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = top.add_subparsers(prog="sora-fast", metavar="COMMAND", required=True, help=argparse.SUPPRESS)
     for name, help in COMMANDS.items():
-        sub = commands.add_parser(name, help=help, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name in named:
             module = importlib.import_module(f".{re.sub('[ -]', '_', name)}", __package__)
             sub.description = getattr(module, "DESCRIPTION", help)
@@ -81,6 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run one command and exit: 0, 1 for a failed validation, 2 with one sentence for what is wrong, 130 for Ctrl-C."""
     _print_anything()
     words = join_words(sys.argv[1:] if argv is None else argv)
+    if not words:
+        print(first_screen())
+        sys.exit(0)
     arguments = parser(words).parse_args(words)
     try:
         code = arguments.run(arguments)

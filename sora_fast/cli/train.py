@@ -6,6 +6,14 @@ from shlex import quote
 from ..training.config import DiTTraining
 from .options import add_options, read_options
 
+DESCRIPTION = """\
+train a text-conditioned DiT on packs of clips and images of any size
+
+  sora-fast train --data clips/ --vae runs/vae --out runs/dit
+  sora-fast train --data clips/ --vae runs/vae --out runs/dit --resume
+  sora-fast train --print-config > run.yaml && sora-fast train --config run.yaml
+  torchrun --nproc-per-node 8 -m sora_fast.cli train --config run.yaml --parallel fsdp"""
+
 
 def add_arguments(parser) -> None:
     add_options(parser, DiTTraining)

@@ -5,6 +5,13 @@ from shlex import quote
 from ..training.config import VAETraining
 from .options import add_options, read_options
 
+DESCRIPTION = """\
+train a VideoVAE on a folder of clips and images
+
+  sora-fast train-vae --data clips/ --out runs/vae
+  sora-fast train-vae --data clips/ --out runs/vae --resume
+  sora-fast train-vae --print-config > run.yaml && sora-fast train-vae --config run.yaml"""
+
 
 def add_arguments(parser) -> None:
     add_options(parser, VAETraining)

@@ -3,15 +3,25 @@
 import math
 from dataclasses import dataclass, field, fields
 
+# How --help and --print-config order the settings; what is in none of these is about the run itself.
+GROUPS = {
+    "media and model": "data vae preset text_encoder frames crop short_side fps windows clips images image_share "
+                       "latent_cache budget look_ahead memory_gb checkpointing",
+    "objective": "objective prediction learn_sigma timesteps shift condition_dropout clean_frames reconstruction "
+                 "regularisation kl codes perceptual perceptual_weight adversarial adversarial_start",
+    "optimisation": "steps minutes lr warmup final_lr weight_decay clip accumulate ema precision parallel",
+}
+
 
 def option(default, help: str, choices: tuple = (), *, least: float = -math.inf, most: float = math.inf,
-           fixed: bool = False, words: tuple = ()):
+           fixed: bool = False, words: tuple = (), own: bool = False):
     """A dataclass field with its help text, its legal values or range, and whether a resumed run must keep it.
 
     ``words``: what a bool may be on the command line and in YAML besides; it is a bool by the time of the dataclass.
+    ``own``: besides ``choices`` it may be the user's own, package.module:name.
     """
     return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most, "fixed": fixed,
-                                            "words": words})
+                                            "words": words, "own": own})
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,8 @@ class LoopConfig:
     def __post_init__(self):
         for each in fields(self):
             value, limits = getattr(self, each.name), each.metadata
-            if limits["choices"] and value not in limits["choices"]:
+            own = limits["own"] and ":" in str(value)
+            if limits["choices"] and value not in limits["choices"] and not own:
                 raise ValueError(f"{each.name}: expected one of {', '.join(c for c in limits['choices'] if c)}, got "
                                  f"{value!r}; choose one of them")
             if limits["words"] and not isinstance(value, bool):
@@ -66,7 +77,7 @@ class LoopConfig:
 @dataclass(frozen=True)
 class VAETraining(LoopConfig):
     out: str = option("runs/vae", "folder for checkpoints, losses.csv and TensorBoard events")
-    data: str = option("", "folder of clips and images (mp4, mov, webm, mkv, avi, gif, png, jpg, webp)")
+    data: str = option("", "folder of clips and images (mp4, mov, webm, mkv, avi, gif, png, jpg, webp); needed")
     preset: str = option("tiny", "VideoVAE preset", ("tiny", "wan2.1"), fixed=True)
     steps: int = option(2000, "optimiser steps", least=1)
     lr: float = option(7e-4, "peak learning rate of AdamW", least=0)
@@ -97,7 +108,7 @@ class VAETraining(LoopConfig):
 class DiTTraining(LoopConfig):
     out: str = option("runs/dit", "folder for checkpoints, losses.csv and TensorBoard events")
     data: str = option("", "folder of clips and images (mp4, mov, webm, mkv, avi, gif, png, jpg, webp) with captions in "
-                       ".txt or metadata.jsonl")
+                       ".txt or metadata.jsonl; needed")
     vae: str = option("runs/vae", "run folder of the trained VideoVAE")
     preset: str = option("tiny", "DiT preset; the paper's presets are built with text in place of classes", fixed=True)
     steps: int = option(2000, "optimiser steps", least=1)
@@ -111,7 +122,8 @@ class DiTTraining(LoopConfig):
     windows: int = option(4, "windows of each clip that are encoded, evenly spread", least=1, fixed=True)
     latent_cache: str = option("", "folder that keeps latents by file content for later runs, or none; default: latents in "
                                "the user's cache, ~/.cache/sora_fast")
-    objective: str = option("flow", "flow matching or DDPM", ("flow", "ddpm"), fixed=True)
+    objective: str = option("flow", "flow matching, DDPM, or package.module:Class, an Objective of your own made without "
+                            "arguments", ("flow", "ddpm"), fixed=True, own=True)
     prediction: str = option("", "x0 (clean patches), velocity or noise; default velocity for flow, noise for ddpm",
                              ("", "x0", "velocity", "noise"), fixed=True)
     learn_sigma: bool = option(False, "with ddpm: learn the variance of its steps too, as DiT does", fixed=True)

@@ -14,6 +14,7 @@ from ..data import FitPolicy, MediaItem, to_uint8
 from ..diffusion import FrameTimesteps, MediaPrompt, Objective, draw_clean_frames, generate, make_objective
 from ..models import ByteTextEncoder, DiT, DiTConfig, HuggingFaceTextEncoder, VideoVAE
 from ..models.dit import PRESETS
+from ..named import load_function
 from ..progress import Progress, bar
 from ..to_device import to_device
 from . import checkpoint, distributed, memory
@@ -58,7 +59,24 @@ def objective_of(config: DiTTraining) -> Objective:
     if config.learn_sigma and config.objective == "flow":
         raise ValueError("--learn-sigma: expected --objective ddpm beside it, got flow, whose paths have no variance; leave "
                          "it out")
+    if ":" in config.objective:
+        return own_objective(config)
     return make_objective(config.objective, config.prediction or None, learn_sigma=config.learn_sigma, **options)
+
+
+def own_objective(config: DiTTraining) -> Objective:
+    """The user's, which brings its own prediction and timesteps."""
+    for name, given in (("--prediction", config.prediction), ("--learn-sigma", config.learn_sigma)):
+        if given:
+            raise ValueError(f"{name}: expected --objective flow or ddpm beside it, got {config.objective}; leave it out, "
+                             f"since an objective of your own decides it")
+    made = load_function(config.objective, "--objective")()
+    wanted = [name for name, value in vars(Objective).items() if callable(value) and name[0] != "_"]
+    missing = [name for name in wanted if not callable(getattr(made, name, None))]
+    if missing:
+        raise ValueError(f"--objective: expected the methods of sora_fast.diffusion.Objective, got {type(made).__name__} "
+                         f"without {', '.join(missing)}; add them, or derive it from FlowMatching or DDPM")
+    return made
 
 
 def make_text_encoder(path: str) -> nn.Module:
