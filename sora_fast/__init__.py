@@ -5,7 +5,7 @@ The names below load on first use, so that ``import sora_fast`` costs little mor
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Pack": "sora_fast.pack",

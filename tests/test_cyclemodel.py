@@ -175,4 +175,4 @@ def test_calibration_rows_are_whole():
     assert all(abs(row["error"]) <= 0.15 for row in rows if row["kind"] == "backward")
     errors = [row["error"] for row in rows]
     told = f"{-min(errors):.0%} too slow to {max(errors):.0%} too fast"
-    assert told in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert told in (Path(__file__).parents[1] / "docs/guide/predict.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""docs/: its code runs, its commands exist, its pages build without a warning, and what they list is documented."""
+"""docs/ and README: code runs, commands exist, pages build without a warning, and what they list is documented."""
 
 import importlib
 import inspect
@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from sora_fast import ops
 from sora_fast.cli.__main__ import COMMANDS, parser
+from sora_fast.testing import cases
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -22,7 +24,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.mark.full
 @pytest.mark.ci
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "python")], ids=lambda page: page.stem)
 def test_python_runs(page):
     """The blocks of a page in order, as a reader would paste them."""
     names = {}
@@ -65,3 +67,25 @@ def test_pages_build_without_a_warning(tmp_path):
                            capture_output=True, encoding="utf-8")
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "reference/ops.html").read_text(encoding="utf-8").count("causal_conv3d") > 1
+
+
+def test_a_race_of_a_users_kernel_is_reported_as_printed(cli, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    page = ROOT / "docs/guide/emulator.md"
+    (code,) = blocks(page, "py")
+    (shown,) = [block for block in blocks(page, "text") if "emulated:sm90" in block]
+    command, *lines = shown.splitlines()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sora_fast.testing.validation.cases", lambda *call: list(cases(*call))[:1])
+    for written, expected in ((code, 1), (code.replace(" // 2", "").replace("(2 * len(x),)", "(len(x),)"), 0)):
+        Path("my_kernels.py").write_text(written, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, "my_kernels", raising=False)
+        importlib.invalidate_caches()
+        _, out, _ = cli(*command.split()[2:])
+        assert all(line in out.splitlines() for line in lines) == bool(expected)
+        assert ("forward     2.29e-02" in out and " ok" in out) != bool(expected)
+
+
+def test_every_public_op_is_in_the_table():
+    table = (ROOT / "docs/how/kernels.md").read_text(encoding="utf-8")
+    assert [name for name in ops.__all__ if f"`{name}`" not in table] == []
