@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 
 LOG_SECONDS = 10.0
 
@@ -30,8 +31,8 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
-        elif text and text != self.said and (last or time.monotonic() - self.last >= LOG_SECONDS):
-            print(f"{self.label} {step:,}/{self.steps:,}: {text}", flush=True)
+        elif (text != self.said or not text) and (last or time.monotonic() - self.last >= LOG_SECONDS):
+            print(f"{self.label} {step:,}/{self.steps:,}{': ' * bool(text)}{text}", flush=True)
             self.last, self.said = time.monotonic(), text
 
     def close(self) -> None:
@@ -39,10 +40,27 @@ class Progress:
             self.bar.close()
 
 
-def bar(values, label: str, show: bool = True, **settings):
-    """``values`` with a bar of their progress in a terminal, where tqdm is installed; never in a log. settings: tqdm's."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
+def bar(values: Iterable, label: str, show: bool = True, **settings) -> Iterable:
+    """``values`` with a bar of their progress in a terminal, where tqdm is installed, and a line now and then in a log.
+
+    Args:
+        show: False says nothing. settings: tqdm's, of which a log takes ``total``.
+    """
+    if not show or settings.get("disable"):
         return values
-    return tqdm(values, **dict(desc=label, disable=None if show else True, leave=False) | settings)
+    if sys.stderr.isatty():
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            return values
+        return tqdm(values, **dict(desc=label, leave=False) | settings)
+    return _logged(values, label, settings.get("total") or (len(values) if hasattr(values, "__len__") else 0))
+
+
+def _logged(values: Iterable, label: str, total: int) -> Iterator:
+    last = time.monotonic()  # what is over within ten seconds needs no line
+    for place, value in enumerate(values):
+        if time.monotonic() - last >= LOG_SECONDS:
+            print(f"{label} {place:,}{f'/{total:,}' if total else ''}", flush=True)
+            last = time.monotonic()
+        yield value

@@ -68,6 +68,8 @@ def plot(title: str, rows: Sequence[Mapping]) -> str:
     def draw(axes):
         axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#2a78d6", linewidth=1.2)
         axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
+        for place in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            place("{x:g}")
 
     data = base64.b64encode(png(draw, size=(5.2, 3.0))).decode()
     return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
@@ -83,7 +85,7 @@ def write_report(out: Path, *, reconstructions, samples, prompted, stages: Mappi
               f"{r.baseline_psnr:.2f}", f"{r.baseline_ssim:.3f}", f"{r.psnr - r.baseline_psnr:+.2f}",
               f"{r.psnr - r.start_psnr:+.2f}")
              for r in reconstructions]
-    heads = ("clip", "frames x lines x columns", "PSNR, dB", "SSIM", "baseline PSNR", "baseline SSIM", "gain, dB",
+    heads = ("clip", "frames x height x width", "PSNR, dB", "SSIM", "baseline PSNR", "baseline SSIM", "gain, dB",
              "of it by training")
     gain_rows = "".join(f"<tr>{cells(row)}</tr>" for row in table)
     strips = "".join(
@@ -112,9 +114,10 @@ def write_report(out: Path, *, reconstructions, samples, prompted, stages: Mappi
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>sora_fast demo</title><style>{STYLE}</style></head><body>
 <h1>sora_fast: the whole system, on real clips</h1>
-<p class=lead>A causal video VAE and a diffusion transformer, trained from nothing in {sum(stages.values()) / 60:.1f}
-minutes on three clips and twelve photos. The DiT memorises {sum(s.real is not None for s in samples)} captions: this shows
-that every part works, not that so small a model, so briefly trained, generalises.</p>
+<p class=lead>A causal video VAE and a diffusion transformer, trained from nothing on three clips and twelve photos
+({html.escape("; ".join(losses))}), {sum(stages.values()) / 60:.1f} minutes in all. The DiT memorises
+{sum(s.real is not None for s in samples)} captions: this shows that every part works, not that so small a model, so briefly
+trained, generalises.</p>
 <h2>Generated from captions</h2>
 <p>Clips and images of different sizes were denoised together, in one row of tokens. The last ones have sizes that no
 training sample had.</p>

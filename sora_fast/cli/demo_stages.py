@@ -147,7 +147,7 @@ def demo(arguments, out: Path) -> int:
             print(f"  {r.name}: {r.real.shape[1]} x {r.real.shape[2]}, PSNR {r.psnr:.2f} dB, SSIM {r.ssim:.3f}; averaged "
                   f"4x8x8 and interpolated back {r.baseline_psnr:.2f} dB, {r.baseline_ssim:.3f}: "
                   f"{r.psnr - r.baseline_psnr:+.2f} dB (before training {r.start_psnr:.2f} dB)")
-            write_video(out / "reconstructions" / f"{Path(r.name).stem}.mp4", torch.cat([r.real, r.decoded], dim=2), FPS)
+            write_video(out / "reconstructions" / f"{Path(r.name).stem}.mp4", side_by_side(r.real, r.decoded), FPS)
     with watch.stage("encode the latents"):
         config = DiTTraining(out=str(out / "dit"), vae=str(out / "vae"), steps=arguments.dit_steps, lr=2e-3, warmup=30,
                              short_side=96, fps=FPS, frames=FRAMES, budget=1024, look_ahead=52, timesteps="uniform",
@@ -166,7 +166,8 @@ def demo(arguments, out: Path) -> int:
     with watch.stage("generate from images and clips"):
         prompted = generate_prompted(found, real, out, arguments)
     report = write_report(out, reconstructions=reconstructions, samples=samples, prompted=prompted, stages=watch.stages,
-                          losses={f"VAE, {vae_steps} steps": vae_losses, f"DiT, {trainer.step} steps": trainer.rows},
+                          losses={f"VAE, {vae_steps:,} of {arguments.vae_steps:,} steps": vae_losses,
+                                  f"DiT, {trainer.step:,} of {arguments.dit_steps:,} steps": trainer.rows},
                           facts=facts(arguments, threads, vae, trainer))
     save_figures(out, reconstructions, watch)
     print(f"[{watch.total() / 60:4.1f} min] done: open {report}")
@@ -252,7 +253,7 @@ def generate_all(found: dit_task.Generator, latents, real, out: Path, arguments)
     samples = []
     for index, (caption, note, made, true) in enumerate(rows):
         name = f"{index:02d}-{'-'.join(caption.split()[1:4])}"
-        shown = made if true is None else torch.cat([true, made], dim=2)
+        shown = made if true is None else side_by_side(true, made)
         samples.append(Sample(caption, note, made, true, _save(out, name, shown, made, f"{caption!r}, {note}")))
     return samples
 
@@ -272,11 +273,17 @@ def generate_prompted(found: dit_task.Generator, real, out: Path, arguments) -> 
             own = "" if seam.largest is None else f", {seam.largest:.1f} at most between real ones"
             note += f"; {seam.place} neighbouring frames differ by {seam.jump:.1f} of 255{own}"
         begin, end = m.given(step)
-        shown = clip if m.source is None else torch.cat([m.source, clip], dim=2)
+        shown = clip if m.source is None else side_by_side(m.source, clip)
         name = f"{note.split(';')[0].split(',')[0].replace(' ', '-')}"
         samples.append(Sample(caption, note, clip, m.source, _save(out, name, shown, clip, f"{caption!r}, {note}"),
                               (begin, 0 if m.cut else end)))
     return samples
+
+
+def side_by_side(left_THWC: torch.Tensor, right_THWC: torch.Tensor) -> torch.Tensor:
+    """Two uint8 clips of one size with a white gap between them."""
+    gap = left_THWC.new_full((*left_THWC.shape[:2], 8, 3), 255)
+    return torch.cat([left_THWC, gap, right_THWC], dim=2)
 
 
 def _save(out: Path, name: str, shown, made, note: str) -> str:

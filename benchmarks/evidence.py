@@ -1,0 +1,77 @@
+"""README's table of evidence: what of each family of kernels compiles, passes in the emulator, is predicted and validated.
+
+Read from files that commands write: kernels/proof.jsonl (tests/proof.py), kernels/predicted.json (``keep``) and the
+validation records in benchmarks/results/.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sora_fast import files, records
+from sora_fast.benchmarks.text import Table
+from sora_fast.explanation import all_ops
+from sora_fast.kernels.arch import SHARED
+
+KERNELS = Path(records.__file__).parents[1] / "kernels"  # in a checkout; an installed package has no table to write
+FAMILIES = {"attention": "variable-length attention", "convolution": "causal 3-D convolution",
+            "normalization": "norm + SiLU", "modulation": "adaLN, gated residual", "rotary": "QK norm + 3-D RoPE",
+            "patches": "patch embedding"}
+
+
+def keep(predictions: Iterable[dict], path: Path = KERNELS / "predicted.json") -> int:
+    """Write what the table needs of ``predictions``, the predictions.json of ``sora-fast predict``; how many it keeps."""
+    rows = []
+    for each in predictions:
+        family, _, case = each["case"].partition(" ")
+        if each["direction"] in ("forward", "backward") and family in FAMILIES:
+            rows.append(dict(family=family, kernel=each["kernel"], case=case, direction=each["direction"], gpu=each["gpu"],
+                             kernel_hash=records.kernel_hash(family), tflops=each["loop_tflops"] or each["tflops"],
+                             copy_share=each["copy_share"], error=each["error"]))
+    order = list(FAMILIES)
+    rows.sort(key=lambda row: (order.index(row["family"]), row["direction"] != "forward", row["kernel"], row["case"]))
+    files.save_text(path, "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    return len(rows)
+
+
+def block(kernels: Path = KERNELS, results: Path | None = None) -> str:
+    """The table, from the files in ``kernels`` and the records in ``results`` (None: those of the package)."""
+    proven = list(files.json_lines(files.read_text(kernels / "proof.jsonl")))
+    guessed = json.loads(files.read_text(kernels / "predicted.json") or "[]")
+    results = Path(__file__).parent / "results" if results is None else results
+    judged = [record for path in sorted(results.glob("*/validate.jsonl"))
+              for record in files.json_lines(files.read_text(path))]
+    names = {name: {backend.kernel for backend in op.backends.values() if backend.kernel} for name, op in all_ops().items()}
+    lines = []
+    for family, title in FAMILIES.items():
+        ops = [name for name, kernels_of in names.items() if family in kernels_of]
+        passed = [row for row in proven if row["passed"] and row["op"] in ops]
+        failed = sum(not row["passed"] and not row["refused"] for row in proven if row["op"] in ops)
+        gpus = sorted({record["gpu"] for record in judged if record["op"] in ops and record.get("passed")})
+        lines.append((title, ", ".join(str(capability) for capability in SHARED),
+                      f"{len(passed):,} calls" + (f", {failed} fail" if failed else ""),
+                      _spread([row for row in guessed if row["family"] == family]), ", ".join(gpus) or "no GPU yet"))
+    gpu = guessed[0]["gpu"] if guessed else "GPU"
+    return Table(("kernels", "compile for sm_", "pass in the emulator", f"predicted on an {gpu}", "validated on"),
+                 lines).markdown()
+
+
+def _spread(rows: Sequence[dict]) -> str:
+    """Least to most of each direction: TFLOP/s, or the share of the copy rate."""
+    if any(row["kernel_hash"] != records.kernel_hash(row["family"]) for row in rows):
+        return "of other kernels: run sora-fast predict"
+    told = []
+    for direction in ("forward", "backward"):
+        mine = [row for row in rows if row["direction"] == direction]
+        rates = [row["tflops"] for row in mine if row["tflops"]]
+        shares = [row["copy_share"] for row in mine if row["copy_share"]]
+        if rates:
+            told.append(f"{direction} {_range(rates, '{:.0f}')} TFLOP/s")
+        elif shares:
+            told.append(f"{direction} {_range([100 * share for share in shares], '{:.0f}')}% of the copy rate")
+    return "; ".join(told) or "not yet"
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
