@@ -66,7 +66,7 @@ def test_flags_win_over_the_file_and_both_over_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("text, parts", [
-    ("stepz: 3", ["expected settings among", "'stepz'", "mend its name"]),
+    ("stepz: 3", ["expected settings among", "'stepz'", "fix its name"]),
     ("steps: many", ["expected steps as int", "'many'"]),
     ("steps: 2.5", ["expected steps as int", "2.5"]),
     ("steps: true", ["expected steps as int", "True"]),

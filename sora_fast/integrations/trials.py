@@ -174,13 +174,13 @@ class Watch:
         if name not in self.twins:
             child = self.module._modules[name]
             called = name in self.form.calls
-            self.twins[name] = child if child is None else (self._stand_in if called else self._copy)(name, child)
+            self.twins[name] = child if child is None else (self._fake if called else self._copy)(name, child)
             self.kinds[name] = type(child)
             if not (called or child is None):
                 self.settings[name] = _settings(child)
         return self.twins[name]
 
-    def _stand_in(self, name: str, child):
+    def _fake(self, name: str, child):
         """A cheap function of the first argument. Others must have their defaults, since ours passes none."""
         layers = [layer for layer in child.modules() if hasattr(layer, "out_features")] if self.form.calls[name] else []
         signature = inspect.signature(child.forward)
