@@ -1,8 +1,8 @@
-"""What pyproject.toml cannot say: where the packages lie, and how sora_fast._C is built (csrc/README.md).
+"""What pyproject.toml cannot express: where the packages are, and how sora_fast._C is built (csrc/README.md).
 
-The rooms kernels/ and benchmarks/ stand at the top of the repository and are installed as sora_fast.<room>. They hold no
-__init__.py there, because with the repository's root on sys.path a regular package would shadow other people's `kernels`;
-in a checkout sora_fast/<room>/__init__.py are shims that point at these folders.
+kernels/ and benchmarks/ are at the top of the repository and are installed as sora_fast.<room>. They have no __init__.py
+there, because with the repository's root on sys.path a regular package would shadow third-party packages named `kernels`; in
+a checkout sora_fast/<room>/__init__.py are shims that point at these folders.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 ROOMS = ("kernels", "benchmarks")
 
-# One line for each family: what its kernels are written for, and the families whose kernels its backends launch too.
+# Per family: the target of its kernels, and the other families whose kernels its backends launch.
 KERNELS = {
     "normalization": ("any", ()),
-    "product": ("hopper", ()),
+    "wgmma_selftest": ("hopper", ()),
     "convolution": ("hopper", ("normalization",)),
 }
 HOST = [f"{name}.cpp" for name in ("bindings", "emulated", "host", "runtime", "tensor_map")]
@@ -68,21 +68,21 @@ def skipped() -> str | None:
     else:
         return None
     if asked == "1":
-        raise SystemExit(f"SORA_FAST_BUILD_CUDA=1: expected to build csrc/, but {reason}; mend that, or set it to 0")
+        raise SystemExit(f"SORA_FAST_BUILD_CUDA=1: expected to build csrc/, but {reason}; fix that, or set it to 0")
     return reason
 
 
 def architectures(kind: str) -> list[str]:
     asked = os.environ.get("SORA_FAST_CUDA_ARCHS", "80;90")
     if not re.fullmatch(r"(8|9|1\d)\da?( *[;, ] *(8|9|1\d)\da?)*", asked):
-        raise SystemExit(f'SORA_FAST_CUDA_ARCHS: expected numbers from 80 on, as in "80;90", got {asked!r}; mend it')
+        raise SystemExit(f'SORA_FAST_CUDA_ARCHS: expected numbers from 80 on, as in "80;90", got {asked!r}; fix it')
     numbers = sorted({int(each) for each in re.findall(r"\d+", asked)})
-    ends = sorted({numbers[0], numbers[-1]})  # of these PTX too: for the emulator, and for GPUs newer than all
+    ends = sorted({numbers[0], numbers[-1]})  # with PTX too: for the emulator, and for newer GPUs
     return ["sm_90a", "compute_90a"] if kind == "hopper" else [f"sm_{n}" for n in numbers] + [f"compute_{n}" for n in ends]
 
 
 def kernel_hash(family: str) -> str:
-    """Of what a family's sources and their own includes say, comments and spaces aside, and of nvcc's minor version."""
+    """A hash of a family's sources and their includes, without comments and whitespace, and of nvcc's minor version."""
     texts, waiting = {}, [f"{each}.cu" for each in (family, *KERNELS[family][1])]
     while waiting:
         path = ROOT / "csrc" / waiting.pop()
@@ -95,11 +95,11 @@ def kernel_hash(family: str) -> str:
 
 
 def build() -> Path:
-    """Compile what has changed, or all by another nvcc, into build/cuda; an assembler's report lies beside its object."""
+    """Build incrementally in build/cuda, from scratch with another nvcc; the report of ptxas is kept beside each object."""
     import pybind11
 
     folder = ROOT / "build" / "cuda"
-    # pip's build environments have another path each time: through a link the commands stay as they were
+    # pip's build environments have a new path each time: a symlink keeps ninja's commands unchanged
     headers = folder / f"pybind11-{pybind11.__version__}"
     folder.mkdir(parents=True, exist_ok=True)
     headers.unlink(missing_ok=True)
@@ -130,7 +130,7 @@ class BuildPackages(build_py):
     def run(self) -> None:
         super().run()
         if not SKIPPED:
-            build()  # before anything is told of it
+            build()  # before _build_info.json says so
         info = {"skipped": SKIPPED} if SKIPPED else {
             "nvcc": VERSION, "flags": FLAGS, "architectures": {name: architectures(KERNELS[name][0]) for name in KERNELS},
             "kernels": {name: kernel_hash(name) for name in KERNELS}}

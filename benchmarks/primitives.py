@@ -1,7 +1,7 @@
-"""The proof of csrc/sm90.cuh and csrc/layout.h on a Hopper GPU, before the kernels that stand on them are validated.
+"""A self-test of csrc/sm90.cuh and csrc/layout.h on a Hopper GPU, run before the kernels that use them are validated.
 
-A small matrix product (csrc/product.cuh) goes through every width of product, both swizzles, the copy engine both ways and
-its edges. Factors are small integers, so that every sum is exact and the result must be right to the last bit.
+A small GEMM (csrc/wgmma_selftest.cuh) covers every wgmma N, both swizzles, TMA loads and stores and their bounds checks.
+Operands are small integers, so that every sum is exact and the result must be bitwise right.
 
 python -m sora_fast.benchmarks.primitives --device cuda [--jsonl FILE]
 """
@@ -16,21 +16,21 @@ from sora_fast.ops import cuda_backend
 from . import rows
 
 WIDTHS = (96, 128, 160, 192, 256)  # output channels of a tile
-SLICES = (64, 32)  # numbers of the inner dimension in a row of shared memory, of 128 or 64 bytes
+SLICES = (64, 32)  # K of a pipeline stage: rows of 128 or 64 bytes in shared memory
 # rows, columns beyond a tile's, inner: one tile, tiles cut short on every side, many slices, next to nothing
 SIZES = ((64, 0, 64), (200, 40, 160), (130, 8, 1000), (1, 8, 8))
 
 
 def product(a: torch.Tensor, b: torch.Tensor, tile_columns: int, slice: int) -> torch.Tensor:
-    """a (rows, inner) @ b (columns, inner)^T in bfloat16 on a Hopper GPU, by csrc/product.cuh."""
+    """a (rows, inner) @ b (columns, inner)^T in bfloat16 on a Hopper GPU, by csrc/wgmma_selftest.cuh."""
     y = a.new_full((a.shape[0], b.shape[0]), float("nan"))
-    cuda_backend.launch("product", y, a=a, b=b, y=y, rows=a.shape[0], columns=b.shape[0], inner=a.shape[1],
+    cuda_backend.launch("wgmma_selftest", y, a=a, b=b, y=y, rows=a.shape[0], columns=b.shape[0], inner=a.shape[1],
                         tile_columns=tile_columns, slice=slice)
     return y
 
 
 def wrong_numbers(device: str, tile_columns: int, slice: int, size: tuple[int, int, int]) -> int:
-    """How many numbers of one product are not what float64 gives, rounded once."""
+    """How many elements of one product are not what float64 gives, rounded once."""
     count, more, inner = size
     random = torch.Generator().manual_seed(0)
     integers = lambda *shape: torch.randint(-4, 5, shape, generator=random).to(device, torch.bfloat16)
@@ -42,7 +42,7 @@ def wrong_numbers(device: str, tile_columns: int, slice: int, size: tuple[int, i
 def main(arguments: list[str] | None = None) -> int:
     asked = rows.arguments_of("primitives", __doc__, "a Hopper GPU", "append a row for each product to it", arguments)
     device = torch.device(asked.device)
-    reasons = cuda_backend.cannot_run(device, "product")
+    reasons = cuda_backend.cannot_run(device, "wgmma_selftest")
     if reasons:
         print(f"UNSUPPORTED: {' '.join(reasons)}")
         return 0

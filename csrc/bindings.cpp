@@ -1,7 +1,7 @@
 // sora_fast._C: every launcher as a Python function of keyword arguments. Pointers are addresses (Tensor.data_ptr()).
 //
-// A launcher's Args say their own names (`fields`), so that one line binds one launcher and every wrong argument gets a
-// sentence. Shapes, dtypes, strides and devices of tensors are checked before, in sora_fast/ops/<family>.py.
+// Args list their own field names (`fields`), so that one line binds a launcher and every invalid argument is reported by
+// name. Shapes, dtypes, strides and devices of tensors are checked before, in sora_fast/ops/<family>.py.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
@@ -13,7 +13,7 @@
 #include "emulated.h"
 #include "host.h"
 #include "normalization.cuh"
-#include "product.cuh"
+#include "wgmma_selftest.cuh"
 #include "runtime.h"
 
 namespace py = pybind11;
@@ -22,7 +22,7 @@ namespace {
 
 std::string text(py::handle value) { return py::str(py::repr(value)).cast<std::string>(); }
 
-// One argument out of Python's: an address for a pointer (None: null), else a number or a bool.
+// Converts one Python argument: an address for a pointer (None: null), else a number or a bool.
 template <class T>
 T read(const std::string& op, const std::string& name, const py::handle& value) {
   try {
@@ -63,7 +63,7 @@ Args collect(const std::string& op, const py::kwargs& given) {
   return args;
 }
 
-// This extension's own CUDA runtime (it is linked statically) has a current device of its own.
+// Guards the current device of this extension's CUDA runtime, which is linked statically and has its own.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -86,7 +86,7 @@ void bind(py::module_& m, const char* op, int (*launch)(const Args&, cudaStream_
     const Args args = collect<Args>(op, given);
     const cudaStream_t stream = given.contains("stream") ? read<cudaStream_t>(op, "stream", given["stream"]) : nullptr;
     const int device = given.contains("device") ? read<int>(op, "device", given["device"]) : 0;
-    if (const char* reason = wrong(args)) throw py::value_error(op + ": " + reason);
+    if (const char* reason = why_invalid(args)) throw py::value_error(op + ": " + reason);
     int status;
     {
       py::gil_scoped_release unlocked;
@@ -97,7 +97,7 @@ void bind(py::module_& m, const char* op, int (*launch)(const Args&, cudaStream_
       throw std::runtime_error(op + ": expected a driver for CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
                                std::to_string(CUDART_VERSION % 1000 / 10) + " or newer, got none or an older one; update it, or "
                                "build the extension with an older nvcc");
-    if (status == sf::kRefused) throw std::runtime_error(op + ": " + sf::said());
+    if (status == sf::kRefused) throw std::runtime_error(op + ": " + sf::last_message());
     if (status != cudaSuccess)
       throw std::runtime_error(op + ": expected its kernel to start, got " +
                                cudaGetErrorString(static_cast<cudaError_t>(status)) + " (CUDA error " +
@@ -112,6 +112,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels of sora_fast on raw addresses; the public functions are in sora_fast.ops.";
   bind<sf::NormActArgs>(m, "norm_act", sf_norm_act, "norm, activation, padding and cache refresh in one pass");
   bind<sf::CausalConv3dArgs>(m, "causal_conv3d", sf_causal_conv3d, "causal 3-D convolution, forward, on sm_90a");
-  bind<sf::ProductArgs>(m, "product", sf_product, "a matrix product that proves the primitives of sm_90a");
+  bind<sf::WgmmaSelftestArgs>(m, "wgmma_selftest", sf_wgmma_selftest, "a small GEMM that tests the sm_90a primitives");
   sf::bind_emulator(m);
 }

@@ -10,20 +10,20 @@ namespace sf {
 
 namespace {
 
-// As many output channels at a time as divide them all: 384 are twice 192.
-int channels_at_once(int64_t out_channels) {
+// N of a tile: the largest supported divisor of the output channels (384 is two tiles of 192). 0: there is none.
+int tile_channels(int64_t out_channels) {
   for (const int n : {256, 192, 160, 128, 96})
     if (out_channels % n == 0) return n;
   return 0;
 }
 
-// Slices of 64 before one of 32, or -1 where all are of 64; -2 where the kernel was not made for these channels.
+// The kernel's FULL: K slices of 64 before the tail of 32, or -1 without a tail; -2: unsupported channels.
 int full_slices(int64_t in_channels) {
   if (in_channels % 64 == 0) return -1;
   return in_channels == 96 ? 1 : in_channels == 160 ? 2 : -2;
 }
 
-// `channels` at a time of pixels in `columns` x `rows`.
+// Boxes of `channels` x `columns` x `rows`.
 BoxedTensor boxed_video(const void* base, const CausalConv3dArgs& a, int64_t frames, int64_t stride, int channels,
                         int columns, int rows) {
   const uint64_t pixel = 2 * a.in_channels, line = pixel * a.width, frame = line * a.height;
@@ -45,8 +45,8 @@ BoxedTensor boxed_weight(const CausalConv3dArgs& a, int channels, int out_channe
 
 template <int N, int FULL>
 int launch(const CausalConv3dArgs& a, cudaStream_t stream) {
-  using Plan = ConvolutionPlan<N>;
-  const int columns = best_columns(a.out_height, a.out_width, Plan::kPixels), rows = Plan::kPixels / columns;
+  using Storage = ConvolutionSharedStorage<N>;
+  const int columns = best_columns(a.out_height, a.out_width, Storage::kPixels), rows = Storage::kPixels / columns;
   const ConvolutionShape shape{int(a.frames),     int(a.cached),    int(a.out_frames), int(a.out_height), int(a.out_width),
                                int(a.samples),    a.kt,             a.kh,              a.kw,              a.stride_t,
                                a.phase,           a.lookahead,      a.top,             a.left,            a.replicate,
@@ -70,12 +70,13 @@ int launch(const CausalConv3dArgs& a, cudaStream_t stream) {
   int sms = 0;
   constexpr auto kernel = causal_conv3d_kernel<N, FULL>;
   cudaError_t error = runtime().count_sms(&sms);
-  if (error == cudaSuccess) error = allow_shared<kernel>(Plan::kShared);
+  if (error == cudaSuccess) error = allow_shared<kernel>(Storage::kSharedBytes);
   if (error != cudaSuccess) return error;
   const ConvolutionTensors tensors{static_cast<const float*>(a.bias), static_cast<const __nv_bfloat16*>(a.residual),
                                    static_cast<__nv_bfloat16*>(a.y), int(a.out_channels)};
   const int64_t tiles = count_tiles(shape);
-  return launch_kernel<kernel>(unsigned(tiles < sms ? tiles : sms), 384, Plan::kShared, stream, maps, tensors, shape);
+  const auto grid = unsigned(tiles < sms ? tiles : sms);
+  return launch_kernel<kernel>(grid, 384, Storage::kSharedBytes, stream, maps, tensors, shape);
 }
 
 template <int N>
@@ -89,7 +90,7 @@ int launch(const CausalConv3dArgs& a, cudaStream_t stream) {
 
 }  // namespace
 
-const char* wrong(const CausalConv3dArgs& a) {
+const char* why_invalid(const CausalConv3dArgs& a) {
   struct Named {
     const char* name;
     const void* pointer;
@@ -99,9 +100,9 @@ const char* wrong(const CausalConv3dArgs& a) {
                             Named{"cache", a.cache, a.cached > 0}, Named{"bias", a.bias, false},
                             Named{"residual", a.residual, false}}) {
     if (each.needed && each.pointer == nullptr)
-      return say("expected an address for %s, got none; pass a tensor's data_ptr()", each.name);
+      return message("expected an address for %s, got none; pass a tensor's data_ptr()", each.name);
     if (!aligned(each.pointer))
-      return say("expected %s to begin at a multiple of 16 bytes, got %p; copy it", each.name, each.pointer);
+      return message("expected %s to begin at a multiple of 16 bytes, got %p; copy it", each.name, each.pointer);
   }
   struct Size {
     const char* name;
@@ -114,25 +115,28 @@ const char* wrong(const CausalConv3dArgs& a) {
         Size{"stride_t", a.stride_t, 1}, Size{"phase", a.phase, 0}, Size{"lookahead", a.lookahead, 0}, Size{"top", a.top, 0},
         Size{"left", a.left, 0}}) {
     if (each.size < each.least || each.size > (1 << 30))
-      return say("expected %s in %lld .. 2^30, got %lld; nothing is launched for an empty output", each.name,
+      return message("expected %s in %lld .. 2^30, got %lld; nothing is launched for an empty output", each.name,
                  (long long)each.least, (long long)each.size);
   }
-  if (a.lookahead >= a.kt) return say("expected lookahead below kt = %d, got %d; it counts taps after the frame", a.kt, a.lookahead);
+  if (a.lookahead >= a.kt)
+    return message("expected lookahead below kt = %d, got %d; it counts taps after the frame", a.kt, a.lookahead);
   if (full_slices(a.in_channels) == -2 || a.in_channels < 64)
-    return say("expected in_channels to be 96, 160 or a multiple of 64, got %lld; use another backend", (long long)a.in_channels);
-  if (a.out_channels < 96 || a.out_channels > (1 << 30) || channels_at_once(a.out_channels) == 0)
-    return say("expected out_channels to be a multiple of 96, 128, 160, 192 or 256, got %lld; use another backend",
+    return message("expected in_channels to be 96, 160 or a multiple of 64, got %lld; use another backend",
+                   (long long)a.in_channels);
+  if (a.out_channels < 96 || a.out_channels > (1 << 30) || tile_channels(a.out_channels) == 0)
+    return message("expected out_channels to be a multiple of 96, 128, 160, 192 or 256, got %lld; use another backend",
                (long long)a.out_channels);
   for (const Size& each : {Size{"x_stride", a.x_stride, 0}, Size{"cache_stride", a.cached > 0 ? a.cache_stride : 0, 0}})
     if (each.size < 0 || each.size % 8 != 0)
-      return say("expected %s to be a multiple of 8 numbers, got %lld; copy the tensor", each.name, (long long)each.size);
+      return message("expected %s to be a multiple of 8 elements, got %lld; copy the tensor", each.name,
+                     (long long)each.size);
   return nullptr;
 }
 
 }  // namespace sf
 
 int sf_causal_conv3d(const sf::CausalConv3dArgs& args, cudaStream_t stream) {
-  switch (sf::channels_at_once(args.out_channels)) {
+  switch (sf::tile_channels(args.out_channels)) {
     case 96: return sf::launch<96>(args, stream);
     case 128: return sf::launch<128>(args, stream);
     case 160: return sf::launch<160>(args, stream);

@@ -1,14 +1,14 @@
-// causal_conv3d, forward, on Hopper: an implicit product of pixels (rows) and output channels (columns), summed over taps
-// and input channels.
+// causal_conv3d, forward, on Hopper: a persistent, warp-specialised implicit GEMM. M: pixels, N: output channels, K: taps x
+// input channels.
 //
-// One block stays on each multiprocessor and walks over tiles of 256 (or 128) pixels x 96 to 256 output channels. Its
-// first warpgroup only copies: for every tap and 64 input channels (or the 32 that are left) a rank-5 box of the input,
-// shifted by the tap, and the weight's box, into the next slot of a ring. What lies beyond a frame's edges the copy engine
-// reads as zeros; the time coordinate is chosen here (convolution_index.h): frames of zeros are left out, frames of the
-// cache come from the cache's own map. The two other warpgroups multiply half of the pixels each, sums in registers, then
-// add bias and residual and write bfloat16.
+// One CTA per SM loops over output tiles of 256 (or 128) pixels x 96 to 256 output channels. Warpgroup 0 is the producer: a
+// K iteration is one tap and 64 input channels (or the 32 of a tail), for which TMA loads a rank-5 box of the input, shifted
+// by the tap, and a box of the weight into the next pipeline stage. TMA fills pixels beyond a frame's edges with 0. The
+// frame coordinate is computed in convolution_index.h: taps on zero frames are skipped, frames of the cache have their own
+// tensor map. Warpgroups 1 and 2 are the consumers: each issues wgmma for half of the pixels. The epilogue adds bias and
+// residual in float32 and stores bfloat16.
 //
-// No channel is padded: the last slice of 96 or 160 channels is 32 wide, with rows of 64 bytes instead of 128.
+// Channels are not padded: the K tail of 96 or 160 channels is 32 wide, with rows of 64 bytes instead of 128.
 #pragma once
 
 #include <cstdint>
@@ -21,11 +21,11 @@ struct CUstream_st;
 namespace sf {
 
 struct CausalConv3dArgs {
-  const void *x, *cache, *weight, *bias, *residual;  // bfloat16 but for the bias, float32; cache, bias, residual may be null
+  const void *x, *cache, *weight, *bias, *residual;  // bfloat16, bias float32; cache, bias, residual may be null
   void* y;
   int64_t samples, frames, height, width, in_channels;       // of x (samples, frames, height, width, in_channels)
   int64_t cached;                                            // frames of cache, of x's height and width
-  int64_t x_stride, cache_stride;                            // from one sample to the next, in numbers
+  int64_t x_stride, cache_stride;                            // from one sample to the next, in elements
   int64_t out_frames, out_height, out_width, out_channels;   // of y and residual, channels innermost
   int kt, kh, kw;                                            // weight (out_channels, kt, kh, kw, in_channels)
   int stride_t, phase, lookahead, top, left;
@@ -45,17 +45,17 @@ struct CausalConv3dArgs {
   }
 };
 
-const char* wrong(const CausalConv3dArgs& args);
+const char* why_invalid(const CausalConv3dArgs& args);
 
-// Shared memory of a block, for N output channels at a time: a ring of slots, each a box of pixels and one of weights.
+// Tile shape and shared memory for N output channels per tile: pipeline stages of a box of pixels and a box of weights each.
 template <int N>
-struct ConvolutionPlan {
-  static constexpr int kPixels = N <= 192 ? 256 : 128;       // of a tile; each consuming warpgroup has half of them
-  static constexpr int kBlocks = kPixels / 128;              // of 64 pixels, to a consuming warpgroup
-  static constexpr int kInput = kPixels * 128;               // bytes of a slot's pixels, 64 channels each
-  static constexpr int kSlot = kInput + N * 128;
-  static constexpr int kSlots = (227 * 1024 - 2048) / kSlot < 8 ? (227 * 1024 - 2048) / kSlot : 8;
-  static constexpr int kShared = 1024 + kSlots * kSlot + 2 * kSlots * 8;  // 1024: boxes begin at its multiples
+struct ConvolutionSharedStorage {
+  static constexpr int kPixels = N <= 192 ? 256 : 128;       // M of a tile, half of it for each consumer warpgroup
+  static constexpr int kMmas = kPixels / 128;                // wgmma of M = 64 per consumer warpgroup
+  static constexpr int kInputBytes = kPixels * 128;          // a stage's pixels, 64 channels each
+  static constexpr int kStageBytes = kInputBytes + N * 128;
+  static constexpr int kStages = (227 * 1024 - 2048) / kStageBytes < 8 ? (227 * 1024 - 2048) / kStageBytes : 8;
+  static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + 2 * kStages * 8;  // 1024: for the alignment of boxes
 };
 
 }  // namespace sf
@@ -70,7 +70,7 @@ int sf_causal_conv3d(const sf::CausalConv3dArgs& args, CUstream_st* stream);
 
 namespace sf {
 
-// What the kernel is told. Maps of rows of 64 channels, and of the 32 that may be left.
+// Tensor maps with boxes of 64 channels, and of 32 for the K tail.
 struct ConvolutionMaps {
   CUtensorMap x, x_rest, cache, cache_rest, weight, weight_rest;
 };
@@ -82,14 +82,14 @@ struct ConvolutionTensors {
   int out_channels;
 };
 
-// Slots are used in turn; a slot's barriers are in their odd phase every other round.
-template <int slots>
-struct Turn {
-  int slot = 0;
+// Stage index and mbarrier parity, as CUTLASS's PipelineState.
+template <int stages>
+struct PipelineState {
+  int stage = 0;
   uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++slot == slots) {
-      slot = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == stages) {
+      stage = 0;
       parity ^= 1;
     }
   }
@@ -98,136 +98,136 @@ struct Turn {
 template <int channels>
 using Width = std::integral_constant<int, channels>;
 
-// FULL: slices of 64 channels before the last one of 32 of each tap; -1: there is none of 32, and any number of 64.
+// FULL: slices of 64 channels before the tail of 32 in each tap; -1: no tail, and any number of slices of 64.
 template <int N, int FULL>
 __global__ void __launch_bounds__(384, 1)
     causal_conv3d_kernel(const __grid_constant__ ConvolutionMaps maps, const __grid_constant__ ConvolutionTensors tensors,
                          const __grid_constant__ ConvolutionShape shape) {
   using namespace sm90;
-  using Plan = ConvolutionPlan<N>;
+  using Storage = ConvolutionSharedStorage<N>;
   extern __shared__ uint8_t unaligned[];
-  uint8_t* const slots = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(slots + Plan::kSlots * Plan::kSlot);
-  uint64_t* const empty = full + Plan::kSlots;
+  uint8_t* const stages = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(stages + Storage::kStages * Storage::kStageBytes);
+  uint64_t* const empty = full + Storage::kStages;
 
-  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // the compiler sees that a warp agrees on it
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // tells the compiler that it is warp-uniform
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Plan::kSlots; ++i) {
-      barrier_init(full + i, 1);    // the copying thread; the copied bytes count besides
-      barrier_init(empty + i, 8);   // the warps that multiply
+    for (int i = 0; i < Storage::kStages; ++i) {
+      mbarrier_init(full + i, 1);    // the producer thread, besides the bytes
+      mbarrier_init(empty + i, 8);   // the consumer warps
     }
     fence_barrier_init();
   }
   __syncthreads();
 
   const int64_t tiles = count_tiles(shape);
-  Turn<Plan::kSlots> turn;
+  PipelineState<Storage::kStages> pipe;
   if (warpgroup == 0) {
-    leave_registers<40>();
+    warpgroup_reg_dealloc<40>();
     if (threadIdx.x == 0) {
       for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
         const Tile tile = tile_at(shape, index);
-        const Taps taps = taps_seeing(shape, tile.frame);
-        const int steps = steps_of(shape, taps);
-        Step step = first_step(shape, tile, taps);
-        for (int i = 0; i < steps; ++i, next_step(shape, tile, &step)) {
-          const bool rest = FULL >= 0 && step.channel == 64 * FULL;
-          const CUtensorMap* x = step.from_cache ? (rest ? &maps.cache_rest : &maps.cache) : (rest ? &maps.x_rest : &maps.x);
-          uint8_t* const slot = slots + turn.slot * Plan::kSlot;
-          barrier_wait(empty + turn.slot, turn.parity ^ 1);  // at the start all are empty: the phase before the first
-          barrier_arrive_and_expect(full + turn.slot, rest ? Plan::kSlot / 2 : Plan::kSlot);
-          load_box(slot, x, full + turn.slot, step.channel, step.column, step.row, step.frame, tile.sample);
-          load_box(slot + Plan::kInput, rest ? &maps.weight_rest : &maps.weight, full + turn.slot, step.channel, step.tap,
-                   tile.out_tile * N);
-          turn.next();
+        const Taps taps = valid_taps(shape, tile.frame);
+        const int k_iterations = count_k_iterations(shape, taps);
+        KIteration k = first_k_iteration(shape, tile, taps);
+        for (int i = 0; i < k_iterations; ++i, next_k_iteration(shape, tile, &k)) {
+          const bool rest = FULL >= 0 && k.channel == 64 * FULL;
+          const CUtensorMap* x = k.from_cache ? (rest ? &maps.cache_rest : &maps.cache) : (rest ? &maps.x_rest : &maps.x);
+          uint8_t* const stage = stages + pipe.stage * Storage::kStageBytes;
+          mbarrier_wait(empty + pipe.stage, pipe.parity ^ 1);  // passes at once in the first round
+          mbarrier_arrive_expect_tx(full + pipe.stage, rest ? Storage::kStageBytes / 2 : Storage::kStageBytes);
+          tma_load(stage, x, full + pipe.stage, k.channel, k.column, k.row, k.frame, tile.sample);
+          tma_load(stage + Storage::kInputBytes, rest ? &maps.weight_rest : &maps.weight, full + pipe.stage, k.channel,
+                   k.tap, tile.out_tile * N);
+          pipe.advance();
         }
       }
     }
   } else {
-    take_registers<232>();
+    warpgroup_reg_alloc<232>();
     const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
-    const int first_pixel = (warpgroup - 1) * Plan::kBlocks * 64;
-    float sums[Plan::kBlocks][N / 2];
+    const int first_pixel = (warpgroup - 1) * Storage::kMmas * 64;
+    float acc[Storage::kMmas][N / 2];
     for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
       const Tile tile = tile_at(shape, index);
-      const Taps taps = taps_seeing(shape, tile.frame);
+      const Taps taps = valid_taps(shape, tile.frame);
 #pragma unroll
-      for (int block = 0; block < Plan::kBlocks; ++block)
+      for (int mma = 0; mma < Storage::kMmas; ++mma)
 #pragma unroll
-        for (int i = 0; i < N / 2; ++i) sums[block][i] = 0;
+        for (int i = 0; i < N / 2; ++i) acc[mma][i] = 0;
 
-      int before = -1;  // the slot of the step before, whose products may still run
-      // One step: WIDTH channels of one tap. Its products start, then those of the step before are waited for.
-      auto multiply_slot = [&](auto width) {
+      int previous = -1;  // the stage of the previous K iteration, whose wgmma may be in flight
+      // One K iteration: issue its wgmma, then wait for the previous iteration's and release its stage.
+      auto mma_stage = [&](auto width) {
         constexpr int kRow = decltype(width)::value * 2;
-        const uint32_t slot = shared_address(slots + turn.slot * Plan::kSlot);
-        const uint64_t pixels = factor(slot + first_pixel * kRow, kRow);
-        const uint64_t weights = factor(slot + Plan::kInput, kRow);
-        barrier_wait(full + turn.slot, turn.parity);
-        products_begin();
+        const uint32_t stage = shared_address(stages + pipe.stage * Storage::kStageBytes);
+        const uint64_t pixels = make_smem_desc(stage + first_pixel * kRow, kRow);
+        const uint64_t weights = make_smem_desc(stage + Storage::kInputBytes, kRow);
+        mbarrier_wait(full + pipe.stage, pipe.parity);
+        warpgroup_arrive();
 #pragma unroll
-        for (int block = 0; block < Plan::kBlocks; ++block)
+        for (int mma = 0; mma < Storage::kMmas; ++mma)
 #pragma unroll
           for (int byte = 0; byte < kRow; byte += 32)
-            multiply<N>(sums[block], advanced(pixels, block * 64 * kRow + byte), advanced(weights, byte));
-        products_commit();
-        products_wait<1>();
-        if (before >= 0 && lane == 0) barrier_arrive(empty + before);
-        before = turn.slot;
-        turn.next();
+            wgmma<N>(acc[mma], advance_desc(pixels, mma * 64 * kRow + byte), advance_desc(weights, byte));
+        warpgroup_commit_batch();
+        warpgroup_wait<1>();
+        if (previous >= 0 && lane == 0) mbarrier_arrive(empty + previous);
+        previous = pipe.stage;
+        pipe.advance();
       };
-      const int taps_in_all = (taps.last - taps.first) * shape.kh * shape.kw;
+      const int tap_count = (taps.last - taps.first) * shape.kh * shape.kw;
       if constexpr (FULL < 0) {
-        for (int i = 0; i < taps_in_all * shape.slices; ++i) multiply_slot(Width<64>{});
+        for (int i = 0; i < tap_count * shape.slices; ++i) mma_stage(Width<64>{});
       } else {
-        for (int tap = 0; tap < taps_in_all; ++tap) {
+        for (int tap = 0; tap < tap_count; ++tap) {
 #pragma unroll
-          for (int i = 0; i < FULL; ++i) multiply_slot(Width<64>{});
-          multiply_slot(Width<32>{});
+          for (int i = 0; i < FULL; ++i) mma_stage(Width<64>{});
+          mma_stage(Width<32>{});
         }
       }
-      products_wait<0>();
-      if (before >= 0 && lane == 0) barrier_arrive(empty + before);
+      warpgroup_wait<0>();
+      if (previous >= 0 && lane == 0) mbarrier_arrive(empty + previous);
 
 #pragma unroll
-      for (int block = 0; block < Plan::kBlocks; ++block) {
-        pin(sums[block]);
+      for (int mma = 0; mma < Storage::kMmas; ++mma) {
+        warpgroup_fence_operand(acc[mma]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const Pixel pixel = pixel_of(shape, tile, first_pixel + block * 64 + sum_row(thread, 2 * half));
-          const int64_t start = pixel.at * tensors.out_channels + tile.out_tile * N + lane % 4 * 8;
+          const Pixel pixel = pixel_of(shape, tile, first_pixel + mma * 64 + acc_row(thread, 2 * half));
+          const int64_t start = pixel.index * tensors.out_channels + tile.out_tile * N + lane % 4 * 8;
 #pragma unroll
-          for (int column = 0; column < N; column += 32) {  // 8 columns to each of four lanes
-            float eight[8];
+          for (int column = 0; column < N; column += 32) {  // 8 columns per lane of a quad
+            float values[8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) eight[i] = sums[block][column / 2 + i / 2 * 4 + half * 2 + i % 2];
-            gather_columns(eight, lane, [](float number, int bit) { return __shfl_xor_sync(0xffffffff, number, bit); });
-            if (!pixel.inside) continue;
+            for (int i = 0; i < 8; ++i) values[i] = acc[mma][column / 2 + i / 2 * 4 + half * 2 + i % 2];
+            gather_columns(values, lane, [](float value, int bit) { return __shfl_xor_sync(0xffffffff, value, bit); });
+            if (!pixel.in_bounds) continue;
             if (tensors.bias != nullptr) {
               const float4* bias = reinterpret_cast<const float4*>(tensors.bias + tile.out_tile * N + column + lane % 4 * 8);
               const float4 low = __ldg(bias), high = __ldg(bias + 1);
-              eight[0] += low.x, eight[1] += low.y, eight[2] += low.z, eight[3] += low.w;
-              eight[4] += high.x, eight[5] += high.y, eight[6] += high.z, eight[7] += high.w;
+              values[0] += low.x, values[1] += low.y, values[2] += low.z, values[3] += low.w;
+              values[4] += high.x, values[5] += high.y, values[6] += high.z, values[7] += high.w;
             }
             union {
               uint4 bits;
               __nv_bfloat162 pairs[4];
-            } numbers;
+            } packed;
             if (tensors.residual != nullptr) {
-              numbers.bits = __ldg(reinterpret_cast<const uint4*>(tensors.residual + start + column));
+              packed.bits = __ldg(reinterpret_cast<const uint4*>(tensors.residual + start + column));
 #pragma unroll
               for (int i = 0; i < 4; ++i) {
-                const float2 pair = __bfloat1622float2(numbers.pairs[i]);
-                eight[2 * i] += pair.x, eight[2 * i + 1] += pair.y;
+                const float2 pair = __bfloat1622float2(packed.pairs[i]);
+                values[2 * i] += pair.x, values[2 * i + 1] += pair.y;
               }
             }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) numbers.pairs[i] = __floats2bfloat162_rn(eight[2 * i], eight[2 * i + 1]);
-            *reinterpret_cast<uint4*>(tensors.y + start + column) = numbers.bits;
+            for (int i = 0; i < 4; ++i) packed.pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+            *reinterpret_cast<uint4*>(tensors.y + start + column) = packed.bits;
           }
         }
       }
-      __syncwarp();  // products are for whole warps, and lanes of pixels outside went another way
+      __syncwarp();  // wgmma is warp-collective, and lanes out of bounds have diverged
     }
   }
 }

@@ -1,7 +1,7 @@
-// Which frames, pixels and channels a tile of a causal convolution sees. Plain functions of numbers: the kernel's
-// producer and its consumers ask them alike, and a test on the host compares them with brute force.
+// Indexing of the causal convolution: tiles, taps, K iterations and coordinates of boxes. Integer functions shared by the
+// kernel's producer and consumers; a test on the host compares them with brute force.
 //
-// Frames are counted from the clip's first one: 0 .. frames - 1 are the clip's, -cached .. -1 the cache's.
+// Frame 0 is the clip's first: 0 .. frames - 1 are the clip's, -cached .. -1 the cache's.
 #pragma once
 
 #include <cstdint>
@@ -14,39 +14,39 @@ struct ConvolutionShape {
   int frames, cached;                  // of the clip and of its cache
   int out_frames, out_height, out_width, samples;
   int kt, kh, kw;                      // taps
-  int stride_t, phase, lookahead;      // output o stands at frame o * stride_t + phase
+  int stride_t, phase, lookahead;      // output o is at frame o * stride_t + phase
   int top, left;                       // zeros before the first row and column
-  bool replicate;                      // before the earliest frame and past the last one: these again, not zeros
+  bool replicate;                      // pad in time by replicating the first and last frame, not with zeros
   int slices;                          // of the input channels, per tap
   int out_tiles;                       // of the output channels
-  int rows, columns;                   // of pixels in a tile; columns a power of two
+  int rows, columns;                   // of a tile's pixels; columns a power of two
 };
 
-// Time taps first .. last - 1 of an output frame see something; the others, where frames of zeros stand, are left out.
+// The time taps first .. last - 1 of an output frame that fall on existing frames; taps on zero padding are skipped.
 struct Taps {
   int first, last;
 };
 
-SF_HOST_DEVICE constexpr int first_frame_seen(const ConvolutionShape& s, int out_frame) {
+SF_HOST_DEVICE constexpr int first_input_frame(const ConvolutionShape& s, int out_frame) {
   return out_frame * s.stride_t + s.phase - (s.kt - 1 - s.lookahead);
 }
 
-SF_HOST_DEVICE constexpr Taps taps_seeing(const ConvolutionShape& s, int out_frame) {
+SF_HOST_DEVICE constexpr Taps valid_taps(const ConvolutionShape& s, int out_frame) {
   if (s.replicate) return {0, s.kt};
-  const int base = first_frame_seen(s, out_frame);
+  const int base = first_input_frame(s, out_frame);
   const int first = -s.cached - base > 0 ? -s.cached - base : 0;
   const int last = s.frames - base < s.kt ? s.frames - base : s.kt;
   return {first, last > first ? last : first};
 }
 
-// The frame whose numbers time tap `tap` of an output frame sees, if the tap is one of taps_seeing.
-SF_HOST_DEVICE constexpr int frame_seen(const ConvolutionShape& s, int out_frame, int tap) {
-  const int frame = first_frame_seen(s, out_frame) + tap;
+// The input frame under time tap `tap` of an output frame, for a tap of valid_taps.
+SF_HOST_DEVICE constexpr int input_frame(const ConvolutionShape& s, int out_frame, int tap) {
+  const int frame = first_input_frame(s, out_frame) + tap;
   if (!s.replicate) return frame;
   return frame < -s.cached ? -s.cached : frame > s.frames - 1 ? s.frames - 1 : frame;
 }
 
-// A tile: `rows` x `columns` pixels of one output frame, and one of the tiles of output channels.
+// An output tile: `rows` x `columns` pixels of one frame (M) x one block of output channels (N).
 struct Tile {
   int out_tile, column, row, frame, sample;
 };
@@ -56,7 +56,7 @@ SF_HOST_DEVICE constexpr int64_t count_tiles(const ConvolutionShape& s) {
          s.out_frames * s.samples;
 }
 
-// Tiles of the same pixels follow each other, then their neighbours: what multiprocessors read at one time overlaps.
+// Rasterised with output channels fastest, then neighbouring pixels: tiles in flight share their inputs in L2.
 SF_HOST_DEVICE constexpr Tile tile_at(const ConvolutionShape& s, int64_t index) {
   const int across = (s.out_width + s.columns - 1) / s.columns, down = (s.out_height + s.rows - 1) / s.rows;
   Tile tile{};
@@ -71,10 +71,10 @@ SF_HOST_DEVICE constexpr Tile tile_at(const ConvolutionShape& s, int64_t index) 
   return tile;
 }
 
-// Pixel `pixel` of a tile lies in the output, and there it is number `at` of all its pixels.
+// Whether a tile's pixel is in bounds of the output, and its linear index there.
 struct Pixel {
-  bool inside;
-  int64_t at;
+  bool in_bounds;
+  int64_t index;
 };
 
 SF_HOST_DEVICE constexpr Pixel pixel_of(const ConvolutionShape& s, const Tile& tile, int pixel) {
@@ -83,53 +83,53 @@ SF_HOST_DEVICE constexpr Pixel pixel_of(const ConvolutionShape& s, const Tile& t
           ((int64_t(tile.sample) * s.out_frames + tile.frame) * s.out_height + row) * s.out_width + column};
 }
 
-// One step of a tile: a box of the input and one of the weight are multiplied.
-struct Step {
+// One K iteration: the coordinates of its two boxes.
+struct KIteration {
   bool from_cache;
-  int channel, column, row, frame;  // where the input's box begins; rows and columns past the frame's edges are zeros
-  int tap;                          // of all kt * kh * kw; the weight's box begins at (channel, tap, first output channel)
-  int slice, kx, ky, kz;            // slices change fastest, then columns, rows and frames
+  int channel, column, row, frame;  // of the input's box; rows and columns out of bounds are filled with 0
+  int tap;                          // of kt * kh * kw; the weight's box is at (channel, tap, first output channel)
+  int slice, kx, ky, kz;            // slice is fastest, then kx, ky and kz
 };
 
-SF_HOST_DEVICE constexpr int steps_of(const ConvolutionShape& s, const Taps& taps) {
+SF_HOST_DEVICE constexpr int count_k_iterations(const ConvolutionShape& s, const Taps& taps) {
   return (taps.last - taps.first) * s.kh * s.kw * s.slices;
 }
 
-SF_HOST_DEVICE constexpr void see_frame(const ConvolutionShape& s, const Tile& tile, Step* step) {
-  const int frame = frame_seen(s, tile.frame, step->kz);
-  step->from_cache = frame < 0;
-  step->frame = frame < 0 ? frame + s.cached : frame;
+SF_HOST_DEVICE constexpr void set_frame(const ConvolutionShape& s, const Tile& tile, KIteration* k) {
+  const int frame = input_frame(s, tile.frame, k->kz);
+  k->from_cache = frame < 0;
+  k->frame = frame < 0 ? frame + s.cached : frame;
 }
 
-SF_HOST_DEVICE constexpr Step first_step(const ConvolutionShape& s, const Tile& tile, const Taps& taps) {
-  Step step{};
-  step.column = tile.column - s.left;
-  step.row = tile.row - s.top;
-  step.kz = taps.first;
-  step.tap = taps.first * s.kh * s.kw;
-  see_frame(s, tile, &step);
-  return step;
+SF_HOST_DEVICE constexpr KIteration first_k_iteration(const ConvolutionShape& s, const Tile& tile, const Taps& taps) {
+  KIteration k{};
+  k.column = tile.column - s.left;
+  k.row = tile.row - s.top;
+  k.kz = taps.first;
+  k.tap = taps.first * s.kh * s.kw;
+  set_frame(s, tile, &k);
+  return k;
 }
 
-// Counts on without a division: one thread must be faster at this than the multiplying warpgroups at their products.
-SF_HOST_DEVICE constexpr void next_step(const ConvolutionShape& s, const Tile& tile, Step* step) {
-  step->channel += 64;
-  if (++step->slice < s.slices) return;
-  step->slice = step->channel = 0;
-  ++step->tap;
-  ++step->column;
-  if (++step->kx < s.kw) return;
-  step->kx = 0;
-  step->column -= s.kw;
-  ++step->row;
-  if (++step->ky < s.kh) return;
-  step->ky = 0;
-  step->row -= s.kh;
-  ++step->kz;
-  see_frame(s, tile, step);
+// Increments without divisions: the one producer thread must keep ahead of the consumers' wgmma.
+SF_HOST_DEVICE constexpr void next_k_iteration(const ConvolutionShape& s, const Tile& tile, KIteration* k) {
+  k->channel += 64;
+  if (++k->slice < s.slices) return;
+  k->slice = k->channel = 0;
+  ++k->tap;
+  ++k->column;
+  if (++k->kx < s.kw) return;
+  k->kx = 0;
+  k->column -= s.kw;
+  ++k->row;
+  if (++k->ky < s.kh) return;
+  k->ky = 0;
+  k->row -= s.kh;
+  ++k->kz;
+  set_frame(s, tile, k);
 }
 
-// The box of pixels x columns with the fewest pixels outside the output; wide ones first, for the copy engine's sake.
+// The tile width that covers the fewest pixels out of bounds; ties go to the widest, which TMA loads fastest.
 SF_HOST_DEVICE constexpr int best_columns(int height, int width, int pixels) {
   int best = 0;
   int64_t fewest = 0;

@@ -12,12 +12,12 @@ namespace sf {
 
 namespace {
 
-constexpr int kMostShared = 227 * 1024, kSharedUnasked = 48 * 1024;  // bytes per CTA: of sm_90, of any kernel
+constexpr int kMaxShared = 227 * 1024, kDefaultShared = 48 * 1024;  // bytes per CTA: the limit of sm_90, and the default
 
 struct Emulator {
   py::function launch, encode;
   int sms;
-  const void* allowed = nullptr;  // the kernel that was given more shared memory last, and how much
+  const void* allowed = nullptr;  // the last kernel that opted in to more shared memory, and how much
   int shared = 0;
 };
 thread_local std::unique_ptr<Emulator> here;
@@ -36,12 +36,12 @@ cudaError_t count_sms(int* count) {
 
 cudaError_t allow(const void* kernel, int bytes) {
   here->allowed = kernel, here->shared = bytes;
-  return bytes > kMostShared ? cudaErrorInvalidValue : cudaSuccess;
+  return bytes > kMaxShared ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 cudaError_t launch(const char* name, const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                    cudaStream_t) {
-  if (shared > size_t(kernel == here->allowed ? here->shared : kSharedUnasked)) return cudaErrorInvalidValue;
+  if (shared > size_t(kernel == here->allowed ? here->shared : kDefaultShared)) return cudaErrorInvalidValue;
   const py::gil_scoped_acquire locked;
   here->launch(name, py::make_tuple(grid.x, grid.y, grid.z), py::make_tuple(block.x, block.y, block.z),
                reinterpret_cast<uintptr_t>(arguments), shared);
@@ -49,7 +49,7 @@ cudaError_t launch(const char* name, const void* kernel, dim3 grid, dim3 block, 
 }
 
 template <class T>
-py::tuple numbers(const T* first, cuuint32_t count) {
+py::tuple to_tuple(const T* first, cuuint32_t count) {
   py::tuple made(count);
   for (cuuint32_t i = 0; i < count; ++i) made[i] = first[i];
   return made;
@@ -61,8 +61,8 @@ CUresult encode_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
                     CUtensorMapFloatOOBfill fill) {
   const py::gil_scoped_acquire locked;
   const py::object made =
-      here->encode(int(type), reinterpret_cast<uintptr_t>(base), numbers(sizes, rank), numbers(strides, rank - 1),
-                   numbers(box, rank), numbers(steps, rank), int(interleave), int(swizzle), int(fill));
+      here->encode(int(type), reinterpret_cast<uintptr_t>(base), to_tuple(sizes, rank), to_tuple(strides, rank - 1),
+                   to_tuple(box, rank), to_tuple(steps, rank), int(interleave), int(swizzle), int(fill));
   if (made.is_none()) return CUDA_ERROR_INVALID_VALUE;
   const std::string bytes = made.cast<py::bytes>();
   if (bytes.size() != sizeof(*map)) return CUDA_ERROR_INVALID_VALUE;
@@ -86,7 +86,7 @@ void emulate(const py::object& launch, const py::object& encode, int sms) {
 
 void bind_emulator(py::module_& m) {
   m.def("emulate", emulate, py::arg("launch").none(true), py::arg("encode").none(true), py::arg("sms"),
-        "this thread's launches go to the emulator, or with None to CUDA again");
+        "redirect this thread's launches to the emulator, or with None back to CUDA");
 }
 
 }  // namespace sf

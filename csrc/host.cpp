@@ -6,17 +6,17 @@
 namespace sf {
 
 namespace {
-thread_local char sentence[512];
+thread_local char buffer[512];
 }
 
-const char* say(const char* format, ...) {
+const char* message(const char* format, ...) {
   va_list list;
   va_start(list, format);
-  std::vsnprintf(sentence, sizeof(sentence), format, list);
+  std::vsnprintf(buffer, sizeof(buffer), format, list);
   va_end(list);
-  return sentence;
+  return buffer;
 }
 
-const char* said() { return sentence; }
+const char* last_message() { return buffer; }
 
 }  // namespace sf

@@ -1,8 +1,8 @@
-// What every launcher shares on the host: how it refuses arguments, and what its numbers mean.
+// What all launchers share on the host: error messages and status codes.
 //
 // A launcher is `int sf_<op>(const <Op>Args&, cudaStream_t)`. It returns 0, a cudaError_t, or kRefused after refuse().
-// It allocates nothing and never synchronises, so that it can be captured in a CUDA graph. Beside it stands
-// `const char* wrong(const <Op>Args&)`: null, or a sentence on the argument that cannot be; it needs no GPU.
+// It allocates nothing and never synchronises, so that it can be captured in a CUDA graph. Beside it
+// `const char* why_invalid(const <Op>Args&)` validates the arguments without a GPU: null, or a message.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,13 @@ namespace sf {
 
 constexpr int kRefused = -1;
 
-// Keeps one sentence, in printf's form, until this thread's next one, and returns it.
-[[gnu::format(printf, 1, 2)]] const char* say(const char* format, ...);
+// Formats an error message like printf and returns it; valid until this thread's next one.
+[[gnu::format(printf, 1, 2)]] const char* message(const char* format, ...);
 
-// The sentence that say() kept last in this thread.
-const char* said();
+// This thread's last error message.
+const char* last_message();
 
-// A launch that cannot be made for a reason that is no cudaError_t; the sentence is said().
+// The status of a launch that fails for a reason other than a cudaError_t; last_message() says which.
 inline int refuse(const char*) { return kRefused; }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,5 +1,5 @@
-// Where numbers lie: swizzled rows in shared memory, the descriptors that products take, and the sums a thread holds.
-// Plain functions of numbers, for the device and for the tests on the host.
+// Layouts: the swizzle of shared memory, matrix descriptors of wgmma, and the accumulator fragment of a thread. Integer
+// functions for device and host, where the tests call them.
 #pragma once
 
 #include <cstdint>
@@ -12,33 +12,32 @@
 
 namespace sf {
 
-// The byte of a box in shared memory that holds byte `byte` of row `row`; rows are of 128 or 64 bytes, boxes begin at
-// multiples of 1024. The copy engine exchanges 16-byte pieces within a row, so that eight rows' same pieces lie in
-// different banks.
+// The offset of byte `byte` of row `row` in a swizzled box in shared memory. Rows have 128 or 64 bytes, boxes are aligned
+// to 1024. The swizzle permutes the 16-byte chunks of a row, so that the same chunk of eight rows is in different banks.
 SF_HOST_DEVICE constexpr int swizzled(int row, int byte, int row_bytes) {
   const int linear = row * row_bytes + byte;
   return row_bytes == 128 ? linear ^ ((linear >> 3) & 0x70) : linear ^ ((linear >> 3) & 0x30);
 }
 
-// What a product is told about one factor in shared memory, K innermost, in rows of 128 or 64 swizzled bytes: where it
-// begins, how far 8 rows are from the next 8, and the swizzle. PTX ISA, "matrix descriptor": bits 0-13 address / 16,
-// 16-29 leading offset / 16 (of no meaning here, 1), 32-45 stride / 16, 62-63 swizzle (1: 128 bytes, 2: 64 bytes).
-SF_HOST_DEVICE constexpr uint64_t factor(uint32_t address, int row_bytes) {
+// The matrix descriptor of a K-major wgmma operand in shared memory, in swizzled rows of 128 or 64 bytes. PTX ISA, "matrix
+// descriptor": bits 0-13 address / 16, 16-29 leading dimension byte offset / 16 (ignored when swizzled, 1), 32-45 stride
+// byte offset / 16 (from 8 rows to the next 8), 62-63 swizzle (1: 128 bytes, 2: 64 bytes).
+SF_HOST_DEVICE constexpr uint64_t make_smem_desc(uint32_t address, int row_bytes) {
   return uint64_t((address & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(8 * row_bytes >> 4) << 32 |
          uint64_t(row_bytes == 128 ? 1 : 2) << 62;
 }
 
-// The same factor from `bytes` on: 32 for the next 16 numbers of K, whole rows times 8 for other rows.
-SF_HOST_DEVICE constexpr uint64_t advanced(uint64_t factor, int bytes) { return factor + (bytes >> 4); }
+// The descriptor `bytes` further on: 32 for the next 16 elements of K, multiples of 8 rows for other rows.
+SF_HOST_DEVICE constexpr uint64_t advance_desc(uint64_t desc, int bytes) { return desc + (bytes >> 4); }
 
-// Of the 64 x N sums of a product, thread `thread` of its warpgroup holds number i at this row and column.
-SF_HOST_DEVICE constexpr int sum_row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
-SF_HOST_DEVICE constexpr int sum_column(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
+// Row and column of accumulator i of thread `thread` in a warpgroup's 64 x N tile.
+SF_HOST_DEVICE constexpr int acc_row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
+SF_HOST_DEVICE constexpr int acc_col(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
-// Of the four lanes that share a row of sums, each has 2 columns of 4 blocks of 8: `sums` block by block. Afterwards lane q
-// has the 8 columns of block q, to be written at once. exchange(number, bit) gives what the lane that differs in `bit` gave.
+// A transpose among the four lanes that share an accumulator row. Each lane holds 2 columns of 4 blocks of 8 in `acc`;
+// afterwards lane q holds the 8 columns of block q, for one 16-byte store. exchange(value, bit) is __shfl_xor_sync.
 template <class Exchange>
-SF_HOST_DEVICE void gather_columns(float (&sums)[8], int lane, Exchange exchange) {
+SF_HOST_DEVICE void gather_columns(float (&acc)[8], int lane, Exchange exchange) {
 #pragma unroll
   for (int bit = 1; bit <= 2; bit *= 2) {
     const bool upper = lane & bit;
@@ -47,7 +46,7 @@ SF_HOST_DEVICE void gather_columns(float (&sums)[8], int lane, Exchange exchange
       if (low & bit) continue;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float &here = sums[2 * low + i], &there = sums[2 * (low | bit) + i];
+        float &here = acc[2 * low + i], &there = acc[2 * (low | bit) + i];
         const float received = exchange(upper ? here : there, bit);
         (upper ? here : there) = received;
       }

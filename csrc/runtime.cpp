@@ -24,7 +24,7 @@ cudaError_t launch(const char*, const void* kernel, dim3 grid, dim3 block, void*
 }
 
 int find_encoder(Encoder* encoder) {
-  static std::atomic<Encoder> found = nullptr;  // a look-up takes the driver microseconds, and each launch asks
+  static std::atomic<Encoder> found = nullptr;  // a look-up takes microseconds, and every launch needs it
   if ((*encoder = found)) return cudaSuccess;
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
@@ -32,7 +32,7 @@ int find_encoder(Encoder* encoder) {
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
   if (status != cudaSuccess) return status;
   if (result != cudaDriverEntryPointSuccess)
-    return refuse(say("expected a driver with tensor maps (CUDA 12), got one without; update the driver"));
+    return refuse(message("expected a driver with tensor maps (CUDA 12), got one without; update the driver"));
   found = *encoder = reinterpret_cast<Encoder>(entry);
   return cudaSuccess;
 }

@@ -1,7 +1,7 @@
-// The CUDA runtime as launchers see it: one table of functions, of which each thread can have its own.
+// The CUDA runtime as a thread-local table of functions.
 //
-// A launcher calls nothing of the runtime but through runtime(), so that the emulator (emulated.cpp, sora_fast/emulator) takes
-// the place of the GPU and everything of a launch but the kernel is what a GPU gets.
+// Launchers call the runtime through runtime() only, so that the emulator (emulated.cpp, sora_fast/emulator) can replace the
+// GPU: all of a launch but the kernel's execution is the same.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,20 +14,20 @@ struct Runtime {
   cudaError_t (*get_device)(int* device);
   cudaError_t (*set_device)(int device);
   cudaError_t (*count_sms)(int* count);  // of the current device
-  cudaError_t (*allow_shared)(const void* kernel, int bytes);  // of dynamic shared memory
-  // `name`: of `kernel`, as kernel_name() has it; `arguments`: the address of each
+  cudaError_t (*allow_shared)(const void* kernel, int bytes);  // dynamic shared memory
+  // `name`: kernel_name() of `kernel`; `arguments`: the addresses of the arguments
   cudaError_t (*launch)(const char* name, const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                         cudaStream_t stream);
   int (*find_encoder)(Encoder* encoder);  // cuTensorMapEncodeTiled: 0, a cudaError_t, or kRefused
 };
 
-// This thread's table: CUDA's own, or the one that replace_runtime() put in its place.
+// This thread's table: CUDA's, or the one given to replace_runtime().
 const Runtime& runtime();
 
-// From here on this thread's launches go to `other`; null: to CUDA again.
+// Redirects this thread's launches to `other`; null restores CUDA.
 void replace_runtime(const Runtime* other);
 
-// "... [with auto Kernel = causal_conv3d_kernel<96, 1>]": a stub on the host has no other name without a driver.
+// "... [with auto Kernel = causal_conv3d_kernel<96, 1>]": without a driver a kernel's host stub has no other name.
 template <auto Kernel>
 const char* kernel_name() {
   return __PRETTY_FUNCTION__;
@@ -46,7 +46,7 @@ cudaError_t launch_kernel(dim3 grid, dim3 block, size_t shared, cudaStream_t str
   return launch_as<Kernel>(Kernel, grid, block, shared, stream, arguments...);
 }
 
-// Lets a kernel have `shared` bytes of dynamic shared memory, more than the 48 KB that it may have unasked.
+// Opts a kernel in to `shared` bytes of dynamic shared memory, beyond the default of 48 KB.
 template <auto Kernel>
 cudaError_t allow_shared(int shared) {
   return runtime().allow_shared(reinterpret_cast<const void*>(Kernel), shared);

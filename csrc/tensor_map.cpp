@@ -19,8 +19,8 @@ CUresult encode(Encoder encoder, const BoxedTensor& tensor, CUtensorMap* map) {
   const CUtensorMapSwizzle swizzle = row_bytes(tensor) == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                      : row_bytes(tensor) == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                                : CU_TENSOR_MAP_SWIZZLE_NONE;
-  const cuuint32_t steps[BoxedTensor::kMost] = {1, 1, 1, 1, 1};  // every number of a box, none skipped
-  // bfloat16 and float16 are moved alike; the type matters only for what the driver fills in out of bounds, zeros here
+  const cuuint32_t steps[BoxedTensor::kMaxRank] = {1, 1, 1, 1, 1};  // element strides: no element is skipped
+  // float16 is copied as bfloat16: the type matters only for the out-of-bounds fill, which is 0
   return encoder(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, tensor.rank, const_cast<void*>(tensor.base), tensor.sizes,
                  tensor.strides + 1, tensor.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -34,13 +34,13 @@ struct Entry {
   CUtensorMap map;
 };
 
-constexpr size_t kKept = 256;  // a model's layers come back to the same addresses step after step
+constexpr size_t kKept = 256;  // the allocator gives a model's layers the same addresses step after step
 
 }  // namespace
 
 int tensor_map(const BoxedTensor& tensor, CUtensorMap* map) {
   static std::mutex lock;
-  static std::list<Entry> entries;  // the one used last comes first
+  static std::list<Entry> entries;  // most recently used first
   Encoder encoder = nullptr;
   if (const int status = runtime().find_encoder(&encoder)) return status;
   const std::lock_guard<std::mutex> locked(lock);
@@ -53,7 +53,7 @@ int tensor_map(const BoxedTensor& tensor, CUtensorMap* map) {
   }
   Entry made{encoder, tensor, {}};
   if (const CUresult status = encode(encoder, tensor, &made.map); status != CUDA_SUCCESS)
-    return refuse(say("expected a tensor that the copy engine takes, got CUresult %d from cuTensorMapEncodeTiled; "
+    return refuse(message("expected a tensor that TMA supports, got CUresult %d from cuTensorMapEncodeTiled; "
                       "strides must be multiples of 16 bytes and boxes of 256 at most", int(status)));
   if (entries.size() == kKept) entries.pop_back();
   entries.push_front(made);

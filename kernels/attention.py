@@ -44,7 +44,10 @@ def forward_kernel(q, k, v, out, lse, stats, cu_q, cu_k, schedule, first_tile, s
                    v_head: tl.int64, scale, left, right, GROUP: tl.constexpr, E: tl.constexpr, E0: tl.constexpr,
                    E1: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
                    TMA: tl.constexpr, LOOKAHEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """out, lse and, for float32 inputs, the softmax ``stats`` (m_i and l_i) of one tile of queries and one head."""
+    """out, lse and, for float32 inputs, the softmax ``stats`` (m_i and l_i) of one tile of queries and one head.
+
+    q_token, q_head, ...: strides in units of UNIT elements. LEFT, RIGHT: whether that side of the mask is bounded.
+    """
     FP32: tl.constexpr = q.dtype.element_ty == tl.float32
     q_token, q_head = q_token * UNIT, q_head * UNIT
     k_token, k_head, v_token, v_head = k_token * UNIT, k_head * UNIT, v_token * UNIT, v_head * UNIT

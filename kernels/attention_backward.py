@@ -52,7 +52,7 @@ def _recompute_p(s, lse, inv_l, scale, FP32: tl.constexpr):
 def _transposed(rows, columns, E1: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr):
     """(rows @ columns.T).T, computed as columns @ rows.T, or, if FP32, with bitwise the roundings of the other kernels.
 
-    There P is normalised, and delta centred, by sums over those very values.
+    There P is normalised, and delta centred, by sums over the same values.
     """
     if FP32:
         return dot_nt(rows, columns, None, E1, PRECISION).T

@@ -10,7 +10,7 @@ from .rows import pieces
 
 @dataclass(frozen=True)
 class Launch:
-    """What the best Config depends on; ``y_dtype`` is None without a gate, ``tokens`` a bucket."""
+    """What the best Config depends on; ``y_dtype`` is None without a gate, ``tokens`` a bucket (configs.bucket)."""
 
     width: int
     tokens: int
@@ -30,7 +30,7 @@ class ForwardConfig:
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """``warps`` per program, the least ``tokens`` it loops over, and ``programs`` per SM."""
+    """``warps`` per program, the minimum number of ``tokens`` it loops over, and ``programs`` per SM."""
 
     warps: int
     tokens: int
@@ -48,8 +48,8 @@ def backward_tile(width: int) -> tuple[int, int]:
 
 
 def forward_heuristic(launch: Launch, gpu: str) -> ForwardConfig:
-    """8 elements per thread and piece, 16 bytes in 16-bit types; tiles of at least 1024 elements, as smaller ones would cost
-    more to launch than to move.
+    """8 elements per thread and piece, 16 bytes in 16-bit types; tiles of at least 1024 elements, as for smaller ones
+    the launch overhead would exceed the time to move them.
     """
     block, _ = tile(launch.width)
     return ForwardConfig(warps=min(max(block // 256, 4), 16), tokens=min(max(1024 // block, 1), 16))

@@ -144,7 +144,7 @@ def read_text(path: Path) -> str:
 
 
 def _take(lock: Path) -> int | None:
-    """An open handle that holds ``lock``, or None while somebody else does. The system releases it with its process."""
+    """An open handle that holds ``lock``, or None if another process does. The system releases it when the process ends."""
     if fcntl is None and msvcrt is None:
         try:
             return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL)

@@ -59,7 +59,7 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 
 
 def holds_numbers(tensor: torch.Tensor) -> bool:
-    """Whether there are numbers to read in ``tensor``: not while a graph is traced, nor in fake and meta tensors, nor in
+    """Whether ``tensor`` has values to read: not while a graph is traced, nor in fake and meta tensors, nor in
     those of a transform of torch.func.
     """
     return not (torch.compiler.is_compiling() or tensor.device.type == "meta"

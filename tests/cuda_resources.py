@@ -1,4 +1,4 @@
-"""What every CUDA kernel was compiled to: registers, shared memory, matrix instructions, copies and waits.
+"""What every CUDA kernel was compiled to: registers, shared memory, wgmma, TMA loads and waits.
 
 python tests/cuda_resources.py writes csrc/RESOURCES.md anew from build/cuda, after a build.
 """
@@ -16,7 +16,7 @@ from sora_fast.testing import sass
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "build" / "cuda"
 TABLE = ROOT / "csrc" / "RESOURCES.md"
-FAMILIES = ("normalization", "product", "convolution")
+FAMILIES = ("normalization", "wgmma_selftest", "convolution")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Kernel:
 
     @property
     def waits(self) -> tuple[int, ...]:
-        """How often an iteration of each main loop waits for all products: each time the matrix unit runs dry."""
+        """How often an iteration of each main loop waits for all wgmma, which drains the Tensor Cores."""
         return sass.drains(self.code)
 
     @property
@@ -90,7 +90,7 @@ def kernels(family: str) -> list[Kernel]:
 
 
 def shared_memory() -> dict[str, int]:
-    """Bytes that each kernel's plan asks for at its launch, at most."""
+    """Bytes of dynamic shared memory that each kernel is launched with, at most."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "plans")
         subprocess.run(["g++", "-std=c++17", "-I", ROOT / "csrc", ROOT / "tests/csrc/plans.cpp", "-o", program], check=True)
@@ -106,8 +106,8 @@ def nvcc_version() -> str:
 def table() -> str:
     """csrc/RESOURCES.md as it should be."""
     shared = shared_memory()
-    head = ("kernel", "GPU", "registers", "shared (bytes)", "spills", "products", "box loads",
-            "waits for all in a main loop")
+    head = ("kernel", "GPU", "registers", "shared (bytes)", "spills", "HGMMA", "UTMALDG",
+            "full waits per main loop")
     rows = [head, ("---",) * len(head)]
     for family in FAMILIES:
         for k in kernels(family):
@@ -116,9 +116,9 @@ def table() -> str:
     lines = "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
     return ("# What the kernels are compiled to\n\n"
             f"By nvcc {nvcc_version()}; `python tests/cuda_resources.py` writes this file after a build, and "
-            "`tests/test_cuda_sass.py` compares it. Shared memory is the most that any channels need. Products are HGMMA "
-            "instructions, box loads UTMALDG, in all of a kernel's code; a kernel that shares its registers out by "
-            "`setmaxnreg` shows what a block starts with.\n\n"
+            "`tests/test_cuda_sass.py` compares it. Shared memory is the maximum over all channels. HGMMA (wgmma) and "
+            "UTMALDG (TMA loads) count the instructions of the whole kernel. A full wait drains all wgmma. Registers are "
+            "those at the launch, before any `setmaxnreg`.\n\n"
             + lines)
 
 

@@ -59,7 +59,7 @@ def triton_ptx(families=FAMILIES, ccs=CCS):
 
 def csrc_ptx(folder: Path, ccs=CCS):
     """(label, compute capability, PTX) of csrc's sources, for their architectures of setup.py that the emulator runs."""
-    for source, arch in (("normalization.cu", "sm_80"), ("product.cu", "sm_90a"), ("convolution.cu", "sm_90a")):
+    for source, arch in (("normalization.cu", "sm_80"), ("wgmma_selftest.cu", "sm_90a"), ("convolution.cu", "sm_90a")):
         if int(arch.strip("sm_a")) not in ccs:
             continue
         out = folder / f"{source}.ptx"

@@ -88,7 +88,7 @@ FAULTS = [
     Fault("records: a changed kernel still counts as validated", "sora_fast/records.py",
           'same = [r for r in found if r["kernel_hash"] == code]', "same = list(found)", "tests/test_records.py"),
     Fault("csrc: rows of taps are walked back one short", "csrc/convolution_index.h",
-          "step->row -= s.kh;", "step->row -= s.kh - 1;", "tests/test_cuda_convolution.py"),
+          "k->row -= s.kh;", "k->row -= s.kh - 1;", "tests/test_cuda_convolution.py"),
     Fault("compare: slower is called faster", "benchmarks/compare.py",
           'return ("SLOW" if side > 0 else "FAST"), ""', 'return ("FAST" if side > 0 else "SLOW"), ""',
           "tests/test_bench_report.py"),

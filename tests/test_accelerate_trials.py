@@ -260,7 +260,7 @@ def test_hooks_on_children_that_are_passed_by_are_called(kind, swapped):
         wanted = plain(*inputs).detach()
         for name, _ in plain.named_children():
             for module in (fast, plain):
-                early, calls = module is plain and name in fast.reads, []
+                early, calls = module is plain and name in fast.absorbs, []
                 off = hook(kind, module.get_submodule(name), calls)
                 assert not early or "hook" in note(plain) and not is_fast(plain)
                 got = module(*inputs)

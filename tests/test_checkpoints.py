@@ -175,7 +175,7 @@ def test_statistics_come_from_the_folder_and_go_back(tmp_path):
     assert read("ours")["latents_mean"] == [0] * 4 and read("ours")["latents_std"] == [0.25] * 4
     other = json.loads((tmp_path / "theirs" / "config.json").read_text()) | dict(latents_mean=[0.0] * 16)
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(other))
-    with pytest.warns(UserWarning, match="numbers in config.json, got 16 and 4; latents are not normalised$"):
+    with pytest.warns(UserWarning, match="elements in config.json, got 16 and 4; latents are not normalised$"):
         assert load_vae(tmp_path / "theirs").latent_std.tolist() == [1] * 4
 
 

@@ -81,7 +81,7 @@ def test_a_printed_config_is_read_again(cli, config, tmp_path):
 
 
 @pytest.mark.parametrize("text, parts", [
-    ("stepz: 3", ["expected settings among", "'stepz'", "mend its name"]),
+    ("stepz: 3", ["expected settings among", "'stepz'", "fix its name"]),
     ("steps: many", ["expected steps as int", "'many'"]),
     ("steps: 2.5", ["expected steps as int", "2.5"]),
     ("steps: true", ["expected steps as int", "True"]),

@@ -61,7 +61,7 @@ def test_values_are_no_flags():
 def test_a_key_near_a_setting_is_told(cli, tmp_path):
     pytest.importorskip("yaml")
     (tmp_path / "run.yaml").write_text("stepz: 3")
-    refused(cli("train-vae", "--config", tmp_path / "run.yaml"), "got 'stepz'; did you mean steps? remove it or mend")
+    refused(cli("train-vae", "--config", tmp_path / "run.yaml"), "got 'stepz'; did you mean steps? remove it or fix")
 
 
 # ------------------------------------------------------------------------------------------------ before any work

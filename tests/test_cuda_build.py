@@ -28,8 +28,8 @@ NORM_ACT = dict(x=64, cache=None, weight=None, bias=None, y=128, cache_out=None,
 CONV = dict(x=1024, cache=None, weight=2048, bias=None, residual=None, y=4096, samples=1, frames=1, height=2, width=2,
             in_channels=96, cached=0, x_stride=384, cache_stride=0, out_frames=1, out_height=2, out_width=2, out_channels=96,
             kt=3, kh=3, kw=3, stride_t=1, phase=0, lookahead=0, top=1, left=1, replicate=False)
-PRODUCT = dict(a=1024, b=2048, y=4096, rows=64, columns=96, inner=64, tile_columns=96, slice=64)
-CALLS = {"norm_act": NORM_ACT, "causal_conv3d": CONV, "product": PRODUCT}
+WGMMA_SELFTEST = dict(a=1024, b=2048, y=4096, rows=64, columns=96, inner=64, tile_columns=96, slice=64)
+CALLS = {"norm_act": NORM_ACT, "causal_conv3d": CONV, "wgmma_selftest": WGMMA_SELFTEST}
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,9 @@ def extension():
     ("norm_act", dict(eps=...), TypeError, "expected the argument eps, got none"),
     ("causal_conv3d", dict(in_channels=97), ValueError, "expected .*channels.*got 97"),
     ("causal_conv3d", dict(out_channels=80), ValueError, "expected .*channels.*got 80"),
-    ("product", dict(tile_columns=64), ValueError, "expected .*got 64"),
-    ("product", dict(stream="main"), TypeError, r"expected stream to be an address \(an int, or None\), got 'main'"),
-    ("product", dict(device="cuda"), TypeError, "expected device to be an int in range, got 'cuda'"),
+    ("wgmma_selftest", dict(tile_columns=64), ValueError, "expected .*got 64"),
+    ("wgmma_selftest", dict(stream="main"), TypeError, r"expected stream to be an address \(an int, or None\), got 'main'"),
+    ("wgmma_selftest", dict(device="cuda"), TypeError, "expected device to be an int in range, got 'cuda'"),
 ], ids=lambda value: str(value) if isinstance(value, (str, dict)) else "")
 def test_a_wrong_argument_raises_a_sentence(extension, op, change, error, sentence):
     given = {name: value for name, value in (CALLS[op] | change).items() if value is not ...}
@@ -121,8 +121,8 @@ def test_a_hash_is_of_what_the_sources_say(setup, tmp_path):
     assert changed_by("normalization.cuh", "  // a comment\n\n") == set()
     assert changed_by("normalization.cuh", "int more;") == {"normalization", "convolution"}
     assert changed_by("convolution_index.h", "int more;") == {"convolution"}
-    assert changed_by("sm90.cuh", "int more;") == {"product", "convolution"}
-    assert changed_by("layout.h", "int more;") == {"normalization", "product", "convolution"}
+    assert changed_by("sm90.cuh", "int more;") == {"wgmma_selftest", "convolution"}
+    assert changed_by("layout.h", "int more;") == {"normalization", "wgmma_selftest", "convolution"}
     setup["kernel_hash"].__globals__["VERSION"] = "99.1.0"
     assert not set(first.items()) & set(hashes().items())
 

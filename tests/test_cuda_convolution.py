@@ -48,7 +48,7 @@ def index(tmp_path_factory):
 
 
 def box(video, step, sample, channels, rows, columns):
-    """What the copy engine brings of (B, T, H, W, C): a box, with zeros past the edges; (pixels, channels)."""
+    """What TMA loads of (B, T, H, W, C): a box, out-of-bounds filled with 0; (pixels, channels)."""
     if not 0 <= step.frame < video.shape[1]:  # the kernel must choose frames that exist
         raise AssertionError(f"the box is of frame {step.frame} of {video.shape[1]}")
     found = np.zeros((rows, columns, channels))

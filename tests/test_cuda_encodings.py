@@ -1,4 +1,4 @@
-"""What csrc/ tells the products and the copy engine of Hopper, beside what CuTe computes for the same layouts."""
+"""Swizzles, descriptors and tensor maps of csrc/, compared with what CuTe computes for the same layouts."""
 
 import collections
 import importlib.util

@@ -35,7 +35,7 @@ def violations(kernel) -> list[str]:
         blocks = 2 if width <= 192 else 1
         slices = [4] if full < 0 else [4] * full + [2]  # products of 16 numbers in the slices of a turn of the main loop
         wants = dict(products=blocks * sum(slices), loads=2, waits=(0,), waits_in_all=len(slices) + 1)
-    elif family == "product_kernel":
+    elif family == "wgmma_selftest_kernel":
         wants = dict(products=numbers[1] // 16, loads=4, waits=(1,), waits_in_all=1)
     else:
         return found + [f"{kernel.name}: expected a kernel of this test's, got another; say what its code must hold"]

@@ -423,7 +423,7 @@ def test_errors_are_one_sentence():
         "an image is a clip of one frame": lambda: tiny(draw(1, 3, 4, 4), steps[:1], text=text),
         "a pack with a flat buffer": lambda: tiny(flat, steps, text=text),
         "a pack with text_lengths": lambda: tiny(flat, steps, pack, text=text),
-        "12 numbers for each of the pack's 20 tokens": lambda: tiny(
+        "12 elements for each of the pack's 20 tokens": lambda: tiny(
             flat, steps, pack._copy().set_text(text.lengths).pad_to(20), text=text),
         "the latents' own pack": lambda: tiny(clips[::-1], steps, pack, text=text),
         "one of tiny, S/2": lambda: DiT.preset("M/2"),

@@ -63,7 +63,7 @@ def test_a_launch_outside_goes_to_cuda_again():
     if not torch.cuda.is_available():
         built, _ = cuda_backend.extension()
         with pytest.raises(RuntimeError, match="expected a driver for CUDA"):
-            built.product(a=1024, b=2048, y=4096, rows=64, columns=96, inner=64, tile_columns=96, slice=64)
+            built.wgmma_selftest(a=1024, b=2048, y=4096, rows=64, columns=96, inner=64, tile_columns=96, slice=64)
 
 
 def test_an_architecture_without_ptx_is_refused_in_a_sentence():

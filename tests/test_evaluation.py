@@ -170,12 +170,12 @@ def test_features_of_clips_and_batches():
     assert single.values().tolist() == [[4, 1], [5, 1], [4, 1], [4, 1], [5, 1]]
     assert sorted(batched.values().tolist()) == [[4, 1], [4, 2], [4, 2], [5, 2], [5, 2]]
     for wrong in (lambda clip: clip.float().mean((1, 2)), lambda clip: clip.float().mean()):
-        with pytest.raises(ValueError, match=r"expected D numbers for \(2, 3, 4, 3\) uint8, got shape"):
+        with pytest.raises(ValueError, match=r"expected D values for \(2, 3, 4, 3\) uint8, got shape"):
             Features(wrong).add(clips[0])
     counts = iter((3, 4))
     changing = Features(lambda clip: torch.zeros(next(counts)))
     changing.add(clips[0])
-    with pytest.raises(ValueError, match="expected 3 numbers"):
+    with pytest.raises(ValueError, match="expected 3 values"):
         changing.add(clips[0])
     assert "warning: with fewer samples than dimensions" in distance_sentence(4, 9, 5, 1.0)
     assert "warning" not in distance_sentence(5, 9, 5, 1.0)

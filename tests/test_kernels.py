@@ -52,7 +52,7 @@ OWN = {
                      (dict(key_heads=40, head_dim=129), "40 heads of 129 are 16,384")],
     "norm_act": [WIDE, (dict(channels=2049), "2,049")],
     "norm_act_conv3d": [(dict(norm="rms", wide=torch.float64), "float64"), (dict(norm="rms", in_channels=2049), "2,049")],
-    "patch_embed": [(dict(run=65), "at most 64 numbers along w, and these have 65")],
+    "patch_embed": [(dict(run=65), "at most 64 elements along w, and these have 65")],
 }
 GOOD = {
     "qk_norm_rope": [dict(heads=40, key_heads=0)], "norm_act": [dict(norm="group", act=None), dict(channels=2048)],
@@ -111,7 +111,7 @@ def test_a_call_that_cannot_run_raises_its_reasons(monkeypatch):
              "float64"),
             ("patch_embed", dict(latents=video, weight=torch.randn(4, 4, 1, 2, 2)), "TRITON_INTERPRET=1"),
             ("unpatchify", dict(tokens=torch.randn(1, 80).double(), grids=[(1, 1, 1)], patch=(1, 1, 80), channels=1),
-             "float64.*at most 64 numbers along w, and these have 80")):
+             "float64.*at most 64 elements along w, and these have 80")):
         with pytest.raises(NotImplementedError, match=f"{op}.*{words}"):
             getattr(ops, op)(**call, backend="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -315,7 +315,7 @@ def test_errors_and_names():
     for words, call in (("prediction 'noise', got 'x0'", lambda: LearnedVariance(prediction="x0")),
                         ("learn_sigma with 'ddpm' alone", lambda: make_objective("flow", learn_sigma=True)),
                         ("expected 1 to 1,000 steps, got 1,500", lambda: LearnedVariance().scheduler(1500, 1)),
-                        ("2 C channels, 12 numbers or more, got 6", lambda: LearnedVariance().split(draw(6), [6])),
+                        ("2 C channels, 12 elements or more, got 6", lambda: LearnedVariance().split(draw(6), [6])),
                         (r"predictions \(N, 2\)", lambda: LearnedVariance().loss(draw(3), draw(3), draw(3), draw(1), None))):
         with pytest.raises(ValueError, match=words):
             call()

@@ -188,7 +188,7 @@ def test_compiled_batches():
 def test_traced_grids_that_the_reference_cannot_see():
     fn = torch.compile(lambda x, g: ops.unpatchify(x, g, (1, 2, 2), 3, flat=True, backend="reference"),
                        backend="eager")
-    with pytest.raises(Exception, match="cannot see the numbers of a grids tensor"):
+    with pytest.raises(Exception, match="cannot see the values of a grids tensor"):
         fn(torch.randn(10, 12), torch.tensor(((1, 2, 2), (1, 2, 3))))
 
 

@@ -33,7 +33,7 @@ test_refusals = op_checks.refusals([
     ("patch_embed", "latents in another dtype", dict(latents=torch.zeros(120).double()), ("float64", "float32")),
     ("patch_embed", "a flat buffer without grids", dict(grids=None), ("grids", "None")),
     ("patch_embed", "half a patch", dict(latents=torch.zeros(122)), ("whole patches of 12", "122")),
-    ("patch_embed", "a buffer too short", dict(latents=torch.zeros(108)), ("at least the 120 numbers", "108")),
+    ("patch_embed", "a buffer too short", dict(latents=torch.zeros(108)), ("at least the 120 elements", "108")),
     ("patch_embed", "a batch with grids", dict(latents=torch.zeros(1, 3, 1, 2, 2)), ("flat buffer",)),
     ("patch_embed", "a number for latents", dict(latents=3, grids=None), ("latents", "list")),
     ("patch_embed", "a clip of other channels", dict(latents=[torch.zeros(4, 1, 2, 2)], grids=None),

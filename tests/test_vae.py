@@ -315,7 +315,7 @@ def test_other_errors_are_one_sentence():
         r"time_levels of 3 levels, 2 of which halve time, got \(True, True\)": lambda: VAEConfig(time_levels=(True, True)),
         "2 of which halve time, got": lambda: VAEConfig(time_levels=(True, False, False)),
         "latent_channels of 1 or more, got 0": lambda: VideoVAE.preset("tiny", latent_channels=0),
-        "latent_std of 16 numbers, got 2": lambda: VAEConfig(latent_std=(1.0, 2.0)),
+        "latent_std of 16 elements, got 2": lambda: VAEConfig(latent_std=(1.0, 2.0)),
         "one of wan2.1, tiny": lambda: VideoVAE.preset("wan"),
         r"latents \(B, 3, t, h, w\)": lambda: vae.decode(torch.zeros(1, 3, 0, 1, 1)),
         r"got \(1, 4, 1, 1, 1\)": lambda: vae.decode(torch.zeros(1, 4, 1, 1, 1)),

@@ -65,7 +65,7 @@ def read_options(arguments: argparse.Namespace, config: type):
             if name not in fields:
                 guess = meant(name, fields)
                 raise ValueError(f"{arguments.config}: expected settings among {', '.join(fields)}, got {name!r}; "
-                                 f"{guess}remove it or mend its name")
+                                 f"{guess}remove it or fix its name")
             kind = type(fields[name].default)
             if kind is float and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
@@ -78,7 +78,7 @@ def read_options(arguments: argparse.Namespace, config: type):
                 value = str(value)
             right = isinstance(value, kind) or value in fields[name].metadata["words"]
             if not right or (kind is int and isinstance(value, bool)):
-                raise ValueError(f"{arguments.config}: expected {name} as {kind.__name__}, got {value!r}; mend the file")
+                raise ValueError(f"{arguments.config}: expected {name} as {kind.__name__}, got {value!r}; fix the file")
             values[name] = value
     values |= {name: value for name, value in vars(arguments).items() if name in fields}
     if values.get("resume") == "auto":
@@ -128,9 +128,9 @@ def _read_yaml(path: str) -> dict:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}; mend the file") from error
+        raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}; fix the file") from error
     if not isinstance(content or {}, dict):
-        raise ValueError(f"{path}: expected settings as 'name: value' lines, got a {type(content).__name__}; mend the file")
+        raise ValueError(f"{path}: expected settings as 'name: value' lines, got a {type(content).__name__}; fix the file")
     content = content or {}
     if isinstance(content.get("training"), dict):  # a run's config.json; the new run has a folder of its own
         content = {name: value for name, value in content["training"].items() if name not in ("out", "resume")}

@@ -1,7 +1,7 @@
-"""Reads a kernel's machine code and predicts what it costs on a GPU that is not here.
+"""Predicts the cost of a kernel from its SASS, on a GPU that need not be present.
 
-``predict(Kernel, GPU)`` for one kernel; ``facts.read`` for what its code says exactly; ``sora-fast predict`` for all of
-ours. Imports nothing else of sora_fast.
+``predict(Kernel, GPU)`` for one kernel; ``facts.read`` for exact properties of its code; ``sora-fast predict`` for all of
+our kernels. Imports nothing else of sora_fast.
 """
 
 from .gpus import GPU, GPUS, blocks_per_sm

@@ -1,7 +1,6 @@
-"""How far the model was off on kernels with published times that nobody here wrote (calibration.json).
+"""Errors of the model on third-party kernels with published times (calibration.json).
 
-The rows are written by tests/cyclemodel_calibration.py, which reads machine code out of libraries' wheels; what is kept of
-those are figures alone.
+The rows are written by tests/cyclemodel_calibration.py, which reads SASS from libraries' wheels; only figures are kept.
 """
 
 import json
@@ -23,9 +22,9 @@ def rows() -> tuple[dict, ...]:
 
 
 def kind_of(path: Sequence[Instruction]) -> str | None:
-    """"forward" or "backward" of attention for a loop of products and powers of 2; None: nothing like it was published.
+    """"forward" or "backward" of attention for a loop of MMAs and exp2; None: there are no published times of its like.
 
-    A forward has an online maximum, which a backward reads back.
+    A forward computes an online maximum, which a backward loads.
     """
     if not any(map(flops, path)) or not any(i.opcode == "MUFU.EX2" for i in path):
         return None
@@ -33,7 +32,7 @@ def kind_of(path: Sequence[Instruction]) -> str | None:
 
 
 def known_error(kind: str | None, gpu: GPU) -> str:
-    """The errors of the rows of this kind, on GPUs of the same architecture where there are any."""
+    """The errors of the rows of this kind, on GPUs of the same architecture if there are any."""
     alike = [row for row in rows() if row["kind"] == kind]
     same = [row for row in alike if row["cc"] == gpu.cc]
     if not alike:

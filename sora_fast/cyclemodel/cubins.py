@@ -14,7 +14,7 @@ class Function:
     sass: str
     registers: int
     shared: int  # bytes of static shared memory
-    local: int  # bytes of local memory of a thread
+    local: int  # bytes of local memory per thread
 
 
 def tool(name: str = "cuobjdump") -> str:
@@ -46,12 +46,12 @@ def _usage(path: str | Path) -> list[tuple[str, str]]:
 
 
 def names(path: str | Path) -> list[str]:
-    """Of the kernels in a cubin, as the linker knows them."""
+    """Mangled names of the kernels in a cubin."""
     return [name for name, _ in _usage(path)]
 
 
 def functions(path: str | Path, pattern: str = "") -> list[Function]:
-    """The kernels in a cubin whose name ``pattern`` (a regular expression) is found in."""
+    """The kernels in a cubin whose names match ``pattern``, a regular expression."""
     found = []
     for name, numbers in _usage(path):
         if not re.search(pattern, name):
@@ -62,7 +62,7 @@ def functions(path: str | Path, pattern: str = "") -> list[Function]:
         if arch is None:
             raise ValueError(f"cyclemodel: expected machine code of {name} in {path}, got none; pass a .cubin that holds "
                              f"SASS")
-        # on sm_90 and later the system's 1 KiB of every block is counted among its static shared memory
+        # on sm_90 and later static shared memory includes the 1 KiB per block that the system reserves
         shared = number("SHARED") - (1024 if int(arch[1]) >= 90 else 0)
         found.append(Function(name, int(arch[1]), listing, number("REG"), max(0, shared), number("STACK")))
     return found

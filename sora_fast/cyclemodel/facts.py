@@ -1,6 +1,6 @@
-"""What SASS says exactly about a kernel's main loops: no timing, no estimate.
+"""Exact properties of a kernel's main loops, read from SASS: no timing, no estimates.
 
-CI holds our kernels to these (tests/structure.py).
+CI checks them for our kernels (tests/structure.py).
 """
 
 from collections.abc import Sequence
@@ -10,41 +10,41 @@ from . import turns
 from .sass import Instruction
 from .units import BULK, flops
 
-# A copy that a turn waits for was issued at least so many turns before; a little less than one, as the wait stands at the
-# turn's top and the copy is issued behind it.
+# Least prefetch distance, in iterations, between a copy and its wait; a little less than one, since the wait is at the top
+# of an iteration and the copy is issued after it.
 PREFETCH = 0.8
-RESIDENT_WARPS = 8  # of an SM: two a scheduler, so that one can issue while the other waits
+RESIDENT_WARPS = 8  # per SM: two per scheduler, so that one can issue while the other waits
 
 
 @dataclass(frozen=True)
 class Facts:
-    prefetch: float | None  # turns from a copy's issue to the wait for it, the shortest; None: no such copy is seen
+    prefetch: float | None  # iterations from a copy's issue to its wait, the shortest; None: no copy was found
     divisions: int  # integer and float divisions in main loops
     calls: int  # subroutines called in main loops: slow paths of divisions, functions of libdevice
     local: int  # loads and stores of local memory in main loops
     local_outside: int
     blocks: int  # of an SM
-    limit: str  # what allows no more of them
+    limit: str  # what limits them
     resident_warps: int
 
     def faults(self) -> list[str]:
-        """"prefetch", "division", "local memory" and "occupancy" for what should not be, in this order."""
+        """Faults among "prefetch", "division", "local memory" and "occupancy", in this order."""
         found = {"prefetch": self.prefetch is not None and self.prefetch < PREFETCH, "division": self.divisions + self.calls,
                  "local memory": self.local, "occupancy": self.resident_warps < RESIDENT_WARPS}
         return [name for name, wrong in found.items() if wrong]
 
 
 def prefetch(path: Sequence[Instruction], stages: int | None = None) -> float | None:
-    """Turns between copies and the waits for them, the shortest of all.
+    """The shortest distance, in iterations, between a copy and its wait.
 
-    cp.async: a wait that leaves n groups needs all but the latest n. TMA: a load is for ``stages - 1`` turns later, which
-    SASS does not show; None without ``stages``, and where another warp loads.
+    cp.async: a wait that leaves n groups in flight needs all but the latest n. TMA: a load is for ``stages - 1`` iterations
+    later, which SASS does not show; None without ``stages``, and if another warp loads.
     """
     length, found = len(path), []
     commits = [at for at, i in enumerate(path) if i.base == "LDGDEPBAR"]
     copies = [at for at, i in enumerate(path) if i.base == "LDGSTS"]
     if commits and copies:
-        far = 64 * len(commits)  # turns enough behind, so that numbers of groups stay positive
+        far = 64 * len(commits)  # enough iterations back that group indices stay positive
         for at, i in enumerate(path):
             if i.opcode.startswith("DEPBAR.LE"):
                 left = int(i.body.rpartition("0x")[2], 16)
@@ -70,7 +70,7 @@ def read(code: list[Instruction], blocks: int, limit: str, warps: int, stages: i
     local = count(is_local, inside.values())
     return Facts(
         prefetch=min((each for each in distances if each is not None), default=None),
-        # an integer's reciprocal is rounded up from I2F; FCHK asks whether a float division needs its slow path
+        # an integer reciprocal starts with an I2F that rounds up; FCHK tests whether a float division needs its slow path
         divisions=count(lambda i: i.base == "FCHK" or i.base == "I2F" and ".RP" in i.opcode, inside.values()),
         calls=count(lambda i: i.base == "CALL" and i.target is None, inside.values()), local=local,
         local_outside=count(is_local, code) - local, blocks=blocks, limit=limit, resident_warps=blocks * warps)

@@ -1,13 +1,12 @@
-"""What the model knows of each GPU, with sources.
+"""Parameters of each GPU, with sources.
 
-Rates are of one SM unless said otherwise;
-cycles are of one warp instruction on one of its four sub-partitions.
+Rates are per SM unless stated otherwise; cycles are per warp instruction on one of its four sub-partitions.
 
 Sources: CUDA C++ Programming Guide, "arithmetic instructions" (lanes a clock and SM: fp32 128 on sm_89 and 90, 64 on sm_80;
 integer and logic 64; special functions 16; shuffles 32) and "technical specifications" (registers, warps, blocks, shared
 memory); NVIDIA's data sheets and white papers (SMs, dense 16-bit Tensor Core rates, DRAM); Luo et al., arXiv 2402.13499 and
-2501.12084 (latencies, wgmma's rate, mma.sync at 62 % of it on sm_90). An estimate is called one where it is used. A constant
-that was fitted names the kernel of calibration.json it was fitted to.
+2501.12084 (latencies, wgmma's rate, mma.sync at 62 % of it on sm_90). Estimates are marked as such. A fitted constant
+names the kernel of calibration.json that it was fitted to.
 """
 
 from dataclasses import dataclass, replace
@@ -20,11 +19,11 @@ class GPU:
     sms: int
     ghz: float  # while the Tensor Cores are idle
     shared: int  # bytes that the blocks of an SM share
-    dram: float  # bytes a second that a copy reaches, read plus written
+    dram: float  # achieved bytes per second of a copy, read plus written
     hmma: float  # cycles of mma.sync m16n8k16 with 16-bit operands and fp32 accumulators
     l2: float  # bytes a clock that one SM gets from L2 while all SMs stream
     l2_port: float = 64.0  # bytes a clock of a burst while others compute
-    throttle: float = 0.0  # GHz that the power limit takes from the clock while the Tensor Cores are busy all the time
+    throttle: float = 0.0  # GHz by which the power limit lowers the clock while the Tensor Cores are fully busy
     wgmma_ports: float = 1.0  # cycles between instructions on registers while wgmma reads and writes its accumulators
     red: float = 1 / 3  # an atomic addition in L2 reads, adds and writes: a third of a load's rate
     warps: int = 64
@@ -44,7 +43,7 @@ class GPU:
     latency_xu: int = 20
     latency_barrier: int = 24
     latency_wgmma: int = 24  # from the Tensor Core's last cycle to the end of the group (estimate)
-    wgmma_queue: int = 2  # of one warp, issued and not finished, before issue blocks (estimate)
+    wgmma_queue: int = 2  # per warp, issued and not completed, before issue stalls (estimate)
 
     @property
     def bytes_per_clock(self) -> float:
@@ -72,9 +71,9 @@ GPUS = {"h200": H200, "h100": H100, "a100": A100, "l40s": L40S, "4090": RTX4090}
 
 
 def blocks_per_sm(gpu: GPU, registers: int, shared: int, warps: int) -> tuple[int, str]:
-    """How many blocks an SM holds at once, and what allows no more: "registers", "shared memory", "warps" or "blocks".
+    """Resident blocks per SM, and what limits them: "registers", "shared memory", "warps" or "blocks".
 
-    0: not even one fits. Registers are given in 8 a thread, shared memory with 1 KiB more for each block.
+    0: not even one fits. Registers are allocated in units of 8 per thread, shared memory with 1 KiB extra per block.
     """
     of_warp = max(1, -(-registers // 8) * 8 * 32)
     limits = {"registers": 65536 // of_warp // warps, "shared memory": gpu.shared // (shared + 1024),

@@ -1,8 +1,8 @@
-"""The in-order issue of the warps of one SM sub-partition, turn by turn.
+"""Simulates in-order issue on one SM sub-partition, iteration by iteration.
 
-Each holds a quarter of every resident block's warps; a warp issues its instructions in order, and each cycle one warp may.
-What it waits for: ptxas's stall counts and scoreboards, units that are busy, wgmma groups, copies (cp.async, TMA), barriers
-of a block and named ones. Sub-partitions are taken to be alike: a barrier of 256 threads is one of two of these warps.
+A sub-partition holds a quarter of every resident block's warps; each cycle it issues at most one instruction, in order per
+warp. Stalls: ptxas's stall counts and scoreboards, busy units, wgmma groups, copies (cp.async, TMA), block-wide and named
+barriers. Sub-partitions are assumed to be alike: a barrier of 256 threads is one of two of these warps.
 """
 
 import re
@@ -25,7 +25,7 @@ from .units import (
     with_a_helper,
 )
 
-QUEUES = {"xu": 16, "shfl": 8, "lsu": 24}  # cycles of work that may stand before a slow unit (estimates)
+QUEUES = {"xu": 16, "shfl": 8, "lsu": 24}  # cycles of work that may queue at a slow unit (estimates)
 UNITS = {"half": "fma"}  # that another name is for
 PORTS = ("fma", "half", "heavy", "alu")  # read two or three registers
 NEVER = float("inf")
@@ -33,12 +33,12 @@ NEVER = float("inf")
 
 @dataclass(frozen=True)
 class Result:
-    cycles: float  # of one turn of all warps, in the steady state
-    waits: dict[str, int]  # cycles of a turn in which no warp could issue, by what the next one waited for
+    cycles: float  # of one iteration of all warps, in the steady state
+    waits: dict[str, int]  # stall cycles per iteration, in which no warp could issue, by what the next one waited for
 
 
 class _Step:
-    """What the simulation must know of one instruction."""
+    """The properties of an instruction that the simulation needs."""
 
     def __init__(self, i: Instruction, gpu: GPU, copies: bool, wavefronts: Mapping[str, float]):
         self.kind, self.base, self.never = kind(i), i.base, i.never
@@ -65,15 +65,15 @@ class _Warp:
         self.marks: list[float] = []
         self.blocked = False  # at a barrier
         self.arrivals = 0  # at barriers named by a register, since the last wait at one
-        self.stored = 0.0  # bytes in shared memory for a warp that copies them on
-        self.taken = 0.0  # when that warp has taken them
+        self.stored = 0.0  # bytes in shared memory for a warp of another role that copies them on
+        self.taken = 0.0  # when that warp has copied them
 
 
 class Simulation:
-    """``warps`` of each of ``blocks`` blocks that run ``path`` again and again.
+    """``warps`` of each of ``blocks`` blocks that execute ``path`` repeatedly.
 
-    ``bulk``: bytes that TMA loads in a turn of a block, ``distance`` turns ahead. ``rate``: bytes a clock from memory that
-    the SM gets, ``latency`` its time. ``stagger``: cycles between the blocks' starts. ``wavefronts``: see
+    ``bulk``: bytes that TMA loads per iteration of a block, ``distance`` iterations ahead. ``rate``: the SM's bytes per
+    clock from memory, ``latency``: its latency. ``stagger``: cycles between the blocks' starts. ``wavefronts``: see
     units.smem_bytes.
     """
 
@@ -90,7 +90,7 @@ class Simulation:
         self.waiting = defaultdict(list)
         self.loads = [at for at, step in enumerate(self.steps) if step.base == "UTMALDG"]
         waits = [at for at, step in enumerate(self.steps) if step.phase]
-        # The j-th wait of a turn is for the j-th part of its loads, where they can be paired.
+        # The j-th wait of an iteration is for the j-th part of its loads, if they can be paired.
         paired = bool(waits and self.loads) and len(self.loads) % len(waits) == 0
         parts = len(self.loads) // len(waits) if paired else 1
         self.part = {at: j // parts if paired else 0 for j, at in enumerate(self.loads)}
@@ -100,14 +100,14 @@ class Simulation:
         self._arrive_first()
 
     def _arrive_first(self) -> None:
-        """Where warpgroups take turns at barriers of their own, the first finds its barrier open."""
+        """If warpgroups alternate by barriers of their own (ping-pong), the first finds its barrier open."""
         own = [step.barrier for step in self.steps if step.barrier and self._takes_turns(step.barrier)]
         for _, name, threads in own:
             for block in {warp.block for warp in self.warps}:
                 self.arrived[block, name[:1], 0] = max(self.arrived[block, name[:1], 0], self._needed(threads) - 1)
 
     def _takes_turns(self, barrier) -> bool:
-        """Whether a barrier's id is in a register: each warpgroup then has one of its own, which others arrive at."""
+        """Whether a barrier's id is in a register: each warpgroup then has its own, at which others arrive."""
         _, name, threads = barrier
         return name.startswith("R") and threads is not None and threads % 128 == 0 and self.per_block > 1
 
@@ -152,13 +152,13 @@ class Simulation:
 
     # -------------------------------------------------------------------------------------------------------- issuing
     def _occupy(self, unit: str, busy: float) -> float:
-        """The unit's start of ``busy`` cycles of work."""
+        """When the unit starts ``busy`` cycles of work."""
         start = max(self.now, self.free[unit])
         self.free[unit] = start + busy
         return start
 
     def _memory(self, nbytes: float) -> float:
-        """When bytes that are asked for now have arrived."""
+        """When bytes requested now arrive."""
         return self._occupy("l2", nbytes / self.rate) + nbytes / self.rate + self.latency
 
     def _issue(self, warp: _Warp) -> None:
@@ -241,7 +241,7 @@ class Simulation:
             warp.stored = 0.0
             return
         if threads is not None and threads < 128:
-            return  # of fewer than a warp here
+            return  # fewer than a warp per sub-partition
         owner = None
         if self._takes_turns(step.barrier):
             name = name[:1]
@@ -261,7 +261,7 @@ class Simulation:
             self.arrived[key] -= self._needed(threads)
 
     def run(self, turns: int = 12) -> Result:
-        """The last issued warp goes on while it can, unless it is a turn ahead of another; else the first that is ready."""
+        """Greedy: the warp that issued last, unless it is an iteration ahead of another; else the first that is ready."""
         waits, last, slowest = Counter(), self.warps[0], 0
         while slowest < turns:
             best, when, why = None, NEVER, ""

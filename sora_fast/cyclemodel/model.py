@@ -1,8 +1,8 @@
-"""What a kernel is predicted to take on a GPU: cycles by unit, what binds, blocks per SM, TFLOP/s or share of the copy rate.
+"""The predicted cost of a kernel: cycles by unit, the bottleneck, blocks per SM, TFLOP/s or fraction of the copy rate.
 
-A prediction is no measurement. What the model cannot see: L2 misses, the tail of a grid, and bank conflicts where nobody
-counted them. What stands outside of the main loop enters where it is known how many turns the loop takes. Beside every
-figure stands how far the model was off on kernels with published times (calibration.py), those of their main loops alone.
+A prediction is not a measurement. The model does not see L2 misses, the tail of a grid, and bank conflicts unless they were
+counted. Prologue and epilogue are included if the number of iterations of the main loop is known. Every figure comes with
+the model's error on kernels with published times (calibration.py), which is of their main loops alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from .gpus import GPU, blocks_per_sm
 from .issue import Simulation
 from .sass import Instruction
 
-PEAK = 4096  # FLOPs a clock of an sm_90 SM, 16-bit operands: the only one whose clock depends on them here
+PEAK = 4096  # FLOPs per clock of an sm_90 SM, 16-bit operands: the only one whose clock depends on them here
 BETWEEN = 250  # cycles from a block's end to its successor's first instruction (estimate)
 OUTSIDE = 500  # cycles of a load outside the main loop: tables come from L2, a block's own rows from DRAM (estimate)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel, and what its machine code does not say."""
+    """A compiled kernel, and what its SASS does not show."""
 
     name: str
     sass: str  # cuobjdump's listing of one function
@@ -31,11 +31,11 @@ class Kernel:
     tile: str = ""
     direction: str = ""
     stages: int | None = None  # of a TMA pipeline
-    bulk: float = 0.0  # bytes that TMA loads for a block in one turn of its main loop
-    useful: float = 1.0  # share of the lanes, or of the FLOPs, that is no padding
-    memory: bool = False  # its time is memory's, matrix products or not
-    traffic: float | None = None  # DRAM bytes for each byte stored; None: those of all its accesses
-    turns: float | None = None  # of a block's matrix loop; None: not known, and prologue and epilogue are left out
+    bulk: float = 0.0  # bytes that TMA loads per block and iteration of its main loop
+    useful: float = 1.0  # fraction of the lanes, or of the FLOPs, that is not padding
+    memory: bool = False  # whether it is memory-bound, with or without MMAs
+    traffic: float | None = None  # DRAM bytes per byte stored; None: those of all its accesses
+    turns: float | None = None  # iterations of a block's main loop; None: unknown, and prologue and epilogue are ignored
     wavefronts: Mapping[str, float] = field(default_factory=dict)  # of opcodes, where they were counted: units.smem_bytes
 
 
@@ -49,18 +49,18 @@ class Prediction:
     registers: int
     shared: int
     warps: int
-    instructions: int  # of a warp in one turn
-    units: dict[str, float]  # busy cycles of an SM in one turn of all resident blocks
+    instructions: int  # per warp and iteration
+    units: dict[str, float]  # busy cycles of an SM per iteration of all resident blocks
     binding: str  # the busiest unit
-    bound: float  # its cycles: what is left where all overlaps
-    cycles: float  # of one turn of all resident blocks, simulated
+    bound: float  # its cycles: the time if everything overlaps
+    cycles: float  # per iteration of all resident blocks, simulated
     waits: dict[str, int]
     turns: float | None
-    outside: float | None  # cycles of all resident blocks before and behind their main loops
-    tflops: float | None  # useful ones, of a whole block where its turns are known
+    outside: float | None  # cycles of all resident blocks before and after their main loops
+    tflops: float | None  # useful ones, of a whole block if its iterations are known
     loop_tflops: float | None  # of the main loop alone
     bound_tflops: float | None
-    copy_share: float | None  # of the rate of a copy
+    copy_share: float | None  # relative to the rate of a copy
     lanes: float
     issue_over_dram: float | None
     wavefronts: Mapping[str, float]  # of shared memory over the ideal, by opcode; empty: none were counted
@@ -89,10 +89,10 @@ def _matrix(code: list[Instruction], path: Sequence[Instruction], kernel: Kernel
 
 def _outside(code: list[Instruction], path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int,
              cycles: float) -> float:
-    """What the resident blocks take from entry to exit with each loop once, less the turns in that.
+    """Cycles of the resident blocks from entry to exit with each loop executed once, less those iterations.
 
-    They start together: where there are several, each hides more behind the others' main loops than here. Of ways that an
-    argument chooses between it is the one with most bytes: with a bias, a residual, a cache.
+    The blocks start together; in reality each would hide more behind the others' main loops. Of paths that depend on an
+    argument the one with most bytes is taken: with a bias, a residual, a cache.
     """
     whole = turns.through(code)
     loads = lambda those: sum(i.base in units.BULK for i in those)
@@ -111,16 +111,16 @@ def _nbytes(path: Sequence[Instruction], kernel: Kernel) -> tuple[float, float]:
 
 
 def issue_over_dram(kernel: Kernel, gpu: GPU) -> float:
-    """Of a kernel whose time is memory's: the time to issue its instructions over that of its bytes, without simulation."""
+    """For a memory-bound kernel: the time to issue its instructions over that of its bytes, without simulation."""
     path, _ = _streaming(max(sass.functions(kernel.sass), key=len))
     _, dram = _nbytes(path, kernel)
     return units.cycles(path, gpu, kernel.warps)["issue"] * gpu.bytes_per_clock / dram
 
 
 def _stream(path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int, between: int) -> dict:
-    """A turn, or a block, beside all that are resident, DRAM as the queue that all accesses go through."""
+    """An iteration, or a block, with all that are resident; DRAM is a queue of all accesses."""
     moved, dram = _nbytes(path, kernel)
-    joined = max(1, 4 // kernel.warps)  # blocks of fewer warps than sub-partitions: as many as make one warp on each
+    joined = max(1, 4 // kernel.warps)  # blocks with fewer warps than sub-partitions: enough of them for a warp each
     found = Simulation(path, gpu, max(kernel.warps, 4), max(1, blocks // joined), latency=gpu.latency_dram,
                        rate=gpu.bytes_per_clock * moved / dram, stagger=150, wavefronts=kernel.wavefronts).run(6)
     busy = units.cycles(path, gpu, kernel.warps * blocks, wavefronts=kernel.wavefronts)
@@ -132,14 +132,14 @@ def _stream(path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int, 
 
 
 def _streaming(code: list[Instruction]) -> tuple[list[Instruction], int]:
-    """What repeats in a kernel whose time is memory's, and the cycles between: a loop that loads and stores, or a block."""
+    """The repeated part of a memory-bound kernel, a loop that loads and stores or a block, and the cycles between."""
     reads_and_writes = lambda path: {"LDG", "STG"} <= {i.base for i in path}
     paths = [path for path in (turns.turn(loop, code) for loop in turns.main_loops(code)) if reads_and_writes(path)]
     return (max(paths, key=len), 0) if paths else (turns.through(code), BETWEEN)
 
 
 def predict(kernel: Kernel, gpu: GPU) -> Prediction:
-    """One kernel; ValueError where its blocks do not fit, or it has neither a matrix loop nor accesses to memory."""
+    """Predict one kernel; ValueError if its blocks do not fit, or it has neither an MMA loop nor memory accesses."""
     code = max(sass.functions(kernel.sass), key=len)
     blocks, limit = blocks_per_sm(gpu, kernel.registers, kernel.shared, kernel.warps)
     if not blocks:
@@ -147,7 +147,7 @@ def predict(kernel: Kernel, gpu: GPU) -> Prediction:
                          f"room for its {limit}; use smaller tiles or fewer stages")
     loops = [loop for loop in turns.main_loops(code) if any(map(units.flops, loop))]
     if loops and not kernel.memory:
-        # of loops with as much work, one has masks: the shorter one is of interior tiles
+        # of two loops with the same work one has masks: the shorter one is of interior tiles
         path = max((turns.turn(loop, code) for loop in loops), key=lambda path: (sum(map(units.flops, path)), -len(path)))
         found = _matrix(code, path, kernel, gpu, blocks)
     else:

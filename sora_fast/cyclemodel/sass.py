@@ -1,14 +1,14 @@
-"""Reading SASS, an NVIDIA GPU's machine code as cuobjdump prints it: instructions with their control bits, blocks, loops.
+"""A reader of SASS as cuobjdump prints it: instructions with their control bits, basic blocks, loops.
 
-ptxas writes into each 128-bit encoding how long the warp waits before its next instruction and what scoreboards it sets and
-waits for; a listing without encodings reads as instructions that take one cycle and wait for nothing.
+ptxas encodes in each 128-bit instruction its stall count and the scoreboards that it sets and waits for; a listing without
+encodings is read as instructions that take one cycle and wait for nothing.
 """
 
 import re
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
-# An instruction starts with its address in a comment; the comments behind it are its encoding's two words.
+# An instruction starts with its address in a comment; the comments after it are the two words of its encoding.
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*(?:\?\S+\s*)*;"
                   r"(?:\s*/\* 0x[0-9a-f]{16} \*/\s*/\* 0x([0-9a-f]{16}) \*/)?")
 PREDICATE = re.compile(r"@!?U?P\w+\s+")
@@ -40,7 +40,7 @@ class Instruction:
 
     @cached_property
     def never(self) -> bool:
-        """Whether its predicate is false in every thread: it is issued, and does nothing."""
+        """Whether its predicate is always false: it is issued and does nothing."""
         return self.text.startswith(("@!PT", "@!UPT"))
 
     @cached_property
@@ -50,9 +50,9 @@ class Instruction:
 
     @cached_property
     def target(self) -> int | None:
-        """The address a branch goes to; None for everything else, and for branches through a register.
+        """The target address of a branch; None for everything else, and for indirect branches.
 
-        On sm_80 ptxas leaves loops by a CALL with a predicate, which does not come back.
+        On sm_80 ptxas exits loops by a predicated CALL, which does not return.
         """
         jumps = self.base in ("BRA", "JMP") or self.base == "CALL" and self.text != self.body
         found = re.search(r"\b0x([0-9a-f]+)$", self.body) if jumps else None
@@ -60,7 +60,7 @@ class Instruction:
 
     @cached_property
     def falls_through(self) -> bool:
-        """Whether the next instruction may follow: not behind EXIT, RET or a branch without a condition."""
+        """Whether control may fall through: not after EXIT, RET or an unconditional branch."""
         ends = self.base in ("EXIT", "RET") or re.fullmatch(r"(BRA|JMP)\S* 0x[0-9a-f]+", self.body)
         return not ends or self.body != self.text
 
@@ -73,7 +73,7 @@ def _instruction(address: str, text: str, high: str) -> Instruction:
 
 
 def named_functions(sass: str) -> dict[str, list[Instruction]]:
-    """The instructions of each function of a listing, in order; "" is the name of one that has none."""
+    """The instructions of each function of a listing, in order; "" names one without a name."""
     parts = [part.partition("\n") for part in sass.split("Function :")[1:]] or [("", "", sass)]
     return {name.strip(): [_instruction(*found) for found in LINE.findall(listing)] for name, _, listing in parts}
 
@@ -83,7 +83,7 @@ def functions(sass: str) -> list[list[Instruction]]:
 
 
 def graph(code: list[Instruction]) -> tuple[list[list[Instruction]], list[list[int]]]:
-    """Basic blocks of one function, and for each the numbers of those that may follow it."""
+    """Basic blocks of one function, and the indices of each block's successors."""
     position = {instruction.address: index for index, instruction in enumerate(code)}
     targets = {position[i.target] for i in code if i.target in position}
     behind = {index + 1 for index, i in enumerate(code) if i.target is not None or not i.falls_through}
@@ -101,8 +101,8 @@ def graph(code: list[Instruction]) -> tuple[list[list[Instruction]], list[list[i
 def loops(code: list[Instruction]) -> list[list[Instruction]]:
     """The natural loops of one function.
 
-    A loop belongs to a block that every path to one of its predecessors runs through. A backward branch alone does not
-    make one: code that ptxas moves out of line (the retry of a barrier's wait) jumps back into the middle of a loop.
+    A back edge goes to a block that dominates its source. A backward branch alone is not one: code that ptxas moves out of
+    line (the retry of a barrier's wait) jumps back into the middle of a loop.
     """
     blocks, after = graph(code)
     predecessors = [set() for _ in blocks]
@@ -110,8 +110,8 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
         for each in following:
             predecessors[each].add(number)
 
-    # Sets of blocks are the bits of ints, with one bit more that only blocks keep which nothing reaches (the padding
-    # behind EXIT, a branch to itself).
+    # Sets of blocks are bit masks, with one extra bit that only unreachable blocks keep (the padding after EXIT, a
+    # branch to itself).
     unreached = 1 << len(blocks)
     everything = 2 * unreached - 1
     dominators = [1, *[everything] * (len(blocks) - 1)]
@@ -138,6 +138,6 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def innermost(loops: list[list[Instruction]]) -> list[list[Instruction]]:
-    """Those of ``loops`` that hold no other of them."""
+    """The innermost of ``loops``."""
     spans = [{i.address for i in loop} for loop in loops]
     return [loop for loop, span in zip(loops, spans, strict=True) if not any(other < span for other in spans)]

@@ -1,4 +1,4 @@
-"""Which instructions a warp runs through: one turn of a loop, or from a kernel's entry to its exit."""
+"""Execution paths of a warp: one iteration of a loop, or from a kernel's entry to its exit."""
 
 from collections.abc import Callable
 
@@ -7,11 +7,11 @@ from .sass import Instruction
 from .units import BULK, GLOBAL, flops
 
 SPECIAL = ("MUFU.EX2", "MUFU.RSQ")
-CALL = 100  # instructions of a subroutine: a division in full precision has about as many
+CALL = 100  # instructions of a subroutine: about those of a full-precision division
 
 
 def _postorder(start: int, after: list[list[int]], inside: set[int]) -> dict[int, int]:
-    """Position of each block; an edge to a block that stands later, or to itself, closes a loop."""
+    """Postorder index of each block; an edge to a later block, or to itself, closes a loop."""
     position, entered, stack = {}, {start}, [(start, iter(after[start]))]
     while stack:
         number, following = stack[-1]
@@ -27,11 +27,10 @@ def _postorder(start: int, after: list[list[int]], inside: set[int]) -> dict[int
 
 
 def _best_path(blocks, after, start: int, inside: set[int], ends: Callable[[int], bool]) -> list[Instruction] | None:
-    """The way from ``start`` to a block that ``ends``: most matrix work, then most bytes, then most exponentials and roots,
-    then fewest instructions.
+    """The path from ``start`` to a block that ``ends`` with the most FLOPs, then the most bytes, then the most exponentials
+    and square roots, then the fewest instructions.
 
-    So edges with their masks are left out: of many tiles few are at one. A norm or an activation that an argument turns off
-    is on.
+    So masked boundary tiles, which are few, are ignored, and optional norms and activations are on.
     """
     position = _postorder(start, after, inside)
     best: dict[int, tuple] = {}
@@ -59,7 +58,7 @@ def _best_path(blocks, after, start: int, inside: set[int], ends: Callable[[int]
 
 
 def turn(loop: list[Instruction], code: list[Instruction]) -> list[Instruction]:
-    """One turn of a loop of ``code``, interior tiles."""
+    """One iteration of a loop of ``code``, for interior tiles."""
     addresses = {i.address for i in loop}
     blocks, after = sass.graph(code)
     inside = {number for number, block in enumerate(blocks) if block[0].address in addresses}
@@ -69,14 +68,14 @@ def turn(loop: list[Instruction], code: list[Instruction]) -> list[Instruction]:
 
 
 def through(code: list[Instruction]) -> list[Instruction]:
-    """From entry to exit, each loop once."""
+    """From entry to exit, with each loop executed once."""
     blocks, after = sass.graph(code)
     ends = lambda number: any(i.base == "EXIT" and i.text == i.body for i in blocks[number])
     return _best_path(blocks, after, 0, set(range(len(blocks))), ends) or list(code)
 
 
 def main_loops(code: list[Instruction]) -> list[list[Instruction]]:
-    """The innermost loops with matrix instructions; where there are none, those that access global memory."""
+    """The innermost loops with MMAs; if there are none, those that access global memory."""
     loops = sass.loops(code)
     matrix = [loop for loop in loops if any(map(flops, loop))]
     return sass.innermost(matrix or [loop for loop in loops if any(i.base in (*GLOBAL, *BULK) for i in loop)])

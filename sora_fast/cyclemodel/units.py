@@ -1,6 +1,6 @@
-"""Which unit of an SM an instruction keeps busy, and for how long.
+"""The unit of an SM that an instruction occupies, and for how long.
 
-Units: ``issue`` (one instruction of any kind a clock and sub-partition), ``tensor`` (Tensor Core), ``fma``, ``alu``, ``xu``
+Units: ``issue`` (one instruction per clock and sub-partition), ``tensor`` (Tensor Core), ``fma``, ``alu``, ``xu``
 (exp2, rcp, conversions), ``shfl``, ``uniform``, ``smem`` (bytes through shared memory) and ``L2`` (bytes from it).
 """
 
@@ -15,7 +15,7 @@ WGMMA = ("HGMMA", "QGMMA", "IGMMA")
 MATRIX = (*WGMMA, "HMMA", "IMMA", "QMMA", "UTCHMMA")
 ATOMICS = ("RED", "REDG", "ATOM", "ATOMG")
 BULK = ("UTMALDG", "UBLKCP")
-IDEAL: Mapping[str, float] = {}  # of opcodes, wavefronts of shared memory over the ideal; 1 where none are named
+IDEAL: Mapping[str, float] = {}  # by opcode, wavefronts of shared memory over the ideal; 1 by default
 GLOBAL = ("LDG", "STG", "LDGSTS", *ATOMICS)
 
 _KINDS = {
@@ -49,7 +49,7 @@ def issue_cycles(i: Instruction, gpu: GPU) -> int:
 
 
 def wgmma_shape(i: Instruction) -> tuple[int, int, bool] | None:
-    """(N, K, whether A is in registers) of a warpgroup's product of 64 x N x K."""
+    """(N, K, whether A is in registers) of a wgmma of 64 x N x K."""
     if i.base not in WGMMA:
         return None
     _, n, k = map(int, re.search(r"\.(\d+)x(\d+)x(\d+)", i.opcode).groups())
@@ -57,7 +57,7 @@ def wgmma_shape(i: Instruction) -> tuple[int, int, bool] | None:
 
 
 def tensor_cycles(i: Instruction, gpu: GPU) -> float:
-    """wgmma: 4,096 FLOPs a clock and SM; A and B come through shared memory, B for all four warps at once."""
+    """wgmma: 4,096 FLOPs per clock and SM; A and B are read from shared memory, B once for all four warps."""
     shape = wgmma_shape(i)
     if shape:
         n, _, registers = shape
@@ -68,7 +68,7 @@ def tensor_cycles(i: Instruction, gpu: GPU) -> float:
 
 
 def flops(i: Instruction) -> int:
-    """Of one warp."""
+    """FLOPs per warp."""
     shape = wgmma_shape(i)
     if shape:
         return 2 * 16 * shape[0] * shape[1]
@@ -76,7 +76,7 @@ def flops(i: Instruction) -> int:
 
 
 def smem_bytes(i: Instruction, wavefronts: Mapping[str, float] = IDEAL) -> float:
-    """Through shared memory for one warp. Bank conflicts SASS does not show: ``wavefronts`` has them, by opcode."""
+    """Shared-memory bytes per warp. SASS does not show bank conflicts: ``wavefronts`` has them, by opcode."""
     return _ideal_bytes(i) * wavefronts.get(i.base, 1.0)
 
 
@@ -95,7 +95,7 @@ def _ideal_bytes(i: Instruction) -> float:
 
 
 def l2_bytes(i: Instruction, gpu: GPU, copies: bool) -> float:
-    """From or to L2 for one warp; beside ``copies`` of tiles a plain load is of rows that all warps share, through L1."""
+    """L2 bytes per warp; if tiles are ``copies``, plain loads are of rows that all warps share through L1."""
     if i.never:
         return 0
     if i.base in ("LDG", "LDGSTS"):
@@ -104,7 +104,7 @@ def l2_bytes(i: Instruction, gpu: GPU, copies: bool) -> float:
 
 
 def copies_tiles(path: Sequence[Instruction]) -> bool:
-    """Whether copies into shared memory run beside the instructions."""
+    """Whether copies to shared memory are asynchronous."""
     return any(i.base in ("LDGSTS", *BULK) for i in path)
 
 
@@ -115,12 +115,12 @@ def barrier(i: Instruction) -> tuple[str, str, int | None] | None:
 
 
 def with_a_helper(barrier: tuple[str, str, int | None] | None) -> bool:
-    """Whether a barrier is shared with one warp of another role: the one that adds what was stored to global memory."""
+    """Whether a barrier is shared with one warp of another role, which reduces stored tiles to global memory."""
     return barrier is not None and barrier[2] is not None and barrier[2] % 128 == 32
 
 
 def reduced_bytes(path: Sequence[Instruction]) -> float:
-    """What one warp hands to such a warp in a turn: stored in shared memory between its barriers."""
+    """Bytes that a warp passes to such a warp per iteration, stored in shared memory between its barriers."""
     stored = total = 0.0
     for i in path:
         if i.base in ("STS", "STSM"):
@@ -134,7 +134,7 @@ def reduced_bytes(path: Sequence[Instruction]) -> float:
 
 def cycles(path: Sequence[Instruction], gpu: GPU, warps: int, bulk: float = 0.0,
            wavefronts: Mapping[str, float] = IDEAL) -> dict[str, float]:
-    """Busy cycles of each unit of one SM in one turn of ``warps`` warps; ``bulk``: bytes that TMA loads in it."""
+    """Busy cycles of each unit of an SM per iteration of ``warps`` warps; ``bulk``: bytes that TMA loads in it."""
     reduced = reduced_bytes(path) * warps
     share = warps / 4  # of one sub-partition
     total = defaultdict(float)
@@ -144,7 +144,7 @@ def cycles(path: Sequence[Instruction], gpu: GPU, warps: int, bulk: float = 0.0,
         if i.never:
             continue
         found, cost = kind(i), issue_cycles(i, gpu) * share
-        if found == "matrix":  # a warpgroup's product keeps the Tensor Cores of all four sub-partitions busy
+        if found == "matrix":  # a wgmma keeps the Tensor Cores of all four sub-partitions busy
             total["tensor"] += (wgmma_shape(i)[0] / 2 if wgmma_shape(i) else tensor_cycles(i, gpu)) * share
         elif found == "heavy":
             heavy += cost

@@ -1,4 +1,4 @@
-"""What size and length a clip or image is read at, and pixels to and from the numbers a model sees.
+"""The size and length at which clips and images are read, and conversion of pixels to and from model inputs.
 
 Shapes: T frames, H lines, W columns, C = 3 channels (red, green, blue). An image is a clip of one frame.
 `FitPolicy` is pure arithmetic on host numbers; the same numbers in give the same (T, H, W) out.

@@ -41,7 +41,7 @@ class FrameTimesteps:
 
     Args:
         timesteps: (S,) of the samples. clean: (R,) bools.
-        counts: numbers of each sample, grids: its tokens in t, h, w; host data. channels: C of the latents.
+        counts: numel of each sample, grids: its tokens in t, h, w; host data. channels: C of the latents.
 
     Attributes:
         timesteps: (R,) on ``device``, for the model.
@@ -68,7 +68,7 @@ class FrameTimesteps:
         return x0.index_copy(0, self._learned, noisy[self._learned])
 
     def loss(self, objective: Objective, predicted: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The objective's loss over the numbers that are not clean; numbers past the samples' (a tail) are not read.
+        """The objective's loss over the elements that are not clean; elements past the samples' (a tail) are not read.
 
         Where all are clean, nothing is learned: 0, and a gradient of 0.
         """
@@ -79,7 +79,7 @@ class FrameTimesteps:
 
 
 def _pieces(counts, grids, channels: int):
-    """rows (P,), the modulation row of each piece of the flat buffer, and counts (P,), its numbers."""
+    """rows (P,), the modulation row of each piece of the flat buffer, and counts (P,), its numel."""
     rows, numbers, first = [], [], 0
     for count, (frames, _, _) in zip(counts, grids, strict=True):
         rows.append(torch.arange(first, first + frames, device="cpu").repeat(channels))

@@ -1,6 +1,6 @@
 """DDPM with a learned variance: what the class-conditional DiT is trained and sampled with.
 
-Predictions are pairs: (N, 2), the noise and a number v beside it for each of N latent numbers (``pairs`` makes them of a
+Predictions are pairs: (N, 2), the noise and a value v for each of N latent elements (``pairs`` makes them of a
 model's 2 C channels). v = 1 stands for the variance beta of a step, v = -1 for its least, the posterior's beta tilde.
 (Improved DDPM, arXiv 2102.09672, sections 3.1 and 3.2; DiT, arXiv 2212.09748, section 3.1.)
 """
@@ -16,15 +16,15 @@ from .objectives import DDPM, spread
 
 
 def pairs(predicted, counts_S):
-    """(2 M,) of a model with 2 C channels -> (M, 2): of each sample's numbers the first half beside the second.
+    """(2 M,) of a model with 2 C channels -> (M, 2): pairs of the first and second half of each sample's elements.
 
     Args:
         predicted: flat buffer, sample after sample, channels first; what lies behind them (a tail) stays unread.
-        counts_S: numbers of each sample's latents of C channels; host data.
+        counts_S: numel of each sample's latents of C channels; host data.
     """
     ends = [2 * int(count) for count in counts_S]
     if predicted.shape[0] < sum(ends):
-        raise ValueError(f"LearnedVariance: expected predictions of 2 C channels, {sum(ends):,} numbers or more, got "
+        raise ValueError(f"LearnedVariance: expected predictions of 2 C channels, {sum(ends):,} elements or more, got "
                          f"{predicted.shape[0]:,}; take a model with learn_sigma=True")
     parts = predicted[: sum(ends)].split(ends)
     return torch.cat([part.view(2, -1).t() for part in parts]) if parts else predicted.new_zeros((0, 2))
@@ -83,7 +83,7 @@ def gaussian_kl(mean, log_var, other_mean, other_log_var):
 def bin_log_likelihood(x, mean, log_var):
     """Log of the share of N(mean, var) in the bin of width 2 / 255 around x; the bins at -1 and 1 are open outwards.
 
-    For pixels, which is what the source has it for; latents are taken as numbers of that kind too, as DiT does. The source
+    For pixels, which is what the source has it for; latents are treated alike, as DiT does. The source
     approximates the normal's integral; here it is the function itself.
     """
     scale = (-0.5 * log_var).exp()
@@ -126,7 +126,7 @@ class LearnedVariance(DDPM):
         return pairs(predicted, counts)
 
     def loss(self, predicted, x0, noise, timesteps, counts):
-        """Mean over all numbers, in float32. ``predicted``: (N, 2), see ``pairs``."""
+        """Mean over all elements, in float32. ``predicted``: (N, 2), see ``pairs``."""
         if predicted.dim() != 2 or predicted.shape[1] != 2:
             raise ValueError(f"LearnedVariance: expected predictions (N, 2), noise and variance, got "
                              f"{tuple(predicted.shape)}; make them with pairs(), of a model with learn_sigma=True")
@@ -157,7 +157,7 @@ class Ancestral:
     def step(self, predicted, timestep, x_t, return_dict: bool = False):
         """``(x,)`` of pairs (N, 2) at ``timestep`` and x_t (N,); at the last step the mean."""
         place = self._places[int(timestep)]
-        step = Step(*(t[place].to(x_t.dtype) for t in self._steps))  # on the host: numbers that go along with a launch
+        step = Step(*(t[place].to(x_t.dtype) for t in self._steps))  # on the host: scalars that are passed with a launch
         eps, v = predicted.unbind(1)
         mean = posterior_mean(step, denoised(step, eps, x_t), x_t)
         if place == 0:

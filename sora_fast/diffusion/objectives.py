@@ -1,7 +1,7 @@
 """Objectives: how clean latents get noisy, and what the model predicts from them.
 
 All tensors of latents are flat buffers (all samples of a pack one after the other); ``counts`` (S,) says how many
-numbers each sample has. Every sample has a timestep of its own, t in [0, 1000]: 0 is clean. Where timesteps differ from
+elements each sample has. Every sample has a timestep of its own, t in [0, 1000]: 0 is clean. Where timesteps differ from
 frame to frame, the buffer is cut further, and timesteps and counts are those of its pieces (``FrameTimesteps``).
 """
 
@@ -46,7 +46,7 @@ class Objective(Protocol):
 
 
 def spread(values_S, counts_S, total: int | None = None):
-    """Each sample's value on all of its numbers: (S,) -> (sum of counts,)."""
+    """Each sample's value on all of its elements: (S,) -> (sum of counts,)."""
     return torch.repeat_interleave(values_S, counts_S, output_size=total)
 
 
@@ -139,7 +139,7 @@ class FlowMatching:
         return first_channels(predicted, counts)
 
     def loss(self, predicted, x0, noise, timesteps, counts):
-        """Mean squared error over all numbers, in float32."""
+        """Mean squared error over all elements, in float32."""
         error = (predicted.float() - self.target(x0, noise, timesteps, counts).float()).square()
         if self.prediction == "x0":
             error = error * spread((timesteps / 1000.0).clamp(min=0.05) ** -2, counts, x0.shape[0])
@@ -220,7 +220,7 @@ class DDPM:
         return first_channels(predicted, counts)
 
     def loss(self, predicted, x0, noise, timesteps, counts):
-        """Mean squared error over all numbers, in float32."""
+        """Mean squared error over all elements, in float32."""
         return (predicted.float() - self.target(x0, noise, timesteps, counts).float()).square().mean()
 
     def scheduler(self, steps, tokens):

@@ -138,7 +138,7 @@ def _schedule(objective: Objective, steps: int, tokens: int, strength: float):
 
 
 def _begin(sizes, known, objective, schedules, generator):
-    """The first x, the known latents, and which numbers stay, as flat buffers."""
+    """The first x, the known latents, and the mask of elements to keep, as flat buffers."""
     x, clean, kept = [], [], []
     for index, (size, k, (scheduler, times)) in enumerate(zip(sizes, known, schedules, strict=True)):
         own = generator[index] if isinstance(generator, Sequence) else generator
@@ -169,7 +169,7 @@ def _kept_rows(known, grids, pt: int) -> torch.Tensor:
 
 
 def _guided(objective: Objective, sizes, channels: int | None) -> torch.Tensor:
-    """Which numbers are guided: those of the first ``channels`` (None: all) of their sample; a variance never is."""
+    """Which elements are guided: those of the first ``channels`` (None: all) of their sample; a variance never is."""
     guided = lambda size: torch.arange(2 * size[0], device="cpu") < (channels or size[0])
     mask = torch.cat([guided(size).repeat_interleave(prod(size[1:])) for size in sizes])
     return objective.split(mask, [prod(size) for size in sizes])

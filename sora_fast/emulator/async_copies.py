@@ -1,4 +1,4 @@
-"""cp.async, not bulk (PTX ISA 9.7.9.25.3): a copy completes at its wait, at its issue, or at random between."""
+"""Non-bulk cp.async (PTX ISA 9.7.9.25.3): a copy completes at its wait, at its issue, or at a random time between."""
 
 import numpy as np
 
@@ -6,14 +6,14 @@ from . import memory
 from .arith import U1, UNWRITTEN
 from .lanes import every, some, wide
 
-NOT_WRITTEN, NOBODYS = memory.repeated(0), memory.repeated(UNWRITTEN)  # of Machine.initialized, and of shared memory
+NOT_WRITTEN, NOBODYS = memory.repeated(0), memory.repeated(UNWRITTEN)  # values for Machine.initialized and for shared memory
 
 
 class AsyncCopies:
-    """Copies from global to shared memory, in groups of each thread."""
+    """Copies from global to shared memory, in per-thread groups."""
 
     def async_copy(self, i, k, to, source, size, src_size, number):
-        """``size`` bytes per lane; what is behind ``src_size`` of them is filled with zeros and not read."""
+        """Copy ``size`` bytes per lane; those past ``src_size`` are zero-filled and not read."""
         n = len(self.group.warps)
         to, source, src_size = wide(to, n), wide(source, n), wide(src_size, n)
         mask = self.lane_mask(k, n)
@@ -32,13 +32,13 @@ class AsyncCopies:
             self.complete_copy(entry, entry["live"])
         else:
             place = place if every(mask) else place[mask]
-            if self.initialized is not None:  # until it completes nobody may read the destination
+            if self.initialized is not None:  # until it completes, the destination must not be read
                 memory.scatter(self.marks, place, NOT_WRITTEN[size], size, 1)
             memory.scatter(self.shared_views, place, NOBODYS[size], size, 1)
             self.cp_asyncs.append(entry)
 
     def complete_copy(self, e, which):
-        """Write what some warps of an entry have copied."""
+        """Complete the copy of an entry for some of its warps."""
         size, parts = e["size"], [e["place"], e["source"], e["src_size"]]
         mask = e["mask"] & which[:, None]
         if some(mask):
@@ -58,7 +58,7 @@ class AsyncCopies:
         self.copy_group[self.group.warps] += 1
 
     def async_wait(self, i, k, pending):
-        """``pending``: the most groups that may stay in flight; None for all copies, committed or not."""
+        """``pending``: how many groups may stay in flight; None waits for all copies, committed or not."""
         self.complete_copies(self.group.warps, pending)
 
     def complete_copies(self, warps, pending):

@@ -19,7 +19,7 @@ class Mbarrier:
         self.landed = 0  # TMA loads completed
 
     def settle(self) -> bool:
-        """Complete the phase where nothing is pending."""
+        """Complete the phase if nothing is pending."""
         if self.pending == 0 and self.bytes == 0:
             self.phase += 1
             self.pending = self.count
@@ -34,7 +34,7 @@ class Barriers:
     """Arrivals and waits."""
 
     def lanes(self, i, k, *values):
-        """Of each active lane of the group: its warp and its values."""
+        """For each active lane of the group: its warp and its values."""
         warps = self.group.warps
         n = len(warps)
         mask = self.lane_mask(k, n)
@@ -53,7 +53,7 @@ class Barriers:
         number = int(values[0].flat[0])
         threads = int(values[1].flat[0]) if len(values) > 1 else None
         if group.mask is not None and some(group.mask != self.alive[group.warps]):
-            # other lanes of the warp are elsewhere: they come here too, or it is a deadlock
+            # the warp has diverged: its other lanes must arrive too, or it is a deadlock
             self.waiting.setdefault(("converge", block.index), []).append(group)
             return self.gather_converged(block.index)
         self.arrive(number, group, threads)
@@ -66,7 +66,7 @@ class Barriers:
         return None
 
     def gather_converged(self, index: int) -> Group | None:
-        """Of the warps whose lanes come one after the other to the barrier that ends a block: those that are complete."""
+        """Warps whose diverged lanes have all reached the barrier that ends block ``index``."""
         key = ("converge", index)
         merged = self.merge(self.waiting.pop(key))
         whole = (merged.full_mask() == self.alive[merged.warps]).all(1)
@@ -89,7 +89,7 @@ class Barriers:
         self.arrived[number][group.warps] = True
 
     def release(self, number) -> None:
-        """Let those go whose barrier is complete."""
+        """Release the warps whose barrier is complete."""
         if isinstance(number, tuple):
             group = self.gather_converged(number[1])
             if group is not None:
@@ -130,7 +130,7 @@ class Barriers:
         return found
 
     def wait(self, group: Group, block, values) -> Group | None:
-        """try_wait and test_wait of a parity; they return true, or are tried again."""
+        """try_wait and test_wait of a parity; retried until they return true."""
         n, number = len(group.warps), block.end.number
         addresses = self.first_lane(values[0], group.mask, n)
         parities = self.first_lane(values[1], group.mask, n)
@@ -152,7 +152,7 @@ class Barriers:
     def mbarrier_init(self, i, k, address, count, number):
         for warp, a, c in self.lanes(i, k, address, count):
             if a % 8:
-                raise self.launch.fault(number, f"an mbarrier at {a:#x}, which is no multiple of 8", self.thread_of(warp))
+                raise self.launch.fault(number, f"an mbarrier at {a:#x}, which is not a multiple of 8", self.thread_of(warp))
             if self.races:
                 self.races.mbarrier_written(warp, a, number, init=True)
             self.barriers[int(self.cta_of[warp]), a] = Mbarrier(c)
@@ -168,7 +168,7 @@ class Barriers:
                 self.launch.report(kind, number, self.thread_of(warp), f"{barrier.bytes} bytes pending")
 
     def mbarrier_arrive(self, i, k, address, count, expect, arrives, number):
-        """mbarrier.arrive, .expect_tx, and both in one; ``count``, ``expect``: None, or a value per lane."""
+        """mbarrier.arrive, .expect_tx and .arrive.expect_tx; ``count``, ``expect``: None, or a value per lane."""
         for warp, a, c, e in self.lanes(i, k, address, count, expect):
             b = self.mbarrier_at(warp, a, number)
             if self.races:
@@ -184,14 +184,14 @@ class Barriers:
             self.changed |= b.settle()
 
     def async_arrive(self, i, k, address, noinc, number):
-        """cp.async.mbarrier.arrive: an arrival when the thread's copies have completed; here they complete at once."""
+        """cp.async.mbarrier.arrive: arrives once the thread's copies complete; here they complete immediately."""
         self.complete_copies(self.group.warps, None)
         for warp, a in self.lanes(i, k, address):
             b = self.mbarrier_at(warp, a, number)
             if self.races:
                 self.races.mbarrier_used(warp, a, number)
                 self.races.released(warp, b)
-            if noinc:  # else pending is raised by one at first
+            if noinc:  # without .noinc pending is incremented first
                 b.pending -= 1
             if b.pending < 0:
                 raise self.launch.fault(number, f"more arrivals than mbarrier {a:#x} counts", self.thread_of(warp))

@@ -1,4 +1,4 @@
-"""A kernel cut into basic blocks, and which registers each instruction reads and writes.
+"""Basic blocks of a kernel, and the registers that each instruction reads and writes.
 
 A block ends at a branch, at an exit, or at an instruction on which a warp may have to wait (bar, mbarrier.try_wait).
 """
@@ -36,7 +36,7 @@ TYPES = {
 WIDTH = {"u1": 1, "i1": 1, "u2": 2, "i2": 2, "f2": 2, "u4": 4, "i4": 4, "f4": 4, "u8": 8, "i8": 8, "f8": 8}
 
 
-STRONG = {"volatile", "relaxed", "acquire"}  # loads that other CTAs' stores are seen by
+STRONG = {"volatile", "relaxed", "acquire"}  # loads that observe other CTAs' stores
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Block:
 
 
 def cut(kernel: Kernel) -> list[Block]:
-    """Blocks in the order of the text. Labels nobody branches to ($L__tmp, of debug information) cut nothing."""
+    """Blocks in program order. Labels without a branch to them ($L__tmp, from debug information) start no block."""
     targets = {item.args[0].name for item in kernel.code if isinstance(item, Instr) and item.parts[0] == "bra"}
     blocks, labels = [Block(0)], {}
 
@@ -67,7 +67,7 @@ def cut(kernel: Kernel) -> list[Block]:
             new()
         if item.parts[0] in ("bra", "ret", "exit", "trap"):
             blocks[-1].end = item
-        elif blocking(item):  # alone, because it may be executed again
+        elif blocking(item):  # a block of its own, because it may be executed again
             new()
             blocks[-1].end = item
         else:
@@ -105,7 +105,7 @@ def registers(arg):
 
 
 def indices(places: list[int]) -> list[int] | slice:
-    """A slice where these follow one another: numpy need not copy what it selects."""
+    """A slice if these are consecutive: numpy then selects a view."""
     following = places and places == list(range(places[0], places[0] + len(places)))
     return slice(places[0], places[-1] + 1) if following else places
 

@@ -10,11 +10,11 @@ from .lanes import LANES, every
 from .memory import Fault
 from .races import EVERYBODY
 
-_box = lru_cache(4096)(tma.Box)  # CTAs load the same ones, and each is needed at its issue and where it completes
+_box = lru_cache(4096)(tma.Box)  # CTAs load the same boxes, and each is needed at its issue and at its completion
 
 
 class BulkCopies:
-    """Boxes in flight: loads complete on an mbarrier, stores in groups of the thread that issued them."""
+    """TMA boxes in flight: loads complete on an mbarrier, stores in bulk groups of the issuing thread."""
 
     # ---- loads
     def tma_load(self, i, k, to, tensor_map, coords, barrier, number):
@@ -88,7 +88,7 @@ class BulkCopies:
         self.store_group[self.group.warps] += 1
 
     def bulk_wait(self, i, k, pending, read):
-        """Wait for all but ``pending`` groups: with ``read`` until their sources are read, else until they are written."""
+        """Wait for all but ``pending`` groups: with ``read`` until their sources are read, else until they complete."""
         mine = set(self.group.warps.tolist())
         done = [e for e in self.tma_stores if e["warp"] in mine and e["group"] < self.store_group[e["warp"]] - pending]
         for e in done:
@@ -117,7 +117,7 @@ class BulkCopies:
         self.tma_stores = [other for other in self.tma_stores if other is not e]
 
     def finish_bulk(self) -> None:
-        """At the end: stores nobody waited for are written; a load in flight writes to what may be another CTA's memory."""
+        """At exit: complete stores without a wait; a load in flight may write to the next CTA's shared memory."""
         for e in list(self.tma_stores):
             if e["data"] is None:
                 kind = "a TMA store may still read shared memory when its CTA ends"
@@ -127,7 +127,7 @@ class BulkCopies:
             kind = "a TMA load is in flight when its CTA ends"
             self.launch.report(kind, e["number"], self.thread_of(e["warp"]), f"mbarrier {e['barrier']:#x}")
 
-    # ---- tensor maps made on the device
+    # ---- tensor maps built on the device
     def tensormap_replace(self, i, k, space, address, field, ordinal, value, number):
         name = tma.REPLACED[field]
         for warp, lane, a, v in self.lanes(i, k, LANES, address, value):
@@ -179,7 +179,7 @@ class BulkCopies:
             self.unfenced_maps.discard(a)
 
     def check_map(self, e) -> None:
-        """A tensor map that the kernel has made must be acquired by the tensormap proxy before TMA reads it."""
+        """A tensor map built by the kernel must be acquired by the tensormap proxy before TMA reads it."""
         if e["map"] in self.unfenced_maps:
             kind = "no fence.proxy.tensormap::generic.acquire behind the writes of a tensor map"
             self.launch.report(kind, e["number"], self.thread_of(e["warp"]), self.allocations.name(e["map"]))

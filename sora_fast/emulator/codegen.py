@@ -1,8 +1,8 @@
 """PTX instructions to Python source over numpy arrays.
 
 A block becomes a function ``f(i, k)`` of the warps that execute it together: ``i`` selects them (a slice or an index
-array), ``k`` is None or the mask (warps, 32) of active lanes. Registers that live in one block only are local variables;
-the others are arrays (all warps, 32), written back at the block's end. A register may exist in several typed views (u4,
+array), ``k`` is None or the mask (warps, 32) of active lanes. Registers that are live in one block only are local variables;
+the others are arrays (all warps, 32), written back at the end of the block. A register may have several typed views (u4,
 i4, f4, ...) of the same bits.
 """
 
@@ -18,7 +18,7 @@ from .ptx import Imm, Instr, Kernel, Mem, Not, Reg, Sink, Special, Sym, Vec
 
 
 class Program:
-    """A kernel's blocks, and what their sources need: constants, arrays of registers. Raises Unsupported."""
+    """A kernel's blocks, and the constants and register arrays of their sources. Raises Unsupported."""
 
     def __init__(self, kernel: Kernel):
         check(kernel)
@@ -82,7 +82,7 @@ class Program:
 
 
 class BlockSource(Arithmetic, Memory):
-    """Writes the source of one block."""
+    """Generates the source of one block."""
 
     def __init__(self, program: Program, block: Block, masked: bool):
         self.program, self.block, self.masked = program, block, masked
@@ -92,14 +92,14 @@ class BlockSource(Arithmetic, Memory):
         self.dirty: dict[str, Reg] = {}
         self.guard: str | None = None
         self.temp = 0
-        self.fragments: dict[tuple, str] = {}  # operands of mma that have been made, by their registers
-        self.versions: Counter[str] = Counter()  # of registers: how often they have changed
-        self.carry = False  # has a mad.cc of this block left one?
+        self.fragments: dict[tuple, str] = {}  # mma operands built so far, by their registers
+        self.versions: Counter[str] = Counter()  # per register, how often it was written
+        self.carry = False  # whether a mad.cc of this block has set the carry
         self.instr: Instr | None = None
         self.ftz = False
         self.touched: dict[int, None] = {}  # registers of wgmma that other instructions access, in order
         self.toucher = -1  # the first of those instructions
-        self.fenced = False  # behind a wgmma.fence of this block, and before the end of its group
+        self.fenced = False  # between a wgmma.fence of this block and the end of its group
 
     def source(self) -> str:
         for instr in self.block.instrs:
@@ -174,7 +174,7 @@ class BlockSource(Arithmetic, Memory):
         raise Unsupported(f"operand {arg}")
 
     def resized(self, reg: Reg, t: str) -> str:
-        """A register wider or narrower than the instruction's type: its low bytes, or zeros above them."""
+        """A register wider or narrower than the instruction's type: truncated or zero-extended."""
         own = f"u{reg.size}"
         low = self.get(reg, own)
         if t[0] == "f":
@@ -185,7 +185,7 @@ class BlockSource(Arithmetic, Memory):
         return name
 
     def put(self, arg, t: str, expr: str, fresh: bool = True) -> None:
-        """arg = expr, which is of type t; ``fresh``: no view of a register's array."""
+        """arg = expr of type t; ``fresh``: it is not a view of a register's array."""
         if isinstance(arg, Vec):
             (arg,) = arg.items
         if isinstance(arg, Sink):
@@ -246,11 +246,11 @@ class BlockSource(Arithmetic, Memory):
             self.touch(instr)
 
     def touch(self, instr: Instr) -> None:
-        """Note accesses to registers of wgmma.
+        """Record accesses to registers of wgmma.
 
-        Those between a wgmma.fence and the end of its group in one block need no other fence: registers of PTX are virtual,
-        LLVM moves copies and arithmetic there (Triton's fence does not hold them back), and ptxas has a WARPGROUP.ARRIVE
-        behind them, before each wgmma if need be. Registers of a wgmma in flight are none of theirs all the same.
+        Those between a wgmma.fence and the end of its group in one block need no other fence: PTX registers are virtual,
+        LLVM moves copies and arithmetic there (Triton's fence does not prevent it), and ptxas emits a WARPGROUP.ARRIVE after
+        them, before each wgmma if needed. They must still not access registers of a wgmma in flight.
         """
         known = self.program.wgmma_registers
         found = [known[r.name] for part in reads_and_writes(instr) for r in part if r.name in known]

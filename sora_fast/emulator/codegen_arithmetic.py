@@ -20,7 +20,7 @@ FLIPPED = {"equ": "!=", "neu": "==", "ltu": ">=", "leu": ">", "gtu": "<=", "geu"
 
 
 class Arithmetic:
-    """Emits one expression per instruction; the helpers it names are in arith.py."""
+    """Emits one expression per instruction; its helpers are in arith.py."""
 
     def binary(self, instr, mods, args, operator: str) -> None:
         if "f32x2" in mods:
@@ -28,7 +28,7 @@ class Arithmetic:
             a, b = self.get(args[1], "u8"), self.get(args[2], "u8")
             return self.put(args[0], "u8", f"pairs({function}, {self.ftz}, {a}, {b})")
         kind = self.type_of(mods)
-        if kind in ("f16", "bf16") and "f32" in mods:  # mixed precision (PTX ISA 9.7.5): the first operand is of 16 bits
+        if kind in ("f16", "bf16") and "f32" in mods:  # mixed precision (PTX ISA 9.7.5): the first operand has 16 bits
             first = f"half_to_float({self.get(args[1], 'u2')}, {kind!r})"
             return self.put(args[0], "f4", f"{first} {operator} {self.get(args[2], 'f4')}")
         if kind in ("f16x2", "bf16x2", "bf16", "f16"):
@@ -94,7 +94,7 @@ class Arithmetic:
             a, b, c = (self.get(arg, "u8") for arg in args[1:4])
             return self.put(args[0], "u8", f"pairs(fma32, {self.ftz}, {a}, {b}, {c})")
         kind = self.type_of(mods)
-        if kind in ("f16", "bf16") and "f32" in mods:  # mixed precision: the operands of the product are of 16 bits
+        if kind in ("f16", "bf16") and "f32" in mods:  # mixed precision: the multiplicands have 16 bits
             a, b = (f"half_to_float({self.get(arg, 'u2')}, {kind!r})" for arg in args[1:3])
             return self.put(args[0], "f4", f"fma32({a}, {b}, {self.get(args[3], 'f4')})")
         if kind == "f32":

@@ -1,4 +1,4 @@
-"""Loads, stores, copies, barriers, matrix instructions and shuffles become calls of the machine (PTX ISA 9.7.9, 9.7.13 to
+"""Loads, stores, copies, barriers, matrix instructions and shuffles as calls of the machine (PTX ISA 9.7.9, 9.7.13 to
 9.7.15)."""
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ def ordering(mods) -> tuple[str, ...]:
 
 
 class Memory:
-    """Emits calls of M, the machine; each passes the instruction's number, by which findings name it."""
+    """Emits calls of M, the machine; each passes the instruction's number, for error messages."""
 
     def op_cvta(self, instr, mods, args):
         if "param" in mods:
@@ -102,7 +102,7 @@ class Memory:
         if "L2::cache_hint" in mods:
             values = values[:-1]
         order, kind = ordering(mods) or ("relaxed", "gpu"), self.address_type(space, mem)
-        # of a vector each element is an atomic operation of its own (PTX ISA 9.7.13.5)
+        # each element of a vector is a separate atomic operation (PTX ISA 9.7.13.5)
         for at in range(vector(mods)):
             each = lambda arg, at=at: arg.items[at] if isinstance(arg, Vec) else arg
             operands = ", ".join(self.get(each(v), t) for v in values)
@@ -145,7 +145,7 @@ class Memory:
             self.put(item, "f4", f"t{self.temp}[{at}]")
 
     def fragment(self, of, items, depth, kind) -> str:
-        """An operand of mma as a matrix, made once for all mma of the block that read the same registers."""
+        """An mma operand as a matrix, built once for all mma of the block that read the same registers."""
         key = (of, kind, depth, *((x, self.versions[x.name] if isinstance(x, Reg) else 0) for x in items))
         if key not in self.fragments:
             self.temp += 1
@@ -272,7 +272,7 @@ class Memory:
         self.put(args[0], "u8", self.program.constant(0, "int", "u8"))
 
     def without_effect(self, instr, mods, args):
-        """Hints, and what concerns time or the number of registers only."""
+        """Hints, and instructions that affect only timing or register allocation."""
 
     op_prefetch = op_prefetchu = op_discard = op_applypriority = without_effect
     op_setmaxnreg = op_griddepcontrol = op_nanosleep = without_effect

@@ -1,4 +1,4 @@
-"""The launches of sora_fast._C on CPU tensors: the extension's own launchers run, and the emulator takes their kernels.
+"""Launches of sora_fast._C on CPU tensors: the extension's own launchers run, and the emulator executes their kernels.
 
 The extension calls the CUDA runtime through one table (csrc/runtime.h), which ``_C.emulate`` replaces for the calling
 thread. PTX is read from the extension's file by cuobjdump, which the CUDA toolkit and Triton's wheel have.
@@ -23,7 +23,7 @@ def launch(emulator: Emulator, extension: ModuleType, op: str, tensors: Mapping[
     """Call ``extension.<op>(**arguments)`` with its kernels on ``emulator``.
 
     Args:
-        tensors: what the addresses among ``arguments`` belong to, by name.
+        tensors: the tensors whose addresses are in ``arguments``, by name.
     """
     allocations = memory.Allocations()
     for name, tensor in tensors.items():
@@ -51,7 +51,7 @@ def launch(emulator: Emulator, extension: ModuleType, op: str, tensors: Mapping[
 
 
 def encode(kind: int, address: int, sizes, strides, box, steps, interleave: int, swizzle: int, fill: int) -> bytes | None:
-    """cuTensorMapEncodeTiled of the CUDA driver API, in the emulator's form; None for what the driver refuses."""
+    """cuTensorMapEncodeTiled of the CUDA driver API, in the emulator's encoding; None for what the driver rejects."""
     rank = len(sizes)
     legal = (1 <= rank <= 5 and address % 16 == 0 and all(1 <= size <= 1 << 32 for size in sizes)
              and all(stride % 16 == 0 and stride < 1 << 40 for stride in strides) and all(1 <= side <= 256 for side in box)
@@ -70,7 +70,7 @@ def encode(kind: int, address: int, sizes, strides, box, steps, interleave: int,
 def kernel_ptx(path: str, kernel: str, compute_capability: int) -> str:
     """The PTX of one kernel ("causal_conv3d_kernel<96, 1>") for a GPU of this compute capability.
 
-    Of the architectures that the file embeds PTX of, the newest that such a GPU runs.
+    It is of the newest architecture among those embedded that such a GPU can run.
     """
     texts = _embedded(path)
     runs = [(number, special) for number, special in texts
@@ -82,12 +82,12 @@ def kernel_ptx(path: str, kernel: str, compute_capability: int) -> str:
                     return alone(text, name)
     there = ", ".join(f"compute_{number}{'a' * special}" for number, special in sorted(texts)) or "none"
     raise RuntimeError(f"emulated_gpu: expected PTX of {kernel} for sm{compute_capability} in the CUDA extension, got "
-                       f"{there}; build it anew with SORA_FAST_BUILD_CUDA=1 pip install -e .")
+                       f"{there}; rebuild it with SORA_FAST_BUILD_CUDA=1 pip install -e .")
 
 
 @functools.cache
 def _embedded(path: str) -> dict[tuple[int, bool], list[str]]:
-    """Texts of PTX by architecture: (90, True) is compute_90a."""
+    """PTX by architecture: (90, True) is compute_90a."""
     told = subprocess.run([_cuobjdump(), "--dump-ptx", path], capture_output=True, encoding="utf-8", errors="replace",
                           check=True).stdout
     found: dict[tuple[int, bool], list[str]] = {}
@@ -113,10 +113,10 @@ def _cuobjdump() -> str:
 
 
 def alone(text: str, name: str) -> str:
-    """A module with this one kernel, its variables and files: the parser takes seconds for all of them."""
+    """A module with this kernel alone, its variables and files: parsing all kernels takes seconds."""
     at = text.index(f".entry {name}(")
     first, following = text.index(".entry "), text.find(".entry ", at + 1)
-    # the last brace before the next kernel: inline assembly has its own in the first column too
+    # the last brace before the next kernel: inline assembly also has braces in the first column
     start, end = text.rfind("\n", 0, at), text.rfind("\n}", at, following if following > 0 else len(text)) + 3
     head = text[:text.rfind("\n", 0, first)]
     between = text[text.rfind("\n}", 0, at) + 3:start] if at > first else ""

@@ -1,20 +1,20 @@
-"""Loads whose results are dropped: they may race, for nothing depends on what they return.
+"""Loads whose results are unused: they may race, because nothing depends on the value.
 
-Where a tensor has fewer elements than the program has threads, Triton lets several threads load each element, and one of
-them store: ``tl.store(x + at, 2 * tl.load(x + at))`` of 64 elements by 128 threads is right, though half of the loads may
-run behind the stores. A result is dropped where no instruction that has an effect and depends on it was executed, by that
-thread, or, where lanes exchange it, by that warp. What depends on it is followed through registers along all paths.
+If a tensor has fewer elements than the program has threads, Triton lets several threads load each element and one of them
+store it: ``tl.store(x + at, 2 * tl.load(x + at))`` of 64 elements by 128 threads is correct, though half of the loads may
+execute after the stores. A result is unused if no instruction with an effect that depends on it was executed by that thread,
+or by that warp if lanes exchange it. Dependences are followed through registers along all paths.
 """
 
 from .blocks import reads_and_writes
 
 LANES_EXCHANGE = ("shfl", "vote", "redux", "mma", "wgmma", "elect")
-LOGGED = ("st", "atom", "red")  # effects whose execution the log of global accesses shows
+LOGGED = ("st", "atom", "red")  # effects that the log of global accesses records
 WITHOUT_EFFECT = ("prefetch", "prefetchu", "discard", "applypriority")
 
 
 class DroppedReads:
-    """Of one program: which instructions make the result of a load count."""
+    """For one program, the instructions through which the result of a load has an effect."""
 
     def __init__(self, program):
         self.blocks = program.blocks
@@ -23,7 +23,7 @@ class DroppedReads:
     def effects(self, number: int) -> tuple[frozenset[int], bool] | None:
         """(numbers of the global stores and atomics that depend on load ``number``, whether lanes exchange it between).
 
-        None: it is no load into registers, or has an effect of another kind: a branch, a predicate, shared memory.
+        None: it is not a load to registers, or it has another effect: on a branch, a predicate or shared memory.
         """
         if number not in self.known:
             self.known[number] = self._effects(number)

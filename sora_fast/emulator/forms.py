@@ -1,7 +1,7 @@
-"""The forms of PTX instructions that the emulator executes. Any other one is refused by name, before anything runs.
+"""The forms of PTX instructions that the emulator supports. Any other is rejected by name before anything runs.
 
-Modifiers change meaning (add.sat, cvt.satfinite, ld.shared::cluster), so a form is accepted only as a whole. The order of
-modifiers is the ISA's, and for atom, red and ld also the older one that Triton writes (atom.global.gpu.acq_rel.add.f32).
+Modifiers change semantics (add.sat, cvt.satfinite, ld.shared::cluster), so a form is accepted only as a whole. Modifiers are
+in the order of the ISA, and for atom, red and ld also in the older one that Triton emits (atom.global.gpu.acq_rel.add.f32).
 """
 
 import re
@@ -120,7 +120,7 @@ FORMS = {
 FORMS["red"] = FORMS["atom"]
 PATTERNS = {root: re.compile(rf"(?:{pattern})\Z") for root, pattern in FORMS.items()}
 
-# Refused by a name of their own: what a reader would look for.
+# Rejected with a message of their own, for features that users would search for.
 NAMED = {
     r"tcgen05\..*": "tensor memory and tcgen05 of sm_100",
     r"(mapa|getctarank)\..*|barrier\.cluster.*|.*multicast::cluster.*": "clusters of CTAs",
@@ -136,7 +136,7 @@ SPECIALS = re.compile(
 
 @cache
 def reason(op: str) -> str:
-    """Why the opcode with these modifiers is not executed; "" where it is."""
+    """Why the opcode with these modifiers is not supported; "" if it is."""
     root, _, rest = op.partition(".")
     for pattern, what in NAMED.items():
         if re.fullmatch(pattern, op) and not (root in PATTERNS and PATTERNS[root].match(rest)):
@@ -147,7 +147,7 @@ def reason(op: str) -> str:
 
 
 def check(kernel: Kernel) -> None:
-    """Refuse a kernel with an instruction, a special register or a symbol that the emulator does not know."""
+    """Reject a kernel with an unsupported instruction, special register or symbol."""
 
     def refuse(instr: Instr, why: str):
         raise Unsupported(f"{kernel.name} at {instr.loc or 'no line'}: {why}: `{instr.text}`")
@@ -156,7 +156,7 @@ def check(kernel: Kernel) -> None:
         raise Unsupported(f"{kernel.name}: clusters of CTAs are not emulated: .reqnctapercluster")
     known = {p.name for p in kernel.params} | set(kernel.variables) | {"WARP_SZ"}
     instrs = [item for item in kernel.code if isinstance(item, Instr)]
-    for instr in sorted(instrs, key=lambda instr: instr.parts[0] != "call"):  # not what prepares a call in its place
+    for instr in sorted(instrs, key=lambda instr: instr.parts[0] != "call"):  # not an instruction that prepares a call
         if why := reason(instr.op):
             refuse(instr, why)
         if instr.guard and blocking(instr):

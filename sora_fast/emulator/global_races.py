@@ -1,13 +1,13 @@
-"""Races in global memory: two threads, of any CTAs, touch one element, one of them writes, not both atomically, and nothing
-orders them (PTX ISA 8.7 and 8.8).
+"""Races in global memory: two threads of any CTAs access one element, at least one writes, not both are atomic, and they are
+unordered (PTX ISA 8.7 and 8.8).
 
-Every access of a launch is logged with its thread and that thread's clock (order.py). CTAs are run in batches, so a later
-one may meet what an earlier one did: the log is judged once, after the last. For each element, accesses stand in the order
-they were executed; each must be ordered behind the last write before it, each write behind every read since the one before.
+Every access of a launch is logged with its thread and the thread's vector clock (order.py). CTAs run in batches, and a later
+one may race with an earlier one, so the log is checked once, after the last. For each element, accesses are in execution
+order: each must be ordered after the last write before it, and each write after every read since the previous write.
 
-Inside a warp, lanes are ordered by bar.warp.sync and bar.sync, not by running together; but a read that comes first in the
-program does not race with a later write of another lane: Triton lets several lanes load what one of them stores, and drops
-what the others have loaded. Nor does a read of any thread of the CTA whose result is dropped (dropped_reads.py).
+Lanes of a warp are ordered by bar.warp.sync and bar.sync, not by executing together. But a read that comes first in program
+order does not race with a later write of another lane: Triton lets several lanes load what one of them stores, and discards
+the other results. Nor does a read by any thread of the CTA whose result is unused (dropped_reads.py).
 """
 
 from dataclasses import dataclass
@@ -45,11 +45,11 @@ class GlobalRaces:
         self.events: list[Event] = []
         self.clocks: list[np.ndarray] = []  # snapshots: epochs of the CTA's warps
         self.foreign: list[dict] = []
-        self.locations: dict[int, dict] = {}  # what releases have given each address
+        self.locations: dict[int, dict] = {}  # what was released at each address
 
     # ---- logging
     def stamps(self, m, warps):
-        """The snapshots of these warps' clocks, taken where a clock has changed since the last one."""
+        """Snapshots of these warps' clocks, taken anew only if a clock has changed."""
         stamp = m.races.stamp
         for warp in np.unique(warps[stamp[warps] < 0]):
             stamp[warp] = len(self.clocks)
@@ -76,7 +76,7 @@ class GlobalRaces:
         self.add(m, m.group.warps[rows], lanes, address, size, number, READ if values is None else WRITE)
 
     def same_instruction(self, m, rows, lanes, address, values, number):
-        """Lanes of one store that write different values to one address."""
+        """Report lanes of one store that write different values to one address."""
         order = np.argsort(address, kind="stable")
         same = address[order[1:]] == address[order[:-1]]
         if same.any():
@@ -99,7 +99,7 @@ class GlobalRaces:
             self.add(m, m.group.warps[rows], lanes, address[mask], size, number, WRITE | STRONG)
 
     def strong(self, m, k, address, size, number, order, scope, write):
-        """ld.acquire, ld.relaxed, st.release, st.relaxed and volatile ones. A load acquires before it is logged."""
+        """ld.acquire, ld.relaxed, st.release, st.relaxed and volatile accesses. A load acquires before it is logged."""
         mask = m.lane_mask(k, len(m.group.warps))
         for row, lane in np.argwhere(mask):
             where = int(address[row, lane])
@@ -117,7 +117,7 @@ class GlobalRaces:
             self.add(m, warps, lanes, box.addresses, box.size, entry["number"], WRITE if write else READ, pending)
 
     def map_accessed(self, m, warp, address, number, write):
-        """A tensor map in global memory: made by the kernel, or read by TMA."""
+        """A tensor map in global memory: built by the kernel, or read by TMA."""
         warps, address = np.array([warp]), np.array([address], np.uint64)
         self.add(m, warps, np.zeros(1, np.int64), address, 128, number, WRITE if write else READ)
 
@@ -154,7 +154,7 @@ class GlobalRaces:
         return first if per == 1 else (first[:, None] + np.arange(per, dtype=np.uint64)).ravel()
 
     def check(self, element, event, row, unit):
-        """Accesses sorted by element, then by when they were executed."""
+        """Accesses sorted by element, then by execution order."""
         offsets = np.cumsum([0] + [len(e.address) for e in self.events])
         flat = offsets[event] + row
         take = lambda name: np.concatenate([getattr(e, name) for e in self.events])[flat]
@@ -187,7 +187,7 @@ class GlobalRaces:
         self.mixed(a, group)
 
     def mixed(self, a, group):
-        """Plain accesses beside atomics: the last atomic may be the thread's own, and others' before it not ordered."""
+        """Plain accesses mixed with atomics: the last atomic may be the thread's own, and earlier ones unordered."""
         strong = a["kind"] & STRONG != 0
         first = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
         some = np.logical_or.reduceat(strong, first) & ~np.logical_and.reduceat(strong, first)
@@ -241,7 +241,7 @@ class GlobalRaces:
         return DroppedReads(self.launch.program)
 
     def dropped(self, a, reads, others):
-        """Where accesses ``reads`` are weak loads, by threads of the CTAs of ``others``, whose results had no effect."""
+        """Whether ``reads`` are weak loads whose results had no effect, by threads of the CTAs of ``others``."""
         found = np.zeros(len(reads), bool)
         candidate = (a["kind"][reads] == READ) & (a["cta"][reads] == a["cta"][others])
         number = np.array([e.number for e in self.events])[a["event"][reads]]

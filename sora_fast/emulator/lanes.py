@@ -1,4 +1,4 @@
-"""Instructions between the lanes of a warp: shfl, vote, redux, elect, bar.warp (PTX ISA 9.7.9.6, 9.7.13)."""
+"""Warp-level instructions: shfl, vote, redux, elect, bar.warp (PTX ISA 9.7.9.6, 9.7.13)."""
 
 import numpy as np
 
@@ -10,8 +10,8 @@ REDUX |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
 def wide(x, n):
-    """``x`` of every lane of n warps, (n, 32)."""
-    return x if x.shape == (n, 32) else np.broadcast_to(x, (n, 32))  # slow even where nothing is to be done
+    """``x`` broadcast to the lanes of n warps, (n, 32)."""
+    return x if x.shape == (n, 32) else np.broadcast_to(x, (n, 32))  # np.broadcast_to is slow even without any work
 
 
 def some(x):
@@ -25,14 +25,14 @@ def every(x):
 
 
 class Lanes:
-    """Exchanges inside a warp."""
+    """Warp-level exchanges."""
 
     def members(self, mask, n):
         """The lanes (n, 32) of a membermask."""
         return ((wide(mask, n) >> LANES) & U4(1)).astype(bool)
 
     def converged(self, i, k, mask, number):
-        """All lanes of the membermask must execute the instruction; in a divergent warp some may be elsewhere."""
+        """All lanes of the membermask must execute the instruction; in a diverged warp some may not."""
         missing = self.members(mask, len(self.group.warps)) & self.alive[self.group.warps] & ~k
         if missing.any():
             row, lane = np.argwhere(missing)[0]

@@ -1,6 +1,6 @@
 """ld, st, atom and red, checked for bounds, alignment and uninitialised shared memory (PTX ISA 9.7.9.8 to 11, 9.7.13.9).
 
-``i`` and ``k`` are those of codegen.py; ``n`` is the number of warps in the group, ``number`` the instruction's.
+``i`` and ``k`` are as in codegen.py; ``n`` is the number of warps in the group, ``number`` that of the instruction.
 """
 
 import numpy as np
@@ -73,7 +73,7 @@ class LoadsStores:
         return self.launch.fault(number, f"{space} access of {size} bytes at {address:#x} is {what}: {place}", thread)
 
     def global_addresses(self, k, address, size, number, n):
-        """Addresses (n, 32), checked; those of inactive lanes harmless."""
+        """Checked addresses (n, 32); inactive lanes get a harmless one."""
         address, mask = wide(address, n), None if k is None else wide(k, n)
         active = (address if k is None else address[mask]).ravel()
         if active.size:
@@ -85,7 +85,7 @@ class LoadsStores:
         return address if k is None else np.where(mask, address, U8(memory.HARMLESS))
 
     def shared_addresses(self, i, k, address, size, number, n):
-        """Indices of bytes in self.shared (n, 32), checked; those of inactive lanes at the CTA's start."""
+        """Checked byte indices in self.shared (n, 32); inactive lanes get the CTA's start."""
         address = wide(address, n).astype(U4, copy=False)
         if k is not None:
             address = np.where(k, address, U4(self.launch.shared_base + 15 & ~15))
@@ -99,7 +99,7 @@ class LoadsStores:
         return address + self.shared_start[i]
 
     def local_place(self, k, address, size, count, number, n):
-        """The first bytes (n, 32) of elements in local memory; inactive lanes at their start."""
+        """Byte indices (n, 32) of elements in local memory; inactive lanes get the start."""
         address = wide(address, n).astype(np.int64)
         address = address if k is None else np.where(k, address, 0)
         wrong = (address + size * count > self.launch.local_size) | (address % (size * count) != 0)
@@ -122,7 +122,7 @@ class LoadsStores:
 
     # ---- accesses
     def ld(self, space, i, k, address, t, count, number, order="", scope=""):
-        """``order``: "relaxed" or "acquire" of a strong load, which does not race with atomics; "" of a weak one."""
+        """``order``: "relaxed" or "acquire" for a strong load, which does not race with atomics; "" for a weak one."""
         n = len(self.group.warps)
         size = np.dtype(t).itemsize
         if space == "local":
@@ -207,13 +207,13 @@ class LoadsStores:
         return None
 
     def notice(self, held, values, mask=None):
-        """A store in a loop that may wait for another CTA: one that changes what is there is no waiting."""
+        """A store in a spin loop: if it changes memory, the loop makes progress."""
         changed = held != values
         if (changed if mask is None else changed[mask]).any():
             self.idle = 0
 
     def atomic(self, space, operation, i, k, address, values, t, number, order="relaxed", scope="gpu"):
-        """One lane after the other; the old values (n, 32)."""
+        """Serialised over lanes; returns the old values (n, 32)."""
         n = len(self.group.warps)
         size = np.dtype(t).itemsize
         mask = self.lane_mask(k, n)

@@ -1,8 +1,8 @@
-"""Executes a kernel: a batch of CTAs at a time, warps at the same place together.
+"""Executes a kernel: a batch of CTAs at a time, with warps at the same basic block vectorised.
 
-Warp w of CTA c is number w * ctas + c, so that one role (the consumers, say) of all CTAs is one slice. What is asynchronous
-completes as late as the ISA allows, at its issue, or at a random moment between (``Schedule.when``). Until then its
-destination in shared memory holds NaN, as does shared memory nobody has written.
+Warp w of CTA c has index w * ctas + c, so that one warp role (such as the consumers) of all CTAs is one slice. Asynchronous
+operations complete as late as the ISA allows, at their issue, or at a random time between (``Schedule.when``). Until then
+their destination in shared memory is NaN, as is uninitialised shared memory.
 """
 
 import random
@@ -31,8 +31,8 @@ __all__ = ["Deadlock", "Launch", "Machine", "Schedule"]
 class Schedule:
     """In which order warps run and asynchronous work completes.
 
-    ``seed``: None runs the warps furthest behind, a number random ones. ``when``: copies and wgmma complete "late" (at the
-    wait for them), "early" (at their issue), or at a "random" one of both.
+    ``seed``: None runs the warps furthest behind, an int random ones. ``when``: copies and wgmma complete "late" (at their
+    wait), "early" (at their issue), or "random" (at either).
     """
 
     seed: int | None = None
@@ -40,11 +40,11 @@ class Schedule:
 
 
 class Launch:
-    """One kernel launch, executed by the constructor; ``findings`` says what was found.
+    """One kernel launch, executed by the constructor; ``findings`` lists the errors.
 
     ``params``: the bytes of the parameter space. ``shared``: bytes of dynamic shared memory. ``checks``: look for
     uninitialised shared memory. ``race``: look for races in shared and global memory too. ``batch``: CTAs that run at once.
-    Raises Fault where the kernel cannot go on, with ``findings`` of what came before.
+    Raises Fault if the kernel cannot continue, with the ``findings`` so far.
     """
 
     def __init__(self, program: Program, grid, block, params: bytes, allocations: memory.Allocations, *, shared: int = 0,
@@ -59,7 +59,7 @@ class Launch:
         self.global_races = GlobalRaces(self)
         ctas = int(np.prod(self.grid))
         if batch is None:
-            together = 64 if self.program.spins or not race else 8  # CTAs that wait for each other run together
+            together = 64 if self.program.spins or not race else 8  # CTAs that wait for each other must be co-resident
             batch = max(1, min(together, (64 << 20) // max(self.shared_end, 1)))
         try:
             try:
@@ -72,7 +72,7 @@ class Launch:
             raise
 
     def parameters(self, params: bytes) -> None:
-        """The parameter space has an address: tensor maps are read there."""
+        """The parameter space is addressable: tensor maps are read from it."""
         self.buffer = np.zeros(len(params) + 256, np.uint8)
         start = -self.buffer.ctypes.data % 128
         self.buffer[start : start + len(params)] = np.frombuffer(params, np.uint8)
@@ -103,7 +103,7 @@ class Launch:
                 self.allocations.add(data.ctypes.data + begin, variable.size, variable.name)
         return at
 
-    # ---- what is said about the kernel
+    # ---- error messages
     def cite(self, number: int) -> str:
         """An instruction and the line of the kernel's source it comes from."""
         instr = self.program.instrs[number]
@@ -115,17 +115,17 @@ class Launch:
         return f"{self.program.kernel.name} at {instr.loc or 'no line'}{thread}: {what}, in `{instr.text}`"
 
     def report(self, kind: str, number: int, thread: str, detail: str) -> None:
-        """A finding: the kernel goes on. One of each kind and instruction is kept."""
+        """Record a finding and continue. One per kind and instruction is kept."""
         if (kind, number) not in self.findings:
             self.findings[kind, number] = self.sentence(number, f"{kind} ({detail})", thread)
 
     def fault(self, number: int, what: str, thread: str = "") -> Fault:
-        """To be raised: the kernel cannot go on."""
+        """An exception for an error after which the kernel cannot continue."""
         return Fault(self.sentence(number, what, thread))
 
 
 class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorCores, Lanes):
-    """A batch of CTAs: their registers, shared memory, barriers and what is in flight."""
+    """A batch of CTAs: registers, shared memory, barriers and operations in flight."""
 
     def __init__(self, launch: Launch, ctas: range):
         self.launch, self.program, self.schedule = launch, launch.program, launch.schedule
@@ -156,7 +156,7 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         self.wgmmas: list[dict] = []
         self.wgmma_group = np.zeros(total, np.int64)
         self.wgmma_done = np.zeros(total, np.int64)  # groups that were waited for
-        # which instruction has accessed a register of wgmma since the last wgmma.fence: its number, NO, or NEVER_FENCED
+        # the instruction that accessed a register of wgmma since the last wgmma.fence: its number, NO, or NEVER_FENCED
         self.touched = np.full((len(self.program.wgmma_registers), total), NEVER_FENCED)
         self.in_flight = np.full(self.touched.shape, -1, np.int64)  # the last wgmma group that uses the register
         self.tma_loads: list[dict] = []
@@ -176,7 +176,7 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         self.races = Races(self) if launch.race else None
 
     def completes_now(self) -> bool:
-        """Does asynchronous work complete at its issue?"""
+        """Whether an asynchronous operation completes at its issue."""
         when = self.schedule.when
         return when == "early" or when == "random" and self.random.random() < 0.5
 

@@ -1,10 +1,10 @@
-"""Happens-before as vector clocks (FastTrack, Flanagan and Freund 2009), so that what is found does not depend on the
-schedule that was run.
+"""Happens-before by vector clocks (FastTrack, Flanagan and Freund 2009), so that race detection does not depend on the
+schedule.
 
-The times of a warp are epochs; each release starts a new one. An access is ordered behind another where a chain of barriers,
-of mbarrier arrivals and waits, or of atomics with release and acquire (PTX ISA 8.8) leads from one to the other. In a CTA a
-clock has a column per warp, and one per mbarrier for the TMA loads that complete on it. What a warp knows of other CTAs is
-``foreign``: {CTA: epochs of its warps}, empty in kernels whose CTAs do not synchronise.
+A warp's time is an epoch; each release starts a new one. An access is ordered after another if a chain of barriers, mbarrier
+arrivals and waits, or release and acquire atomics (PTX ISA 8.8) connects them. Within a CTA a clock has a column per warp,
+and one per mbarrier for the TMA loads that complete on it. A warp's knowledge of other CTAs is ``foreign``:
+{CTA: epochs of its warps}, empty in kernels whose CTAs do not synchronise.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ MBARRIERS = 32
 
 
 def merged(a: dict, b: dict) -> dict:
-    """What two parties know together; neither is changed."""
+    """The join of two clocks; neither is modified."""
     if not b or a is b:
         return a
     if not a:
@@ -35,7 +35,7 @@ class Order:
         self.foreign: list[dict] = [{}] * total
         self.fenced: list[tuple | None] = [None] * total  # (clock, foreign) at the last fence.acq_rel or membar
         self.seen: list[list] = [[] for _ in range(total)]  # read by relaxed accesses, acquired by the next fence
-        self.stamp = np.full(total, -1, np.int64)  # of global_races: which snapshot is this warp's clock; -1: none yet
+        self.stamp = np.full(total, -1, np.int64)  # for global_races: index of this warp's current snapshot; -1: none yet
         self.columns: dict[tuple[int, int], int] = {}
 
     def epoch(self, warps):
@@ -46,7 +46,7 @@ class Order:
         self.stamp[warps] = -1
 
     def barrier(self, warps):
-        """A named barrier that these warps of one CTA have passed."""
+        """These warps of one CTA have passed a named barrier."""
         self.clock[warps] = self.clock[warps].max(0)
         known = {}
         for warp in warps:
@@ -79,7 +79,7 @@ class Order:
 
     # ---- between CTAs
     def knowledge(self, warp) -> dict:
-        """All that happens before now in this warp, by CTA: what a release at gpu scope makes known."""
+        """Everything that happens before now in this warp, by CTA: what a release at gpu scope publishes."""
         return merged(self.foreign[warp], {self.m.ids[self.m.cta_of[warp]]: self.clock[warp, : self.warps].copy()})
 
     def learn(self, warp, known: dict) -> None:
@@ -99,7 +99,7 @@ class Order:
         self.advance(warps)
 
     def synchronise(self, warp, locations: dict, address: int, order: str, reads: bool, writes: bool) -> None:
-        """A strong access at gpu scope; ``locations``: what each address has been given by releases."""
+        """A strong access at gpu scope; ``locations``: the clocks released at each address."""
         known = locations.get(address)
         if reads and known:
             if order in ("acquire", "acq_rel"):

@@ -1,7 +1,7 @@
-"""Which warps run next, and where branches take them.
+"""Warp scheduling and branches.
 
-Warps at the same basic block, with whatever lanes, form a Group, which runs a block at a time. Inside a warp the lanes
-furthest behind (in the smallest block) go first: compilers let diverged lanes reconverge there.
+Warps at the same basic block, with any active lanes, form a Group, which executes a block at a time. Within a warp the lanes
+furthest behind (in the smallest block) go first: compilers place reconvergence points there.
 """
 
 import numpy as np
@@ -9,16 +9,16 @@ import numpy as np
 from .lanes import every, some, wide
 from .memory import Fault
 
-IDLE = 2000, 100  # and for each group: so many blocks of loops without any effect, and no warp leaves its loop any more
+IDLE = 2000, 100  # and for each group: after so many blocks of loops without any effect, no warp will leave its loop
 FAIRNESS = 97  # picks between two of the longest waiting group; odd, so that it meets a loop of groups in every phase
 
 
 class Deadlock(Fault):
-    """Every warp waits, and no copy is in flight."""
+    """A deadlock: every warp waits, and no copy is in flight."""
 
 
 class Group:
-    """Warps (sorted numbers) at the start of one block; ``mask``: their lanes there (warps, 32), None for all."""
+    """Warps (sorted indices) at the start of one block; ``mask``: their active lanes (warps, 32), None for all."""
 
     __slots__ = ("block", "warps", "mask", "index")
 
@@ -48,7 +48,7 @@ class Scheduler:
     """Groups of warps: ready, waiting at a named barrier, or blocked at an mbarrier."""
 
     def function(self, block: int, masked: bool):
-        """The block as a Python function, for whole warps or masked."""
+        """The block as a Python function, for full warps or with a mask."""
         key = (block, masked)
         found = self.functions.get(key)
         if found is None:
@@ -61,7 +61,7 @@ class Scheduler:
         return found
 
     def run(self) -> None:
-        """Until every warp has left."""
+        """Run until every warp has exited."""
         self.picks = 0
         with np.errstate(all="ignore"):
             steps = 0
@@ -83,10 +83,10 @@ class Scheduler:
             self.counters.add_blocks(self.program, self.executed)
 
     def pick(self) -> Group:
-        """The next group, merged with all others at its place: the furthest behind, or with a seed any.
+        """The next group, merged with all others at its block: the one furthest behind, or with a seed any.
 
-        Without a seed too the group that has waited longest goes from time to time, lest a warp that spins on what another
-        one has to write (a lock in global memory) keep that one from running.
+        Without a seed too, the group that has waited longest is picked from time to time: a spinning warp (on a lock in
+        global memory) must not starve the one that it waits for.
         """
         ready = self.ready
         if len(ready) == 1:
@@ -147,7 +147,7 @@ class Scheduler:
         self.ready.append(group)
 
     def execute(self, group: Group) -> Group | None:
-        """Run the group's block; the group at its next one, or None where it was put away."""
+        """Execute the group's block; returns the group at its next block, or None if it was queued."""
         block = self.program.blocks[group.block]
         self.executed[group.block] += len(group.warps)
         self.group = group
@@ -180,7 +180,7 @@ class Scheduler:
         return self.wait(group, block, result)
 
     def branch(self, group: Group, taken, target: int) -> Group | None:
-        """The group where all its lanes go one way; else two new ones are ready."""
+        """The group, if all its lanes branch the same way; else two new groups become ready."""
         n = len(group.warps)
         taken = wide(taken, n)
         active = group.mask
@@ -206,7 +206,7 @@ class Scheduler:
         return None
 
     def leave(self, warps, mask) -> None:
-        """Exit. Barriers of all threads do not wait for those that have left."""
+        """Exit. Barriers of all threads do not wait for exited ones."""
         self.alive[warps] &= ~mask
         self.living = self.alive.any(1).reshape(self.warps, self.ctas).sum(0)
         if self.waiting:
@@ -214,10 +214,10 @@ class Scheduler:
                 self.release(number)
 
     def progress(self) -> bool:
-        """Where nothing is ready: try the mbarriers again, or complete a TMA load. False: a deadlock.
+        """If no group is ready: retry the mbarriers, or complete a TMA load. False: a deadlock.
 
-        Without a seed the first load of each CTA completes, which is as late as one alone: CTAs, which wait for none of
-        each other's loads, then go on together.
+        Without a seed the first load of each CTA completes. That is as late as completing one alone, since CTAs do not wait
+        for each other's loads, and lets them continue together.
         """
         if self.changed and self.blocked:
             self.changed = False
@@ -235,7 +235,7 @@ class Scheduler:
         return False
 
     def stuck(self) -> str:
-        """Which warp waits where, and what each mbarrier still expects. Warps that are ready are in loops."""
+        """Where each warp waits, and what each mbarrier still expects. Warps that are ready are in loops."""
         lines = [f"{self.program.kernel.name}: deadlock:"]
         later = int(np.prod(self.launch.grid)) - self.ids[-1] - 1
         if self.ready and later:

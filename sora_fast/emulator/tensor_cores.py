@@ -1,6 +1,6 @@
 """ldmatrix, stmatrix, mma.sync (PTX ISA 9.7.14) and wgmma (9.7.15).
 
-Products of exact operands are summed in float32 by numpy; the Tensor Core's own order and rounding are not modelled.
+Operands are exact and numpy accumulates in float32; the Tensor Core's order of accumulation and rounding are not modelled.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ class TensorCores:
 
     # ---- warp level
     def matrix_rows(self, i, address, count, number):
-        """Shared addresses of the 16-byte rows of 8 x 8 matrices, from the lanes that give them; and indices of bytes."""
+        """Shared-memory addresses of the 16-byte rows of 8 x 8 matrices, from the lanes that hold them; and byte indices."""
         rows = address[:, : 8 * count].astype(U4)
         bad = (rows & U4(15) != 0) | (rows < self.launch.shared_base) | (rows + U4(16) > self.launch.shared_end)
         if some(bad):
@@ -64,11 +64,11 @@ class TensorCores:
         self.mark_initialized(place, 16)
 
     def fragment(self, of, regs, depth, kind):
-        """The operand ``of`` an mma, "a" or "b", in its registers: a matrix for each warp."""
+        """The operand ``of`` an mma, "a" or "b", from its registers: a matrix per warp."""
         return (matrix.matrix_a if of == "a" else matrix.matrix_b)(regs, len(self.group.warps), depth, kind)
 
     def mma(self, left, right, c, k, number):
-        """The registers of D, of two fragments and C's registers."""
+        """The registers of D from two fragments and C's registers."""
         self.whole_warps(k, number)
         product = matrix.registers_d(np.matmul(left, right))
         return [before + each for before, each in zip(c, product, strict=True)]
@@ -105,7 +105,7 @@ class TensorCores:
         return (registers, i) if isinstance(registers, slice) or isinstance(i, slice) else np.ix_(registers, i)
 
     def check_fenced(self, i, registers, warps, number):
-        """wgmma.fence must stand between a thread's access to the registers and this wgmma (PTX ISA 9.7.15.7.1)."""
+        """Require a wgmma.fence between a thread's access to the registers and this wgmma (PTX ISA 9.7.15.7.1)."""
         where = self.both(registers, i)
         touched = self.touched[where]
         bad = touched != NO
@@ -117,7 +117,7 @@ class TensorCores:
         self.in_flight[where] = self.wgmma_group[warps]
 
     def touch(self, i, registers, number, fenced):
-        """Other instructions access registers of wgmma: not while it is in flight, and not unfenced before the next."""
+        """Other instructions access registers of wgmma: not while it is in flight, and with a fence before the next one."""
         warps = self.group.warps
         where = self.both(registers, i)
         bad = self.in_flight[where] >= self.wgmma_done[warps]
@@ -142,7 +142,7 @@ class TensorCores:
             self.races.wgmmas_end(warps, pending)
 
     def complete_wgmmas(self, warps, pending):
-        """Execute those of all groups but the last ``pending``; None: all. Those with one accumulator array run as one."""
+        """Execute the wgmma of all but the last ``pending`` groups; None: all. Batched per accumulator array."""
         if not self.wgmmas:
             return
         mine = np.zeros(self.total, bool)
@@ -165,16 +165,16 @@ class TensorCores:
 
     @staticmethod
     def continues(first, e, which) -> bool:
-        """Is e's product added to what the run's first wgmma computes, for the same warps?"""
+        """Whether e accumulates onto the run's first wgmma, for the same warps."""
         before, chosen = first
         same = before["accumulators"] is e["accumulators"] and np.array_equal(before["warps"][chosen], e["warps"][which])
         return same and (e["scale"] is None or every(e["scale"][which]))
 
     def run_wgmmas(self, run) -> None:
-        """Add the products of a run to its accumulators one after the other: bits do not depend on the schedule."""
+        """Accumulate a run in program order, so that results do not depend on the schedule."""
         e, which = run[0]
         warps, columns, accumulators = e["warps"][which], e["columns"], e["accumulators"]
-        order, n = np.argsort(self.cta_of[warps], kind="stable"), len(warps)  # neighbours read the same operands
+        order, n = np.argsort(self.cta_of[warps], kind="stable"), len(warps)  # adjacent warps read the same operands
         warps = warps[order]
         total = np.empty((n, 16, columns), F4)
         blocked = total.reshape(n, 16, -1, 8).swapaxes(1, 2)
@@ -202,7 +202,7 @@ class TensorCores:
         accumulators[warps] = blocked
 
     def operands(self, descriptors, warps, rows, transposed, e):
-        """What matrix descriptors describe, (operands, rows, depth), and how many warps, one after the other, read each."""
+        """The operands of matrix descriptors, (operands, rows, depth), and how many consecutive warps read each."""
         ctas, kind = self.cta_of[warps], e["kind"]
         layout = bool(transposed), rows, e["depth"], 4 if kind == "tf32" else 2
         new = np.ones(len(warps), bool)
@@ -212,10 +212,10 @@ class TensorCores:
                   for cta, descriptor in zip(ctas[first].tolist(), descriptors[first].tolist(), strict=True)]
         bits = self.shared_views[16].take(places).view(matrix.elements(kind))
         counts = np.append(first[1:], len(warps)) - first
-        return matrix.numbers(bits.swapaxes(1, 2) if transposed else bits, kind), counts
+        return matrix.to_float32(bits.swapaxes(1, 2) if transposed else bits, kind), counts
 
     def pieces(self, cta, descriptor, layout, e):
-        """Which 16-byte pieces of shared memory an operand has."""
+        """The 16-byte chunks of shared memory that an operand occupies."""
         try:
             pieces, low, high = matrix.pieces(descriptor, *layout)
         except matrix.DescriptorError as error:

@@ -1,4 +1,4 @@
-"""Compiles @triton.jit functions to PTX for a GPU that need not be here. ptxas does not run, and Triton's cache is not used.
+"""Compiles @triton.jit functions to PTX for a GPU that need not be present, without ptxas and without Triton's cache.
 
 The stages are Triton's own up to PTX (triton.compiler.compile runs them too, then ptxas). Works with Triton 3.6 to 3.9.
 """
@@ -21,7 +21,7 @@ from .memory import Fault
 
 
 class CompiledKernel:
-    """What ``kernel[grid](...)`` and ``kernel.warmup(...)`` return in place of Triton's handle of this name.
+    """Returned by ``kernel[grid](...)`` and ``kernel.warmup(...)`` in place of Triton's class of this name.
 
     ``name``, ``hash``, ``src``, ``metadata`` (num_warps, shared, ...) and ``asm`` ("ttir", "ttgir", "llir", "ptx") are as
     Triton's; ``self[grid](*arguments)`` launches again with all arguments of the function in their order. What ptxas or a
@@ -97,7 +97,7 @@ def _compile(source, backend, options, target: GPUTarget, cache: Path | None, la
 
 
 def _stages(source, backend, options, target: GPUTarget) -> dict:
-    """The text of every stage up to PTX, and the metadata that the stages leave."""
+    """The text of every stage up to PTX, and the metadata of the stages."""
     metadata = dict(target=target, triton_version=triton.__version__, **options.__dict__)
     stages: dict = {}
     backend.add_stages(stages, options, source.language)
@@ -123,7 +123,7 @@ def _read(path: Path | None) -> dict | None:
 
 
 def _write(path: Path | None, found: dict) -> None:
-    """Whole or not at all: a process beside this one may read it."""
+    """Written atomically: another process may read it."""
     if path is None:
         return
     try:

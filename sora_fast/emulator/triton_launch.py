@@ -1,4 +1,4 @@
-"""Triton's launches on CPU tensors: compiled for a GPU that need not be here, and executed by the emulator.
+"""Triton launches on CPU tensors: compiled for a GPU that need not be present, and executed by the emulator.
 
 ``launching(emulator)`` is a scope of the calling context (a ContextVar): in other threads, and outside, kernels are launched
 as Triton does. Triton's own methods are replaced while a scope is open anywhere, and put back when the last one ends.
@@ -47,7 +47,7 @@ def launching(emulator: Emulator) -> Iterator[None]:
 
 
 def _run(self, *args, grid, warmup, **options):
-    """In the place of JITFunction.run."""
+    """Replaces JITFunction.run."""
     emulator = current.get()
     if emulator is None:
         try:
@@ -67,7 +67,7 @@ def _run(self, *args, grid, warmup, **options):
 
 
 def _run_tuned(self, *args, **options):
-    """In the place of Autotuner.run: nothing is timed, the config is the first that pruning leaves, or the one named."""
+    """Replaces Autotuner.run: nothing is timed; the config is the first after pruning, or the one named."""
     emulator = current.get()
     if emulator is None:
         return _own[Autotuner](self, *args, **options)

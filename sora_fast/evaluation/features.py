@@ -9,7 +9,7 @@ class Features:
     """Rows of features of the clips that are added.
 
     Args:
-        function: from a clip, uint8 (T, H, W, 3) on the CPU, to D numbers (a tensor, an array or a list); with ``batch``,
+        function: from a clip, uint8 (T, H, W, 3) on the CPU, to D values (a tensor, an array or a list); with ``batch``,
             from clips of one size (B, T, H, W, 3), B at most ``batch``, to (B, D).
     """
 
@@ -43,8 +43,8 @@ class Features:
         width = self._rows[0].shape[1] if self._rows else None
         if rows.dim() != 2 or rows.shape[0] != count or (width is not None and rows.shape[1] != width):
             wanted = "D" if width is None else width
-            raise ValueError(f"--features: expected {f'({count}, {wanted})' if self.batch else f'{wanted}'} numbers for "
-                             f"{tuple(clips.shape)} uint8, got shape {tuple(found.shape)}; mend the function")
+            raise ValueError(f"--features: expected {f'({count}, {wanted})' if self.batch else f'{wanted}'} values for "
+                             f"{tuple(clips.shape)} uint8, got shape {tuple(found.shape)}; fix the function")
         self._rows.append(rows)
 
 

@@ -38,7 +38,7 @@ def _squared(got, real) -> torch.Tensor:
 
 
 def psnr(got: torch.Tensor, real: torch.Tensor, *, peak: float | None = None) -> float:
-    """Peak signal-to-noise ratio in dB over all numbers of two clips (T, H, W, C); inf where they are equal."""
+    """Peak signal-to-noise ratio in dB over all elements of two clips (T, H, W, C); inf where they are equal."""
     peak = _checked("psnr", got, real, peak)
     return decibels(float(_squared(got, real).mean()), peak)
 
@@ -98,7 +98,7 @@ class Quality:
 class ClipQuality:
     """``Quality`` of a clip that comes in parts: ``add`` them in order. Memory is that of a part and a number per frame.
 
-    Those of several clips of one ``peak`` may be added (``+``): the figures over all their numbers and frames.
+    Those of several clips of one ``peak`` may be added (``+``): the figures over all their elements and frames.
     """
 
     def __init__(self, peak: float | None = None):

@@ -26,8 +26,8 @@ class Clip(Protocol):
 class TimestepLosses:
     """What ``loss_by_timestep`` measured.
 
-    losses: (B, K) float64, mean over the numbers of clip k at its timestep of stratum b. timesteps: (B, K), within
-    [1000 b / B, 1000 (b + 1) / B). numbers: (K,) of each clip's latent; clips count by them, as in training.
+    losses: (B, K) float64, mean over the elements of clip k at its timestep of stratum b. timesteps: (B, K), within
+    [1000 b / B, 1000 (b + 1) / B). numbers: (K,), numel of each clip's latent, by which clips are weighted, as in training.
     """
 
     losses: torch.Tensor

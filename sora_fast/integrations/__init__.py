@@ -1,4 +1,4 @@
-"""Other people's models on this library's layers."""
+"""Third-party models on this library's ops."""
 
 from .attention_backend import register_attention_backend
 from .swapping import Report, accelerate, restore

@@ -9,13 +9,13 @@ from .transformer import add, add_norm_modulate, norm_modulate
 
 
 class AdaNorm(Fast):
-    runs = "norm_modulate"
-    reads = dict(norm=LAYER_NORM)
+    report = "norm_modulate"
+    absorbs = dict(norm=LAYER_NORM)
 
 
 class AdaLayerNormZero(AdaNorm):
     def forward(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
-        if AdaLayerNormZero.unsuited(self):
+        if AdaLayerNormZero.why_not(self):
             return super().forward(x, timestep, class_labels, hidden_dtype, emb)
         if self.emb is not None:
             emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
@@ -26,7 +26,7 @@ class AdaLayerNormZero(AdaNorm):
 
 class AdaLayerNormZeroSingle(AdaNorm):
     def forward(self, x, emb=None):
-        if AdaLayerNormZeroSingle.unsuited(self):
+        if AdaLayerNormZeroSingle.why_not(self):
             return super().forward(x, emb)
         shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
         return norm_modulate(self.norm, x, shift, scale), gate
@@ -34,7 +34,7 @@ class AdaLayerNormZeroSingle(AdaNorm):
 
 class AdaLayerNormContinuous(AdaNorm):
     def forward(self, x, conditioning_embedding):
-        if AdaLayerNormContinuous.unsuited(self):
+        if AdaLayerNormContinuous.why_not(self):
             return super().forward(x, conditioning_embedding)
         scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
         return norm_modulate(self.norm, x, shift, scale)
@@ -42,7 +42,7 @@ class AdaLayerNormContinuous(AdaNorm):
 
 class CogVideoXLayerNormZero(AdaNorm):
     def forward(self, hidden_states, encoder_hidden_states, temb):
-        if CogVideoXLayerNormZero.unsuited(self):
+        if CogVideoXLayerNormZero.why_not(self):
             return super().forward(hidden_states, encoder_hidden_states, temb)
         shift, scale, gate, text_shift, text_scale, text_gate = self.linear(self.silu(temb)).chunk(6, dim=1)
         return (norm_modulate(self.norm, hidden_states, shift, scale),
@@ -50,14 +50,14 @@ class CogVideoXLayerNormZero(AdaNorm):
 
 
 class DiTBlock(Fast):
-    """BasicTransformerBlock as DiTTransformer2DModel builds it; other uses of that class are left alone."""
+    """BasicTransformerBlock as DiTTransformer2DModel configures it; other configurations are left alone."""
 
-    runs = "gate_residual_norm_modulate, gate_residual"
-    reads = dict(norm3=LAYER_NORM)
+    report = "gate_residual_norm_modulate, gate_residual"
+    absorbs = dict(norm3=LAYER_NORM)
 
     def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None,
                 timestep=None, cross_attention_kwargs=None, class_labels=None, added_cond_kwargs=None):
-        if DiTBlock.unsuited(self) or (cross_attention_kwargs or {}).get("gligen") is not None:
+        if DiTBlock.why_not(self) or (cross_attention_kwargs or {}).get("gligen") is not None:
             return super().forward(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
                                    cross_attention_kwargs, class_labels, added_cond_kwargs)
         h, gate, shift, scale, ff_gate = self.norm1(hidden_states, timestep, class_labels, hidden_dtype=hidden_states.dtype)
@@ -66,12 +66,12 @@ class DiTBlock(Fast):
         return add(x, self.ff(h), ff_gate)
 
     @classmethod
-    def unsuited(cls, module):
+    def why_not(cls, module):
         plain = (module.norm_type == "ada_norm_zero" and module.attn2 is None and module.pos_embed is None
                  and not module.only_cross_attention and module._chunk_size is None)
         if not plain:
-            return "it is not of the form that DiT has"
-        return super().unsuited(module)
+            return "it is not configured as in DiT"
+        return super().why_not(module)
 
 
 _NORMS = "diffusers.models.normalization"

@@ -12,9 +12,9 @@ NAME = "sora_fast"
 
 
 def register_attention_backend() -> None:
-    """Make "sora_fast" a name that diffusers' ``set_attention_backend`` and ``attention_backend`` take; once is enough.
+    """Register "sora_fast" for diffusers' ``set_attention_backend`` and ``attention_backend``; repeated calls do nothing.
 
-    Padded text then costs nothing: its keys are left out by lengths instead of a dense mask.
+    Padded text then costs nothing: its keys are excluded by sequence lengths, not by a dense mask.
 
     Raises:
         ImportError: no diffusers with attention backends.
@@ -26,7 +26,7 @@ def register_attention_backend() -> None:
                           f"pip install 'sora_fast[train]'") from error
     if NAME in AttentionBackendName._value2member_map_:
         return
-    member = str.__new__(AttentionBackendName, NAME)  # an Enum takes no new members by any public way
+    member = str.__new__(AttentionBackendName, NAME)  # Enum has no public way to add members
     member._name_, member._value_ = NAME.upper(), NAME
     AttentionBackendName._member_map_[member._name_] = AttentionBackendName._value2member_map_[NAME] = member
     AttentionBackendName._member_names_.append(member._name_)
@@ -38,11 +38,11 @@ def attend(query, key, value, attn_mask=None, dropout_p: float = 0.0, is_causal:
     """Attention of q (B, N, H, E) to k, v (B, M, Hk, E) as diffusers' backends compute it; returns (B, N, H, E).
 
     Args:
-        attn_mask: None, or bool of the keys alone: (B, M), or (B or 1, 1, 1, M). Queries without a key give 0.
+        attn_mask: None, or a bool mask over keys: (B, M), or (B or 1, 1, 1, M). Queries without keys give 0.
 
     Raises:
-        ValueError: dropout, context parallelism, a mask that differs from query to query, causal beside a mask or with
-            another number of keys than queries.
+        ValueError: dropout, context parallelism, a mask that differs between queries, causal with a mask or with different
+            numbers of keys and queries.
     """
     batch, tokens, keys = query.shape[0], query.shape[1], key.shape[1]
     for wrong, what in ((dropout_p, f"dropout {dropout_p:g}"), (_parallel_config is not None, "context parallelism"),
@@ -56,7 +56,7 @@ def attend(query, key, value, attn_mask=None, dropout_p: float = 0.0, is_causal:
     if attn_mask is not None:
         seen = _seen(attn_mask, batch, keys)
         cu_k = F.pad(seen.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-        order = torch.argsort(~seen.flatten(), stable=True)  # seen keys first, sample by sample; the others are the tail
+        order = torch.argsort(~seen.flatten(), stable=True)  # unmasked keys first, sample by sample; the others are the tail
         k, v = k[order], v[order]
     out = ops.varlen_attention(query.flatten(0, 1), k, v, steps * tokens, cu_k, tokens, keys, softmax_scale=scale,
                                causal=is_causal)
@@ -64,7 +64,7 @@ def attend(query, key, value, attn_mask=None, dropout_p: float = 0.0, is_causal:
 
 
 def _seen(mask, batch: int, keys: int):
-    """The keys (B, M) that every query of a sample sees."""
+    """The keys (B, M) that the queries of a sample attend to."""
     of_keys = mask.dim() == 2 or (mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1)
     if mask.dtype != torch.bool or not of_keys or mask.shape[-1] != keys or mask.shape[0] not in (1, batch):
         raise ValueError(f"attention backend sora_fast: expected a bool mask of the keys alone, (B, M) or (B, 1, 1, M), got "

@@ -1,7 +1,7 @@
-"""The autoencoder of CogVideoX, as diffusers has it: its first frame repeated before the clip, norms over a chunk's frames,
-in the decoder scaled and shifted by the latent.
+"""The autoencoder of CogVideoX, as diffusers has it: time padding replicates the first frame, and norms are over the frames
+of a chunk, in the decoder modulated by the latent.
 
-B batch, C channels, T frames, H height, W width. Its caches are dictionaries by name, which are kept.
+B batch, C channels, T frames, H height, W width. Its caches are dictionaries by name, as in diffusers.
 """
 
 import torch
@@ -25,16 +25,16 @@ def _convolve(conv, x, cache=None, *, norm=None, residual=None):
         op = ops.norm_act_conv3d
         settings |= dict(norm_weight=norm.weight, norm_bias=norm.bias, norm="group", groups=norm.num_groups, eps=norm.eps,
                          act="silu")
-    if behind == 0 or conv.pad_mode == "replicate":  # without a past
+    if behind == 0 or conv.pad_mode == "replicate":  # no cache
         return op(x, weight, conv.conv.bias, **settings), None
     y, seen = op(x, weight, conv.conv.bias, cache=cache, return_cache=True, **settings)
-    if seen.shape[2] < behind:  # a first chunk of one frame: diffusers' cache has its copies too
+    if seen.shape[2] < behind:  # a first chunk of one frame: diffusers caches copies of it
         seen = torch.cat([seen[:, :, :1]] * (behind - seen.shape[2]) + [seen], dim=2)
     return y, seen
 
 
 def _reads_as_causal(conv) -> bool:
-    """Its convolution pads in space what ours does, and it repeats the frames that its kernel needs in front."""
+    """Whether it pads space as ours does, and replicates the first frame as often as its kernel needs."""
     inner, space, behind = held(conv, "conv"), (conv.width_pad,) * 2 + (conv.height_pad,) * 2, conv.time_kernel_size - 1
     if conv.pad_mode not in ("first", "constant", "replicate") or not _SAFE(inner):
         return False
@@ -45,7 +45,7 @@ def _reads_as_causal(conv) -> bool:
     return inner.padding == (0, conv.height_pad, conv.width_pad)
 
 
-# It cuts what is above 2 GB by its kernel_size.
+# It splits inputs above 2 GB by its kernel_size.
 _SAFE = Kind(f"{_VAE}.CogVideoXSafeConv3d", methods=("forward", "_conv_forward"), read="weight bias stride padding",
              groups=1, dilation=(1, 1, 1), padding_mode="zeros",
              rule=lambda conv: conv.kernel_size == held(conv, "weight").shape[2:])
@@ -56,27 +56,27 @@ _POINTS_IN_CONV = _CONV.but(time_kernel_size=1, rule=lambda conv: _reads_as_caus
 
 
 class CausalConv(Fast):
-    runs = "causal_conv3d, the first frame repeated by address"
-    reads = dict(conv=_SAFE)
+    report = "causal_conv3d, the first frame repeated by address"
+    absorbs = dict(conv=_SAFE)
 
     def forward(self, inputs, conv_cache=None):
-        if not _CONV.settled(self):
+        if not _CONV.matches_settings(self):
             return super().forward(inputs, conv_cache)
         return _convolve(self, inputs, conv_cache)
 
     @classmethod
-    def unsuited(cls, module):
-        if _CONV.settled(module):
+    def why_not(cls, module):
+        if _CONV.matches_settings(module):
             return None
-        return super().unsuited(module) or "its padding, groups or dilation are none that CogVideoX has"
+        return super().why_not(module) or "its padding, groups or dilation are not a configuration of CogVideoX"
 
 
 class SpatialNorm(Fast):
-    runs = "norm_act; its 1x1x1 convolutions see the latent before it is enlarged, which commutes"
-    reads = dict(norm_layer=GROUP_NORM, conv_y=_POINTS_IN_CONV, conv_b=_POINTS_IN_CONV)
+    report = "norm_act; its 1x1x1 convolutions run before the latent is upsampled, which commutes"
+    absorbs = dict(norm_layer=GROUP_NORM, conv_y=_POINTS_IN_CONV, conv_b=_POINTS_IN_CONV)
 
     def forward(self, f, zq, conv_cache=None):
-        if SpatialNorm.unsuited(self):
+        if SpatialNorm.why_not(self):
             return super().forward(f, zq, conv_cache)
         norm = self.norm_layer
         h = ops.norm_act(f, norm.weight, norm.bias, norm="group", groups=norm.num_groups, eps=norm.eps, act=None)
@@ -85,7 +85,7 @@ class SpatialNorm(Fast):
 
 
 def _enlarge(z, shape):
-    """Nearest neighbour to (T, H, W) of ``shape``; of an odd number of frames the first is one by itself."""
+    """Nearest-neighbour upsampling to (T, H, W) of ``shape``; the first of an odd number of frames is done separately."""
     if shape[2] > 1 and shape[2] % 2 == 1:
         first, rest = (1, *shape[3:]), (shape[2] - 1, *shape[3:])
         return torch.cat([F.interpolate(z[:, :, :1], size=first), F.interpolate(z[:, :, 1:], size=rest)], dim=2)
@@ -93,11 +93,11 @@ def _enlarge(z, shape):
 
 
 class ResnetBlock(Fast):
-    runs = "norm_act_conv3d twice (causal_conv3d behind a spatial norm), the shortcut added in the second"
-    reads = dict(conv1=_CONV, conv2=_CONV, conv_shortcut=anything, nonlinearity=anything, dropout=DROPOUT)
+    report = "norm_act_conv3d twice (causal_conv3d after a spatial norm), the shortcut added in the second"
+    absorbs = dict(conv1=_CONV, conv2=_CONV, conv_shortcut=anything, nonlinearity=anything, dropout=DROPOUT)
 
     def forward(self, inputs, temb=None, zq=None, conv_cache=None):
-        if temb is not None or ResnetBlock.unsuited(self):
+        if temb is not None or ResnetBlock.why_not(self):
             return super().forward(inputs, temb, zq, conv_cache)
         past, now = conv_cache or {}, {}
         h = self._half(1, inputs, zq, past, now)
@@ -110,7 +110,7 @@ class ResnetBlock(Fast):
         return self._half(2, h, zq, past, now, shortcut), now
 
     def _half(self, place, x, zq, past, now, residual=None):
-        """Norm, SiLU and convolution ``place``; its cache goes into ``now``."""
+        """Norm, SiLU and convolution number ``place``; its cache is stored in ``now``."""
         norm, conv = getattr(self, f"norm{place}"), getattr(self, f"conv{place}")
         name = f"conv{place}"
         if zq is None and GROUP_NORM(norm) and SILU(self.nonlinearity):
@@ -124,20 +124,20 @@ class ResnetBlock(Fast):
         return y
 
     @classmethod
-    def unsuited(cls, module):
+    def why_not(cls, module):
         if module.in_channels != module.out_channels:
-            may_be_read = _CONV if module.use_conv_shortcut else _POINTS
-            if not may_be_read(module.conv_shortcut):
-                return "its conv_shortcut was replaced, has a hook, or is set to what is not read past it"
-        return super().unsuited(module)
+            may_absorb = _CONV if module.use_conv_shortcut else _POINTS
+            if not may_absorb(module.conv_shortcut):
+                return "its conv_shortcut was replaced, has a hook, or has settings that are not supported"
+        return super().why_not(module)
 
 
 class Upsample(Fast):
-    runs = "causal_conv3d, upsampling in space by address"
-    reads = dict(conv=CONV2D)
+    report = "causal_conv3d, upsampling in space by address"
+    absorbs = dict(conv=CONV2D)
 
     def forward(self, inputs):
-        if Upsample.unsuited(self):
+        if Upsample.why_not(self):
             return super().forward(inputs)
         if self.compress_time and inputs.shape[2] > 1:
             odd = inputs.shape[2] % 2
@@ -146,11 +146,11 @@ class Upsample(Fast):
 
 
 class Downsample(Fast):
-    runs = "causal_conv3d with stride"
-    reads = dict(conv=STRIDED_CONV2D)
+    report = "causal_conv3d with stride"
+    absorbs = dict(conv=STRIDED_CONV2D)
 
     def forward(self, x):
-        if Downsample.unsuited(self):
+        if Downsample.why_not(self):
             return super().forward(x)
         if self.compress_time:
             odd = x.shape[2] % 2
@@ -165,4 +165,4 @@ SWAPS |= {"diffusers.models.upsampling.CogVideoXUpsample3D": Upsample,
 KNOWN = {f"{_VAE}.{name}": ITS_CHILDREN for name in (
     "AutoencoderKLCogVideoX", "CogVideoXEncoder3D", "CogVideoXDecoder3D", "CogVideoXDownBlock3D", "CogVideoXMidBlock3D",
     "CogVideoXUpBlock3D")}
-KNOWN[f"{_VAE}.CogVideoXSafeConv3d"] = "a convolution that diffusers cuts in time above 2 GB"
+KNOWN[f"{_VAE}.CogVideoXSafeConv3d"] = "a convolution that diffusers splits in time above 2 GB"

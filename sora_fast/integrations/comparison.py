@@ -1,7 +1,7 @@
-"""A model of somebody else's beside its accelerated self: outputs, gradients, layer by layer, and where it first departs.
+"""Comparison of a third-party model with its accelerated copy: outputs, gradients, layers, and the first one that departs.
 
-The original in float64 says what is right. In its own dtype the original has an error too; the accelerated model may have
-twice that, and a rounding of the whole.
+The reference is the original in float64. In its own dtype the original has an error too; the accelerated model may have
+twice that, plus one rounding of the result.
 """
 
 import copy
@@ -20,7 +20,7 @@ from .swapping import Report, accelerate
 
 @dataclass(frozen=True)
 class Line:
-    """Relative errors against float64 of one tensor: the original's in its own dtype, and the accelerated model's."""
+    """Relative errors of one tensor against float64: the original's in its own dtype, and the accelerated model's."""
 
     call: str
     name: str  # "output", a module's name, or "gradient of ..."
@@ -48,7 +48,7 @@ class Comparison:
 
     @property
     def departs(self) -> Line | None:
-        """The first layer whose error is beyond what is allowed."""
+        """The first layer whose error exceeds what is allowed."""
         return next((line for line in self.layers if not line.passed), None)
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Comparison:
 
 
 def open_model(what: str) -> nn.Module:
-    """A model from a folder of diffusers, or a tiny random one of a class's name (``AutoencoderKLWan``)."""
+    """A model from a diffusers folder, or a tiny random one by class name (``AutoencoderKLWan``)."""
     try:
         import diffusers
     except ImportError as error:
@@ -112,7 +112,7 @@ def compare(model: nn.Module, calls: list[tuple[str, Callable]] | None = None, *
     plain = copy.deepcopy(model).to(device, dtype).eval()
     exact, fast = copy.deepcopy(plain).double(), copy.deepcopy(plain)
     report = accelerate(fast)
-    # Not what a swapped module reads past its child's own forward: a hook there is a reason for it not to.
+    # Not absorbed children: a hook on one would keep it from being absorbed.
     inside = {row.name for row in report.rows if row.state == "inside"}
     watched = [name for name, module in model.named_modules() if name not in inside and name.count(".") <= 2 and name
                and _is_block(module)]
@@ -140,7 +140,7 @@ def _line(call, name, right, plain, fast, scale, floor) -> Line:
 
 
 def _results(model, run, watched, rounded, device, dtype) -> tuple[dict, dict]:
-    """Output and gradients by name, and the first tensor that each watched module gave, in float64 on the CPU."""
+    """Output and gradients by name, and the first tensor that each watched module returned, in float64 on the CPU."""
     given_by: dict[str, list[torch.Tensor]] = {}
     keep = lambda x: x.detach().double().cpu()
 
@@ -154,7 +154,7 @@ def _results(model, run, watched, rounded, device, dtype) -> tuple[dict, dict]:
     modules = dict(model.named_modules())
     handles = [modules[name].register_forward_hook(hook(name)) for name in watched]
     model.zero_grad()
-    # Inputs are rounded once, so that all three see the same.
+    # Inputs are rounded once, so that all three models get the same.
     cast = lambda x: x.to(rounded).to(device, dtype)
     try:
         out = run(model, cast)
@@ -166,12 +166,12 @@ def _results(model, run, watched, rounded, device, dtype) -> tuple[dict, dict]:
     found = {"output": keep(out)}
     for name, p in model.named_parameters():
         found[f"gradient of {name}"] = keep(torch.zeros_like(p) if p.grad is None else p.grad)
-    # A clip that passed in chunks is compared with the clip that passed whole.
+    # A clip processed in chunks is compared with the clip processed whole.
     return found, {name: torch.cat(parts, dim=2 if parts[0].dim() == 5 else 0) for name, parts in given_by.items()}
 
 
 def _is_block(module: nn.Module) -> bool:
-    """A part of diffusers' own that holds others."""
+    """A module of diffusers that has children."""
     return original_of(type(module)).__module__.startswith("diffusers.") and any(True for _ in module.children())
 
 

@@ -31,7 +31,7 @@ def _norm_act_convolve(norm, conv, x, residual=None):
 
 
 def _reads_as_causal(conv) -> bool:
-    """Its border and the nn.Conv3d in it are those of a causal convolution, whose nn.Conv3d may be read past it."""
+    """Whether its padding and its nn.Conv3d form a causal convolution whose nn.Conv3d may be absorbed."""
     pad, inner = conv.time_causal_padding, held(conv, "conv")
     return (conv.pad_mode in _PADS and CONV3D(inner) and len(pad) == 6
             and tuple(pad[4:]) == (held(inner, "weight").shape[2] - 1, 0))
@@ -46,26 +46,26 @@ _PROCESSOR = Kind("diffusers.models.attention_processor.AttnProcessor2_0", metho
 
 
 class CausalConv(Fast):
-    runs = "causal_conv3d, its borders by address"
-    reads = dict(conv=CONV3D)
+    report = "causal_conv3d, its borders by address"
+    absorbs = dict(conv=CONV3D)
 
     def forward(self, hidden_states):
-        return _convolve(self, hidden_states) if _CONV.settled(self) else super().forward(hidden_states)
+        return _convolve(self, hidden_states) if _CONV.matches_settings(self) else super().forward(hidden_states)
 
     @classmethod
-    def unsuited(cls, module):
-        if _CONV.settled(module):
+    def why_not(cls, module):
+        if _CONV.matches_settings(module):
             return None
-        return super().unsuited(module) or "its padding, groups or dilation are none that HunyuanVideo has"
+        return super().why_not(module) or "its padding, groups or dilation are not a configuration of HunyuanVideo"
 
 
 class ResnetBlock(Fast):
-    runs = "norm_act_conv3d twice, the shortcut added in the second"
-    reads = dict(norm1=GROUP_NORM, conv1=_CONV, norm2=GROUP_NORM, conv2=_CONV, conv_shortcut=either(absent, _CONV),
+    report = "norm_act_conv3d twice, the shortcut added in the second"
+    absorbs = dict(norm1=GROUP_NORM, conv1=_CONV, norm2=GROUP_NORM, conv2=_CONV, conv_shortcut=either(absent, _CONV),
                  nonlinearity=SILU, dropout=DROPOUT)
 
     def forward(self, hidden_states):
-        if ResnetBlock.unsuited(self):
+        if ResnetBlock.why_not(self):
             return super().forward(hidden_states)
         h = _norm_act_convolve(self.norm1, self.conv1, hidden_states)
         shortcut = hidden_states if self.conv_shortcut is None else _convolve(self.conv_shortcut, hidden_states)
@@ -73,29 +73,29 @@ class ResnetBlock(Fast):
 
 
 class Upsample(Fast):
-    runs = "causal_conv3d, upsampling in space by address"
-    reads = dict(conv=_CONV)
+    report = "causal_conv3d, upsampling in space by address"
+    absorbs = dict(conv=_CONV)
 
     def forward(self, hidden_states):
-        if Upsample.unsuited(self):
+        if Upsample.why_not(self):
             return super().forward(hidden_states)
-        if self.upsample_factor[0] == 2:  # every frame but the first twice
+        if self.upsample_factor[0] == 2:  # repeat every frame but the first
             first, rest = hidden_states[:, :, :1], hidden_states[:, :, 1:]
             hidden_states = torch.cat([first, rest.repeat_interleave(2, dim=2)], dim=2)
         return _convolve(self.conv, hidden_states, upsample=self.upsample_factor[1])
 
     @classmethod
-    def unsuited(cls, module):
+    def why_not(cls, module):
         if tuple(module.upsample_factor) not in ((1, 2, 2), (2, 2, 2), (2, 1, 1)):
             return f"it upsamples by {tuple(module.upsample_factor)}"
-        return super().unsuited(module)
+        return super().why_not(module)
 
 
 class MidBlock(Fast):
-    runs = "frame by frame over the frames before it, without diffusers' mask of all pixels by all pixels"
+    report = "frame-causal attention one frame at a time, without diffusers' dense mask"
 
     def forward(self, hidden_states):
-        if MidBlock.unsuited(self):
+        if MidBlock.why_not(self):
             return super().forward(hidden_states)
         recompute = torch.is_grad_enabled() and self.gradient_checkpointing
         block = self._gradient_checkpointing_func if recompute else lambda layer, x: layer(x)
@@ -106,13 +106,13 @@ class MidBlock(Fast):
         return x
 
     @classmethod
-    def unsuited(cls, module):
+    def why_not(cls, module):
         plain = all(attention is None or _ATTENTION(attention) for attention in module.attentions)
-        return None if plain else "its attention has been given another processor, a norm or a hook"
+        return None if plain else "its attention has another processor, a norm or a hook"
 
 
 def _attend(attention, x):
-    """Every pixel sees those of its own frame and of the frames before it."""
+    """Every pixel attends to its own frame and to earlier ones."""
     batch, channels, frames, height, width = x.shape
     tokens = x.permute(0, 2, 3, 4, 1).flatten(1, 3)
     h = tokens if attention.group_norm is None else attention.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
@@ -127,13 +127,13 @@ def _attend(attention, x):
 
 
 class Ends(Fast):
-    """Encoder and decoder: their last norm, activation and convolution are one op."""
+    """Encoder and decoder: their last norm, activation and convolution are fused."""
 
-    runs = "norm_act_conv3d at its end, its children for the rest"
-    reads = dict(conv_norm_out=GROUP_NORM, conv_act=SILU, conv_out=_CONV)
+    report = "norm_act_conv3d at its end, its children for the rest"
+    absorbs = dict(conv_norm_out=GROUP_NORM, conv_act=SILU, conv_out=_CONV)
 
     def forward(self, hidden_states):
-        if Ends.unsuited(self):
+        if Ends.why_not(self):
             return super().forward(hidden_states)
         x = self.conv_in(hidden_states)
         recompute = torch.is_grad_enabled() and self.gradient_checkpointing

@@ -1,4 +1,4 @@
-"""The transformers of HunyuanVideo and CogVideoX, as diffusers has them: tokens of video and text attend together.
+"""The transformers of HunyuanVideo and CogVideoX, as diffusers has them: joint attention over video and text tokens.
 
 Attention itself runs on the backend that diffusers is set to (CogVideoX: PyTorch's own).
 
@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .known import DIFFUSERS_RMS_NORM, ITS_CHILDREN, LAYER_NORM, QK_LAYER_NORM, RMS_NORM, anything, either
-from .mixin import Fast, Kind, has_hooks, has_own_forward, is_fast, original_of, takes_what_is_ours
+from .mixin import Fast, Kind, accepts_our_arguments, has_hooks, has_own_forward, is_fast, original_of
 from .transformer import (
-    Places,
+    Positions,
     add,
     add_norm_modulate,
-    grid_places,
+    grid_positions,
     norm_rotate,
     rotate_by_tables,
     tables,
@@ -35,11 +35,11 @@ _HEAD_NORMS = ((either(RMS_NORM, DIFFUSERS_RMS_NORM), "rms_head"), (QK_LAYER_NOR
 
 
 def _norm_settings(norm_q, norm_k) -> dict | None:
-    """Keywords of ops.qk_norm_rope for a pair of norms per head, or None where it has none like these."""
+    """Keywords of ops.qk_norm_rope for a pair of norms per head, or None if they are not supported."""
     if norm_q is None and norm_k is None:
         return dict(norm=None)
-    for may_be_read, norm in _HEAD_NORMS:
-        if may_be_read(norm_q) and may_be_read(norm_k) and norm_q.eps == norm_k.eps:
+    for may_absorb, norm in _HEAD_NORMS:
+        if may_absorb(norm_q) and may_absorb(norm_k) and norm_q.eps == norm_k.eps:
             q_bias, k_bias = getattr(norm_q, "bias", None), getattr(norm_k, "bias", None)  # PyTorch's rms norm has none
             return dict(norm=norm, q_weight=norm_q.weight, k_weight=norm_k.weight, q_bias=q_bias, k_bias=k_bias,
                         eps=norm_q.eps)
@@ -47,15 +47,15 @@ def _norm_settings(norm_q, norm_k) -> dict | None:
 
 
 class Attention(Fast):
-    """diffusers' Attention with the processor of HunyuanVideo or CogVideoX; with any other it is left alone."""
+    """diffusers' Attention with the processor of HunyuanVideo or CogVideoX; others are left alone."""
 
-    runs = "qk_norm_rope; attention on diffusers' own backend"
-    reads = dict(norm_q=anything, norm_k=anything, norm_added_q=anything, norm_added_k=anything)
+    report = "qk_norm_rope; attention on diffusers' own backend"
+    absorbs = dict(norm_q=anything, norm_k=anything, norm_added_q=anything, norm_added_k=anything)
 
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
         rope = kwargs.pop("image_rotary_emb", None)
-        if Attention.unsuited(self) or kwargs or encoder_hidden_states is None:
-            rope = tables(rope) if isinstance(rope, Places) else rope
+        if Attention.why_not(self) or kwargs or encoder_hidden_states is None:
+            rope = tables(rope) if isinstance(rope, Positions) else rope
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=rope, **kwargs)
         run = self._hunyuan if _HUNYUAN_PROCESSOR.is_of(self.processor) else self._cogvideox
         return run(hidden_states, encoder_hidden_states, attention_mask, rope)
@@ -64,7 +64,7 @@ class Attention(Fast):
         return [layer(x).unflatten(2, (self.heads, -1)) for layer in layers]
 
     def _hunyuan(self, video, text, mask, rope):
-        """Video first, then text, which has layers of its own in the first blocks and the video's in the later ones."""
+        """Video first, then text, which has its own projections in the double-stream blocks and shares the video's later."""
         own, length = self.add_q_proj is not None, text.shape[1]
         x = video if own else torch.cat([video, text], dim=1)
         q, k, v = self._project(x, self.to_q, self.to_k, self.to_v)
@@ -93,17 +93,17 @@ class Attention(Fast):
         return out[:, length:], out[:, :length]
 
     @classmethod
-    def unsuited(cls, module):
+    def why_not(cls, module):
         if not (_HUNYUAN_PROCESSOR.is_of(module.processor) or _COG_PROCESSOR.is_of(module.processor)):
             return f"its processor is a {type(module.processor).__name__}"
         pairs = ((module.norm_q, module.norm_k), (module.norm_added_q, module.norm_added_k))
         changed = any(_norm_settings(*pair) is None for pair in pairs)
-        return "a norm was replaced, has a hook, or is set to what is not read past it" if changed else None
+        return "a norm was replaced, has a hook, or has settings that are not supported" if changed else None
 
 
 def _rotate(q, k, rope, text: tuple[int, int], norm: dict, only_q: bool = False):
     """Norm, and rotation of the video's tokens by places or tables; ``text``: tokens before and behind them."""
-    if rope is None or isinstance(rope, Places):
+    if rope is None or isinstance(rope, Positions):
         return norm_rotate(q, k, rope, front=text[0], **norm)
     q, k = norm_rotate(q, k, None, **norm)
     cos, sin = (F.pad(table.to(q.device)[:, None], (0, 0, 0, 0, *text), value=value)
@@ -112,29 +112,29 @@ def _rotate(q, k, rope, text: tuple[int, int], norm: dict, only_q: bool = False)
 
 
 class HunyuanRotary(Fast):
-    runs = "places of tokens instead of tables: angles are made in the kernel"
+    report = "places of tokens instead of tables: angles are made in the kernel"
 
     def forward(self, hidden_states):
-        if has_hooks(self) or not takes_what_is_ours(self) or not all(
-                takes_what_is_ours(block.attn) for blocks in self._sora_fast_readers for block in blocks):
+        if has_hooks(self) or not accepts_our_arguments(self) or not all(
+                accepts_our_arguments(block.attn) for blocks in self._sora_fast_readers for block in blocks):
             return super().forward(hidden_states)
         _, _, frames, height, width = hidden_states.shape
         grid = (frames // self.patch_size_t, height // self.patch_size, width // self.patch_size)
-        return grid_places(grid, self.rope_dim, self.theta, hidden_states.device)
+        return grid_positions(grid, self.rope_dim, self.theta, hidden_states.device)
 
     @classmethod
-    def unsuited(cls, module):
+    def why_not(cls, module):
         if has_hooks(module):
-            return "a hook may look at its tables"
-        return None if module.__dict__.get("_sora_fast_readers") else "an attention that reads its tables was left"
+            return "a hook may read its tables"
+        return None if module.__dict__.get("_sora_fast_readers") else "an attention that reads its tables was not swapped"
 
 
 class HunyuanBlock(Fast):
-    runs = "gate_residual_norm_modulate and gate_residual, for video and text"
-    reads = dict(norm2=LAYER_NORM, norm2_context=LAYER_NORM)
+    report = "gate_residual_norm_modulate and gate_residual, for video and text"
+    absorbs = dict(norm2=LAYER_NORM, norm2_context=LAYER_NORM)
 
     def forward(self, hidden_states, encoder_hidden_states, temb, attention_mask=None, freqs_cis=None, *args, **kwargs):
-        if HunyuanBlock.unsuited(self):
+        if HunyuanBlock.why_not(self):
             return super().forward(hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, *args, **kwargs)
         video, gate, shift, scale, ff_gate = self.norm1(hidden_states, emb=temb)
         text, text_gate, text_shift, text_scale, text_ff_gate = self.norm1_context(encoder_hidden_states, emb=temb)
@@ -146,7 +146,7 @@ class HunyuanBlock(Fast):
 
 
 class HunyuanSingleBlock(Fast):
-    runs = "gate_residual"
+    report = "gate_residual"
 
     def forward(self, hidden_states, encoder_hidden_states, temb, attention_mask=None, image_rotary_emb=None,
                 *args, **kwargs):
@@ -161,11 +161,11 @@ class HunyuanSingleBlock(Fast):
 
 
 class CogVideoXBlock(Fast):
-    runs = "gate_residual_norm_modulate and gate_residual, for video and text"
-    reads = dict(norm2=_COG_NORM)
+    report = "gate_residual_norm_modulate and gate_residual, for video and text"
+    absorbs = dict(norm2=_COG_NORM)
 
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None):
-        if CogVideoXBlock.unsuited(self):
+        if CogVideoXBlock.why_not(self):
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_kwargs)
         length = encoder_hidden_states.shape[1]
         h, th, gate, text_gate = self.norm1(hidden_states, encoder_hidden_states, temb)
@@ -179,11 +179,11 @@ class CogVideoXBlock(Fast):
         return add(x, y[:, length:], ff_gate), add(t, y[:, :length], text_ff_gate)
 
 
-def _prepare(model: nn.Module) -> None:
-    """Tables are left out where no attention will read them."""
+def _mark_readers(model: nn.Module) -> None:
+    """Drop the tables if no attention will read them."""
     lists = [model.transformer_blocks, model.single_transformer_blocks]
     suited = all(original_of(type(block)).__module__ == _HUNYUAN and _ATTENTION.built(block.attn)
-                 and (is_fast(block.attn) or not has_own_forward(block.attn)) and Attention.unsuited(block.attn) is None
+                 and (is_fast(block.attn) or not has_own_forward(block.attn)) and Attention.why_not(block.attn) is None
                  for blocks in lists for block in blocks)
     model.rope._sora_fast_readers = lists if suited else None
 
@@ -193,8 +193,8 @@ SWAPS = {"diffusers.models.attention_processor.Attention": Attention,
          f"{_HUNYUAN}.HunyuanVideoTransformerBlock": HunyuanBlock,
          f"{_HUNYUAN}.HunyuanVideoSingleTransformerBlock": HunyuanSingleBlock,
          f"{_COG}.CogVideoXBlock": CogVideoXBlock}
-PREPARES = {f"{_HUNYUAN}.HunyuanVideoTransformer3DModel": _prepare}
-_REPLACE = "its first frame has a modulation of its own: children only"
+PREPARES = {f"{_HUNYUAN}.HunyuanVideoTransformer3DModel": _mark_readers}
+_REPLACE = "its first frame has its own modulation; its children are swapped one by one"
 KNOWN = {f"{_HUNYUAN}.HunyuanVideoTransformer3DModel": ITS_CHILDREN, f"{_COG}.CogVideoXTransformer3DModel": ITS_CHILDREN,
          f"{_HUNYUAN}.HunyuanVideoTokenReplaceTransformerBlock": _REPLACE,
          f"{_HUNYUAN}.HunyuanVideoTokenReplaceSingleTransformerBlock": _REPLACE}

@@ -1,10 +1,10 @@
-"""Classes of PyTorch and diffusers that several families read past, each with the settings that are right; see mixin.py."""
+"""Classes of PyTorch and diffusers that several families absorb, with the settings required; see mixin.py."""
 
 from collections.abc import Callable
 
 from .mixin import Kind, held
 
-ITS_CHILDREN = "diffusers' own; its children are swapped one by one"  # why a class in KNOWN is left
+ITS_CHILDREN = "diffusers' own; its children are swapped one by one"  # why a class in KNOWN is left alone
 
 
 def either(*checks: Callable) -> Callable:
@@ -16,7 +16,7 @@ def absent(child) -> bool:
 
 
 def anything(child) -> bool:
-    """Of children that a mixin asks about itself, where it reads them."""
+    """For children that a mixin checks itself."""
     return True
 
 
@@ -36,16 +36,16 @@ CONV2D = Kind(f"{_NN}.conv.Conv2d", read="weight bias", dilation=(1, 1), kernel=
 STRIDED_CONV2D = CONV2D.but(stride=(2, 2), padding=(0, 0))
 CONV3D = Kind(f"{_NN}.conv.Conv3d", read="weight bias stride", dilation=(1, 1, 1), padding=(0, 0, 0), **_CONV)
 GROUP_NORM = Kind(f"{_NN}.normalization.GroupNorm", read="num_groups weight bias eps")
-# Its width is compared with that of the tokens where it is read.
+# Its width is compared with the tokens' where it is used.
 LAYER_NORM = Kind(f"{_NN}.normalization.LayerNorm", "diffusers.models.normalization.FP32LayerNorm",
                   read="normalized_shape weight bias eps", rule=_one_axis)
-# Of queries and keys. The ops compare the weight's width with theirs; without an eps a norm takes that of its input's dtype,
-# which no op here does.
+# For queries and keys. The ops compare the weight's width with theirs. Without an eps, nn.RMSNorm takes that of its input's
+# dtype, which no op here does.
 QK_LAYER_NORM = LAYER_NORM.but(rule=lambda norm: _weighted(norm) and _one_axis(norm))
 RMS_NORM = Kind(f"{_NN}.normalization.RMSNorm", read="normalized_shape weight eps",
                 rule=lambda norm: _weighted(norm) and _one_axis(norm) and isinstance(norm.eps, float))
 DIFFUSERS_RMS_NORM = Kind("diffusers.models.normalization.RMSNorm", read="weight bias eps", rule=_weighted)
-SILU = Kind(f"{_NN}.activation.SiLU", read="inplace")  # in place or not, the same numbers
+SILU = Kind(f"{_NN}.activation.SiLU", read="inplace")  # in place or not, with the same result
 DROPOUT = Kind(f"{_NN}.dropout.Dropout", read="training inplace", p=0.0)
 IDENTITY = Kind(f"{_NN}.linear.Identity", read="")
 SEQUENTIAL = Kind(f"{_NN}.container.Sequential", read="_modules")

@@ -1,13 +1,12 @@
-"""What every family stands on: mixins, what a swapped module may read past, and how an object's class is changed.
+"""The base of all families: mixins, the children that a mixin may absorb, and the change of an object's class.
 
-A swap changes an object's class and nothing else: to one made of a mixin, whose forward runs on this library's ops, and of
-the class it had.
+A swap changes nothing but an object's ``__class__``: the new class derives from a mixin, whose forward runs on this
+library's ops, and from the original class.
 
-A mixin reads the weights of some children and leaves their forward out. That is right only while such a child is of the
-very class that was proven, has no hook and nothing replaced on it, and every setting that its forward computes with is
-either read at each call too or has the one value that the mixin computes with. Those values are in a Kind; a mixin's
-``reads`` names one for each child. It is asked when the model is swapped and again at each call, so the order of changes
-does not matter.
+A mixin may absorb a child: it uses the child's weights and does not call its forward. That is correct only if the child is
+of exactly the class that was verified, has no hook and no replaced method, and every setting of its forward is either read
+at each call or has the one value that the mixin implements. A Kind holds these conditions; a mixin's ``absorbs`` names one
+per child. They are checked when the model is swapped and again at each call, so later changes are respected.
 """
 
 import functools
@@ -27,32 +26,32 @@ from .step_caches import register_block
 
 
 class Fast:
-    """What every mixin is: a forward for a class of somebody else's.
+    """The base of all mixins: a forward for a third-party class.
 
-    ``runs``: what it runs on, for the report. ``reads``: children whose parameters it reads itself instead of calling
-    them, each with a check that all it computes with is read, such as a Kind; ``unsuited(module)``: why this very object
-    cannot be swapped, or None.
+    ``report``: the ops it runs on, for the Report. ``absorbs``: children whose parameters it uses without calling them, each
+    with a check, such as a Kind, that their forward is the known one. ``why_not(module)``: why this object cannot be
+    swapped, or None.
     """
 
-    runs = ""
-    reads: Mapping[str, Callable[[nn.Module | None], bool]] = {}
+    report = ""
+    absorbs: Mapping[str, Callable[[nn.Module | None], bool]] = {}
 
     @classmethod
-    def runs_of(cls, module: nn.Module) -> str:
-        """``runs`` of one object, where it depends on what is in it."""
-        return cls.runs
+    def report_of(cls, module: nn.Module) -> str:
+        """``report`` of one object, for a mixin where it depends on the object."""
+        return cls.report
 
     @classmethod
-    def reads_of(cls, module: nn.Module) -> list[str]:
-        """The names in ``reads`` of one object, where they depend on what is in it."""
-        return list(cls.reads)
+    def absorbed(cls, module: nn.Module) -> list[str]:
+        """The names in ``absorbs`` of one object, for a mixin where they depend on the object."""
+        return list(cls.absorbs)
 
     @classmethod
-    def unsuited(cls, module: nn.Module) -> str | None:
-        """Asked when a model is swapped, and by each call, since a child may change after."""
-        for name, may_be_read in cls.reads.items():
-            if not may_be_read(held(module, name)):
-                return f"its {name} was replaced, has a hook, or is set to what is not read past it"
+    def why_not(cls, module: nn.Module) -> str | None:
+        """Checked when a model is swapped and in each call, since a child may change later."""
+        for name, may_absorb in cls.absorbs.items():
+            if not may_absorb(held(module, name)):
+                return f"its {name} was replaced, has a hook, or has settings that are not supported"
         return None
 
 
@@ -62,13 +61,13 @@ def is_fast(module: nn.Module) -> bool:
     return isinstance(module, Fast)
 
 
-def takes_what_is_ours(module: nn.Module) -> bool:
-    """Whether ``module`` may be called with arguments that mixins alone know: its class has no subclass made since."""
+def accepts_our_arguments(module: nn.Module) -> bool:
+    """Whether ``module`` accepts arguments that only mixins know: it is swapped, and its class was not subclassed since."""
     return is_fast(module) and not issubclass(original_of(type(module)), Fast)
 
 
 def held(module: nn.Module, name: str):
-    """The child or parameter of that name, else the attribute, or None; by getattr it would take 2 us of each call."""
+    """The child, parameter or attribute of that name, or None. getattr alone would cost 2 us per call."""
     found = module._parameters.get(name)
     if found is None:
         found = module._modules.get(name)
@@ -76,12 +75,12 @@ def held(module: nn.Module, name: str):
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 holds ``module`` as such."""
+    """Whether FSDP2 shards ``module`` itself."""
     return _is_fsdp(type(module))
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of ``module`` is more than its forward, by hooks of its own or of all modules."""
+    """Whether calling ``module`` runs hooks besides its forward, its own or global ones."""
     own = module.__dict__
     return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
                 or _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks
@@ -89,9 +88,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether forward was replaced on the object itself, as by hooks that bring its weights only while it runs.
+    """Whether forward was replaced on the object itself, as accelerate's offloading hooks do.
 
-    Hooks that go leave the class's own forward there, bound, which replaces nothing.
+    A removed hook leaves the class's own bound forward there, which replaces nothing.
     """
     if "forward" not in module.__dict__:
         return False
@@ -101,12 +100,12 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def runs_alone(module: nn.Module) -> bool:
-    """Whether a call is the class's forward and nothing else: no forward of its own, no hook on it or on all modules."""
+    """Whether a call runs the class's forward and nothing else: no replaced forward, no hook of its own or global."""
     return not (has_own_forward(module) or has_hooks(module))
 
 
 def grad_wanted(module: nn.Module, x: torch.Tensor) -> bool:
-    """Whether a call of ``module`` on x may be asked for gradients."""
+    """Whether a call of ``module`` on x may need gradients."""
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
 
 
@@ -115,11 +114,11 @@ KINDS: list["Kind"] = []
 
 
 class Kind:
-    """A class, by the names of its module and its own, and the settings that its objects must have to be read past.
+    """A class, by its module and name, and the settings that an instance must have to be absorbed.
 
-    Call it with a child. ``read``: what the reader reads itself, None where it calls the child and only asks for its class;
-    ``methods``: what the class's forward calls on itself; ``kernel``: the sizes of its weight behind the channels;
-    ``rule(child)``: what no table of values can say.
+    Call it with a child. ``read``: the attributes that the mixin reads, None if it calls the child and only checks its
+    class; ``methods``: the methods that the class's forward calls; ``kernel``: the kernel size of its weight;
+    ``rule(child)``: conditions beyond fixed values.
     """
 
     def __init__(self, *paths: str, read: str | None = None, methods: tuple[str, ...] = ("forward",), kernel=None,
@@ -129,23 +128,23 @@ class Kind:
         KINDS.append(self)
 
     def but(self, **more) -> "Kind":
-        """The same class in one place, where fewer settings are right."""
+        """The same class with stricter settings."""
         own = dict(read=self.read, methods=self.methods, kernel=self.kernel, rule=self.rule)
         return Kind(*self.paths, **(own | self.fixed | more))
 
     def __call__(self, child) -> bool:
-        return as_built(child, self.classes) and self.settled(child)
+        return is_exactly(child, self.classes) and self.matches_settings(child)
 
     def is_of(self, value) -> bool:
-        """Whether ``value``, not a module, is of the very class."""
+        """Whether ``value``, not a module, is exactly of this class."""
         return type(value) in self.classes
 
     def built(self, module: nn.Module) -> bool:
-        """Whether ``module`` was built of the very class, whatever has been set and hooked since."""
+        """Whether ``module`` was built as exactly this class, whatever was set or hooked later."""
         return original_of(type(module)) in self.classes
 
-    def settled(self, module: nn.Module) -> bool:
-        """Whether its settings are those; its class and hooks aside, as a swapped module asks of itself."""
+    def matches_settings(self, module: nn.Module) -> bool:
+        """Whether the settings match, regardless of class and hooks; a swapped module checks itself with it."""
         own = module.__dict__
         for name in self.methods:
             if name != "forward" and name in own:
@@ -159,7 +158,7 @@ class Kind:
 
 
 def resolve() -> None:
-    """Look the classes up among the modules that are imported by now; nothing is imported for it."""
+    """Look the classes up among the modules imported so far, without importing any."""
     for kind in KINDS:
         kind.classes = tuple(cls for cls in map(_find, kind.paths) if cls is not None)
 
@@ -167,12 +166,12 @@ def resolve() -> None:
 def _find(path: str) -> type | None:
     module, _, name = path.rpartition(".")
     cls = getattr(sys.modules.get(module), name, None)
-    return cls if isinstance(cls, type) and genuine(cls, ("forward",)) else None
+    return cls if isinstance(cls, type) and is_unmodified(cls, ("forward",)) else None
 
 
-def genuine(cls: type, methods: tuple[str, ...]) -> bool:
-    """Whether the names ``cls`` bears lead to it and its ``methods`` were written there: neither a subclass that took its
-    base's names over, nor a class into which others were put."""
+def is_unmodified(cls: type, methods: tuple[str, ...]) -> bool:
+    """Whether ``cls`` is what its qualified name refers to, with ``methods`` defined in that module: neither a subclass that
+    took its base's name nor a monkeypatched class."""
     if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
         return False
     for method in methods:
@@ -183,20 +182,20 @@ def genuine(cls: type, methods: tuple[str, ...]) -> bool:
     return True
 
 
-def as_built(module: nn.Module | None, classes: tuple[type, ...]) -> bool:
-    """Whether a child is still of one of these very classes, called as they are: no adapter, subclass or hook."""
+def is_exactly(module: nn.Module | None, classes: tuple[type, ...]) -> bool:
+    """Whether a child is exactly of one of these classes and runs their forward: no adapter, subclass or hook."""
     if not isinstance(module, nn.Module):
         return False
     cls = type(module)
-    # the plain class first: torch.compile cannot look into the one of diffusers' attention
+    # the plain class first: torch.compile cannot trace original_of for diffusers' attention
     return (cls in classes or original_of(cls) in classes) and runs_alone(module)
 
 
 # ------------------------------------------------------------------------------------------------ changing classes
 def original_of(cls: type) -> type:
-    """The class that a swapped one was made of, else ``cls`` itself; FSDP2's wrapper is looked through.
+    """The original of a swapped class, else ``cls`` itself; FSDP2's wrapper class is unwrapped.
 
-    A subclass of a swapped class, as parametrizations make one, is itself: it computes something else.
+    A subclass of a swapped class, such as a parametrization's, is its own original: it computes something else.
     """
     inner = cls.__bases__[1] if _is_fsdp(cls) else cls
     return inner.__dict__.get("_sora_fast_original", inner)
@@ -204,8 +203,8 @@ def original_of(cls: type) -> type:
 
 @functools.cache
 def fast_class(original: type, mixin: type[Fast]) -> type:
-    """``original`` with ``mixin`` in front, under the original's own names, which checkpoints and pipelines write down."""
-    resolve()  # a pickle is read without ``accelerate``
+    """A class of ``mixin`` and ``original`` under the original's names, which checkpoints and pipelines save."""
+    resolve()  # unpickling does not go through ``accelerate``
     namespace = dict(__module__=original.__module__, __qualname__=original.__qualname__, __doc__=original.__doc__,
                      _sora_fast_original=original, __reduce_ex__=_reduce)
     made = type(original)(original.__name__, (mixin, original), namespace)
@@ -214,15 +213,15 @@ def fast_class(original: type, mixin: type[Fast]) -> type:
 
 
 def change_class(module: nn.Module, change: Callable[[type], type]) -> None:
-    """``change`` the class that ``module`` was built with, under what others have made of it since."""
+    """``change`` the class that ``module`` was built with, below classes that wrappers have derived since."""
     if not has_own_forward(module):
-        module.__dict__.pop("forward", None)  # the old class's, left by a hook that went: it would hide the new one's
+        module.__dict__.pop("forward", None)  # the old class's, left by a removed hook: it would shadow the new one
     module.__class__ = _changed(type(module), change)
 
 
 def _changed(cls: type, change: Callable[[type], type]) -> type:
-    """FSDP2's wrapper and a parametrization's are made anew on the changed class; a subclass made by hand stays, since its
-    methods may hold it."""
+    """FSDP2's and parametrizations' classes are rebuilt on the changed class. Other subclasses stay: their methods may refer
+    to them."""
     if _is_fsdp(cls):
         bases = (cls.__bases__[0], _changed(cls.__bases__[1], change))
     elif cls.__module__ == "torch.nn.utils.parametrize":
@@ -238,14 +237,14 @@ def _is_subclass_of_swapped(cls: type) -> bool:
 
 
 def _is_fsdp(cls: type) -> bool:
-    """FSDP2 makes a class of FSDPModule and the module's own."""
+    """FSDP2 derives a class from FSDPModule and the module's own."""
     return len(cls.__bases__) == 2 and cls.__bases__[0].__name__ == "FSDPModule"
 
 
 def _reduce(self, protocol):
-    """Copies and pickles are swapped too: by the original class, since a class made here can be found under no name."""
+    """Copies and pickles stay swapped. They refer to the original class, since a class made here has no importable name."""
     original = original_of(type(self))
-    if issubclass(original, Fast):  # somebody's subclass of a class made here
+    if issubclass(original, Fast):  # a user's subclass of a class made here
         return object.__reduce_ex__(self, protocol)
     mixin = next(base for base in type(self).__mro__ if issubclass(base, Fast) and not issubclass(base, nn.Module))
     return _new, (original, mixin), vars(self)

@@ -1,6 +1,6 @@
-"""Small inputs, and tiny sizes, for the model families that are covered: what `sora-fast validate --model` calls them with.
+"""Tiny configurations and inputs of the covered model families, for `sora-fast validate --model`.
 
-Sizes are read from the model's own config, so that any checkpoint of the family gets inputs that fit.
+Input sizes come from the model's config, so they fit any checkpoint of the family.
 """
 
 from collections.abc import Callable

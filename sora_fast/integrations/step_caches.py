@@ -1,6 +1,6 @@
-"""Step caches of diffusers (``model.enable_cache``, ``apply_layer_skip``), which must know a swapped block.
+"""diffusers' step caches (``model.enable_cache``, ``apply_layer_skip``), which must recognise swapped blocks.
 
-They look up what a block takes and returns by its exact class, so the class that a swap makes is entered too.
+They look up a block's arguments and results by its exact class, so the class of a swapped block is registered too.
 """
 
 import dataclasses
@@ -8,9 +8,9 @@ import sys
 
 
 def register_block(original: type, made: type) -> None:
-    """Enter ``made`` in diffusers' registry of transformer blocks as what ``original`` is there, if it is.
+    """Register ``made`` in diffusers' registry of transformer blocks like ``original``, if that is registered.
 
-    Nothing is imported for it: without diffusers' transformers there is no block to enter.
+    Nothing is imported: without diffusers' transformers there is no block to register.
     """
     helpers = sys.modules.get("diffusers.hooks._helpers")
     if helpers is None or "diffusers.models.transformers" not in sys.modules:
@@ -19,5 +19,5 @@ def register_block(original: type, made: type) -> None:
         known = helpers.TransformerBlockRegistry.get(original)
     except ValueError:  # not a block that caches work on
         return
-    # a copy: to register notes the class in it
+    # a copy, because registering stores the class in it
     helpers.TransformerBlockRegistry.register(made, dataclasses.replace(known))

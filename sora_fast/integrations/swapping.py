@@ -1,12 +1,13 @@
-"""Swapping layers of a model in place: ``accelerate``, ``restore``, and the report of what happened.
+"""Swapping layers of a model in place: ``accelerate``, ``restore`` and their Report.
 
-A swap changes an object's class and nothing else: to one made of a mixin, whose forward runs on this library's ops, and of
-the class it had. Parameters, buffers, hooks and attributes stay the same objects, so optimisers, averages, wrappers and
-checkpoints made before go on working, state_dict keys do not change, and restoring is giving the old class back.
+A swap changes nothing but an object's ``__class__``: the new class derives from a mixin, whose forward runs on this
+library's ops, and from the original class. Parameters, buffers, hooks and attributes stay the same objects, so existing
+optimisers, averages, wrappers and checkpoints go on working, state_dict keys do not change, and ``restore`` sets the old
+class again.
 
-Which class takes which mixin is in the families beside this file. Classes are known by the name of their module and their
-own, so nothing is imported that the model has not imported already; a subclass is another class, and is left alone. Those
-that people copy from file to file are in structures.py.
+The families beside this file map classes to mixins. Classes are identified by module path and name, so nothing is imported
+that the model has not imported already. A subclass is another class and is left alone. Classes that projects copy from file
+to file are in copied_blocks.py.
 """
 
 import functools
@@ -21,10 +22,10 @@ from .. import env
 from . import (
     adaptive_norms,
     cogvideox_vae,
+    copied_blocks,
     hunyuan_vae,
     joint_transformers,
-    sequences,
-    structures,
+    sequential_pairs,
     uncovered,
     wan_transformer,
     wan_vae,
@@ -35,24 +36,25 @@ from .mixin import (
     _new,  # noqa: F401 - pickles of swapped modules may look for it here, where it once was
     change_class,
     fast_class,
-    genuine,
     has_own_forward,
     is_fast,
+    is_unmodified,
     original_of,
     resolve,
 )
 
-# Each may hold SWAPS, {"module.Class": mixin}, KNOWN, {"module.Class": why it is left}, and PREPARES, {"module.Class": what
-# is noted on the children of such a module before they are looked at, in attributes that begin with _sora_fast_}.
-FAMILIES = (wan_vae, hunyuan_vae, cogvideox_vae, wan_transformer, joint_transformers, adaptive_norms, sequences, uncovered)
+# Each may define SWAPS, {"module.Class": mixin}; KNOWN, {"module.Class": why it is left alone}; and PREPARES,
+# {"module.Class": a function that sets _sora_fast_ attributes on the children of such a module before they are swapped}.
+FAMILIES = (wan_vae, hunyuan_vae, cogvideox_vae, wan_transformer, joint_transformers, adaptive_norms, sequential_pairs,
+            uncovered)
 SWAPS, KNOWN, PREPARES = ({path: found for family in FAMILIES for path, found in getattr(family, table, {}).items()}
                           for table in ("SWAPS", "KNOWN", "PREPARES"))
-# Whose classes have been compared with ours, version by version: another version may compute something else.
+# Package versions whose classes have been verified: another version may compute something else.
 PROVEN = {"diffusers": ("0.42.",)}
 
 
 class Progress:
-    """What a caller wants to be told: one object for all copies of a model, and not for its pickles."""
+    """The caller's progress callback: shared by all copies of a model, and not pickled."""
 
     def __init__(self, tell: Callable[[int, int], None] | None = None):
         self.tell = tell
@@ -76,13 +78,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``accelerate`` did, module by module; print it for a table, with equal lines told once."""
+    """What ``accelerate`` did, module by module; print it for a table that groups equal lines."""
 
     rows: tuple[Row, ...]
 
     @property
     def swapped(self) -> tuple[Row, ...]:
-        """Modules that run on this library now."""
+        """Modules that run on this library's ops now."""
         return tuple(row for row in self.rows if row.state == "swapped")
 
     @property
@@ -105,11 +107,11 @@ class Report:
 
 
 def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None = None) -> Report:
-    """Swap the layers of ``model`` that this library knows for its own, in place; the same numbers to rounding.
+    """Swap the layers of ``model`` that this library knows for its own, in place; results are equal up to rounding.
 
     Parameters stay the same objects and state_dict keeps its keys. Call it before or after an optimiser, LoRA, FSDP2 or
-    torch.compile have got hold of the model; ``restore(model)`` undoes it exactly. ``SORA_FAST_ACCELERATE=0`` makes it do
-    nothing. Attention stays on the backend that diffusers is set to; "sora_fast" is registered as one of them.
+    torch.compile is applied to the model; ``restore(model)`` undoes it exactly. ``SORA_FAST_ACCELERATE=0`` disables it.
+    Attention stays on the backend that diffusers is set to; "sora_fast" is registered as one of them.
 
     Args:
         model: an nn.Module, whole or a part.
@@ -136,28 +138,28 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
         if on:
             PREPARES.get(_path(original_of(type(module))), lambda module: None)(module)
         if not on:
-            row = Row(name, kind, "left", "SORA_FAST_ACCELERATE=0 switches everything off")
+            row = Row(name, kind, "left", "disabled by SORA_FAST_ACCELERATE=0")
         elif module in readers:
             row = Row(name, kind, "inside", f"read by a {readers[module]}")
         else:
             mixin, reason = _decide(module)
-            row = Row(name, kind, "left" if mixin is None else "swapped", reason if mixin is None else mixin.runs_of(module))
+            row = Row(name, kind, "left", reason) if mixin is None else Row(name, kind, "swapped", mixin.report_of(module))
         rows.append(row)
         if row.state == "swapped":
             change_class(module, lambda original, mixin=mixin: fast_class(original, mixin))
             if progress is not None and hasattr(mixin, "streams"):
                 module._sora_fast_progress = Progress(progress)
-            readers |= {inner: kind for child in mixin.reads_of(module) for inner in _modules(module, child)}
+            readers |= {inner: kind for child in mixin.absorbed(module) for inner in _modules(module, child)}
     return Report(tuple(rows))
 
 
 def restore(model: nn.Module) -> int:
-    """Give every swapped module of ``model`` its own class back; the model computes what it did before, bit for bit.
+    """Give every swapped module of ``model`` its original class back; the model's results are bitwise those of before.
 
-    A module of a subclass that somebody has made of a swapped class since stays as it is, and is not counted.
+    A module whose swapped class was subclassed since stays as it is and is not counted.
 
     Returns:
-        How many modules were restored; 0 where nothing had been swapped.
+        How many modules were restored; 0 if nothing had been swapped.
     """
     count = 0
     for module in model.modules():
@@ -180,18 +182,18 @@ def _decide(module: nn.Module) -> tuple[type[Fast] | None, str]:
     if issubclass(original, Fast):
         return None, "a subclass of a swapped class, as parametrizations make one; it stays as it is"
     mixin = SWAPS.get(_path(original))
-    if mixin is not None and not genuine(original, tuple(vars(mixin))):
-        return None, f"not the {original.__name__} that its names lead to, or one whose methods were replaced"
+    if mixin is not None and not is_unmodified(original, tuple(vars(mixin))):
+        return None, f"not the {original.__name__} that its name refers to, or its methods were replaced"
     if mixin is None:
-        mixin, reason = structures.mixin_of(module)
+        mixin, reason = copied_blocks.mixin_of(module)
         return (None, reason or _why_left(original)) if mixin is None else (mixin, "")
     if has_own_forward(module) and not is_fast(module) and "forward" in vars(mixin):
-        return None, "its forward was replaced, as hooks that offload or cast do; accelerate before they come"
+        return None, "its forward was replaced, as hooks that offload or cast do; accelerate before they are added"
     package, version = _version(original)
     if package in PROVEN and not version.startswith(PROVEN[package]):
-        return None, (f"{package} {version} has not been compared with, only {', '.join(PROVEN[package])}x; its "
+        return None, (f"{package} {version} has not been compared, only {', '.join(PROVEN[package])}x; its "
                       f"{original.__name__} may compute something else")
-    reason = mixin.unsuited(module)
+    reason = mixin.why_not(module)
     return (None, reason) if reason else (mixin, "")
 
 
@@ -204,7 +206,7 @@ def _why_left(original: type) -> str:
             return f"an altered {base.__name__}: its own forward may do something else"
     if original.__module__.startswith("torch."):
         return "a container" if original in (nn.Sequential, nn.ModuleList, nn.ModuleDict) else "PyTorch's own"
-    return "not known; its children are looked at one by one"
+    return "not known; its children are swapped one by one"
 
 
 @functools.cache
@@ -214,6 +216,6 @@ def _version(original: type) -> tuple[str, str]:
 
 
 def _modules(module: nn.Module, name: str) -> list[nn.Module]:
-    """The child of that name and all below it; nothing where this module has none."""
+    """The child of that name and its descendants; empty if there is none."""
     child = getattr(module, name, None)
     return list(child.modules()) if isinstance(child, nn.Module) else []

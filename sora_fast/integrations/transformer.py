@@ -1,4 +1,4 @@
-"""What the video transformers of other people share here: rows of modulation, rotation by tables or by places.
+"""What third-party video transformers share: rows of modulation, and rotary embeddings from tables or positions.
 
 B batch, N tokens of a sample, D width, H heads, E head dim.
 """
@@ -12,33 +12,33 @@ from .. import ops
 from .known import LAYER_NORM
 
 
-class Places(NamedTuple):
-    """In place of diffusers' pair of cosine and sine tables: where the tokens are, for angles made in the kernel."""
+class Positions(NamedTuple):
+    """Token positions, from which the kernel computes angles; replaces diffusers' pair of cosine and sine tables."""
 
     coords: torch.Tensor  # (N, 3) int32, of one sample
     axes: tuple[int, ...]
     theta: float
 
 
-def grid_places(grid: tuple[int, int, int], axes, theta: float, device) -> Places:
-    """The places of a sample of ``grid`` tokens in t, h, w order."""
+def grid_positions(grid: tuple[int, int, int], axes, theta: float, device) -> Positions:
+    """The positions of a sample of ``grid`` tokens in t, h, w order."""
     ranges = [torch.arange(n, device=device, dtype=torch.int32) for n in grid]
     coords = torch.stack(torch.meshgrid(*ranges, indexing="ij"), dim=-1).reshape(-1, 3)
-    return Places(coords, tuple(axes), theta)
+    return Positions(coords, tuple(axes), theta)
 
 
-def tables(places: Places):
-    """Cosines and sines (N, R), each angle twice, as diffusers' tables hold them."""
-    coords, angles = places.coords.double(), []
-    for axis, size in enumerate(places.axes):
+def tables(positions: Positions):
+    """Cosines and sines (N, R), each angle twice, in the layout of diffusers."""
+    coords, angles = positions.coords.double(), []
+    for axis, size in enumerate(positions.axes):
         steps = torch.arange(0, size, 2, device=coords.device, dtype=torch.float64) / size
-        angles.append(coords[:, axis : axis + 1] * places.theta**-steps)
+        angles.append(coords[:, axis : axis + 1] * positions.theta**-steps)
     angle = torch.cat(angles, dim=1).repeat_interleave(2, dim=1)
     return angle.cos().float(), angle.sin().float()
 
 
 def rotate_by_tables(x_BNHE, cos, sin):
-    """Pairs (2i, 2i + 1) of the first R entries turned by tables that broadcast to (N, 1, R)."""
+    """Rotate the pairs (2i, 2i + 1) of the first R channels by tables that broadcast to (N, 1, R)."""
     rotated = cos.shape[-1]
     turned, rest = x_BNHE[..., :rotated].float(), x_BNHE[..., rotated:]
     other = torch.stack([-turned[..., 1::2], turned[..., 0::2]], dim=-1).flatten(-2)
@@ -46,22 +46,23 @@ def rotate_by_tables(x_BNHE, cos, sin):
 
 
 def are_tables(cos, sin, axes, theta: float) -> bool:
-    """Whether cosines and sines (M, R), each angle twice, are those of places 0, 1, ... at ``theta``."""
+    """Whether cosines and sines (M, R), each angle twice, are those of positions 0, 1, ... at ``theta``."""
     coords = torch.arange(cos.shape[0], device=cos.device, dtype=torch.int32)[:, None].expand(-1, 3)
-    right = tables(Places(coords, tuple(axes), theta))
+    right = tables(Positions(coords, tuple(axes), theta))
     return all(given.shape == exact.shape and torch.allclose(given.float(), exact, atol=1e-6)
                for given, exact in zip((cos, sin), right, strict=True))
 
 
-def norm_rotate(q_BNHE, k_BNHE, places: Places | None, *, front: int = 0, **norm):
-    """ops.qk_norm_rope on batches; ``norm``: its keywords. k may have a length of its own where nothing is rotated.
+def norm_rotate(q_BNHE, k_BNHE, positions: Positions | None, *, front: int = 0, **norm):
+    """ops.qk_norm_rope on batches; ``norm``: its keywords. Without rotation k may have another length than q.
 
-    Tokens of q and k beyond the places, ``front`` before them and the rest behind, are text: at place 0, whose angles are 0.
+    q and k may have ``front`` more tokens before the positions, and more after them. These are text: at position 0, whose
+    angles are 0.
     """
     batch, tokens, keys, more = q_BNHE.shape[0], q_BNHE.shape[1], k_BNHE.shape[1], dict(coords=None)
-    if places is not None:
-        coords = F.pad(places.coords, (0, 0, front, tokens - front - places.coords.shape[0]))
-        more = dict(coords=coords.repeat(batch, 1), axes=places.axes, theta=places.theta)
+    if positions is not None:
+        coords = F.pad(positions.coords, (0, 0, front, tokens - front - positions.coords.shape[0]))
+        more = dict(coords=coords.repeat(batch, 1), axes=positions.axes, theta=positions.theta)
     elif norm.get("norm") is None:
         return q_BNHE, k_BNHE
     q, k = ops.qk_norm_rope(q_BNHE.flatten(0, 1), k_BNHE.flatten(0, 1), **more, **norm)
@@ -70,12 +71,12 @@ def norm_rotate(q_BNHE, k_BNHE, places: Places | None, *, front: int = 0, **norm
 
 # ------------------------------------------------------------------------------------------------ modulation
 def is_plain_norm(norm) -> bool:
-    """Whether a layer norm may be read past: PyTorch's, or diffusers' that works in float32."""
+    """Whether a layer norm may be absorbed: PyTorch's, or diffusers' in float32."""
     return LAYER_NORM(norm)
 
 
 def affine(norm, width: int) -> dict:
-    """The keywords of a plain layer norm; one of another width is refused, as it refuses itself."""
+    """The keywords of a plain layer norm; raises on another width, as its own forward would."""
     if norm.normalized_shape != (width,):
         raise ValueError(f"layer norm: expected a width of {norm.normalized_shape}, got {width}; give it the width "
                          f"of its model")
@@ -83,7 +84,7 @@ def affine(norm, width: int) -> dict:
 
 
 def rows_of(modulation_RD, tokens: int) -> torch.Tensor | None:
-    """Which row of modulation (one per sample) each of R * N tokens uses; None where one row is for all."""
+    """The modulation row (one per sample) of each of R * N tokens; None if all share one row."""
     if modulation_RD.shape[0] == 1:
         return None
     rows = torch.arange(modulation_RD.shape[0], device=modulation_RD.device, dtype=torch.int32)

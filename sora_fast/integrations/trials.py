@@ -1,9 +1,9 @@
-"""Trying one block of somebody else's class: is its forward ours, on this very object, in evaluation and in training?
+"""A trial of one third-party block: does its forward equal ours, for this object, in evaluation and in training?
 
-The trial runs on a twin in float64: norms, layer scales and what has no weights are copied with random weights, and each
-large part that both forwards merely call (attention, MLP) is one cheap function in both. So it takes a few rows of the
-width, whatever the block weighs, reads no weight and runs no hook. What the twin's forward reads of itself is written down;
-a later call looks whether that is still so, and where it is not, the block is tried again.
+The trial runs on a twin in float64: norms, layer scales and modules without weights are copied with random weights, and each
+large part that both forwards only call (attention, MLP) is replaced by the same cheap function. So its cost is a few rows of
+the width whatever the block's size; it reads no weight and runs no hook. Every attribute that the twin's forward reads is
+recorded. Later calls check that these are unchanged, else the block is tried again.
 
 B batch, N tokens, D width.
 """
@@ -27,21 +27,21 @@ from .mixin import original_of, runs_alone
 
 _MISSING = object()
 _INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
-# Values that cannot change without the attribute being set anew.
+# Immutable values: they change only if the attribute is set.
 _FIXED = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, type,
           types.FunctionType, types.BuiltinFunctionType)
-_MOST_NUMBERS = 2**20  # of all that is copied of one block: 8 MB
-_MOST_TRIALS = 8  # of one object: one whose attributes change with every step is left to its own forward
+_MOST_ELEMENTS = 2**20  # copied per block: 8 MB
+_MOST_TRIALS = 8  # per object: if its attributes change at every step, it keeps its own forward
 
 
 # ------------------------------------------------------------------------------------------------ what was found
 @dataclass(frozen=True)
 class Proof:
-    """What one trial found and on what it rests, in flat tuples since every call goes through them.
+    """The result of one trial and what it depends on, in flat tuples since every call checks them.
 
     ``reason``: why the forward is not ours, or None. ``own``, ``shared``: attributes of the object and of its class that
-    were read. ``kinds``: children and their classes; ``passed``: those of them that ours does not call; ``settings``: of
-    those, (child, attribute, value).
+    were read. ``kinds``: children and their classes; ``passed``: those that ours does not call; ``settings``: theirs, as
+    (child, attribute, value).
     """
 
     reason: str | None
@@ -55,7 +55,7 @@ class Proof:
     settings: tuple[tuple[str, str, object], ...]
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether nothing has changed of what the trial rests on."""
+        """Whether everything that the trial depends on is unchanged."""
         own, inner = module.__dict__, module._modules
         if self.original.forward is not self.forward:
             return False
@@ -81,7 +81,7 @@ class Proof:
                 or hasattr(self.original, name))
 
     def alone(self, module: nn.Module) -> bool:
-        """Whether no child that ours does not call has hooks or a forward that would be passed by."""
+        """Whether no child that ours does not call has hooks or a replaced forward, which would be skipped."""
         inner = module._modules
         for name in self.passed:
             if not runs_alone(inner[name]):
@@ -90,15 +90,15 @@ class Proof:
 
 
 class Proofs:
-    """Those of one object. A pickle has none: what is loaded may be of another version of its class."""
+    """The proofs of one object. They are not pickled: the class may be another version when it is loaded."""
 
     def __init__(self, form: type, found: tuple[Proof, ...] = ()):
         self.form, self.found = form, found
 
     def of(self, module: nn.Module) -> Proof | None:
-        """The proof for ``module`` as it is now, after a trial where there is none; None where it was tried too often.
+        """The proof for ``module`` as it is now, after a trial if there is none; None after too many trials.
 
-        A graph is traced with the proofs that there are.
+        Tracing a graph runs no trial.
         """
         for proof in self.found:
             if proof.holds(module):
@@ -106,7 +106,7 @@ class Proofs:
         if torch.compiler.is_compiling() or len(self.found) >= _MOST_TRIALS:
             return None
         proof = attempt(module, self.form)
-        # One that failed may rest on less than all that the forward reads, and must not hide one that did not.
+        # A failed trial may have recorded only some of the attributes read, and must not shadow a proof that holds.
         self.found = (proof, *self.found) if proof.reason is None else (*self.found, proof)
         return proof
 
@@ -118,7 +118,7 @@ class Proofs:
 
 
 def _same(a, b) -> bool:
-    """Values of what is fixed, by value."""
+    """Equality of immutable values."""
     return a is b or type(a) is type(b) and a == b
 
 
@@ -134,13 +134,13 @@ class _Refused(Exception):
 
 
 class Watch:
-    """A twin of ``module``, of its own class, that notes what is read of it and refuses what it cannot look after."""
+    """A twin of ``module``, of the same class, that records attribute reads and refuses those it cannot track."""
 
     def __init__(self, module: nn.Module, form: type, training: bool):
         self.module, self.form, self.training = module, form, training
         self.original = original_of(type(module))
         self.own, self.shared, self.kinds, self.settings, self.twins = {}, {}, {}, {}, {}
-        self.calls, self.weights, self.numbers, self.refused = [], {}, 0, None
+        self.calls, self.weights, self.elements, self.refused = [], {}, 0, None
         self.twin = _blank(_watched(self.original), _sora_fast_watch=self)
 
     def refuse(self, reason: str) -> _Refused:
@@ -148,7 +148,7 @@ class Watch:
         return _Refused(reason)
 
     def read(self, name: str):
-        """What ``twin.name`` is; _MISSING: look on the class."""
+        """The value of ``twin.name``; _MISSING: look it up on the class."""
         module, own = self.module, self.module.__dict__
         if name == "training":
             return self.training
@@ -174,14 +174,14 @@ class Watch:
         if name not in self.twins:
             child = self.module._modules[name]
             called = name in self.form.calls
-            self.twins[name] = child if child is None else (self._stand_in if called else self._copy)(name, child)
+            self.twins[name] = child if child is None else (self._fake if called else self._copy)(name, child)
             self.kinds[name] = type(child)
             if not (called or child is None):
                 self.settings[name] = _settings(child)
         return self.twins[name]
 
-    def _stand_in(self, name: str, child):
-        """One cheap function of its first argument; any other must have its default, for ours passes none."""
+    def _fake(self, name: str, child):
+        """A cheap function of the first argument. Others must have their defaults, since ours passes none."""
         layers = [layer for layer in child.modules() if hasattr(layer, "out_features")] if self.form.calls[name] else []
         signature = inspect.signature(child.forward)
 
@@ -194,10 +194,10 @@ class Watch:
                 if not (all(each is None for each in given) if several else _same(value, default)):
                     raise self.refuse(f"its forward gives {argument} to its {name}")
             self.calls.append(name)
-            x, numbers = x[1], _draws(name)
+            x, draw = x[1], _draws(name)
             width = layers[-1].out_features if layers else x.shape[-1]
             spread = x[..., torch.arange(width, device=x.device) % x.shape[-1]] + x.mean(-1, keepdim=True)
-            return torch.sin(numbers(width) * spread + numbers(width))
+            return torch.sin(draw(width) * spread + draw(width))
 
         return _blank(original_of(type(child)), _compiled_call_impl=call)
 
@@ -206,35 +206,35 @@ class Watch:
         for attribute, value in _settings(child).items():
             if not _is_fixed(value):
                 raise self.refuse(f"its {name} has {attribute}, a {type(value).__name__}, which may change unseen")
-        self.numbers += sum(p.numel() for p in child.parameters())
-        if self.numbers > _MOST_NUMBERS:
+        self.elements += sum(p.numel() for p in child.parameters())
+        if self.elements > _MOST_ELEMENTS:
             raise self.refuse(f"its {name} is too large to be tried")
         if child._modules or child._buffers:
             raise self.refuse(f"its forward calls {name}, which has {'children' if child._modules else 'buffers'}")
-        kind, numbers = original_of(type(child)), _draws(name)
+        kind, draw = original_of(type(child)), _draws(name)
         twin = _blank(kind, **_settings(child))
         twin.__dict__.update(training=self.training, _compiled_call_impl=functools.partial(kind.forward, twin))
         for key, p in child._parameters.items():
-            twin._parameters[key] = None if p is None else nn.Parameter(numbers(*p.shape))
+            twin._parameters[key] = None if p is None else nn.Parameter(draw(*p.shape))
             if p is not None:
                 self.weights[name, key] = twin._parameters[key]
         return twin
 
 
 def _settings(child: nn.Module) -> dict:
-    """All that a child has besides nn.Module's own attributes."""
+    """A child's attributes besides nn.Module's own."""
     return {name: value for name, value in vars(child).items() if name not in _INTERNAL}
 
 
 def _blank(kind: type, **attributes) -> nn.Module:
-    """An object of ``kind`` that has nothing else. With a _compiled_call_impl, no hook on all modules sees its calls."""
+    """A bare instance of ``kind``. With a _compiled_call_impl its calls bypass global hooks."""
     twin = object.__new__(kind)
     twin.__dict__.update(vars(nn.Module()), **attributes)
     return twin
 
 
 def _draws(name: str):
-    """Random numbers in float64 that are the same for the same name, and never those of PyTorch's own generator."""
+    """Random numbers in float64, seeded by name, that leave PyTorch's default generator alone."""
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
     return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
@@ -257,7 +257,7 @@ def _watched(original: type) -> type:
 
 # ------------------------------------------------------------------------------------------------ the trial
 def attempt(module: nn.Module, form: type) -> Proof:
-    """Try ``module`` against ``form``, one of structures.py."""
+    """Try ``module`` against ``form``, one of copied_blocks.py."""
     original, reason = original_of(type(module)), None
     own, shared, settings, kinds = {}, {}, {}, {name: type(module._modules.get(name)) for name in form.parts}
     with _aside():
@@ -266,7 +266,7 @@ def attempt(module: nn.Module, form: type) -> Proof:
             try:
                 theirs, ours = Watch(module, form, training), Watch(module, form, training)
                 reason = _compare(theirs, ours)
-            except Exception as error:  # whatever a stranger's forward raises
+            except Exception as error:  # a third-party forward may raise anything
                 said = " ".join(str(error).split())[:120] or type(error).__name__
                 reason = theirs and theirs.refused or f"its forward could not be tried: {said}"
             if theirs is not None:
@@ -281,7 +281,7 @@ def attempt(module: nn.Module, form: type) -> Proof:
 
 
 def _compare(theirs: Watch, ours: Watch) -> str | None:
-    """Why the forward of ``theirs`` is not that of the form; None where outputs and gradients agree to 1e-10."""
+    """Why the forward of ``theirs`` differs from the form's; None if outputs and gradients agree to 1e-10."""
     mode = "in training" if theirs.training else "in evaluation"
     (wanted, drew), (got, _) = _run(theirs, theirs.original.forward), _run(ours, ours.form.compute)
     if theirs.refused:
@@ -294,20 +294,20 @@ def _compare(theirs: Watch, ours: Watch) -> str | None:
 
 
 def _run(watch: Watch, forward):
-    """The output and, by name, all gradients of a weighted sum of it; and whether random numbers were drawn."""
-    numbers, before = _draws("inputs"), _states()
-    given = [numbers(*shape).requires_grad_() for shape in watch.form.shapes(watch.module)]
-    out = forward(watch.twin, *(x.clone() for x in given))  # copies, for it may write into them
+    """The output and, by name, the gradients of a weighted sum of it; and whether random numbers were drawn."""
+    draw, before = _draws("inputs"), _states()
+    given = [draw(*shape).requires_grad_() for shape in watch.form.shapes(watch.module)]
+    out = forward(watch.twin, *(x.clone() for x in given))  # copies: it may write to them
     drew = _states() != before
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"it returns a {type(out).__name__}")
     leaves = watch.weights | dict(enumerate(given))
-    gradients = torch.autograd.grad((out * numbers(*out.shape)).sum(), list(leaves.values()), allow_unused=True)
+    gradients = torch.autograd.grad((out * draw(*out.shape)).sum(), list(leaves.values()), allow_unused=True)
     return (out.detach(), dict(zip(leaves, gradients, strict=True))), drew
 
 
 def _agree(wanted, got) -> bool:
-    """Two outputs with their gradients; one that is None, or of a weight that was never read, is zero."""
+    """Whether two outputs and their gradients agree; a gradient of None, or of an unread weight, counts as zero."""
     (out, theirs), (other, ours) = wanted, got
     if out.shape != other.shape or out.dtype != other.dtype:
         return False
@@ -317,7 +317,7 @@ def _agree(wanted, got) -> bool:
     return all((a - b).abs().max() <= 1e-10 * a.abs().max() for a, b in pairs)
 
 
-# ------------------------------------------------------------------------------------------------ leaving no trace
+# ------------------------------------------------------------------------------------------------ isolation
 def _states() -> tuple:
     numpy = sys.modules.get("numpy")
     return (torch.default_generator.get_state().numpy().tobytes(), random.getstate(),
@@ -326,7 +326,7 @@ def _states() -> tuple:
 
 @contextmanager
 def _aside():
-    """Run on the CPU, in float64, with gradients, without autocast, and leave the generators as they were."""
+    """Run on the CPU with gradients and without autocast, and restore the random generators."""
     numpy = sys.modules.get("numpy")
     kept = torch.default_generator.get_state(), random.getstate(), numpy.random.get_state() if numpy else None
     with ExitStack() as stack:

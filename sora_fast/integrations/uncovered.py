@@ -1,4 +1,4 @@
-"""Models of diffusers that are known and not covered yet: the report says so instead of nothing."""
+"""Models of diffusers that are not covered yet, so that the report can say so."""
 
 _NOT_YET = "a known video model that is not covered yet"
 _AUTOENCODERS = {

@@ -1,7 +1,7 @@
 """The transformer of Wan 2.1 and 2.2, as diffusers has it.
 
-Norm, modulation and gated sum are one op each, the norm of queries and keys over all heads and their rotation another.
-Attention itself runs on the backend that diffusers is set to.
+Gated residual, norm and modulation are fused, and so are the norm of queries and keys over all heads and the rotary
+embedding. Attention itself runs on the backend that diffusers is set to.
 
 B batch, N tokens of a sample, L text tokens, D width, H heads, E head dim.
 """
@@ -13,8 +13,8 @@ from torch import nn
 
 from .. import ops
 from .known import IDENTITY, ITS_CHILDREN, LAYER_NORM, RMS_NORM, either
-from .mixin import Fast, Kind, has_hooks, has_own_forward, is_fast, takes_what_is_ours
-from .transformer import Places, affine, are_tables, grid_places, norm_rotate, rotate_by_tables, rows_of, tables
+from .mixin import Fast, Kind, accepts_our_arguments, has_hooks, has_own_forward, is_fast
+from .transformer import Positions, affine, are_tables, grid_positions, norm_rotate, rotate_by_tables, rows_of, tables
 
 _MODULE = "diffusers.models.transformers.transformer_wan"
 _PROCESSOR = Kind(f"{_MODULE}.WanAttnProcessor")
@@ -26,25 +26,25 @@ def _functions():
     return sys.modules[_MODULE]
 
 
-def _own_tables(places: Places):
-    """What the rotary module of diffusers would have given: (1, N, 1, E) each."""
-    return tuple(table[None, :, None] for table in tables(places))
+def _own_tables(positions: Positions):
+    """What diffusers' rotary module would return: (1, N, 1, E) each."""
+    return tuple(table[None, :, None] for table in tables(positions))
 
 
 class Rotary(Fast):
-    runs = "places of tokens instead of tables: angles are made in the kernel"
+    report = "token positions instead of tables: the kernel computes the angles"
 
     def forward(self, hidden_states):
         axes = (self.t_dim, self.h_dim, self.w_dim)
-        if has_hooks(self) or not takes_what_is_ours(self) or not self._tables_are_those(axes) or not all(
-                takes_what_is_ours(block) and takes_what_is_ours(block.attn1)
+        if has_hooks(self) or not accepts_our_arguments(self) or not self._tables_are_those(axes) or not all(
+                accepts_our_arguments(block) and accepts_our_arguments(block.attn1)
                 for blocks in self._sora_fast_readers for block in blocks):
             return super().forward(hidden_states)
         grid = tuple(n // p for n, p in zip(hidden_states.shape[2:], self.patch_size, strict=True))
-        return grid_places(grid, axes, _THETA, hidden_states.device)
+        return grid_positions(grid, axes, _THETA, hidden_states.device)
 
     def _tables_are_those(self, axes) -> bool:
-        """Of theta 10,000; looked at again where they have been written to, or are other ones."""
+        """Whether they have theta 10,000; checked again only if they were replaced or written to."""
         cos, sin, *noted = self.freqs_cos, self.freqs_sin, *self.__dict__.get("_sora_fast_tables", (None,) * 4)
         if cos is noted[0] and sin is noted[1] and (cos._version, sin._version) == noted[2:4]:
             return True
@@ -57,7 +57,7 @@ class Rotary(Fast):
         self._sora_fast_tables = (self.freqs_cos, self.freqs_sin, self.freqs_cos._version, self.freqs_sin._version)
 
     def _apply(self, fn, recurse=True):
-        """On another device, or in another dtype, they are the same tables."""
+        """Moved to another device or dtype, they are still the same tables."""
         same = self._tables_are_those((self.t_dim, self.h_dim, self.w_dim))
         super()._apply(fn, recurse)
         if same:
@@ -65,33 +65,33 @@ class Rotary(Fast):
         return self
 
     @classmethod
-    def unsuited(cls, module):
+    def why_not(cls, module):
         if not module.__dict__.get("_sora_fast_readers"):
-            return "a block that reads its tables was left"
+            return "a block that reads its tables was not swapped"
         if has_hooks(module):
-            return "a hook may look at its tables"
+            return "a hook may read its tables"
         same = are_tables(module.freqs_cos, module.freqs_sin, (module.t_dim, module.h_dim, module.w_dim), _THETA)
         return None if same else "its tables are not those of theta 10,000"
 
 
 class Attention(Fast):
-    runs = "qk_norm_rope over all heads; attention on diffusers' own backend"
-    reads = dict(norm_q=RMS_NORM, norm_k=RMS_NORM)
+    report = "qk_norm_rope over all heads; attention on diffusers' own backend"
+    absorbs = dict(norm_q=RMS_NORM, norm_k=RMS_NORM)
 
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
-        if Attention.unsuited(self) or kwargs:
-            if isinstance(rotary_emb, Places):
+        if Attention.why_not(self) or kwargs:
+            if isinstance(rotary_emb, Positions):
                 rotary_emb = _own_tables(rotary_emb)
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
         text, image = encoder_hidden_states, None
-        if self.add_k_proj is not None:  # diffusers takes the last 512 for text
+        if self.add_k_proj is not None:  # diffusers takes the last 512 tokens as text
             image, text = text[:, :-512], text[:, -512:]
         split = lambda x: x.unflatten(2, (self.heads, -1))
         q, k, v = map(split, _functions()._get_qkv_projections(self, hidden_states, text))
-        places = rotary_emb if isinstance(rotary_emb, Places) else None
-        q, k = norm_rotate(q, k, places, norm="rms_all", q_weight=self.norm_q.weight, k_weight=self.norm_k.weight,
+        positions = rotary_emb if isinstance(rotary_emb, Positions) else None
+        q, k = norm_rotate(q, k, positions, norm="rms_all", q_weight=self.norm_q.weight, k_weight=self.norm_k.weight,
                            eps=self.norm_q.eps)
-        if places is None and rotary_emb is not None:
+        if positions is None and rotary_emb is not None:
             cos, sin = rotary_emb
             q, k = rotate_by_tables(q, cos, sin), rotate_by_tables(k, cos, sin)
         out = self._attend(q, k, v, attention_mask, self.processor._parallel_config if text is None else None)
@@ -106,21 +106,21 @@ class Attention(Fast):
         return out.flatten(2, 3).type_as(q)
 
     @classmethod
-    def unsuited(cls, module):
+    def why_not(cls, module):
         if not _PROCESSOR.is_of(module.processor):
             return f"its processor is a {type(module.processor).__name__}"
-        if changed := super().unsuited(module):
+        if changed := super().why_not(module):
             return changed
-        return None if module.norm_q.eps == module.norm_k.eps else "its two norms have another eps each"
+        return None if module.norm_q.eps == module.norm_k.eps else "its two norms differ in eps"
 
 
 class Block(Fast):
-    runs = "norm_modulate, gate_residual_norm_modulate twice, gate_residual"
-    reads = dict(norm1=LAYER_NORM, norm2=either(IDENTITY, LAYER_NORM), norm3=LAYER_NORM)
+    report = "norm_modulate, gate_residual_norm_modulate twice, gate_residual"
+    absorbs = dict(norm1=LAYER_NORM, norm2=either(IDENTITY, LAYER_NORM), norm3=LAYER_NORM)
 
     def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb):
-        if Block.unsuited(self):
-            if isinstance(rotary_emb, Places) and not isinstance(self.attn1, Fast):
+        if Block.why_not(self):
+            if isinstance(rotary_emb, Positions) and not isinstance(self.attn1, Fast):
                 rotary_emb = _own_tables(rotary_emb)
             return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
         batch, tokens, width = hidden_states.shape
@@ -144,8 +144,8 @@ class Block(Fast):
         return per_sample(ops.gate_residual(x, flat(self.ffn(per_sample(h))), ff_gate, rows))
 
 
-def _prepare(model) -> None:
-    """Tables are left out where no block will read them."""
+def _mark_readers(model) -> None:
+    """Drop the tables if no block will read them."""
     suited = all(_BLOCK.built(block) and _ATTENTION.built(block.attn1)
                  and (is_fast(block.attn1) or not has_own_forward(block.attn1)) for block in model.blocks)
     model.rope._sora_fast_readers = [model.blocks] if suited else None
@@ -153,5 +153,5 @@ def _prepare(model) -> None:
 
 SWAPS = {f"{_MODULE}.Wan{name}": mixin for name, mixin in {
     "RotaryPosEmbed": Rotary, "Attention": Attention, "TransformerBlock": Block}.items()}
-PREPARES = {f"{_MODULE}.WanTransformer3DModel": _prepare}
+PREPARES = {f"{_MODULE}.WanTransformer3DModel": _mark_readers}
 KNOWN = {f"{_MODULE}.Wan{name}": ITS_CHILDREN for name in ("Transformer3DModel", "TimeTextImageEmbedding", "ImageEmbedding")}

@@ -1,7 +1,7 @@
 """The autoencoders of Wan 2.1 and 2.2 and of Qwen-Image, as diffusers has them.
 
-Their past is in a StreamState instead of lists that are filled in the order of calls, so checkpointing and torch.compile
-work; clips of any length take the memory of one chunk.
+Caches are in a StreamState instead of lists filled in call order, so checkpointing and torch.compile work. Clips of any
+length take the memory of one chunk.
 
 B batch, C channels, T frames, H height, W width; t, h, w of the latents.
 """
@@ -14,8 +14,8 @@ from .. import ops
 from ..nn import StreamState
 from ..nn.streaming import starts
 from .known import CONV2D, DROPOUT, IDENTITY, SEQUENTIAL, SILU, STRIDED_CONV2D, ZERO_PAD2D, absent, either
-from .mixin import Fast, Kind, grad_wanted, has_hooks, held, is_sharded, original_of, takes_what_is_ours
-from .video_vae import Whole, convolve, in_chunks, own_slots
+from .mixin import Fast, Kind, accepts_our_arguments, grad_wanted, has_hooks, held, is_sharded, original_of
+from .vae_streaming import Whole, convolve, in_chunks, with_own_caches
 
 _WAN, _QWEN = (f"diffusers.models.autoencoders.autoencoder_kl_{name}" for name in ("wan", "qwenimage"))
 
@@ -26,18 +26,18 @@ def _kind(name: str, **settings) -> Kind:
 
 
 def _padded_as_causal(conv) -> bool:
-    """What stands in front is what a causal convolution needs, or nothing; nothing stands behind."""
+    """Whether it pads in time as a causal convolution, or not at all: in front only, by the kernel size - 1."""
     return len(conv._padding) == 6 and conv._padding[4] in (0, held(conv, "weight").shape[2] - 1) and conv._padding[5] == 0
 
 
 def _of_channels(norm) -> bool:
-    """A norm of C channels scaled as that of C channels, with no bias, which may be a parameter."""
+    """Whether its scale is sqrt(C) for C channels, and it has no bias; a bias may be a parameter."""
     return isinstance(norm.bias, float) and norm.bias == 0 and norm.scale == held(norm, "gamma").numel() ** 0.5
 
 
 _CONV = _kind("CausalConv3d", read="weight bias stride _padding", methods=("forward", "_conv_forward"), groups=1,
               dilation=(1, 1, 1), padding=(0, 0, 0), padding_mode="zeros", rule=_padded_as_causal)
-# In a chunk, diffusers keeps two frames of the past, and counts strides from the chunk's first: right for these sizes alone.
+# diffusers caches two past frames and counts strides from a chunk's first frame, which is right for these sizes only.
 _CONV3 = _CONV.but(read="weight bias", kernel=(3, 3, 3), stride=(1, 1, 1), _padding=(1, 1, 1, 1, 2, 0))
 _CONV1 = _CONV.but(read="weight bias", kernel=(1, 1, 1), stride=(1, 1, 1), _padding=(0, 0, 0, 0, 0, 0))
 _TIME_UP = _CONV.but(read="weight bias", kernel=(3, 1, 1), stride=(1, 1, 1), _padding=(0, 0, 0, 0, 2, 0))
@@ -50,19 +50,19 @@ _HALVE = ZERO_PAD2D.but(padding=(0, 1, 0, 1))
 # mode -> the two layers of a resample, and its time_conv
 _RESAMPLES = {"upsample2d": (_DOUBLE, CONV2D, absent), "upsample3d": (_DOUBLE, CONV2D, _TIME_UP),
               "downsample2d": (_HALVE, STRIDED_CONV2D, absent), "downsample3d": (_HALVE, STRIDED_CONV2D, _TIME_DOWN)}
-# Beside swapped modules and what they read: what computes frame by frame, or of groups of frames that no chunk cuts.
+# Besides swapped modules and absorbed children: modules that compute per frame, or per group of frames that no chunk splits.
 _FRAMEWISE = Kind("torch.nn.modules.container.ModuleList", "torch.nn.modules.conv.Conv2d", f"{_WAN}.WanAttentionBlock",
                   f"{_WAN}.AvgDown3D", f"{_WAN}.DupUp3D", f"{_QWEN}.QwenImageAttentionBlock")
 
 
 def _streams(part) -> bool:
-    """Whether ``part`` computes the same however a clip is cut in time. What has been changed may not: it gets the chunks
-    that diffusers cuts. FSDP2's hooks bring weights and change nothing."""
-    if not takes_what_is_ours(part):
+    """Whether the results of ``part`` do not depend on how a clip is chunked. Changed modules may depend on it and get the
+    chunks of diffusers. FSDP2's hooks only gather weights."""
+    if not accepts_our_arguments(part):
         return _FRAMEWISE(part) and all(_streams(child) for child in part._modules.values() if child is not None)
-    if part.unsuited(part) or has_hooks(part) and not is_sharded(part):
+    if part.why_not(part) or has_hooks(part) and not is_sharded(part):
         return False
-    return all(child is None or name in part.reads or _streams(child) for name, child in part._modules.items())
+    return all(child is None or name in part.absorbs or _streams(child) for name, child in part._modules.items())
 
 
 def _norm(norm, act: str | None = "silu") -> dict:
@@ -71,7 +71,7 @@ def _norm(norm, act: str | None = "silu") -> dict:
 
 
 def _state(feat_cache) -> StreamState | None:
-    """The stream behind diffusers' list of caches, as its tiled paths pass one: it is kept in the first place."""
+    """The state for diffusers' list of caches, as its tiled paths pass one: it is stored in the list's first entry."""
     if not isinstance(feat_cache, list):
         return feat_cache
     if not isinstance(feat_cache[0], StreamState):
@@ -88,77 +88,79 @@ def _convolve(conv, x, state, **settings):
 
 
 def _call(child, x, state, **arguments):
-    if takes_what_is_ours(child):
+    if accepts_our_arguments(child):
         return child(x, feat_cache=state, **arguments)
-    return own_slots(child, child, x, state, **arguments)
+    return with_own_caches(child, child, x, state, **arguments)
 
 
 def _checkpointed(owner, child, x, state, **arguments):
-    """``_call``, recomputed in the backward where ``enable_gradient_checkpointing`` asks for it."""
+    """``_call``, recomputed in the backward if gradient checkpointing is enabled."""
     if getattr(owner, "gradient_checkpointing", False) and torch.is_grad_enabled() and isinstance(state, Whole | None):
         return owner._gradient_checkpointing_func(lambda y: _call(child, y, state, **arguments), x)
     return _call(child, x, state, **arguments)
 
 
 class CausalConv(Fast):
-    runs = "causal_conv3d"
+    report = "causal_conv3d"
 
     def forward(self, x, cache_x=None):
-        if not _CONV.settled(self):
+        if not _CONV.matches_settings(self):
             return super().forward(x, cache_x)
         behind = self.weight.shape[2] - 1
         if self._padding[4] == behind:
             return ops.causal_conv3d(x, self.weight, self.bias, stride=self.stride, padding=_padding(self),
                                      cache=cache_x if behind else None)
-        # No padding in time: what stands before the first output is the head of x itself.
+        # No padding in time: the first frames of x serve as the cache.
         return ops.causal_conv3d(x[:, :, behind:], self.weight, self.bias, stride=self.stride, padding=_padding(self),
                                  cache=x[:, :, :behind])
 
     @staticmethod
-    def unsuited(module):
-        return None if _CONV.settled(module) else "its padding, groups or dilation are none that Wan has"
+    def why_not(module):
+        return None if _CONV.matches_settings(module) else "its padding, groups or dilation are not a configuration of Wan"
 
 
 class RMSNorm(Fast):
-    runs = "norm_act"
+    report = "norm_act"
 
     def forward(self, x):
-        if x.dim() != self.gamma.dim() + 1 or x.dim() not in (4, 5) or not _NORM.settled(self):
+        if x.dim() != self.gamma.dim() + 1 or x.dim() not in (4, 5) or not _NORM.matches_settings(self):
             return super().forward(x)
         frames = x if x.dim() == 5 else x.unsqueeze(2)
         return ops.norm_act(frames, self.gamma.flatten(), norm="rms", eps=1e-24, act=None).view_as(x)
 
     @staticmethod
-    def unsuited(module):
-        return None if _NORM.settled(module) else "it has a bias, channels last, or a scale of its own, as none in Wan has"
+    def why_not(module):
+        if _NORM.matches_settings(module):
+            return None
+        return "it has a bias, channels last, or another scale, which is not a configuration of Wan"
 
 
 class ResidualBlock(Fast):
-    runs = "norm_act_conv3d twice, the shortcut added in the second"
-    reads = dict(norm1=_VIDEO_NORM, conv1=_CONV3, norm2=_VIDEO_NORM, conv2=_CONV3, conv_shortcut=either(IDENTITY, _CONV1),
+    report = "norm_act_conv3d twice, the shortcut added in the second"
+    absorbs = dict(norm1=_VIDEO_NORM, conv1=_CONV3, norm2=_VIDEO_NORM, conv2=_CONV3, conv_shortcut=either(IDENTITY, _CONV1),
                  nonlinearity=SILU, dropout=DROPOUT)
 
     def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006, diffusers' own signature
         if isinstance(feat_cache, list):
             return super().forward(x, feat_cache=feat_cache, feat_idx=feat_idx)
         state = feat_cache
-        if ResidualBlock.unsuited(self):  # an adapter or a hook has come to a child since
-            return own_slots(self, super().forward, x, state)
+        if ResidualBlock.why_not(self):  # a child got an adapter or a hook since
+            return with_own_caches(self, super().forward, x, state)
         h = _convolve(self.conv1, x, state, norm=_norm(self.norm1))
         shortcut = x if isinstance(self.conv_shortcut, torch.nn.Identity) else _convolve(self.conv_shortcut, x, None)
         return _convolve(self.conv2, h, state, norm=_norm(self.norm2), residual=shortcut)
 
 
 class Resample(Fast):
-    runs = "causal_conv3d, upsampling by address"
-    reads = dict(resample=SEQUENTIAL, time_conv=either(absent, _CONV))
+    report = "causal_conv3d, upsampling by address"
+    absorbs = dict(resample=SEQUENTIAL, time_conv=either(absent, _CONV))
 
     def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
         if isinstance(feat_cache, list):
             return super().forward(x, feat_cache=feat_cache, feat_idx=feat_idx)
         state = feat_cache
-        if Resample.unsuited(self):
-            return own_slots(self, super().forward, x, state)
+        if Resample.why_not(self):
+            return with_own_caches(self, super().forward, x, state)
         if self.mode == "upsample3d" and state is not None:
             split = 1 if starts(self, x, state) else 0
             first, rest = x[:, :, :split], x[:, :, split:]
@@ -175,18 +177,18 @@ class Resample(Fast):
         return torch.cat([first, _convolve(self.time_conv, x, state, phase=2)], dim=2)
 
     @classmethod
-    def unsuited(cls, module):
+    def why_not(cls, module):
         if module.mode not in _RESAMPLES:
             return f"mode {module.mode!r} changes no size"
         if not SEQUENTIAL(module.resample) or len(module.resample) != 2:
-            return super().unsuited(module) or "its resample is no pair of layers"
+            return super().why_not(module) or "its resample is not a pair of layers"
         found = (*module.resample._modules.values(), getattr(module, "time_conv", None))
-        plain = all(may_be_read(child) for may_be_read, child in zip(_RESAMPLES[module.mode], found, strict=True))
-        return None if plain else "a child was replaced, has a hook, or is set to what is not read past it"
+        plain = all(may_absorb(child) for may_absorb, child in zip(_RESAMPLES[module.mode], found, strict=True))
+        return None if plain else "a child was replaced, has a hook, or has settings that are not supported"
 
 
 class MidBlock(Fast):
-    runs = "its children, whose past is in a StreamState"
+    report = "its children, with caches in a StreamState"
 
     def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
         if isinstance(feat_cache, list):
@@ -199,9 +201,9 @@ class MidBlock(Fast):
 
 
 class DownBlock(Fast):
-    """Wan 2.2's, around an average of pixels."""
+    """Wan 2.2's, with an average-pooled shortcut."""
 
-    runs = MidBlock.runs
+    report = MidBlock.report
 
     def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
         if isinstance(feat_cache, list):
@@ -213,9 +215,9 @@ class DownBlock(Fast):
 
 
 class UpBlock(Fast):
-    """Wan 2.1's, and Wan 2.2's around repeated pixels."""
+    """Wan 2.1's, and Wan 2.2's with a shortcut of repeated pixels."""
 
-    runs = MidBlock.runs
+    report = MidBlock.report
 
     def forward(self, x, feat_cache=None, feat_idx=[0], first_chunk=None):  # noqa: B006
         if isinstance(feat_cache, list):
@@ -230,13 +232,13 @@ class UpBlock(Fast):
 
 
 class Encoder(Fast):
-    runs = MidBlock.runs
-    reads = dict(conv_in=_CONV3, norm_out=_VIDEO_NORM, conv_out=_CONV3, nonlinearity=SILU)
+    report = MidBlock.report
+    absorbs = dict(conv_in=_CONV3, norm_out=_VIDEO_NORM, conv_out=_CONV3, nonlinearity=SILU)
 
     def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
         state = _state(feat_cache)
-        if Encoder.unsuited(self):
-            return own_slots(self, super().forward, x, state)
+        if Encoder.why_not(self):
+            return with_own_caches(self, super().forward, x, state)
         x = _convolve(self.conv_in, x, state)
         for layer in self.down_blocks:
             x = layer(x) if _is_attention(layer) else _checkpointed(self, layer, x, state)
@@ -245,16 +247,16 @@ class Encoder(Fast):
 
 
 class Decoder(Fast):
-    runs = MidBlock.runs
-    reads = Encoder.reads
+    report = MidBlock.report
+    absorbs = Encoder.absorbs
 
     def forward(self, x, feat_cache=None, feat_idx=[0], first_chunk=False):  # noqa: B006
         state = _state(feat_cache)
         if state is not None:
-            first_chunk = starts(self.up_blocks, x, state)  # the decoder's own place may hold its list of caches
-        if Decoder.unsuited(self):
+            first_chunk = starts(self.up_blocks, x, state)  # the state's entry of the decoder may hold its list of caches
+        if Decoder.why_not(self):
             more = dict(first_chunk=first_chunk) if original_of(type(self)).__module__ == _WAN else {}
-            return own_slots(self, super().forward, x, state, **more)
+            return with_own_caches(self, super().forward, x, state, **more)
         x = _convolve(self.conv_in, x, state)
         x = _checkpointed(self, self.mid_block, x, state)
         for layer in self.up_blocks:
@@ -266,7 +268,7 @@ class Decoder(Fast):
 def _some_frames(model, name: str, clip) -> None:
     if clip.shape[2] == 0:
         raise ValueError(f"{original_of(type(model)).__name__}.{name}: expected a clip of one frame or more, got none; "
-                         f"leave clips without frames out")
+                         f"skip clips without frames")
 
 
 def _is_attention(layer) -> bool:
@@ -274,9 +276,9 @@ def _is_attention(layer) -> bool:
 
 
 class Autoencoder(Fast):
-    """encode and decode keep diffusers' signatures and results, slicing and tiling included."""
+    """encode and decode have diffusers' signatures and results, slicing and tiling included."""
 
-    runs = "chunks of any length, written into one tensor; whole clips where gradients are wanted or a graph is traced"
+    report = "chunks of any length, written into one tensor; whole clips for gradients or under torch.compile"
     streams = True
     _supports_gradient_checkpointing = True
 
@@ -285,7 +287,7 @@ class Autoencoder(Fast):
         if self._tiled(x, 1) or not _streams(self.encoder):  # diffusers' chunks and lists of caches
             return super()._encode(x)
         patch = getattr(self.config, "patch_size", None)
-        x = x[:, :, : 1 + (x.shape[2] - 1) // 4 * 4]  # diffusers leaves out what is no whole group of four
+        x = x[:, :, : 1 + (x.shape[2] - 1) // 4 * 4]  # diffusers drops an incomplete group of four
         to_patches = self._function("patchify")
         step = lambda part, state: self.encoder(to_patches(part, patch_size=patch) if patch else part, feat_cache=state)
         factor = 2 ** sum(self.config.temperal_downsample)
@@ -322,11 +324,11 @@ class Autoencoder(Fast):
         return self.use_tiling and (clip.shape[3] > lines or clip.shape[4] > columns)
 
     def _function(self, name: str):
-        """What diffusers' own module has under that name; Qwen-Image has no patches."""
+        """That name in diffusers' module; Qwen-Image has no patches."""
         return getattr(sys.modules[original_of(type(self)).__module__], name, None)
 
     def _bytes(self, clip, scale: int) -> int:
-        """What a latent frame takes at the peak: four tensors of the widest level and four of its norm in float32."""
+        """Peak bytes per latent frame: four tensors of the widest level and four of its norm in float32."""
         width = max(self.config.base_dim, getattr(self.config, "decoder_base_dim", None) or 0)
         patch = getattr(self.config, "patch_size", None) or 1
         pixels = 4 * clip.shape[0] * clip.shape[3] * clip.shape[4] * scale**2 // patch**2

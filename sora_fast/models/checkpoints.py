@@ -1,6 +1,6 @@
 """Published checkpoints into our models and back: Wan's VAE, the official DiT, Wan's transformer.
 
-A layout is a naming of the same numbers: "diffusers" (AutoencoderKLWan, WanTransformer3DModel), "wan" (the original
+A layout is a naming of the same weights: "diffusers" (AutoencoderKLWan, WanTransformer3DModel), "wan" (the original
 repository of Wan 2.1), "official" (facebookresearch/DiT). One table per model, ``vae_keys``, ``dit_keys`` or ``wan_keys``,
 says for each of our tensors which of theirs it holds and in what shapes; loading and saving both go by it, so that what
 was loaded is saved bit for bit. Weights keep the dtype they have in the file.
@@ -196,7 +196,7 @@ def _described_vae(config: Mapping) -> VAEConfig:
     patch, count = c["patch_size"] or 1, c["z_dim"]
     statistics = [tuple(c[name] or ()) for name in ("latents_mean", "latents_std")]
     if any(len(values) != count for values in statistics):
-        warnings.warn(f"load_vae: expected latents_mean and latents_std of {count} numbers in config.json, got "
+        warnings.warn(f"load_vae: expected latents_mean and latents_std of {count} elements in config.json, got "
                       f"{len(statistics[0])} and {len(statistics[1])}; latents are not normalised", stacklevel=4)
         statistics = [None, None]
     return _sizes(c["in_channels"] // patch**2, count, c["base_dim"], c["dim_mult"], c["num_res_blocks"],

@@ -1,9 +1,9 @@
 """DiT: a diffusion transformer on packs of spacetime patches.
 
-Clips and images of any size stand in one row of tokens (a Pack); every sample, or every frame, has its own timestep.
-(DiT: Peebles and Xie, arXiv 2212.09748; packing: NaViT, arXiv 2307.06304.)
+Clips and images of any size are concatenated to one sequence of tokens (a Pack); every sample, or every frame, has its own
+timestep. (DiT: Peebles and Xie, arXiv 2212.09748; packing: NaViT, arXiv 2307.06304.)
 
-N tokens, S samples, R modulation rows (samples or frames), D width, C latent channels, L text tokens.
+N tokens, S samples, R modulation rows (samples or frames), D width, C latent channels, L text tokens, Dt text width.
 """
 
 import math
@@ -23,7 +23,7 @@ from .text import Text, check_encoded
 
 
 def check_positions(op: str, positions: tuple[int, ...], fractional_side: float | None) -> None:
-    """Axes of a sin-cos embedding are 0, 1 and 2, and the side that shares are multiplied by is above 0."""
+    """Check that the axes of a sin-cos embedding are among 0, 1 and 2, and that fractional_side is above 0."""
     if any(axis not in (0, 1, 2) for axis in positions):
         raise checks.error(op, "positions of 0 (t), 1 (h) and 2 (w)", positions, "name the axes by these numbers")
     if fractional_side is not None and not fractional_side > 0:
@@ -34,12 +34,11 @@ def check_positions(op: str, positions: tuple[int, ...], fractional_side: float 
 class DiTConfig:
     """Sizes and parts of a DiT.
 
-    ``classes``: number of class labels, 0 for none; one more stands for "no class". ``text_width``: width of the text
-    tokens that each block attends to, 0 for none. ``positions``: axes (0 t, 1 h, 2 w) of the fixed sin-cos embedding
-    added to the tokens; ``fractional_side``: height and width count there as shares of the sample's own, times this number
-    (NaViT, arXiv 2307.06304, section 2.1); None: as tokens. ``rope_axes``: entries of each head rotated for t, h, w (in
-    tokens); None: no rotation.
-    ``learn_sigma``: the output has 2 C channels, the second half for the variance.
+    ``classes``: number of class labels, 0 for none; one more is "no class". ``text_width``: width of the text tokens for
+    cross-attention, 0 for none. ``positions``: axes (0 t, 1 h, 2 w) of the fixed sin-cos embedding added to the tokens;
+    ``fractional_side``: its height and width coordinates are fractions of the sample's own size, times this number (NaViT,
+    arXiv 2307.06304, section 2.1); None: token indices. ``rope_axes``: channels per head rotated for t, h, w; None: no
+    rotation. ``learn_sigma``: the output has 2 C channels, the second half for the variance.
     """
 
     width: int = 192
@@ -65,7 +64,7 @@ class DiTConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     def coords(self, pack: Pack):
-        """What the sin-cos embedding sees of the pack: its coords (N, 3), height and width as shares where asked for."""
+        """Coordinates (N, 3) for the sin-cos embedding, with fractional height and width if configured."""
         return pack.coords if self.fractional_side is None else pack.fractional_coords(self.fractional_side)
 
 
@@ -80,7 +79,7 @@ PRESETS = {"tiny": DiTConfig(text_width=128)} | {
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps (R,) in [0, 1000], as diffusion schedules count them, to (R, D)."""
+    """Embeds timesteps (R,) in [0, 1000] to (R, D)."""
 
     def __init__(self, width: int, frequencies: int = 256):
         super().__init__()
@@ -90,7 +89,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, timesteps):
         half = self.frequencies // 2
         steps = torch.arange(half, device=timesteps.device, dtype=torch.float32)
-        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) * steps / half)  # bit for bit the official
+        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) * steps / half)  # bitwise as facebookresearch/DiT
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
@@ -104,7 +103,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """adaLN-Zero block: attention, attention to text where there is text, MLP. The identity at the start."""
+    """A DiT block with adaLN-Zero: self-attention, optional cross-attention to text, MLP. The identity at initialisation."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -116,22 +115,22 @@ class Block(nn.Module):
         self.adaLN_modulation = Modulation(config.width, 9 if config.text_width else 6)
 
     def forward(self, stream: Residual, c, pack, text=None) -> Residual:
-        """A stream of N tokens, c (R, D), text (L, Dt); the branch of the MLP is left for the next norm to add."""
+        """The residual stream (N, D), conditioning c (R, D), text (L, Dt). The next norm adds the MLP's branch."""
         check_stream("Block", stream)
-        shift, scale, gate, *rest = self.adaLN_modulation(c)
-        x, h = stream.norm_modulate(shift, scale, pack)
-        stream = Residual(x, self.attn(h, pack), gate)
+        shift, scale, gate, *rest = self.adaLN_modulation(c)  # 6 x (R, D), 9 x with text
+        x, h = stream.norm_modulate(shift, scale, pack)  # (N, D) each
+        stream = Residual(x, self.attn(h, pack), gate)  # x + gate[rows] * attention, added by the next norm
         if self.cross is not None:
             shift, scale, gate, *rest = rest
-            x, h = stream.norm_modulate(shift, scale, pack)
+            x, h = stream.norm_modulate(shift, scale, pack)  # (N, D) each
             stream = Residual(x, self.cross(h, pack, text), gate)
         shift, scale, gate = rest
-        x, h = stream.norm_modulate(shift, scale, pack)
+        x, h = stream.norm_modulate(shift, scale, pack)  # (N, D) each
         return Residual(x, self.mlp(h), gate)
 
 
 class DiT(nn.Module):
-    """Noisy latents, timesteps and conditions to a prediction of the latents' own size.
+    """Predicts noise, velocity or clean latents from noisy latents, timesteps and conditions.
 
     >>> model = DiT.preset("tiny")
     >>> clips = [torch.randn(16, 5, 16, 24), torch.randn(16, 1, 32, 32)]        # a clip and an image
@@ -177,19 +176,20 @@ class DiT(nn.Module):
         Returns:
             The prediction in latents' form, with ``config.out_channels`` channels.
         """
-        flat, pack, reform = self._to_flat(latents, pack, text)
-        x = self.x_embedder(flat, pack)
-        x = x + self._positions(pack)
-        c = self._conditions(timesteps, pack, labels, text)
-        stream, tokens = Residual(x), None if text is None else text.tokens
+        flat, pack, reform = self._to_flat(latents, pack, text)  # (N * C * pt * ph * pw,)
+        x = self.x_embedder(flat, pack)  # (N, D)
+        x = x + self._positions(pack)  # (N, D)
+        c = self._conditions(timesteps, pack, labels, text)  # (R, D)
+        stream, tokens = Residual(x), None if text is None else text.tokens  # (N, D), (L, Dt)
         for block in self.blocks:
             arguments = (stream, c, pack, tokens)
             stream = checkpoint(block, *arguments, use_reentrant=False) if self.gradient_checkpointing else block(*arguments)
-        tokens = self.final_layer(stream, c, pack)
-        return reform(ops.unpatchify(tokens, pack, self.config.patch, self.config.out_channels, flat=True))
+        tokens = self.final_layer(stream, c, pack)  # (N, pt * ph * pw * out_channels)
+        flat = ops.unpatchify(tokens, pack, self.config.patch, self.config.out_channels, flat=True)  # 1-D
+        return reform(flat)  # (B, out_channels, T, H, W), a list of (out_channels, T, H, W), or flat
 
     def _positions(self, pack):
-        """(N, D) of the tokens' places: sin-cos, and where a checkpoint brought a table, that for images of its size."""
+        """Position embedding (N, D): sin-cos, or a checkpoint's learned table for images of its size."""
         config, dtype, table = self.config, self.x_embedder.proj.weight.dtype, self.pos_embed
         fixed = sincos(config.coords(pack), config.positions, config.width, dtype) if config.positions else None
         if table is None:
@@ -204,11 +204,11 @@ class DiT(nn.Module):
             return given
         frames, height, width = pack.grids_device.unbind(1)
         own_S = (frames == 1) & (height == side) & (width == side)
-        own_N = F.pad(own_S, (0, 1))[pack.segment_ids.clamp(min=0)]  # a pack of nothing but tail has no row to pick
+        own_N = F.pad(own_S, (0, 1))[pack.segment_ids.clamp(min=0)]  # the padding is for a pack with no sample
         return torch.where(own_N[:, None], given, fixed)
 
     def _conditions(self, timesteps, pack, labels, text):
-        """c (R, D): timestep of the row, class and text of its sample."""
+        """c (R, D): embeddings of the row's timestep and of its sample's class and text."""
         check_timesteps(self, timesteps, pack)
         of_row = lambda values_S: values_S if pack.modulation == "sample" else values_S[pack.row_samples]
         per_sample = timesteps.shape[0] == pack.num_samples
@@ -231,9 +231,9 @@ class DiT(nn.Module):
         return c
 
     def _to_flat(self, latents, pack, text):
-        """The flat buffer, its pack, and the function that gives a prediction the latents' form."""
+        """The flat buffer, its pack, and a function that brings a prediction to the form of ``latents``."""
         op, config, weight = type(self).__name__, self.config, self.x_embedder.proj.weight
-        numbers = weight[0].numel()  # of a token
+        token_numel = weight[0].numel()
         if text is not None:
             check_encoded(op, text)
         if pack is not None:
@@ -259,14 +259,14 @@ class DiT(nn.Module):
                 pack = Pack(grids, text_lengths=None if text is None else text.lengths, device=weight.device)
             check_grids(op, pack, grids, "latents")
             flat = torch.cat([clip.reshape(-1) for clip in clips]) if clips else weight.new_zeros(0)
-            flat = F.pad(flat, (0, max(0, pack.num_tokens * numbers - flat.shape[0])))  # the pack's tail
+            flat = F.pad(flat, (0, max(0, pack.num_tokens * token_numel - flat.shape[0])))  # the pack's tail
             reform = lambda out: views(out, grids, config.patch, config.out_channels)
             if isinstance(latents, torch.Tensor):
                 reform = lambda out: out[: latents[:, :1].numel() * config.out_channels].reshape(
                     latents.shape[0], config.out_channels, *latents.shape[2:])
-        if flat.shape[0] != pack.num_tokens * numbers:
-            raise ValueError(f"{op}: expected {numbers} numbers for each of the pack's {pack.num_tokens} tokens, got "
-                             f"{flat.shape[0]}; pass the pack of these very latents, tail included")
+        if flat.shape[0] != pack.num_tokens * token_numel:
+            raise ValueError(f"{op}: expected {token_numel} elements for each of the pack's {pack.num_tokens} tokens, got "
+                             f"{flat.shape[0]}; pass the pack of these latents, tail included")
         if text is not None:
             if pack.text_cu_seqlens is not None and text.pooled.shape[0] != pack.num_samples:
                 raise ValueError(f"{op}: expected text of {pack.num_samples} samples, got {text.pooled.shape[0]}; give one "
@@ -290,7 +290,7 @@ class DiT(nn.Module):
 
 
 def check_timesteps(model: nn.Module, timesteps, pack: Pack) -> None:
-    """Timesteps are a tensor (S,) or (R,), to 1000; one number for all is none of these, and would have no device."""
+    """Check that timesteps are a tensor (S,) or (R,) up to 1000. A Python number is rejected: it has no device."""
     op = type(model).__name__
     tensor = isinstance(timesteps, torch.Tensor)
     if not tensor or timesteps.dim() != 1 or timesteps.shape[0] not in (pack.num_samples, pack.num_rows):
@@ -305,7 +305,7 @@ def check_timesteps(model: nn.Module, timesteps, pack: Pack) -> None:
 
 
 def check_grids(op: str, pack: Pack, grids: tuple, what: str) -> None:
-    """The pack is that of these ``what``: sample by sample, in tokens."""
+    """Check that the pack's grids are those of these ``what``."""
     if pack.grids != grids:
         more = " and more" if len(grids) > 4 else ""
         raise ValueError(f"{op}: expected the {what}' own pack, with grids {list(grids[:4])}{more}, got {pack}; leave pack "
@@ -313,7 +313,7 @@ def check_grids(op: str, pack: Pack, grids: tuple, what: str) -> None:
 
 
 def sincos(coords_N3, axes: tuple[int, ...], width: int, dtype: torch.dtype):
-    """Fixed sin-cos embedding (N, D) of the coordinates along ``axes``, an equal share of D for each."""
+    """Fixed sin-cos embedding (N, D) of the coordinates along ``axes``, D split evenly among them."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     share = width // len(axes) // 2 * 2
     steps = torch.arange(share // 2, device=coords_N3.device, dtype=wide) / (share // 2)

@@ -10,7 +10,7 @@ import torch
 from .dit import DiT
 from .mae import MAE
 
-# Where each model embeds its patches, and the layer that gives a patch's numbers, in (pt, ph, pw, C) order.
+# Where each model embeds its patches, and the layer that outputs a patch's elements, in (pt, ph, pw, C) order.
 _PARTS = {DiT: ("x_embedder.proj.weight", "final_layer.linear"),
           MAE: ("encoder.x_embedder.proj.weight", "decoder_pred")}
 
@@ -40,7 +40,7 @@ def inflate_patches(weight, frames: int, how: str = "filter"):
 def inflate(model: DiT | MAE, frames: int, how: str = "filter") -> DiT | MAE:
     """A new model with patches of ``frames`` frames from an image model with patches of one; ``how`` as above.
 
-    The layer that gives a patch's numbers says the same for each of the frames. Where positions have no time axis
+    The layer that outputs a patch's elements gives each frame the same. Where positions have no time axis
     (``positions`` without 0, no RoPE along t), a clip of equal frames gives the image model's output in every frame
     ("filter"), and any clip of ``frames`` frames gives that of its frame ``frames // 2`` ("central").
     """

@@ -58,9 +58,9 @@ class LinearPath(nn.Module):
 
     def __init__(self, channels: int, latent_channels: int, time: int, f: int):
         super().__init__()
-        numbers = channels * time * f * f
+        block = channels * time * f * f
         self.fold, self.unfold = Fold(time, f), Unfold(time, f)
-        self.down, self.up = CausalConv3d(numbers, latent_channels, 1), CausalConv3d(latent_channels, numbers, 1)
+        self.down, self.up = CausalConv3d(block, latent_channels, 1), CausalConv3d(latent_channels, block, 1)
 
     @torch.no_grad()
     def start(self, videos: Iterable[torch.Tensor]) -> None:

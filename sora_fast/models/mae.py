@@ -1,11 +1,11 @@
 """MAE: a masked autoencoder on packs of spacetime patches.
 
 The trunk sees the visible patches of each sample and nothing else; a light decoder puts a learned token in the place of
-every hidden patch and predicts its numbers; the loss looks at hidden patches only. Clips and images of any sizes stand in
+every hidden patch and predicts its elements; the loss looks at hidden patches only. Clips and images of any sizes stand in
 one row of tokens, each with its own share of hidden ones.
 (MAE: He et al., arXiv 2111.06377; on video, with tubes: arXiv 2203.12602 and 2205.09113.)
 
-N tokens, M visible and K hidden ones, S samples, D width, P = pt * ph * pw * C numbers of a patch.
+N tokens, M visible and K hidden ones, S samples, D width, P = pt * ph * pw * C elements of a patch.
 """
 
 import math
@@ -29,7 +29,7 @@ class MAEConfig:
     """Sizes and parts of a MAE.
 
     ``ratio``: share of hidden tokens, where the call names none; ``pattern``: "token" or "tube" (see random_masking).
-    ``normalise_target``: predict each patch's numbers less their mean, over their standard deviation.
+    ``normalise_target``: normalise each patch's target by its mean and standard deviation.
     ``positions``: axes (0 t, 1 h, 2 w) of the fixed sin-cos embedding that trunk and decoder add to their tokens;
     ``fractional_side``: height and width count as shares of the sample's own, times this number; None: as tokens.
     ``rope_axes``: entries of each of the trunk's heads rotated for t, h, w (in tokens); None: no rotation.
@@ -61,12 +61,12 @@ class MAEConfig:
         checks.choice("MAEConfig", "pattern", self.pattern, PATTERNS)
         check_ratio("MAEConfig", self.ratio)
         if self.normalise_target and self.numbers < 2:
-            raise ValueError("MAEConfig: expected patches of at least two numbers with normalise_target, got one; set it to "
+            raise ValueError("MAEConfig: expected patches of two elements or more with normalise_target, got one; set it to "
                              "False")
 
     @property
     def numbers(self) -> int:
-        """P, the numbers of a patch."""
+        """P, the elements of a patch."""
         return math.prod(self.patch) * self.in_channels
 
     def embedding(self, pack: Pack, width: int, dtype: torch.dtype):
@@ -125,7 +125,7 @@ class MAEOutput(NamedTuple):
     ``loss``: mean of ``per_sample`` over the samples with hidden tokens: every sample counts the same, whatever its size;
     packs of a step weigh by how many such samples they have.
     ``per_sample``: (S,) mean squared error of a sample's hidden patches, 0 for a sample without any; both float32.
-    ``prediction``: (K, P) numbers of the hidden patches in (pt, ph, pw, C) order, as ``ops.unpatchify`` takes them; in
+    ``prediction``: (K, P) elements of the hidden patches in (pt, ph, pw, C) order, as ``ops.unpatchify`` takes them; in
     units of each patch's standard deviation with ``normalise_target``.
     """
 
@@ -229,8 +229,8 @@ class MAE(nn.Module):
             check_pack("MAE", pack)
         if isinstance(clips, torch.Tensor) and clips.dim() == 1:
             if pack is None or clips.shape[0] != pack.num_tokens * self.config.numbers:
-                raise ValueError(f"MAE: expected with a flat buffer a pack of {self.config.numbers} numbers per token, got "
-                                 f"{clips.shape[0]} numbers and {pack}; pass the pack of these very samples, tail included")
+                raise ValueError(f"MAE: expected with a flat buffer a pack of {self.config.numbers} elements per token, got "
+                                 f"{clips.shape[0]} elements and {pack}; pass the pack of these samples, tail included")
             return cut(clips, pack.grids, patch, channels), pack
         if not isinstance(clips, torch.Tensor):
             checks.sequence("MAE", "clips", clips, "tensors (C, T, H, W)")

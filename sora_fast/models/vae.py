@@ -1,11 +1,11 @@
 """VideoVAE: a causal 3-D autoencoder that compresses clips in time and space; an image is a clip of one frame.
 
-The graph is Wan 2.1's (preset "wan2.1"). The preset "tiny" is a small one with a pixel-unshuffle front and a linear
-codec around the network, which training sets to principal components: minutes on a CPU are enough for it. Everything
-is causal and norms are per pixel or per frame, so a clip can be encoded and decoded in chunks of any sizes with the
-same result, in constant memory.
+The architecture is Wan 2.1's (preset "wan2.1"). The preset "tiny" is a small one with pixel-unshuffled inputs and a linear
+codec around the network, which training initialises by PCA: it trains in minutes on a CPU. Convolutions are causal and norms
+per pixel or frame, so a clip can be encoded and decoded in chunks of any sizes with the same result, in constant memory.
 
-B batch, C channels, T frames, H height, W width; t, h, w of the latents: T = 1 + time_factor * (t - 1), H = f * h.
+B batch, C latent channels, D channels of a level, T frames, H height, W width; t, h, w of the latents:
+T = 1 + time_factor * (t - 1), H = f * h.
 """
 
 import math
@@ -32,13 +32,13 @@ _WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 class VAEConfig:
     """Sizes of a VideoVAE.
 
-    ``space_factor`` f = 2^m and ``time_factor`` (1, 2, 4, 8) decide the number of levels; ``multipliers`` of ``width``
-    give the channels of each level (the last one is repeated, or the end cut, where the count differs).
+    ``space_factor`` f = 2^m and ``time_factor`` (1, 2, 4, 8) determine the number of levels; ``multipliers`` of ``width``
+    give the channels of each level (the last one is repeated, or the list truncated, to that number).
     ``time_levels``: whether each level but the last halves time, finest first; None: as late as possible.
-    ``patch``: pixels per side folded into channels in front. ``linear_path``: a linear codec of pixel blocks around
-    the network. ``linear_heads``: no norm and activation before the last convolution of either side.
-    ``regularisation``: what keeps latents small, "kl" (a posterior near the unit normal) or "vq" (the decoder sees the
-    nearest of ``codes`` learned vectors).
+    ``patch``: pixels per side that are unshuffled into channels first. ``linear_path``: a linear codec of pixel blocks
+    around the network. ``linear_heads``: no norm and activation before the last convolution of encoder and decoder.
+    ``regularisation`` of the latents: "kl" (posterior close to the unit normal) or "vq" (the decoder gets the nearest of
+    ``codes`` learned vectors).
     """
 
     in_channels: int = 3
@@ -82,7 +82,7 @@ class VAEConfig:
         for name in ("latent_mean", "latent_std"):
             value = getattr(self, name)
             if value is not None and len(value) != self.latent_channels:
-                raise ValueError(f"VAEConfig: expected {name} of {self.latent_channels} numbers, got {len(value)}; "
+                raise ValueError(f"VAEConfig: expected {name} of {self.latent_channels} elements, got {len(value)}; "
                                  f"give one per latent channel")
 
     @property
@@ -109,7 +109,7 @@ PRESETS = {
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, 3x3x3, twice, around a shortcut; starts as the shortcut."""
+    """Twice norm, SiLU, 3x3x3 convolution, plus a shortcut; at initialisation only the shortcut."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -120,13 +120,13 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x, state):
-        h = norm_act_conv(self.norm1, self.conv1, x, state)
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        return norm_act_conv(self.norm2, self.conv2, h, state, residual=shortcut)
+        h = norm_act_conv(self.norm1, self.conv1, x, state)  # (B, Din, T, H, W) -> (B, Dout, T, H, W)
+        shortcut = x if self.shortcut is None else self.shortcut(x)  # (B, Dout, T, H, W)
+        return norm_act_conv(self.norm2, self.conv2, h, state, residual=shortcut)  # (B, Dout, T, H, W)
 
 
 class FrameAttention(nn.Module):
-    """Single-head attention among the pixels of each frame."""
+    """Single-head attention over the pixels of each frame."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -136,14 +136,15 @@ class FrameAttention(nn.Module):
 
     def forward(self, x):
         batch, channels, frames, height, width = x.shape
-        qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 4, 1).reshape(batch * frames, 1, height * width, 3 * channels)
-        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
-        out = out.reshape(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
-        return self.proj(out, residual=x)
+        qkv = self.to_qkv(self.norm(x))  # (B, 3 D, T, H, W)
+        qkv = qkv.permute(0, 2, 3, 4, 1).reshape(batch * frames, 1, height * width, 3 * channels)  # (B T, 1, H W, 3 D)
+        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # (B T, 1, H W, D)
+        out = out.reshape(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)  # (B, D, T, H, W)
+        return self.proj(out, residual=x)  # (B, D, T, H, W)
 
 
 class Downsample(nn.Module):
-    """Half the height and width (3x3, stride 2), then half the frames: the first passes, then every second one."""
+    """Halves height and width (3x3, stride 2), then the frames: keeps the first and convolves the others with stride 2."""
 
     def __init__(self, channels: int, space: bool, time: bool):
         super().__init__()
@@ -152,15 +153,15 @@ class Downsample(nn.Module):
 
     def forward(self, x, state):
         if self.space_conv is not None:
-            x = self.space_conv(x)
+            x = self.space_conv(x)  # (B, D, T, H / 2, W / 2)
         if self.time_conv is None:
             return x
         first = x[:, :, :1] if starts(self, x, state) else x[:, :, :0]
-        return torch.cat([first, self.time_conv(x, state)], dim=2)
+        return torch.cat([first, self.time_conv(x, state)], dim=2)  # (B, D, 1 + (T - 1) / 2, H / 2, W / 2)
 
 
 class Upsample(nn.Module):
-    """Twice the frames (but the first, which later ones do not see), then twice the height and width (3x3)."""
+    """Doubles the frames except the first, which the others do not depend on, then height and width (3x3)."""
 
     def __init__(self, inputs: int, outputs: int, space: bool, time: bool):
         super().__init__()
@@ -171,13 +172,13 @@ class Upsample(nn.Module):
         if self.time_conv is not None:
             split = 1 if starts(self, x, state) else 0
             first, rest = x[:, :, :split], x[:, :, split:]
-            pairs = self.time_conv(rest, state).unflatten(1, (2, -1))  # (B, 2, C, T, H, W)
-            x = torch.cat([first, pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
-        return self.space_conv(x)
+            pairs = self.time_conv(rest, state).unflatten(1, (2, -1))  # (B, 2, D, T - 1, H, W)
+            x = torch.cat([first, pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)  # (B, D, 1 + 2 (T - 1), H, W)
+        return self.space_conv(x)  # (B, Dout, 1 + 2 (T - 1), 2 H, 2 W)
 
 
 class Level(nn.Module):
-    """Residual blocks, then the change of size."""
+    """Residual blocks, then the resampling."""
 
     def __init__(self, blocks, resample=None):
         super().__init__()
@@ -190,7 +191,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Block, attention within each frame, block, at the coarsest size."""
+    """Residual block, attention within each frame, residual block, at the coarsest level."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -202,7 +203,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """(B, 3, T, H, W) -> (B, 2C, t, h, w)."""
+    """(B, 3 p p, T, H / p, W / p) -> (B, 2 C, t, h, w); p: ``patch``."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -218,18 +219,19 @@ class Encoder(nn.Module):
         self.head = CausalConv3d(channels, 2 * config.latent_channels, 3)
 
     def forward(self, x, state=None):
-        x = self.stem(x, state)
+        x = self.stem(x, state)  # (B, 3 p p, T, H / p, W / p) -> (B, width, T, H / p, W / p)
         for level in self.levels:
-            x = level(x, state) if x.shape[2] else x
-        if x.shape[2] == 0:  # a chunk too short for a latent frame: what follows has nothing to do
+            x = level(x, state) if x.shape[2] else x  # (B, D, T', H', W') of each level, at last (B, D, t, h, w)
+        if x.shape[2] == 0:  # a chunk too short for a latent frame
             return x.new_zeros((x.shape[0], self.head.out_channels, 0, *x.shape[3:]))
         if self.middle is not None:
-            x = self.middle(x, state)
+            x = self.middle(x, state)  # (B, D, t, h, w)
+        # (B, 2 C, t, h, w)
         return self.head(x, state) if self.norm is None else norm_act_conv(self.norm, self.head, x, state)
 
 
 class Decoder(nn.Module):
-    """(B, C, t, h, w) -> (B, 3, T, H, W)."""
+    """(B, C, t, h, w) -> (B, 3 p p, T, H / p, W / p); p: ``patch``."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -240,30 +242,31 @@ class Decoder(nn.Module):
         for outputs, resample in zip(widths, resamples, strict=True):
             blocks = [ResidualBlock(channels if i == 0 else outputs, outputs) for i in range(config.decoder_blocks)]
             self.levels.append(Level(blocks, Upsample(outputs, outputs // 2, *resample) if resample else None))
-            channels = outputs // 2 if resample else outputs  # channels are halved as pixels are doubled
+            channels = outputs // 2 if resample else outputs  # upsampling halves the channels
         self.norm = None if config.linear_heads else RMSNorm(channels, act="silu")
         self.head = CausalConv3d(channels, config.in_channels * config.patch**2, 3)
 
     def forward(self, x, state=None):
-        x = self.stem(x, state)
+        x = self.stem(x, state)  # (B, C, t, h, w) -> (B, D, t, h, w)
         if self.middle is not None:
-            x = self.middle(x, state)
+            x = self.middle(x, state)  # (B, D, t, h, w)
         for level in self.levels:
-            x = level(x, state)
+            x = level(x, state)  # (B, D, T', H', W') of each level, at last (B, D, T, H / p, W / p)
+        # (B, 3 p p, T, H / p, W / p)
         return self.head(x, state) if self.norm is None else norm_act_conv(self.norm, self.head, x, state)
 
 
 class VideoVAE(Streaming):
     """Causal video autoencoder with a KL posterior or a codebook. (LDM: arXiv 2112.10752; causal video: arXiv 2310.05737.)
 
-    Pixels are in [-1, 1]. Latents are normalised, ``(z - latent_mean) / latent_std``, in encode and back in decode. With
-    "vq" the codebook belongs to the decoder, as in LDM: latents are what is quantised there.
+    Pixels are in [-1, 1]. encode normalises latents, ``(z - latent_mean) / latent_std``, and decode reverts it. With "vq"
+    the codebook belongs to the decoder, as in LDM: latents are not yet quantised.
 
     >>> vae = VideoVAE.preset("tiny")
     >>> latents = vae.encode(video)          # (B, 3, 17, 128, 192) -> (B, 16, 5, 16, 24)
     >>> for frames in vae.decode_stream(latents):
     ...     write(frames)                    # constant memory, whatever the length
-    >>> video = vae.decode_clip(latents)     # the same in one tensor, with the peak of one chunk
+    >>> video = vae.decode_clip(latents)     # the same as one tensor, with the peak memory of one chunk
     """
 
     def __init__(self, config: VAEConfig = PRESETS["wan2.1"]):
@@ -278,12 +281,12 @@ class VideoVAE(Streaming):
         self.linear_path = None
         if config.linear_path:
             self.linear_path = LinearPath(config.in_channels, channels, config.time_factor, config.space_factor)
-            for head in (self.encoder.head, self.decoder.head):  # the network starts as nothing beside the linear path
+            for head in (self.encoder.head, self.decoder.head):  # at initialisation only the linear path contributes
                 nn.init.zeros_(head.weight)
                 nn.init.zeros_(head.bias)
         self.register_buffer("latent_mean", torch.tensor(config.latent_mean or [0.0] * channels))
         self.register_buffer("latent_std", torch.tensor(config.latent_std or [1.0] * channels))
-        if not vq:  # small posterior noise at the start, so that the decoder sees the picture and not the noise
+        if not vq:  # small posterior noise at initialisation, so that the decoder sees the signal
             nn.init.constant_(self.to_moments.bias[channels:], -6.0)
 
     @classmethod
@@ -291,7 +294,7 @@ class VideoVAE(Streaming):
         """``"wan2.1"`` or ``"tiny"``, with fields of VAEConfig changed by keyword."""
         if name not in PRESETS:
             raise ValueError(f"VideoVAE.preset: expected one of {', '.join(PRESETS)}, got {name!r}; choose one of them")
-        if {"latent_channels", "regularisation"} & changes.keys():  # then the statistics are of other latents
+        if {"latent_channels", "regularisation"} & changes.keys():  # the preset's statistics are of other latents
             changes = dict(latent_mean=None, latent_std=None) | changes
         return cls(replace(PRESETS[name], **changes))
 
@@ -300,8 +303,7 @@ class VideoVAE(Streaming):
         """Normalised latents (B, C, t, h, w) of pixels (B, 3, T, H, W).
 
         Args:
-            noise: (B, C, t, h, w) standard normal numbers to sample the posterior with; None: its mean. With "vq" the
-                posterior has no width, and noise changes nothing.
+            noise: (B, C, t, h, w) standard normal samples to sample the posterior with; None: its mean. "vq" ignores it.
 
         Raises:
             ValueError: sizes that do not fit, naming the nearest that do.
@@ -310,35 +312,35 @@ class VideoVAE(Streaming):
         return self._latents(self.moments(video), noise)
 
     def moments(self, video, state: StreamState | None = None):
-        """Mean and log-variance (B, 2C, t, h, w) before normalisation; ``state`` for a chunk of a stream.
+        """Mean and log-variance (B, 2 C, t, h, w) before normalisation; ``state`` for a chunk of a stream.
 
-        With "vq" (B, C, t, h, w), before the codebook: the first C channels are the latent either way.
+        With "vq" (B, C, t, h, w), before quantisation: the first C channels are the latent in both cases.
         """
         x, p = video, self.config.patch
         if p > 1:
-            x = video.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # B C T h q w r
-            x = x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
-        moments = self.to_moments(self.encoder(x, state))
+            x = video.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # (B, 3, T, H / p, p, W / p, p)
+            x = x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)  # (B, 3 p p, T, H / p, W / p)
+        moments = self.to_moments(self.encoder(x, state))  # (B, 2 C, t, h, w), with "vq" (B, C, t, h, w)
         if self.linear_path is not None and video.shape[2]:
-            mean = self.linear_path.down(self.linear_path.fold(video, state))
+            mean = self.linear_path.down(self.linear_path.fold(video, state))  # (B, C, t, h, w)
             if mean.shape[2]:
                 moments = moments + F.pad(mean, (0, 0, 0, 0, 0, 0, 0, moments.shape[1] - mean.shape[1]))
         return moments
 
     # ------------------------------------------------------------------------------------------------ decode
     def decode(self, latents, state: StreamState | None = None):
-        """Pixels (B, 3, T, H, W), about [-1, 1], of normalised latents (B, C, t, h, w); ``state`` for a chunk."""
+        """Pixels (B, 3, T, H, W), approximately in [-1, 1], of normalised latents (B, C, t, h, w); ``state`` for a chunk."""
         self._check_latents(latents)
         z = latents * _per_channel(self.latent_std, latents) + _per_channel(self.latent_mean, latents)
         return self._pixels(z if self.quantizer is None else self.quantizer(z).latent, state)
 
     def _pixels(self, z, state: StreamState | None = None):
-        """Pixels of latents that are neither normalised nor yet to be quantised."""
-        video = self.decoder(self.from_latents(z), state)
+        """Pixels of latents that are denormalised and, with "vq", quantised."""
+        video = self.decoder(self.from_latents(z), state)  # (B, 3 p p, T, H / p, W / p)
         p = self.config.patch
         if p > 1:
-            x = video.unflatten(1, (-1, p, p))  # B C r q T h w
-            video = x.permute(0, 1, 4, 5, 3, 6, 2).flatten(-2).flatten(-3, -2)
+            x = video.unflatten(1, (-1, p, p))  # (B, 3, p, p, T, H / p, W / p)
+            video = x.permute(0, 1, 4, 5, 3, 6, 2).flatten(-2).flatten(-3, -2)  # (B, 3, T, H, W)
         if self.linear_path is not None:
             video = video + self.linear_path.unfold(self.linear_path.up(z), state)
         return video
@@ -347,15 +349,15 @@ class VideoVAE(Streaming):
     def forward(self, video, noise=None):
         """``(reconstruction, kl)``: pixels like ``video`` and the posterior's KL (B,) in nats.
 
-        With "vq" the second is the quantizer's loss (B,), a mean over a sample's numbers: its weight is about 1.
+        With "vq" the second is the quantizer's loss (B,), a mean over a sample's elements, to be weighted by about 1.
         """
         self._check_video(video)
-        moments = self.moments(video)
+        moments = self.moments(video)  # (B, 2 C, t, h, w), with "vq" (B, C, t, h, w)
         if self.quantizer is not None:
-            quantized = self.quantizer(moments)
-            return self._pixels(quantized.latent), quantized.loss
-        z, kl = ops.kl_sample(moments, noise)
-        return self.decode(self._normalised(z)), kl
+            quantized = self.quantizer(moments)  # latent (B, C, t, h, w), loss (B,)
+            return self._pixels(quantized.latent), quantized.loss  # (B, 3, T, H, W), (B,)
+        z, kl = ops.kl_sample(moments, noise)  # (B, C, t, h, w), (B,)
+        return self.decode(self._normalised(z)), kl  # (B, 3, T, H, W), (B,)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, t, h, w) of a clip of ``frames`` x ``height`` x ``width`` pixels."""

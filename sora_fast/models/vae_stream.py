@@ -30,11 +30,11 @@ def bytes_per_latent_frame(config, height: int, width: int, dtype: torch.dtype) 
     Args:
         config: a VAEConfig. height, width: of the video, in pixels.
     """
-    numbers, area = 0, config.time_factor * height * width // config.patch**2  # pixels of a latent frame at this level
+    elements, area = 0, config.time_factor * height * width // config.patch**2  # pixels of a latent frame at this level
     for channels, (space, time) in zip(config.widths, (*config.resamples, (False, False)), strict=True):
-        numbers = max(numbers, channels * area)
+        elements = max(elements, channels * area)
         area //= (4 if space else 1) * (2 if time else 1)
-    return numbers * 4 * (dtype.itemsize + torch.promote_types(dtype, torch.float32).itemsize)
+    return elements * 4 * (dtype.itemsize + torch.promote_types(dtype, torch.float32).itemsize)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -27,7 +27,7 @@ from .text import Text, check_encoded
 class WanDiTConfig:
     """Sizes of a WanDiT.
 
-    ``mlp_width``: hidden numbers of the MLP. ``text_width``: width of the text tokens. ``frequencies``: numbers of a
+    ``mlp_width``: hidden width of the MLP. ``text_width``: width of the text tokens. ``frequencies``: width of a
     timestep's sin-cos embedding. ``out_channels`` differs from ``in_channels`` where the input has a condition beside
     the noise (Wan 2.2's image-to-video models).
     """

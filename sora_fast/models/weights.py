@@ -25,7 +25,7 @@ SUFFIXES = (".safetensors", *PICKLED)
 
 # ------------------------------------------------------------------------------------------------ names
 def convert(op: str, keys: Keys, state: Tensors, dtype: torch.dtype | None, kept: str = "$^") -> dict[str, torch.Tensor]:
-    """Their tensors by our names, with our order of numbers; one sentence for all that does not fit.
+    """Their tensors by our names, in our element order; one error message for everything that does not fit.
 
     ``kept``: pattern of our names that are cast to no 16 bits.
     """
@@ -69,7 +69,7 @@ def shape_of(op: str, state: Tensors, name: str, dims: int | None = None) -> tup
 
 
 def build(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model without numbers, for ``fill``: nothing is drawn only to be overwritten."""
+    """A model with uninitialised weights, for ``fill``: initialising them would be wasted."""
     with torch.device("meta"):
         return make()
 

@@ -17,9 +17,9 @@ class VarlenAttention(nn.Module):
     Args:
         width: D. heads: H, divides D.
         context_width: width of the tokens attended to; None: self-attention, with q, k and v in one ``qkv`` layer
-            (the official DiT's and timm's names).
+            (the names of facebookresearch/DiT and timm).
         qk_norm: RMS norm of each head's queries and keys.
-        rope_axes: rotated entries of t, h, w; None: no rotation. theta: base of the rotation's frequencies.
+        rope_axes: rotated channels of t, h, w; None: no rotation. theta: base of the rotation's frequencies.
 
     Raises:
         ValueError, TypeError: heads, axes or theta that do not fit; a pack of other tokens.

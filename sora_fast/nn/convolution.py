@@ -1,4 +1,4 @@
-"""CausalConv3d: nn.Conv3d that sees the past only."""
+"""CausalConv3d: nn.Conv3d, causal in time."""
 
 from torch import nn
 
@@ -11,8 +11,8 @@ from .streaming import StreamState, renew
 class CausalConv3d(nn.Conv3d):
     """Drop-in for ``nn.Conv3d`` (same parameters, same state_dict, same initialisation), causal in time.
 
-    The number of frames is kept (divided by the time stride): kT - 1 frames of padding or of the stream's past stand
-    before the clip, none after it.
+    The number of frames is kept (divided by the time stride): kT - 1 frames of padding or of the stream's cache precede the
+    clip, none follow it.
 
     Args:
         in_channels, out_channels, kernel_size, stride, bias: as in nn.Conv3d.
@@ -21,11 +21,11 @@ class CausalConv3d(nn.Conv3d):
         padding_mode: of space: "zeros", "replicate" or "reflect".
         time_pad: before the first frame: "zeros", or "replicate", the first frame again.
         phase: the first frame with an output.
-        lookahead: frames of the future each output sees (not causal, no streaming).
-        upsample: every pixel stands upsample x upsample times before padding and convolution (nearest neighbour).
+        lookahead: future frames that each output depends on (not causal, no streaming).
+        upsample: nearest-neighbour upsampling in space by this factor, before padding and convolution.
 
     Raises:
-        ValueError, TypeError: dilation or groups other than 1, a padding or a count that the op would refuse.
+        ValueError, TypeError: dilation or groups other than 1, a padding or a count that the op rejects.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=None, dilation=1, groups=1, bias=True,
@@ -41,7 +41,7 @@ class CausalConv3d(nn.Conv3d):
             checks.whole("CausalConv3d", name, value, least)
         if lookahead >= self.kernel_size[0]:
             raise checks.error("CausalConv3d", f"lookahead of at most the kernel's {self.kernel_size[0]} frames less one",
-                               lookahead, "look less far")
+                               lookahead, "use less lookahead")
         self.space_padding = _space_padding(padding, self.kernel_size)
         self.space_pad, self.time_pad, self.phase = padding_mode, time_pad, phase
         self.lookahead, self.upsample = lookahead, upsample

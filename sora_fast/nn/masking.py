@@ -1,4 +1,4 @@
-"""Which tokens of a pack a model sees: MAE's masking and NaViT's token dropping.
+"""Masking of a pack's tokens: MAE's masking and NaViT's token dropping.
 
 Random numbers are drawn on the CPU, from the generator that is passed, and sizes are the pack's host data, so nothing
 waits for a GPU and a seed gives the same tokens on every device.
@@ -21,7 +21,7 @@ PATTERNS = ("token", "tube")
 
 @dataclass(frozen=True)
 class Masking:
-    """A division of a pack's tokens: ``visible`` (M,) and ``hidden`` (K,) places, int64, rising; ``tokens``: N.
+    """A division of a pack's tokens: ``visible`` (M,) and ``hidden`` (K,) indices, int64, ascending; ``tokens``: N.
 
     ``pack.keep(masking.visible)`` is the pack of the visible tokens, which keep their coords. Tail tokens are in neither.
     """

@@ -10,9 +10,9 @@ from ..pack import Pack
 
 
 class Residual(NamedTuple):
-    """A residual stream ``x`` (N, D) and its last branch, ``gate`` (R, D) times ``y`` (N, D), which is still to be added.
+    """A residual stream ``x`` (N, D) and its last branch, ``gate`` (R, D) times ``y`` (N, D), not yet added.
 
-    The sum, the next norm and its modulation are one pass over memory, also where the next norm is the next block's.
+    The addition is fused with the next norm and its modulation, even if that norm is the next block's.
     """
 
     x: torch.Tensor
@@ -20,7 +20,7 @@ class Residual(NamedTuple):
     gate: torch.Tensor | None = None
 
     def norm_modulate(self, shift, scale, rows: torch.Tensor | Pack):
-        """The stream with its branch added, and its modulated norm for the next layer.
+        """Adds the branch; returns the stream, and its modulated norm for the next layer.
 
         shift, scale (R, D); ``rows`` (N,) or the Pack of the N tokens.
         """
@@ -30,18 +30,18 @@ class Residual(NamedTuple):
         return ops.gate_residual_norm_modulate(self.x, self.y, self.gate, shift, scale, rows)
 
     def joined(self, rows: torch.Tensor | Pack):
-        """The stream with its branch added (N, D); ``rows`` as in ``norm_modulate``."""
+        """Adds the branch: the stream (N, D); ``rows`` as in ``norm_modulate``."""
         return self.x if self.y is None else ops.gate_residual(self.x, self.y, self.gate, rows)
 
 
 def check_stream(op: str, stream: Residual) -> None:
-    """A layer that adds a branch takes a stream, not the tokens alone."""
+    """Check that a layer that adds a branch gets a Residual, not the tokens alone."""
     if not isinstance(stream, Residual):
         raise TypeError(f"{op}: expected a Residual stream, got {checks.came(stream)}; pass Residual(x) for tokens x (N, D)")
 
 
 class Modulation(nn.Sequential):
-    """``Linear(SiLU(c))`` to ``parts`` rows of modulation, zero at the start: gates closed, scales and shifts 0."""
+    """``Linear(SiLU(c))`` to ``parts`` modulation vectors, zero-initialised: gates, scales and shifts are 0."""
 
     def __init__(self, width: int, parts: int):
         checks.whole("Modulation", "parts", parts, 1)
@@ -56,7 +56,7 @@ class Modulation(nn.Sequential):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and a projection to a patch's numbers, zero at the start."""
+    """Modulated norm and a projection to a patch's elements, zero-initialised."""
 
     def __init__(self, width: int, numbers: int):
         super().__init__()
@@ -66,7 +66,7 @@ class FinalLayer(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, stream: Residual, c, rows: torch.Tensor | Pack):
-        """A stream of N tokens, c (R, D), rows (N,) or the Pack of the N tokens -> (N, numbers)."""
+        """The residual stream (N, D), c (R, D), rows (N,) or the Pack of the N tokens -> (N, numbers)."""
         check_stream("FinalLayer", stream)
         _, h = stream.norm_modulate(*self.adaLN_modulation(c), rows)
         return self.linear(h)

@@ -49,7 +49,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, z) -> Quantized:
         """z (B, C, ...) -> Quantized.
 
-        ``loss`` is ``|sg(z) - e|^2 + beta |z - sg(e)|^2`` averaged over a sample's numbers, in at least float32; the
+        ``loss`` is ``|sg(z) - e|^2 + beta |z - sg(e)|^2`` averaged over a sample's elements, in at least float32; the
         gradient of ``latent`` goes to z unchanged, and to no code.
         """
         checks.tensor("VectorQuantizer", "z", z)
@@ -69,7 +69,7 @@ class VectorQuantizer(nn.Module):
             entries = self.codebook.to(wide)[codes].unflatten(0, vectors.shape[:-1])
             per_number = (vectors.detach() - entries).square() + self.commitment * (vectors - entries.detach()).square()
             loss = per_number.flatten(1).sum(1) / max(per_number[:1].numel(), 1)
-            latent = entries.detach().movedim(-1, 1).to(z.dtype) + (z - z.detach())  # the second term is 0: e bit for bit
+            latent = entries.detach().movedim(-1, 1).to(z.dtype) + (z - z.detach())  # the second term is 0: bitwise e
         return Quantized(latent, codes.unflatten(0, vectors.shape[:-1]), loss)
 
     def lookup(self, codes):
@@ -78,7 +78,7 @@ class VectorQuantizer(nn.Module):
         return self.codebook[codes].movedim(-1, 1)
 
     def usage(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Share of codes used since the last restart, and their perplexity (1: one code for all; K: all alike); 0-dim."""
+        """Fraction of codes used since the last restart, and their perplexity (1: a single code; K: uniform); 0-dim."""
         share = self.counts.double() / self.counts.sum().clamp(min=1)
         return (self.counts > 0).double().mean(), torch.exp(torch.special.entr(share).sum())
 
@@ -107,9 +107,9 @@ class VectorQuantizer(nn.Module):
 
 
 def nearest(vectors_NC, codebook_KC) -> torch.Tensor:
-    """The code (N,) of least Euclidean distance, the first of equals, from the differences themselves.
+    """The nearest code (N,) by Euclidean distance, computed from differences; ties go to the first.
 
-    The expansion by a matrix product loses the difference of near codes to cancellation, and to TF32 where it is on.
+    The expansion to a GEMM would lose the differences of close codes to cancellation, and to TF32 if it is on.
     """
     distance = lambda rows: torch.cdist(rows, codebook_KC, compute_mode="donot_use_mm_for_euclid_dist")
     parts = [distance(rows).argmin(1) for rows in vectors_NC.split(_ROWS)] if vectors_NC.shape[0] else []

@@ -1,4 +1,4 @@
-"""What a streaming model remembers between chunks, kept outside the modules."""
+"""The state of a streaming model between chunks, kept outside the modules."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class StreamState:
-    """The past of every streaming module of one stream, keyed by the module itself, never by call order.
+    """The caches of all streaming modules of one stream, keyed by the module itself, never by call order.
 
     Modules hold no state: one model can run several streams at once, be compiled, and be checkpointed.
 
@@ -64,10 +64,10 @@ class StreamState:
 
 
 def renew(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """``new``, in the memory of ``old`` where it fits and no gradient can need ``old``.
+    """``new``, in the memory of ``old`` if it fits and no gradient can need ``old``.
 
-    A long stream then allocates nothing that stays. (Caches that move with every chunk leave holes in the heap: a CPU
-    process that decodes 257 frames had grown by 6 % over 17 frames.)
+    A long stream then makes no lasting allocations. (Caches that move with every chunk fragment the heap: a CPU process
+    that decodes 257 frames grew by 6 % over 17 frames.)
     """
     if (old is None or old.shape != new.shape or old.dtype != new.dtype or old.device != new.device
             or torch.is_grad_enabled() or old.requires_grad or torch.compiler.is_compiling()

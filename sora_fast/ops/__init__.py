@@ -1,4 +1,4 @@
-"""The public ops. Each has a reference, backends, a backward, and one sentence for each kind of bad input."""
+"""The public ops. Each has a reference, backends, a backward, and an error message for each kind of invalid input."""
 
 from .attention import *
 from .convolution import *

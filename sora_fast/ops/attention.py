@@ -33,7 +33,7 @@ def _example(device: str, dtype: torch.dtype, grad: bool) -> AttentionProblem:
 
 
 def _raw_example(device: str, dtype: torch.dtype, grad: bool) -> AttentionProblem:
-    """The raw pair is forward and backward itself: it has no gradient of its own."""
+    """The raw forward and backward have no autograd of their own."""
     return replace(_example(device, dtype, False), return_lse=True)
 
 
@@ -49,14 +49,14 @@ def _sdpa(q_SQHE, k_SKHE, v_SKHE, scale, mask_QK=None):
     q, k, v = q_SQHE.transpose(1, 2), k_SKHE.transpose(1, 2), v_SKHE.transpose(1, 2)
     if mask_QK is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-    # SDPA is undefined on rows that see nothing: let them see everything, then put 0 there
+    # SDPA is undefined on fully masked rows: unmask them, then write 0
     sees_Q = mask_QK.any(dim=1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask_QK | ~sees_Q[:, None])[None, None], scale=scale)
     return torch.where(sees_Q[:, None, None], out.transpose(1, 2), 0)
 
 
 def _varlen_applies(q, deterministic: bool) -> bool:
-    """Whether torch.nn.attention.varlen (FlashAttention-2 inside PyTorch, sm_80 and later) takes this call."""
+    """Whether torch.nn.attention.varlen (PyTorch's FlashAttention-2, sm_80 and later) supports this call."""
     device = device_name(q)
     return (device.startswith("cuda:sm") and int(device.removeprefix("cuda:sm")) >= 80 and not deterministic
             and q.dtype in (torch.float16, torch.bfloat16))
@@ -65,7 +65,7 @@ def _varlen_applies(q, deterministic: bool) -> bool:
 def _torch_varlen(q, k, v, cu_q, cu_k, scale, window):
     from torch.nn.attention.varlen import varlen_attn
 
-    # max_seqlen sizes the launch there; it is a hint here, so the row's length stands in: rows that do not exist exit
+    # max_seqlen sizes its grid. It is only a hint here, so pass the number of rows: CTAs past a sample's end exit
     return varlen_attn(q, k, v, cu_q, cu_k, q.shape[0], k.shape[0], scale=scale, window_size=window)
 
 
@@ -90,19 +90,19 @@ def _torch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scal
 
 
 def _nothing(q, k, v):
-    """Zeros for queries that see no key; part of the graph, so that gradients are zeros, and no number is read."""
+    """Zeros for queries without keys; part of the graph, so that gradients are zeros. Reads no element of q, k or v."""
     never = torch.zeros((), dtype=torch.bool, device=q.device)
     return torch.where(never, q, torch.zeros((), dtype=q.dtype, device=q.device)) + k[:0].sum() + v[:0].sum()
 
 
 def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
-    """On a CPU the lengths are at hand: a dense SDPA per sample, or one of all where they have one shape.
+    """On a CPU the lengths are known: one dense SDPA per sample, or one batched SDPA if all have the same shape.
 
-    No number of another sample is touched.
+    A sample's rows only meet rows of the same sample.
     """
     outs, dtype = [], q.dtype
-    # 16-bit SDPA on a CPU is no faster than float32 up to a thousand tokens, and its backward ten times slower at lengths
-    # such as 250 (27 against 2.3 ms, 3 heads of 64, torch 2.13).
+    # Up to a thousand tokens 16-bit SDPA on a CPU is no faster than float32, and its backward is ten times slower at lengths
+    # such as 250 (27 ms instead of 2.3 ms, 3 heads of 64, torch 2.13).
     q, k, v = widen(q, k, v)
     left, right = window[0], 0 if causal else window[1]
     ends_q = cu_q.tolist()
@@ -112,7 +112,7 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
         samples = 1
     else:
         parts = [(0, ends_q[-1], 0, ends_k[-1])]
-    whole = False  # some attention ran, so that gradients reach q, k and v
+    whole = False  # whether some attention ran, so that gradients reach q, k and v
     for a, b, c, d in parts:
         if b == a:
             continue
@@ -129,7 +129,7 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
 
 
 def _even(ends: list[int]) -> bool:
-    """Whether all samples have one length."""
+    """Whether all samples have the same length."""
     return ends == [ends[1] * place for place in range(len(ends))]
 
 
@@ -140,14 +140,14 @@ def _samples(x_NHE, start: int, end: int, samples: int):
 
 
 def _mask(queries: int, keys: int, left: int, right: int):
-    """(Q, K) bool: which key each query of a sample sees."""
+    """(Q, K) bool: the keys that each query of a sample attends to."""
     distance = torch.arange(-keys, 0, device="cpu")[None, :] - torch.arange(-queries, 0, device="cpu")[:, None]
     mask = torch.ones_like(distance, dtype=torch.bool)
     mask = mask if left < 0 else mask & (distance >= -left)
     return mask if right < 0 else mask & (distance <= right)
 
 
-# Peers that are installed stand behind "triton": their order here is that of the table, the choice is dispatch.ORDER's.
+# Installed peers come after "triton". The order here is that of the table; dispatch.ORDER decides the choice.
 VARLEN_ATTENTION = Op("varlen_attention", "attention", _example, [
     attention_triton.ATTENTION,
     *attention_peers.ATTENTION,
@@ -161,7 +161,7 @@ VARLEN_ATTENTION_BACKWARD = Op("varlen_attention_backward", "attention", _raw_ex
     attention_triton.BACKWARD,
     Backend("reference", reference.varlen_attention_backward)], AttentionProblem)
 MERGE_ATTENTION = Op("merge_attention", "attention", _example, [
-    Backend("torch", reference.merge_attention),  # element by element: the definition fuses as it stands
+    Backend("torch", reference.merge_attention),  # elementwise: torch.compile fuses the definition as it is
     Backend("reference", reference.merge_attention)], AttentionProblem)
 OPS = (VARLEN_ATTENTION, VARLEN_ATTENTION_FORWARD, VARLEN_ATTENTION_BACKWARD, MERGE_ATTENTION)
 __all__ = ["merge_attention", "varlen_attention", "varlen_attention_backward", "varlen_attention_forward"]
@@ -206,7 +206,7 @@ def _check(op: str, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
 
 
 def _offsets(op: str, q, k, cu_seqlens_q, cu_seqlens_k):
-    """cu_seqlens of queries and keys: those of a Pack, which were checked when it was made, or bare ones, looked at anew."""
+    """cu_seqlens of queries and keys: those of a Pack, checked when it was built, or bare tensors, checked at each call."""
     if isinstance(cu_seqlens_q, Pack):
         if cu_seqlens_k is None:
             return cu_seqlens_q.cu_seqlens, cu_seqlens_q.cu_seqlens
@@ -232,14 +232,14 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None
 
     Args:
         q: (Nq, H, E). k, v: (Nk, Hk, E) of q's dtype; Hk divides H; E a multiple of 8 in 16..256.
-        cu_seqlens_q, cu_seqlens_k: int32 (S + 1,), where each sample's rows start and the last ends; empty samples
-            are legal; rows past the end belong to no sample. Either may be the Pack of its rows instead, and one Pack
-            alone is that of both; for keys of a pack's text pass ``pack, pack.text_cu_seqlens``.
-        max_seqlen_q, max_seqlen_k: longest sample, a hint: no result depends on them.
+        cu_seqlens_q, cu_seqlens_k: int32 (S + 1,), cumulative sequence lengths from 0. Empty samples are allowed; rows
+            past the end belong to no sample. Either may be a Pack of its rows instead, and a single Pack is used for
+            both; for keys of a pack's text pass ``pack, pack.text_cu_seqlens``.
+        max_seqlen_q, max_seqlen_k: length of the longest sample, a hint that never changes the result.
         softmax_scale: default ``E ** -0.5``.
-        causal, window: key j is seen by query i if ``i + Sk - Sq - left <= j <= i + Sk - Sq + right`` (bottom-right
-            aligned as in flash-attn; a negative side is open; causal sets right = 0).
-        deterministic: gradients with the same bits every time.
+        causal, window: query i attends to key j if ``i + Sk - Sq - left <= j <= i + Sk - Sq + right`` (bottom-right
+            aligned as in flash-attn; a negative side is unbounded; causal sets right = 0).
+        deterministic: bitwise reproducible gradients.
 
     Returns:
         out (Nq, H, E) in q's dtype (that of autocast inside it), 0 on rows without keys; with ``return_lse`` also the
@@ -283,8 +283,8 @@ def varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_se
     """Raw backward for ring attention: ``dq, dk, dv`` in their tensors' dtypes.
 
     Args:
-        dout: (Nq, H, E). dlse: (H, Nq), or None. out (Nq, H, E), lse (H, Nq): of this attention, or of the whole
-            attention that these keys are a part of (each step of a ring passes the global ones).
+        dout: (Nq, H, E). dlse: (H, Nq), or None. out (Nq, H, E), lse (H, Nq): of this attention, or of attention over
+            a superset of these keys (each step of ring attention passes the global ones).
         The others as in ``varlen_attention``.
     """
     op = "varlen_attention_backward"
@@ -306,7 +306,7 @@ def varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_se
 
 
 def merge_attention(outs, lses, *, backend="auto"):
-    """Attention over the union of keys from attentions over its parts.
+    """Merge attention over disjoint sets of keys into attention over their union.
 
     Args:
         outs: list of (N, H, E), one dtype. lses: list of (H, N) natural log-sum-exps; -inf where a part had no keys.

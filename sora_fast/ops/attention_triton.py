@@ -36,11 +36,11 @@ def _fake_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, le
     return [q.new_empty(q.shape), lse, *([lse.new_empty((2, *lse.shape))] if q.dtype == torch.float32 else [])]
 
 
-def _backward(dout, dlse, q, k, v, out, lse, parts, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right):
+def _backward(dout, dlse, q, k, v, out, lse, stats, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right):
     from ..kernels import attention as kernels
 
     dq, dkdv = (_config_of_call(kernel, q, k, causal, left, right) for kernel in ("dq", "dkdv"))
-    return kernels.backward(dout, dlse, q, k, v, out, lse, parts, cu_seqlens_q, cu_seqlens_k, dq_config=dq, dkdv_config=dkdv,
+    return kernels.backward(dout, dlse, q, k, v, out, lse, stats, cu_seqlens_q, cu_seqlens_k, dq_config=dq, dkdv_config=dkdv,
                             **_options(q, softmax_scale, causal, left, right))
 
 
@@ -52,26 +52,26 @@ _PACK = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, float? softmax_scale, bool ca
 operators.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_PACK}) -> Tensor[]", _forward,
                  _fake_forward)
 operators.define(f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-                 f"Tensor? parts, {_PACK}) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
+                 f"Tensor? stats, {_PACK}) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
 
 
 class _Attention(torch.autograd.Function):
-    """Saves q, k, v, out and lse (4 bytes a head and query, 12 of float32 inputs); the scores are made again."""
+    """Saves q, k, v, out and lse (4 bytes per head and query, 12 for float32 inputs); the backward recomputes the scores."""
 
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
-        out, lse, *parts = torch.ops.sora_fast.attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
-        ctx.save_for_backward(q, k, v, out, lse, *(parts or [None]), cu_seqlens_q, cu_seqlens_k)
+        out, lse, *stats = torch.ops.sora_fast.attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+        ctx.save_for_backward(q, k, v, out, lse, *(stats or [None]), cu_seqlens_q, cu_seqlens_k)
         ctx.options = options
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse, parts, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+        q, k, v, out, lse, stats, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
         with torch.no_grad():
             dout = torch.zeros_like(out) if dout is None else dout
-            found = torch.ops.sora_fast.attention_backward(dout, dlse, q, k, v, out, lse, parts, cu_seqlens_q,
+            found = torch.ops.sora_fast.attention_backward(dout, dlse, q, k, v, out, lse, stats, cu_seqlens_q,
                                                            cu_seqlens_k, *ctx.options)
         wanted = [gradient if want else None for gradient, want in zip(found, ctx.needs_input_grad, strict=False)]
         return (*wanted, *[None] * (2 + len(ctx.options)))

@@ -19,7 +19,7 @@ from . import convolution_cuda, convolution_triton, normalization
 
 @dataclass(frozen=True)
 class ConvolutionProblem(Problem):
-    """``norm`` is None for causal_conv3d; ``wide``: what it must be computed in; ``cudnn``: what ``_cudnn`` says."""
+    """``norm`` is None for causal_conv3d; ``wide``: the dtype of the arithmetic; ``cudnn``: the result of ``_cudnn``."""
 
     in_channels: int
     out_channels: int
@@ -52,10 +52,10 @@ def _cudnn_of(device: str) -> tuple[int, bool]:
 
 
 def _wrong_cudnn(problem: ConvolutionProblem, dtype: torch.dtype) -> list[str]:
-    """Why cuDNN's 3-D convolution in ``dtype`` is not to be trusted here.
+    """Why cuDNN's 3-D convolution in ``dtype`` cannot be trusted here.
 
-    16 bits: wrong on large inputs in 9.8 to 9.14 (pytorch#163539; PyTorch goes around it for NCDHW tensors only, and ours
-    have their channels last). TF32: a broken kernel in 9.10.2 to 9.15, its cases unknown (pytorch#167024).
+    16 bits: wrong on large inputs in 9.8 to 9.14 (pytorch#163539; PyTorch's workaround is for NCDHW tensors only, and ours
+    are channels last). TF32: a broken kernel in 9.10.2 to 9.15, the affected cases are unknown (pytorch#167024).
     """
     version, tf32 = problem.cudnn
     found = f"cuDNN {version // 10000}.{version // 100 % 100}.{version % 100}"
@@ -71,11 +71,11 @@ def _wrong_cudnn(problem: ConvolutionProblem, dtype: torch.dtype) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------- backend "torch"
 def _activate(settings: ConvSettings, x, norm_weight, norm_bias, dtype):
-    """What is convolved, before its rounding to ``dtype``: gradients of the halo are summed at this width."""
+    """The convolution's input before it is rounded to ``dtype``: gradients of the halo are accumulated at this precision."""
     if settings.norm is None:
         return cast(x, wide_dtype(x)) if _repeats(settings) else x
     h = normalization.torch_norm_act(cast(x, wide_dtype(x)), norm_weight, norm_bias, **settings.of_norm)
-    # under autocast the convolution's dtype may be another than x's, which norm_act alone would round to
+    # under autocast the convolution's dtype may differ from x's, and norm_act alone would round to x's
     return h if x.dtype in (dtype, h.dtype) else h.to(x.dtype)
 
 
@@ -84,13 +84,13 @@ def _repeats(settings: ConvSettings) -> bool:
 
 
 def _conv_padding(settings: ConvSettings) -> tuple[int, int, int]:
-    """Symmetric zero padding of space, which the convolution itself does best."""
+    """Symmetric zero padding in space, which the convolution itself does fastest."""
     left, right, top, bottom = settings.padding
     return (0, top, left) if settings.space_pad == "zeros" and left == right and top == bottom else (0, 0, 0)
 
 
 def _only_last_tap(settings: ConvSettings, x, cache) -> bool:
-    """One frame after zeros meets the last time tap alone: an image costs a 2-D convolution."""
+    """Whether only the last time tap contributes, as for one frame after zeros: an image costs a 2-D convolution."""
     return (x.shape[2] == 1 and settings.time_pad == "zeros" and settings.lookahead == 0 and settings.phase == 0
             and (cache is None or cache.shape[2] == 0))
 
@@ -98,7 +98,7 @@ def _only_last_tap(settings: ConvSettings, x, cache) -> bool:
 def _pad(settings: ConvSettings, h, cache):
     padded = h if _only_last_tap(settings, h, cache) else reference.pad_time(
         h, cache, settings.kernel[0], settings.lookahead, settings.time_pad)[:, :, settings.phase :]
-    if padded.device.type == "cuda":  # with channels last, as it is convolved: no second copy of the large tensor
+    if padded.device.type == "cuda":  # channels last, like the convolution: avoids a second copy of the large tensor
         padded = reference.upsample_space(padded.movedim(1, -1), settings.upsample, 2).movedim(-1, 1)
     else:
         padded = reference.upsample_space(padded, settings.upsample)
@@ -114,18 +114,18 @@ def _taps(settings: ConvSettings, h, cache, weight):
 
 
 def _convolve(settings: ConvSettings, h, weight, bias, cache, residual):
-    if settings.phase >= h.shape[2] or h.shape[0] == 0:  # no frame comes out; the reference keeps the graph whole
+    if settings.phase >= h.shape[2] or h.shape[0] == 0:  # no output frame; the reference keeps the autograd graph connected
         return reference.causal_conv3d(h, weight, bias, cache=cache, residual=residual, **settings.of_convolution)
     y = _conv3d(_pad(settings, h, cache), _taps(settings, h, cache, weight), bias, settings.stride, _conv_padding(settings))
     return y if residual is None else y + residual
 
 
 def _conv3d(x, weight, bias, stride, padding):
-    if x.device.type == "cpu" and emulated_on_cpu(x.dtype):  # by loops thirty times slower than this
+    if x.device.type == "cpu" and emulated_on_cpu(x.dtype):  # PyTorch emulates it by loops thirty times slower
         wide = (None if t is None else t.float() for t in (x, weight, bias))
         return _conv3d(*wide, stride, padding).to(x.dtype)
-    # On a CPU F.conv3d takes oneDNN only above 20,480 = B * C * T * H numbers and unfolds smaller clips into a copy per
-    # tap: 85 MB and five times the time for 64 channels of 4 x 48 x 64.
+    # On a CPU F.conv3d uses oneDNN only above B * C * T * H = 20,480 elements and unfolds smaller clips (im2col): 85 MB and
+    # five times the time for 64 channels of 4 x 48 x 64.
     if (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and holds_numbers(x)
             and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()):
         return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
@@ -139,9 +139,9 @@ def _torch_forward(settings: ConvSettings, x, weight, bias, cache, residual, nor
 
 
 class _SavesInput(torch.autograd.Function):
-    """The convolution as one autograd node that keeps x, from before norm, act and padding, and recomputes those.
+    """The convolution as one autograd node that saves x and recomputes norm, act and padding in the backward.
 
-    PyTorch's own graph would keep the norm's input and output, the activation's input and the padded copy.
+    PyTorch's own graph would save the norm's input and output, the activation's input and the padded copy.
     """
 
     @staticmethod
@@ -171,13 +171,13 @@ class _SavesInput(torch.autograd.Function):
             if dy is not None:
                 padded = _pad(settings, h, frames)
                 taps = _taps(settings, h, frames, weight).detach()
-                # Repeated frames and pixels add several gradients up: where a wide convolution costs little more, on
-                # a CPU, they are not rounded before that sum.
+                # A replicated frame or pixel accumulates several gradients. On a CPU, where float32 convolutions cost
+                # little more, they are not rounded before that sum.
                 on_cpu = dy.device.type == "cpu"
                 dtype = h.dtype if _repeats(settings) and on_cpu else weight.dtype
                 if on_cpu and emulated_on_cpu(dtype):
                     dtype = torch.float32
-                # dy in the memory format of what was convolved: a copy otherwise, and on CUDA all of NCDHW's
+                # dy in the memory format of the input: else a copy, and on CUDA the slower NCDHW kernels
                 layout = torch.contiguous_format if padded.is_contiguous() else torch.channels_last_3d
                 dpadded, dtaps, dbias = torch.ops.aten.convolution_backward(
                     dy.contiguous(memory_format=layout).to(dtype), padded.detach().to(weight.dtype).to(dtype),
@@ -201,7 +201,8 @@ class _SavesInput(torch.autograd.Function):
 def _torch(settings: ConvSettings, *, x, weight, bias, cache, residual, norm_weight=None, norm_bias=None):
     tensors = (x, weight, bias, cache, residual, norm_weight, norm_bias)
     nothing_comes_out = settings.phase >= x.shape[2] or x.shape[0] == 0
-    plain = nothing_comes_out or torch.compiler.is_compiling() or transformed()  # no autograd inside a function transformed
+    # torch.func transforms take no custom autograd.Function
+    plain = nothing_comes_out or torch.compiler.is_compiling() or transformed()
     run = _SavesInput.apply if needs_grad(*tensors) and not plain else _torch_forward
     y, cache_out = run(settings, *tensors)
     return (y, cache_out) if settings.return_cache else y
@@ -217,7 +218,7 @@ def _reference(settings: ConvSettings, **tensors):
 
 
 def _reference_unsupported(problem: ConvolutionProblem) -> list[str]:
-    """The definition convolves 16-bit tensors in float32, so a cuDNN that is wrong in 16 bits may still be right there."""
+    """The definition convolves 16-bit tensors in float32, where a cuDNN that is wrong in 16 bits may be right."""
     return _wrong_cudnn(problem, torch.promote_types(problem.dtype, torch.float32))
 
 
@@ -237,7 +238,7 @@ SPACE_PADS = ("zeros", "replicate", "reflect")
 
 def _settings(op: str, x, weight, bias, cache, residual, *, stride, padding, time_pad, space_pad, phase, lookahead,
               upsample, return_cache, **norm) -> ConvSettings:
-    """Check everything but dtypes and ``norm``."""
+    """Checks everything except dtypes and ``norm``."""
     checks.shape(op, "x", x, ("B", "Cin", "T", "H", "W"), "an image is a clip of one frame: x[:, :, None]")
     checks.shape(op, "weight", weight, ("Cout", "Cin", "kT", "kH", "kW"), "use the weight of a Conv3d")
     checks.whole(op, "upsample", upsample, 1)
@@ -246,7 +247,7 @@ def _settings(op: str, x, weight, bias, cache, residual, *, stride, padding, tim
                  "its second size is x's channels (groups are not supported)")
     kt, kh, kw = weight.shape[2:]
     if bias is not None:
-        checks.shape(op, "bias", bias, (weight.shape[0],), "one number per output channel")
+        checks.shape(op, "bias", bias, (weight.shape[0],), "one element per output channel")
     stride = stride if isinstance(stride, (tuple, list)) else (stride,) * 3
     checks.several(op, "stride", stride, "sT, sH, sW", 1)
     padding = (kw // 2, kw // 2, kh // 2, kh // 2) if padding is None else padding
@@ -255,7 +256,7 @@ def _settings(op: str, x, weight, bias, cache, residual, *, stride, padding, tim
     checks.choice(op, "time_pad", time_pad, TIME_PADS)
     checks.choice(op, "space_pad", space_pad, SPACE_PADS)
     left, right, top, bottom = padding
-    height, width = x.shape[3] * upsample, x.shape[4] * upsample  # what the convolution sees
+    height, width = x.shape[3] * upsample, x.shape[4] * upsample  # of the convolution's input
     if kt * kh * kw == 0:
         raise checks.error(op, "a kernel of 1 or more along every axis", f"{kt} x {kh} x {kw}", "pass a larger weight")
     if space_pad == "reflect" and not (max(left, right) < width and max(top, bottom) < height):
@@ -269,7 +270,7 @@ def _settings(op: str, x, weight, bias, cache, residual, *, stride, padding, tim
     checks.whole(op, "phase", phase, 0)
     checks.whole(op, "lookahead", lookahead, 0)
     if lookahead >= kt:
-        raise checks.error(op, f"lookahead of at most the kernel's {kt} frames less one", lookahead, "look less far")
+        raise checks.error(op, f"lookahead of at most the kernel's {kt} frames less one", lookahead, "use less lookahead")
     if cache is not None:
         checks.shape(op, "cache", cache, (batch, channels, "frames", *x.shape[3:]),
                      "use the cache_out of the last call")
@@ -277,7 +278,7 @@ def _settings(op: str, x, weight, bias, cache, residual, *, stride, padding, tim
             raise checks.error(op, f"a cache of at most kT - 1 = {kt - 1} frames", cache.shape[2],
                                "pass cache[:, :, -(kT - 1):]")
     if lookahead and (cache is not None or return_cache):
-        raise checks.error(op, "no cache with lookahead, because frames of the future cannot be streamed",
+        raise checks.error(op, "no cache with lookahead, because future frames cannot be streamed",
                            f"lookahead={lookahead}", "run the whole clip at once")
     if lookahead and frames == 0:
         raise checks.error(op, "at least one frame with lookahead", frames, "pass frames")
@@ -290,7 +291,7 @@ def _settings(op: str, x, weight, bias, cache, residual, *, stride, padding, tim
 
 
 def _facts(x, weight, settings: ConvSettings, grad: bool, wide: torch.dtype) -> tuple:
-    """The fields of a ConvolutionProblem but the last, which may be another at the next call."""
+    """The fields of a ConvolutionProblem except the last, which may differ at the next call."""
     s = settings
     return (device_name(x), weight.dtype, grad, x.shape[1], weight.shape[0], s.kernel, s.stride, s.time_pad, s.space_pad,
             s.lookahead, s.upsample, s.norm, wide)
@@ -298,25 +299,24 @@ def _facts(x, weight, settings: ConvSettings, grad: bool, wide: torch.dtype) -> 
 
 def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zeros", space_pad="zeros", cache=None,
                   phase=0, lookahead=0, upsample=1, residual=None, return_cache=False, backend="auto"):
-    """3-D convolution that sees the past only, with its past handed in and out for streaming.
+    """Causal 3-D convolution, with its cache of past frames passed in and out for streaming.
 
     Args:
-        x: (B, Cin, T, H, W); T = 0 is legal (nothing comes out). weight: (Cout, Cin, kT, kH, kW). bias: (Cout,).
-        stride: int or (sT, sH, sW). Outputs stand at frames ``phase``, ``phase + sT``, ... of x (0 frames is legal).
+        x: (B, Cin, T, H, W); T = 0 is allowed (no output). weight: (Cout, Cin, kT, kH, kW). bias: (Cout,).
+        stride: int or (sT, sH, sW). Outputs are at frames ``phase``, ``phase + sT``, ... of x, possibly none.
         padding: (left, right, top, bottom), default (kW // 2, kW // 2, kH // 2, kH // 2).
-        time_pad: what stands before the first frame there is: ``"zeros"``, or ``"replicate"``, that frame again.
+        time_pad: padding before the first frame: ``"zeros"``, or ``"replicate"`` of that frame.
         space_pad: ``"zeros"``, ``"replicate"`` or ``"reflect"``.
-        cache: (B, Cin, <= kT - 1, H, W), the frames before x, as ``cache_out`` gave them.
-        lookahead: frames of the future seen after the clip's end, padded by ``time_pad`` (models that are not
-            causal); not with a cache.
-        upsample: int u: every pixel of a frame stands u x u times before padding and convolution (nearest neighbour;
-            frames are not repeated). Padding and stride count these pixels; ``cache`` and ``cache_out`` hold frames
-            from before.
-        residual: the output's shape; added.
+        cache: (B, Cin, <= kT - 1, H, W), the frames before x: the ``cache_out`` of the previous call.
+        lookahead: future frames that an output depends on, for models that are not causal; past the clip's end they are
+            padded by ``time_pad``. Not with a cache.
+        upsample: int u: nearest-neighbour upsampling of every frame by u x u before padding and convolution. Padding and
+            stride count upsampled pixels; ``cache`` and ``cache_out`` hold frames before upsampling.
+        residual: added to the output, of its shape.
 
     Returns:
         y (B, Cout, T', H', W') in x's dtype (that of autocast inside it); with ``return_cache`` also ``cache_out``,
-        the last kT - 1 frames seen (fewer if fewer were seen), a tensor of its own, differentiable.
+        the last kT - 1 frames (or all, if there were fewer), not a view, differentiable.
 
     Dilation and groups are not supported.
     """
@@ -343,11 +343,11 @@ def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zer
 def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, norm="rms", groups=32, eps=1e-6,
                     act="silu", stride=1, padding=None, time_pad="zeros", space_pad="zeros", cache=None, phase=0,
                     lookahead=0, upsample=1, residual=None, return_cache=False, backend="auto"):
-    """``causal_conv3d(norm_act(x))`` as one autograd node, which saves x from before the norm and nothing of its size.
+    """``causal_conv3d(norm_act(x))`` as one autograd node, which saves x and no other tensor of its size.
 
     Arguments as in ``norm_act`` (its weight and bias are ``norm_weight``, ``norm_bias``, of any floating dtype) and
     ``causal_conv3d``; ``cache`` and ``cache_out`` hold frames after norm and activation. (The backend ``reference``,
-    traced graphs and functions that torch.func transforms are the plain composition: there PyTorch decides what is saved.)
+    traced graphs and torch.func transforms use the plain composition, where PyTorch decides what is saved.)
     """
     op, tensors = "norm_act_conv3d", (x, weight, bias, norm_weight, norm_bias, cache, residual)
     key = call_key(NORM_ACT_CONV3D, tensors, norm, groups, eps, act, stride, padding, time_pad, space_pad, phase,
@@ -360,7 +360,7 @@ def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, n
                              return_cache=return_cache, norm=norm, groups=groups, eps=eps, act=act)
         checks.floating(op, weight=weight, bias=bias, cache=cache, residual=residual)
         checks.same_device(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
-    # x itself is normalised as it came; what is convolved has the dtype that F.conv3d would cast it to
+    # x is normalised in its own dtype; the convolution's input has the dtype that F.conv3d would cast it to
     weight, bias, cache, residual = autocast(weight, bias, cache, residual)
     if found is None:
         convolved = x if autocast_dtype(x) is None or x.dtype == torch.float64 else weight

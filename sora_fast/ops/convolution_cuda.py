@@ -11,14 +11,14 @@ from . import cuda_backend, normalization_cuda, operators
 from .convolution_outputs import FORWARD, fake_forward
 from .operators import video
 
-AT_ONCE = (256, 192, 160, 128, 96)  # output channels of a tile; csrc/convolution.cu
+TILE_CHANNELS = (256, 192, 160, 128, 96)  # N of a tile; csrc/convolution.cu
 
 
 def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings):
-    """[y], then cache_out where ``keep``.
+    """[y], then cache_out if ``keep``.
 
-    Workspace: where there is a norm, or pixels are padded with other than zeros, what is convolved, of x's size in weight's
-    dtype (with its padding, and the cache's frames before it).
+    Workspace: with a norm, or with a spatial padding other than zeros, the convolution's input, of x's size in weight's
+    dtype (with its padding and the cached frames before it).
     """
     s = ConvSettings.of(weight, *settings)
     batch, channels, frames, height, width = x.shape
@@ -29,7 +29,7 @@ def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings
     halo = not s.pads_with_zeros
     cache_out = None
     if s.norm is not None or halo and y.numel():
-        # frames of the cache come along where they must be padded too
+        # with a halo the cached frames are included, since they must be padded too
         h, cache_out = normalization_cuda.launch(
             x, norm_weight, norm_bias, norm=s.norm, eps=s.eps, act=s.act, dtype=weight.dtype, cache=cache,
             keep=s.keep if s.norm is not None else 0, front=cached if halo else 0,
@@ -62,7 +62,7 @@ operators.define(f"convolution_cuda_forward{FORWARD}", _forward, fake_forward)
 def _run(settings: ConvSettings, *, x, weight, bias, cache, residual, norm_weight=None, norm_bias=None):
     made = torch.ops.sora_fast.convolution_cuda_forward(x, weight, bias, cache, residual, norm_weight, norm_bias,
                                                         *settings.values)
-    if settings.return_cache and settings.keep == 0:  # a kernel of one frame remembers none
+    if settings.return_cache and settings.keep == 0:  # a kernel of one frame has no cache
         return made[0], x[:, :, :0].to(weight.dtype).clone()
     return tuple(made) if settings.return_cache else made[0]
 
@@ -76,8 +76,8 @@ def _unsupported(problem) -> list[str]:
     if problem.in_channels % 64 and problem.in_channels not in (96, 160):
         reasons.append(f"Its kernel takes 96, 160 or a multiple of 64 input channels, and not "
                        f"{checks.shown(problem.in_channels)}.")
-    if not any(problem.out_channels and problem.out_channels % n == 0 for n in AT_ONCE):
-        reasons.append(f"Its kernel makes a multiple of 96, 128, 160, 192 or 256 output channels, and not "
+    if not any(problem.out_channels and problem.out_channels % n == 0 for n in TILE_CHANNELS):
+        reasons.append(f"Its kernel supports multiples of 96, 128, 160, 192 or 256 output channels, and not "
                        f"{checks.shown(problem.out_channels)}.")
     if problem.stride[1:] != (1, 1):
         reasons.append(f"Its kernel does not stride in space, and the stride is {checks.shown(problem.stride)}.")

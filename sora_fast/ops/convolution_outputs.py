@@ -1,4 +1,4 @@
-"""What the kernel backends of the convolution make: the schema of their forwards, and its outputs without numbers."""
+"""What the convolution's kernel backends share: the schema of their forwards, and its fake implementation."""
 
 import torch
 
@@ -12,7 +12,7 @@ FORWARD = f"({TENSORS}, Tensor? residual, {NORM}, {ConvSettings.SCHEMA}) -> Tens
 
 
 def fake_forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings):
-    """[y], then cache_out where ``keep``, then the statistics of a group norm."""
+    """[y], then cache_out if ``keep``, then the statistics of a group norm."""
     s = ConvSettings.of(weight, *settings)
     batch, channels, frames, height, width = x.shape
     made = [video(x, weight.dtype, batch, weight.shape[0], *s.out_sizes(frames, height, width))]

@@ -24,7 +24,7 @@ def _typical_config(problem) -> configs.Found:
 
 # ------------------------------------------------------------------------------------------------------------ the ops
 def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings):
-    """[y], then cache_out where ``keep``, then the statistics of a group norm."""
+    """[y], then cache_out if ``keep``, then the statistics of a group norm."""
     from ..kernels import convolution, norm_convolution
 
     s = ConvSettings.of(weight, *settings)
@@ -40,7 +40,7 @@ def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings
 
 
 def _backward(dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bias, stats, wanted, *settings):
-    """The gradients that ``wanted`` asks for of (x, weight, bias, cache, norm_weight, norm_bias)."""
+    """Those gradients of (x, weight, bias, cache, norm_weight, norm_bias) that are ``wanted``."""
     from ..kernels import convolution, norm_convolution
 
     s = ConvSettings.of(weight, *settings)
@@ -82,7 +82,7 @@ operators.define(f"convolution_backward(Tensor dy, Tensor? dcache_out, {TENSORS}
 
 
 class _Convolution(torch.autograd.Function):
-    """Saves x from before the norm, the group statistics and the inputs; nothing else of x's size."""
+    """Saves x, before the norm, the group statistics and the other inputs; nothing else of x's size."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, cache, residual, norm_weight, norm_bias, save, settings):
@@ -113,7 +113,7 @@ class _Convolution(torch.autograd.Function):
 def _run(settings: ConvSettings, *, x, weight, bias, cache, residual, norm_weight=None, norm_bias=None):
     tensors = (x, weight, bias, cache, residual, norm_weight, norm_bias)
     made = triton_backend.apply(_Convolution, *triton_backend.apart(tensors), needs_grad(*tensors), settings)
-    if settings.return_cache and settings.keep == 0:  # a kernel of one frame remembers none
+    if settings.return_cache and settings.keep == 0:  # a kernel of one frame has no cache
         return made[0], x[:, :, :0].to(weight.dtype).clone()
     return made if settings.return_cache else made[0]
 

@@ -1,4 +1,4 @@
-"""What the CUDA backends of all families share: the extension sora_fast._C, where it can run, and its launches."""
+"""What all CUDA backends share: the extension sora_fast._C, the devices it supports, and its launches."""
 
 import functools
 import importlib
@@ -14,7 +14,7 @@ AGAIN = "SORA_FAST_BUILD_CUDA=1 pip install -e . builds it, or says why it canno
 
 @functools.cache
 def extension():
-    """(sora_fast._C or None, why it is not there). Nothing is imported before it is asked for."""
+    """(sora_fast._C or None, why it is missing). It is imported at the first use."""
     if "skipped" in build_info():
         return None, f"The CUDA extension was not built: {build_info()['skipped']}; {AGAIN}."
     try:
@@ -24,7 +24,7 @@ def extension():
 
 
 def unsupported(problem: Problem, kernel: str, wide: torch.dtype) -> list[str]:
-    """Sentences: why no CUDA kernel of the source ``kernel`` can run ``problem``. ``wide``: what it must be computed in."""
+    """Reasons why no CUDA kernel of the family ``kernel`` supports ``problem``. ``wide``: the dtype of the arithmetic."""
     reasons = list(why_not(problem.device, kernel))
     if problem.grad:
         reasons.append("Its kernel has no backward yet, and a gradient is needed.")
@@ -34,7 +34,7 @@ def unsupported(problem: Problem, kernel: str, wide: torch.dtype) -> list[str]:
 
 
 def cannot_run(device: torch.device, kernel: str) -> list[str]:
-    """The same of a device alone."""
+    """The same for a device alone."""
     name = device.type
     if name == "cuda":
         if not torch.cuda.is_available():
@@ -46,7 +46,7 @@ def cannot_run(device: torch.device, kernel: str) -> list[str]:
 
 @env.constant_in_graphs
 def why_not(device: str, kernel: str) -> tuple[str, ...]:
-    """Sentences: why what is built of the source ``kernel`` does not run on "cuda:sm90", "emulated:sm90" or "cpu"."""
+    """Reasons why the built ``kernel`` does not run on "cuda:sm90", "emulated:sm90" or "cpu"."""
     reasons = []
     _, missing = extension()
     if missing:
@@ -62,7 +62,7 @@ def why_not(device: str, kernel: str) -> tuple[str, ...]:
 
 
 def _runs_on(built: str, capability: int) -> bool:
-    """sm_90a runs on 9.0 alone, sm_80 on 8.x, compute_90 (PTX) on 9.0 and later."""
+    """sm_90a runs on 9.0 only, sm_80 on 8.x, compute_90 (PTX) on 9.0 and later."""
     kind, _, number = built.partition("_")
     if number.endswith("a"):
         return int(number[:-1]) == capability
@@ -72,7 +72,7 @@ def _runs_on(built: str, capability: int) -> bool:
 
 
 def launch(name: str, like: torch.Tensor, **fields) -> None:
-    """Start sora_fast._C.<name> on ``like``'s device and its current stream; tensors among ``fields`` become addresses."""
+    """Launch sora_fast._C.<name> on ``like``'s device and current stream; tensors in ``fields`` become addresses."""
     built, missing = extension()
     if missing:
         raise RuntimeError(f"{name}: {missing}")

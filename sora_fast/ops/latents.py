@@ -17,7 +17,7 @@ def _torch_kl_sample(moments, noise):
     logvar = logvar.clamp(-30.0, 20.0)
     std = torch.exp(0.5 * logvar)
     z = mean.clone() if noise is None else torch.addcmul(mean, std, cast(noise, mean.dtype))
-    # std^2 would lose the difference to 1 for tiny log-variances; expm1 keeps it
+    # for small log-variances std^2 - 1 would cancel; expm1 does not
     kl = 0.5 * (torch.addcmul(torch.expm1(logvar) - logvar, mean, mean)).flatten(1).sum(1)
     return cast(z, moments.dtype), cast(kl, wide_dtype(moments))
 
@@ -33,7 +33,7 @@ def kl_sample(moments, noise=None, *, backend="auto"):
 
     Args:
         moments: (B, 2C, ...): mean, then log-variance (clamped to [-30, 20]), floating.
-        noise: (B, C, ...) standard normal numbers of any floating dtype, drawn outside; None: z is the mean.
+        noise: (B, C, ...) standard normal samples of any floating dtype; None: z is the mean.
 
     Returns:
         z (B, C, ...) in moments' dtype; kl (B,) in nats, summed over all of a sample, float32 (float64 for float64).
@@ -57,4 +57,4 @@ def _check(moments, noise) -> None:
                            "concatenate mean and log-variance along dimension 1")
     if noise is not None:
         checks.shape("kl_sample", "noise", noise, (moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]),
-                     "draw one number per latent entry, as with torch.randn_like(mean)")
+                     "draw one sample per latent element, as with torch.randn_like(mean)")

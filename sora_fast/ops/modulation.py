@@ -24,7 +24,7 @@ NORMS = ("layer", "rms")
 class ModulationProblem(Problem):
     """``width`` D; ``norm`` is None for gate_residual; ``affine``: a norm weight or bias is given.
 
-    ``wide``: what the call is computed in, float64 if any tensor is float64, else float32.
+    ``wide``: the dtype of the arithmetic, float64 if any tensor is float64, else float32.
     """
 
     width: int
@@ -40,7 +40,7 @@ def _example(device: str, dtype: torch.dtype, grad: bool, norm: str | None = "la
 
 # ---------------------------------------------------------------------------------------------- backend "torch"
 def _normalise(x_ND, norm, weight, bias, eps):
-    # weight and bias stay outside: layer_norm's own sums of their gradients lose digits on long rows of tokens
+    # weight and bias are applied outside: layer_norm accumulates their gradients less accurately over many tokens
     h_ND = F.layer_norm(x_ND, x_ND.shape[-1:], None, None, eps) if norm == "layer" else F.rms_norm(
         x_ND, x_ND.shape[-1:], None, eps)
     h_ND = h_ND if weight is None else h_ND * weight
@@ -48,7 +48,7 @@ def _normalise(x_ND, norm, weight, bias, eps):
 
 
 def _row_of_token(table, rows, tail):
-    """``pick``, without its clamp where no row is -1."""
+    """``pick``, without its clamp if no row is -1."""
     if rows is None:
         return table
     return pick(table, rows) if tail else table.index_select(0, rows)
@@ -79,7 +79,7 @@ def _gated(x, y, gate, rows, tail):
     return cast(only_samples(x_ND, rows) if tail else x_ND, x.dtype)
 
 
-# Where every row has ``even`` tokens, tokens are (R, N / R, D) and tables (R, 1, D): views, in place of tables of N rows.
+# If every row has ``even`` tokens, view tokens as (R, N / R, D) and tables as (R, 1, D) instead of expanding to N rows.
 def _by_row(tokens, even: int):
     return tokens.view(-1, even, tokens.shape[1])
 
@@ -115,7 +115,7 @@ def _torch_gate_residual_norm_modulate(x, y, gate, shift, scale, rows, tail, eve
 
 
 def _op(name: str, example, kernel: Backend, run) -> Op:
-    definition = lambda *, tail, even, **arguments: getattr(reference, name)(**arguments)  # it looks for itself
+    definition = lambda *, tail, even, **arguments: getattr(reference, name)(**arguments)  # it handles both itself
     return Op(name, "modulation", example, [kernel, Backend("torch", run), Backend("reference", definition)],
               ModulationProblem)
 
@@ -130,7 +130,7 @@ __all__ = ["gate_residual", "gate_residual_norm_modulate", "norm_modulate"]
 
 # ------------------------------------------------------------------------------------------------------- checks
 def _check(op: str, x, y, tables: dict, rows, weight=None, bias=None) -> None:
-    """All but the settings and the numbers of ``rows``. The gate, which an op cannot be without, was seen to be there."""
+    """Checks all but the settings and the values of ``rows``. That a required gate is given was checked before."""
     checks.shape(op, "x", x, ("N", "D"), "flatten the tokens of all samples into one row each")
     tokens, width = x.shape
     checks.floating(op, x=x, weight=weight, bias=bias, **tables)
@@ -142,7 +142,7 @@ def _check(op: str, x, y, tables: dict, rows, weight=None, bias=None) -> None:
     checks.same_device(op, x=x, rows=rows, weight=weight, bias=bias, **tables)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
-            checks.shape(op, name, value, (width,), "a norm has one number per column of x")
+            checks.shape(op, name, value, (width,), "a norm has one element per column of x")
     count = None
     for name, value in tables.items():
         if value is None:
@@ -168,7 +168,7 @@ def _check_norm(op: str, norm, eps) -> None:
 
 
 def _facts(x, y, gate, shift, scale, weight, bias, norm) -> tuple:
-    """Of a ModulationProblem."""
+    """The fields of a ModulationProblem."""
     tensors = (x, y, gate, shift, scale, weight, bias)
     return (device_name(x), x.dtype, needs_grad(*tensors), x.shape[1], norm, weight is not None or bias is not None,
             wide_dtype(*tensors))
@@ -177,7 +177,7 @@ def _facts(x, y, gate, shift, scale, weight, bias, norm) -> tuple:
 def _rows(op: str, x, table, rows, key) -> dict:
     """``rows`` (N,) of a call, or None; ``tail``: whether some may be -1; ``even``: Pack.even.
 
-    Those of a Pack were checked when it was made.
+    The rows of a Pack were checked when it was built.
     """
     if rows is None:
         return dict(rows=None, tail=False, even=0)
@@ -196,15 +196,15 @@ def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias
 
     Args:
         x: (N, D), floating.
-        shift, scale: (R, D), any floating dtype, strided views welcome (``chunk(6, -1)``); either may be None.
+        shift, scale: (R, D), any floating dtype, also strided views (``chunk(6, -1)``); either may be None.
         rows: (N,) int32, the modulation row of each token, non-decreasing; -1: the token belongs to no sample. Or the
             Pack of these N tokens and R rows. None: R is 1 or N.
         norm: ``"layer"``: ``(x - mean) * rsqrt(var + eps)``; ``"rms"``: ``x * rsqrt(mean(x^2) + eps)``.
         weight, bias: (D,) of the norm, or None.
-        dtype: of the result, x's where None; 16 bits for the next layer of a stream x kept in float32.
+        dtype: of the result, default x's; a 16-bit dtype suits the next layer if x is a float32 residual stream.
 
     Returns:
-        (N, D) in ``dtype``; 0 on tokens of no sample, whose contents are never read. Computed in at least float32.
+        (N, D) in ``dtype``; 0 on tokens of no sample, which are never read. Computed in at least float32.
 
     Source: adaLN of DiT, arXiv 2212.09748.
     """

@@ -55,7 +55,7 @@ def _fake_backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, sta
     return [t.new_empty(t.shape) for t, want in zip(inputs, wanted, strict=True) if want]
 
 
-# What is there of x_new, h and stats; the gradients that are wanted of x, y, gate, shift, scale, weight and bias.
+# Forward: those of x_new, h and stats that exist. Backward: the wanted gradients of x, y, gate, shift, scale, weight, bias.
 operators.define("modulation_forward(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? rows, "
                  "Tensor? weight, Tensor? bias, str? norm, float eps, bool save, ScalarType dtype) -> Tensor[]",
                  _forward, _fake_forward)
@@ -65,7 +65,7 @@ operators.define("modulation_backward(Tensor? dx_new, Tensor? dh, Tensor? x, Ten
 
 
 class _Modulation(torch.autograd.Function):
-    """Saves what the norm was taken of, its statistics (8 bytes a token) and the inputs; not x where there is a gate."""
+    """Saves the norm's input, its statistics (8 bytes per token) and the other inputs; with a gate, not x."""
 
     @staticmethod
     def forward(ctx, x, y, gate, shift, scale, weight, bias, rows, norm, eps, save, dtype):
@@ -82,7 +82,7 @@ class _Modulation(torch.autograd.Function):
         dx_new = None if gate is None else grads[0]
         dh = grads[-1] if ctx.norm else None
         wanted = list(ctx.needs_input_grad[:7])
-        # x + gate * y: x has the very gradient that came, but for tokens of no sample, where it is 0
+        # x + gate * y: dx is the incoming gradient itself, except for tokens of no sample, where it is 0
         same = wanted[0] and not ctx.norm and rows is None
         wanted[0] = wanted[0] and not same
         with torch.no_grad():
@@ -105,7 +105,7 @@ def _run(x, y=None, gate=None, shift=None, scale=None, rows=None, *, tail, even,
 def _unsupported(problem) -> list[str]:
     reasons = triton_backend.unsupported(problem, problem.wide)
     if problem.width > WIDEST:
-        reasons.append(f"Its kernels hold a whole row in registers, at most {WIDEST:,} numbers, and x has "
+        reasons.append(f"Its kernels hold a whole row in registers, at most {WIDEST:,} elements, and x has "
                        f"{checks.shown(problem.width)} columns.")
     return reasons
 

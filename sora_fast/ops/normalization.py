@@ -16,7 +16,7 @@ ACTS = ("silu", None)
 
 @dataclass(frozen=True)
 class NormalizationProblem(Problem):
-    """``wide``: what the call is computed in, float64 if any tensor is float64, else float32."""
+    """``wide``: the dtype of the arithmetic, float64 if any tensor is float64, else float32."""
 
     channels: int
     norm: str
@@ -32,7 +32,7 @@ def _example(device: str, dtype: torch.dtype, grad: bool) -> NormalizationProble
 # ---------------------------------------------------------------------------------------------- backend "torch"
 def torch_norm_act(x, weight=None, bias=None, *, norm, groups, eps, act):
     """PyTorch's own composition; the convolution family recomputes with it in its backward."""
-    if x.numel() == 0:  # F.group_norm's gradient of the weight is NaN where there is nothing to sum
+    if x.numel() == 0:  # F.group_norm's weight gradient is NaN on empty inputs
         return reference.norm_act(x, weight, bias, norm=norm, groups=groups, eps=eps, act=act)
     dtype = x.dtype
     x_BCTHW, weight_C, bias_C = widen(x, weight, bias)
@@ -41,7 +41,7 @@ def torch_norm_act(x, weight=None, bias=None, *, norm, groups, eps, act):
         if weight_C is None and bias_C is not None:
             x_BCTHW = x_BCTHW + bias_C[:, None, None, None]
     else:
-        # F.rms_norm works on the last dimension; over channels the plain formula needs no transpose
+        # F.rms_norm normalises the last dimension; the formula over channels needs no transpose
         inverse = torch.rsqrt(x_BCTHW.square().mean(dim=1, keepdim=True) + eps)
         x_BCTHW = x_BCTHW * inverse if weight_C is None else x_BCTHW * inverse * weight_C[:, None, None, None]
         if bias_C is not None:
@@ -66,7 +66,7 @@ def check(op: str, x, weight, bias, norm: str, groups: int, eps: float, act, pre
     checks.choice(op, "act", act, ACTS)
     for name, value in names.items():
         if value is not None:
-            checks.shape(op, name, value, (x.shape[1],), "a norm has one number per channel of x")
+            checks.shape(op, name, value, (x.shape[1],), "a norm has one element per channel of x")
     checks.number(op, "eps", eps)
     checks.require(eps >= 0, op, "eps of 0 or more", eps, "pass a small positive number")  # NaN is not
     if norm == "group":
@@ -82,8 +82,8 @@ def norm_act(x, weight=None, bias=None, *, norm="rms", groups=32, eps=1e-6, act=
     Args:
         x: (B, C, T, H, W), floating. weight, bias: (C,), or None.
         norm: ``"rms"`` over C of each pixel (causal); ``"group"`` over (C / groups, T, H, W), which mixes frames and
-            is therefore NOT causal: the whole clip must be there at once.
-        eps: inside the root. Wan's form, which divides by the length of the vector, is eps = 1e-24: zeros stay 0.
+            is therefore NOT causal: pass the whole clip at once.
+        eps: under the square root. Wan's F.normalize corresponds to eps = 1e-24: zeros stay 0.
         act: ``"silu"`` or None.
 
     Returns:

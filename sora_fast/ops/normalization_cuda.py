@@ -1,4 +1,4 @@
-"""Backend "cuda" of norm_act, and the producer of what the CUDA convolution reads."""
+"""Backend "cuda" of norm_act, which also produces the input of the CUDA convolution."""
 
 import torch
 
@@ -17,10 +17,11 @@ def launch(x, weight, bias, *, norm, eps, act, dtype, cache=None, keep=0, front=
     """``(y, cache_out)``: x (B, C, T, H, W) after norm and act in ``dtype``, with its padding. Outside autograd.
 
     Args:
-        norm: "rms", or None: x is copied. cache: (B, C, n, H, W) in ``dtype``, normed, the frames before x.
-        keep: frames of cache_out, the last of the cache's and y's; 0: it is None. front: 0, or n: they come first in y.
-        padding: (left, right, top, bottom) around every frame of y. No workspace but float32 copies of weight and bias, and
-            of an x of another 16-bit type, which is so rounded once, after the norm.
+        norm: "rms", or None: x is copied. cache: (B, C, n, H, W) in ``dtype``, already normed, the frames before x.
+        keep: frames of cache_out, the last ones of cache and y; 0: None. front: 0, or n to prepend the cached frames to y.
+        padding: (left, right, top, bottom) around every frame of y.
+
+    Workspace: float32 copies of weight and bias, and of an x of another 16-bit dtype, which is then rounded only once.
     """
     batch, channels, frames, height, width = x.shape
     left, right, top, bottom = padding
@@ -29,7 +30,7 @@ def launch(x, weight, bias, *, norm, eps, act, dtype, cache=None, keep=0, front=
     cache_out = video(x, dtype, batch, channels, min(keep, cached + frames), height, width) if keep else None
     if y.numel() or cache_out is not None and cache_out.numel():
         x = dense(x if x.dtype in (torch.float32, dtype) else x.float())
-        wide = lambda numbers: None if numbers is None else numbers.float().contiguous()
+        wide = lambda vector: None if vector is None else vector.float().contiguous()
         cuda_backend.launch(
             "norm_act", y, x=x, cache=dense(cache) if cached else None, weight=wide(weight), bias=wide(bias), y=y,
             cache_out=cache_out, samples=batch, frames=frames, height=height, width=width, channels=channels, cached=cached,
@@ -56,7 +57,7 @@ def _run(x, weight=None, bias=None, *, norm, groups, eps, act):
 
 
 def unsupported(norm: str | None, channels: int, dtype: torch.dtype) -> list[str]:
-    """Sentences: what of a norm its kernel does not do."""
+    """Reasons why the kernel does not support a norm."""
     reasons = []
     if norm not in (None, "rms"):
         reasons.append(f"Its norm is rms, and not {norm}.")

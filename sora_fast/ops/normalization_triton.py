@@ -10,7 +10,7 @@ WIDEST = 2048
 
 
 def config_of_call(direction: str, x, norm, act, y_dtype):
-    """The Config of kernels.normalization for "forward" or "backward" on x; ``y_dtype``: of the output or its gradient."""
+    """The Config of kernels.normalization for "forward" or "backward" of x; ``y_dtype``: of the output or its gradient."""
     batch, channels, frames, height, width = x.shape
     return triton_backend.config("normalization", direction, x.device, channels=channels, norm=norm, act=act,
                                  x_dtype=x.dtype, y_dtype=y_dtype,
@@ -59,7 +59,7 @@ def _fake_backward(dy, x, weight, bias, stats, norm, groups, eps, act, wanted):
     return found + [t.new_empty(t.shape) for t, want in zip((weight, bias), others, strict=True) if want]
 
 
-# y, and the statistics of a group norm; the gradients that are wanted of x, weight and bias.
+# Forward: y, and the statistics of a group norm. Backward: the wanted gradients of x, weight and bias.
 operators.define("norm_act_forward(Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps, str? act) "
                  "-> Tensor[]", _forward, _fake_forward)
 operators.define("norm_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? stats, str norm, "

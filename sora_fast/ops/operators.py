@@ -1,4 +1,4 @@
-"""Launches as operators of PyTorch, which torch.compile does not look into."""
+"""Kernel launches as PyTorch operators, which are opaque to torch.compile."""
 
 from collections.abc import Callable
 
@@ -7,20 +7,20 @@ from torch._library.custom_ops import get_library_allowing_overwrite
 
 
 def video(like: torch.Tensor, dtype: torch.dtype, batch: int, channels: int, *sizes: int) -> torch.Tensor:
-    """An empty (B, C, T, H, W) in channels_last_3d memory."""
+    """An empty (B, C, T, H, W) tensor in the channels_last_3d memory format."""
     return like.new_empty((batch, *sizes, channels), dtype=dtype).permute(0, 4, 1, 2, 3)
 
 
 def define(schema: str, run: Callable, fake: Callable) -> None:
-    """Make ``torch.ops.sora_fast.<name>``, opaque to torch.compile, of ``run``.
+    """Define ``torch.ops.sora_fast.<name>``, opaque to torch.compile, as ``run``.
 
-    Defined once more, as by a package that is imported anew, it takes the old one's place. PyTorch keeps it: it does not go
-    with the module that made it.
+    A redefinition, as by a re-imported package, replaces the old one. PyTorch keeps operators when the module that defined
+    them is gone.
 
     Args:
-        schema: as in ``"scale(Tensor x, float factor) -> Tensor"``; outputs share no memory with inputs.
-        run: launches the kernels. The CPU is there for the interpreter and for stand-ins: a backend refuses its tensors
-            before. fake: gives outputs of the same shapes and dtypes without numbers.
+        schema: as in ``"scale(Tensor x, float factor) -> Tensor"``; outputs must not alias inputs.
+        run: launches the kernels. It is registered for the CPU too, for the interpreter and for tests; otherwise a backend
+            rejects CPU tensors before. fake: the fake implementation, outputs of the same shapes and dtypes.
     """
     name = schema.partition("(")[0]
     library = get_library_allowing_overwrite("sora_fast", name)

@@ -19,7 +19,7 @@ from . import patches_triton
 
 @dataclass(frozen=True)
 class PatchesProblem(Problem):
-    """``width``: D, or C of unpatchify; ``rows`` of a patch, of ``run`` numbers along w each: C * pt * ph, or pt * ph.
+    """``width``: D, or C for unpatchify; ``rows`` per patch, C * pt * ph or pt * ph, of ``run`` elements along w each.
 
     ``sizes_hidden``: grids is a tensor in a traced graph.
     """
@@ -40,7 +40,7 @@ def _permute_example(device: str, dtype: torch.dtype, grad: bool) -> PatchesProb
 
 # ---------------------------------------------------------------------------------------------- backend "torch"
 def _places(grids_S3, tokens: int, patch, channels: int, device):
-    """Place in the flat buffer of every number of every patch, (N, C, pt, ph, pw), and which tokens belong (N,)."""
+    """Flat-buffer index of every element of every patch, (N, C, pt, ph, pw), and which tokens are in a sample (N,)."""
     pt, ph, pw = patch
     grids_S3 = grids_S3.to(device=device, dtype=torch.int64)
     ends_S = grids_S3.prod(1).cumsum(0)
@@ -62,7 +62,7 @@ def _places(grids_S3, tokens: int, patch, channels: int, device):
 
 
 def _runs(grids) -> list[tuple[int, int, int, int]]:
-    """Neighbours of one size: how many they are, and their t, h, w. (torch.compile traces no groupby of symbols.)"""
+    """Run-length encoding of grids: (count, t, h, w). (torch.compile does not trace groupby over symbols.)"""
     runs = []
     for t, h, w in grids:
         if runs and runs[-1][1:] == (t, h, w):
@@ -73,7 +73,7 @@ def _runs(grids) -> list[tuple[int, int, int, int]]:
 
 
 def _cut(latents, grids, patch, channels):
-    """``reference.cut``, samples of one size together."""
+    """``reference.cut``, batched over runs of samples of one size."""
     pt, ph, pw = patch
     numel = channels * pt * ph * pw
     parts, start = [], 0
@@ -88,13 +88,13 @@ def _cut(latents, grids, patch, channels):
 
 
 def _joined(tokens, grids, patch, channels):
-    """``reference.unpatchify``, samples of one size together."""
+    """``reference.unpatchify``, batched over runs of samples of one size."""
     pt, ph, pw = patch
     parts, start = [], 0
     for samples, t, h, w in _runs(grids):
         end = start + samples * t * h * w
         clips = tokens[start:end].reshape(samples, t, h, w, pt, ph, pw, channels)
-        # a copy always: reshape(-1) of one token and one pixel a sample would be the very tokens
+        # always a copy: with one token of one pixel per sample, reshape(-1) would return a view of tokens
         parts.append(clips.permute(0, 7, 1, 4, 2, 5, 3, 6).clone(memory_format=torch.contiguous_format).view(-1))
         start = end
     if start < tokens.shape[0] or not parts:
@@ -113,7 +113,7 @@ def _torch_patch_embed(latents, weight, bias, *, grids, pack):
         inside = sum([t * h * w for t, h, w in grids])
         belongs = None if inside == patches.shape[0] else torch.arange(patches.shape[0], device=latents.device) < inside
     out = F.linear(patches, weight.flatten(1), bias)
-    # without a bias too: it is the gradient of a tail token (NaN perhaps) that must not reach the weight
+    # without a bias too: the gradient of a tail token, which may be NaN, must not reach the weight
     return out if belongs is None else torch.where(belongs[:, None], out, 0)
 
 
@@ -121,9 +121,9 @@ def _torch_unpatchify(tokens, grids, pack, patch, channels):
     if not isinstance(grids, torch.Tensor):
         return _joined(tokens, grids, patch, channels)
     place, belongs = _places(grids, tokens.shape[0], patch, channels, tokens.device)
-    place = place.permute(0, 2, 3, 4, 1).flatten(1)  # a token's numbers are in (pt, ph, pw, C) order
+    place = place.permute(0, 2, 3, 4, 1).flatten(1)  # a token's elements are in (pt, ph, pw, C) order
     total = tokens.shape[0] * tokens.shape[1]
-    # the tail's numbers all go to one spare place past the end, which is cut off: none of them is read
+    # the tail is scattered to one spare element past the end, which is cut off
     flat = tokens.new_zeros(total + 1).scatter(0, torch.where(belongs[:, None], place, total).flatten(),
                                                tokens.flatten())
     return flat[:total]
@@ -131,7 +131,7 @@ def _torch_unpatchify(tokens, grids, pack, patch, channels):
 
 def _reference_unsupported(problem: PatchesProblem) -> list[str]:
     if problem.sizes_hidden:
-        return ["The reference cuts sample by sample and cannot see the numbers of a grids tensor while a graph is "
+        return ["The reference cuts sample by sample and cannot see the values of a grids tensor while a graph is "
                 "traced; pass grids as a tuple of triples there."]
     return []
 
@@ -156,7 +156,7 @@ __all__ = ["patch_embed", "unpatchify"]
 
 # ------------------------------------------------------------------------------------------------- public ops
 def _sizes(op: str, grids):
-    """Host triples; while a graph is traced a Pack's ``grids_device`` or a CPU tensor, so that no size is baked in."""
+    """Host triples; in a traced graph a Pack's ``grids_device`` or a CPU tensor, so that sizes do not become constants."""
     if torch.compiler.is_compiling() and isinstance(grids, Pack):
         return grids.grids_device  # no copy to the device inside the graph
     if torch.compiler.is_compiling() and isinstance(grids, torch.Tensor):
@@ -169,17 +169,17 @@ def _sizes(op: str, grids):
 
 
 def _check_whole(op: str, pack: Pack, tokens: int, what: str) -> None:
-    """A call's tokens are all those of the pack, its tail included: those of a stale pack would be taken for tail."""
+    """Require exactly the pack's tokens, tail included: with a stale pack, tokens would be mistaken for tail."""
     if pack.kept is not None:
         raise checks.error(op, "the pack of whole samples", "one that has dropped tokens", "pass the pack before keep()")
     if tokens != pack.num_tokens:
         raise checks.error(op, f"{what} for each of the pack's {checks.shown(pack.num_tokens)} tokens",
-                           f"those of {checks.shown(tokens)}", "pass the pack of these very samples, as "
+                           f"those of {checks.shown(tokens)}", "pass the pack of these samples, as "
                            "Pack.of(latents, patch) makes it, with pad_to where there is a tail")
 
 
 def _flatten(op: str, latents, channels: int, patch, like):
-    """A batch or a list of clips as one flat buffer, and its grids; an empty list has ``like``'s dtype."""
+    """A batch or list of clips as one flat buffer, and its grids; an empty list gets ``like``'s dtype."""
     if isinstance(latents, torch.Tensor):
         checks.shape(op, "latents", latents, ("B", channels, "T", "H", "W"),
                      "pass a batch, a list of (C, T, H, W), or a flat buffer with grids")
@@ -200,15 +200,15 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
     """Tokens from spacetime patches: what ``Conv3d`` with kernel = stride = patch computes, on samples of any sizes.
 
     Args:
-        latents: (B, C, T, H, W); a list of (C, T, H, W); or, with ``grids``, one flat 1-D buffer holding the samples
-            (C, T, H, W) one after the other, which may be longer (its end is tail).
+        latents: (B, C, T, H, W); a list of (C, T, H, W); or, with ``grids``, a flat 1-D buffer of the concatenated samples
+            (C, T, H, W), possibly with a tail.
         weight: (D, C, pt, ph, pw). bias: (D,) or None.
-        grids: host data, tokens in t, h, w of each sample: triples, an int CPU tensor (S, 3), or a Pack; needed for,
-            and only taken with, a flat buffer. In a traced graph a Pack or a CPU tensor bakes no size in.
+        grids: host data, the tokens in t, h, w of each sample: triples, an int CPU tensor (S, 3), or a Pack; for a flat
+            buffer only, where it is required. In a traced graph pass a Pack or a CPU tensor to keep sizes dynamic.
 
     Returns:
-        (N, D) in latents' dtype (that of autocast inside it), tokens in t, h, w order, samples one after the other;
-        tail tokens are 0.
+        (N, D) in latents' dtype (that of autocast inside it), tokens in t, h, w order, samples concatenated; tail tokens
+        are 0.
     """
     op = "patch_embed"
     checks.shape(op, "weight", weight, ("D", "C", "pt", "ph", "pw"), "use the weight of a Conv3d")
@@ -216,7 +216,7 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
     pack = grids if isinstance(grids, Pack) else None
     numel = prod(weight.shape[1:])
     if numel == 0:
-        raise checks.error(op, "a weight of at least one number per token", checks.show_shape(weight.shape),
+        raise checks.error(op, "a weight of at least one element per token", checks.show_shape(weight.shape),
                            "use the weight of a Conv3d")
     if grids is None:
         if isinstance(latents, torch.Tensor) and latents.dim() == 1:
@@ -224,22 +224,23 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
                              f"sample")
         latents, grids = _flatten(op, latents, channels, patch, weight)
     else:
-        checks.shape(op, "latents", latents, ("numbers",), "with grids, pass one flat buffer of all samples")
+        checks.shape(op, "latents", latents, ("numel",), "with grids, pass one flat buffer of all samples")
         grids = _sizes(op, grids)
         if latents.shape[0] % numel:
-            raise checks.error(op, f"a flat buffer of whole patches of {numel} numbers",
-                               f"{checks.shown(latents.shape[0])} numbers", "end the buffer (and its tail) on a whole patch")
+            raise checks.error(op, f"a flat buffer of whole patches of {numel} elements",
+                               f"{checks.shown(latents.shape[0])} elements",
+                               "end the buffer (and its tail) on a whole patch")
         if pack is not None:
             _check_whole(op, pack, latents.shape[0] // numel, f"a flat buffer of {numel} elements")
         elif not isinstance(grids, torch.Tensor):
             needed = numel * sum(t * h * w for t, h, w in grids)
             if latents.shape[0] < needed:
-                raise checks.error(op, f"at least the {checks.shown(needed)} numbers that grids asks for",
-                                   checks.shown(latents.shape[0]), "pass the grids of this very buffer")
+                raise checks.error(op, f"at least the {checks.shown(needed)} elements that grids requires",
+                                   checks.shown(latents.shape[0]), "pass the grids of this buffer")
     checks.floating(op, latents=latents, weight=weight, bias=bias)
     checks.same_device(op, latents=latents, weight=weight, bias=bias)
     if bias is not None:
-        checks.shape(op, "bias", bias, (width,), "one number per column of the tokens")
+        checks.shape(op, "bias", bias, (width,), "one element per column of the tokens")
     latents, weight, bias = autocast(latents, weight, bias)
     checks.same_dtype(op, latents=latents, weight=weight, bias=bias)
     facts = (device_name(latents), latents.dtype, needs_grad(latents, weight, bias), width, channels * patch[0] * patch[1],
@@ -251,10 +252,10 @@ def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
     """Tokens back to clips: the inverse layout of ``patch_embed``.
 
     Args:
-        tokens: (N, pt * ph * pw * C), a token's numbers in (pt, ph, pw, C) order as in the official DiT.
-        grids: host data as in ``patch_embed`` (a CUDA tensor is refused); tokens beyond them are tail.
+        tokens: (N, pt * ph * pw * C), a token's elements in (pt, ph, pw, C) order as in facebookresearch/DiT.
+        grids: host data as in ``patch_embed`` (a CUDA tensor raises); tokens beyond them are tail.
         patch: (pt, ph, pw). channels: C.
-        flat: return the one flat buffer (tail 0) instead of views of it; the form for traced code.
+        flat: return the flat buffer (tail 0) instead of views of it, for traced code.
 
     Returns:
         list of (C, T, H, W), views of one flat buffer, in tokens' dtype.
@@ -263,7 +264,7 @@ def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
     checks.several(op, "patch", patch, "pt, ph, pw", 1)
     checks.whole(op, "channels", channels, 1)
     pt, ph, pw = patch
-    checks.shape(op, "tokens", tokens, ("N", pt * ph * pw * channels), "a token holds pt * ph * pw * C numbers")
+    checks.shape(op, "tokens", tokens, ("N", pt * ph * pw * channels), "a token has pt * ph * pw * C elements")
     checks.floating(op, tokens=tokens)
     sizes = _sizes(op, grids)
     pack = grids if isinstance(grids, Pack) else None
@@ -272,8 +273,8 @@ def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
     elif not isinstance(sizes, torch.Tensor):
         needed = sum(t * h * w for t, h, w in sizes)
         if tokens.shape[0] < needed:
-            raise checks.error(op, f"at least the {checks.shown(needed)} tokens that grids asks for",
-                               checks.shown(tokens.shape[0]), "pass the grids of these very tokens")
+            raise checks.error(op, f"at least the {checks.shown(needed)} tokens that grids requires",
+                               checks.shown(tokens.shape[0]), "pass the grids of these tokens")
     if isinstance(sizes, torch.Tensor):
         checks.require(flat, op, "flat=True with a grids tensor in a traced graph", "flat=False",
                        "cut the buffer into clips outside the graph")

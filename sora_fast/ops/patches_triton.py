@@ -17,7 +17,7 @@ LONGEST_RUN = 64
 
 
 def _copies(like, sizes):
-    # of a traced graph, which may reuse the memory of what an op returns
+    # copies, because a traced graph may reuse the memory of an op's outputs
     grids = tuple(zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True))
     return [table.clone() for table in uploaded_grids(grids, like.device)]
 
@@ -28,7 +28,7 @@ def _fake_copies(like, sizes):
 
 
 def _on_device(grids, pack, like) -> tuple[torch.Tensor, torch.Tensor]:
-    """``grids`` (S, 3) and ``cu_seqlens`` (S + 1,), int32 on the device of ``like``: the pack's, made there, or uploaded."""
+    """``grids`` (S, 3) and ``cu_seqlens`` (S + 1,), int32 on ``like``'s device: the pack's, computed there, or uploaded."""
     device = like.device
     if pack is not None and pack.kept is None and pack.device == device:
         return pack.grids_device, pack.cu_seqlens
@@ -36,7 +36,7 @@ def _on_device(grids, pack, like) -> tuple[torch.Tensor, torch.Tensor]:
         grids = to_device(grids.to(torch.int32), device)
         return grids, F.pad(grids.prod(1).cumsum(0), (1, 0)).to(torch.int32)
     if not holds_numbers(like):
-        # the numbers go to the device when the graph runs: sizes of a batch may be symbols here, tensors fake
+        # uploaded when the graph runs: while it is traced, sizes may be symbols and tensors fake
         return tuple(torch.ops.sora_fast.patches_grids(like.new_empty(0), [n for grid in grids for n in grid]))
     return uploaded_grids(grids, device)
 
@@ -94,11 +94,11 @@ def _permute(source, grids, cu_seqlens, patch, channels, back):
 
 
 def _fake_permute(source, grids, cu_seqlens, patch, channels, back):
-    numbers = channels * prod(patch)
-    return source.new_empty((source.shape[0] // numbers, numbers) if back else (source.shape[0] * numbers,))
+    numel = channels * prod(patch)
+    return source.new_empty((source.shape[0] // numel, numel) if back else (source.shape[0] * numel,))
 
 
-# sizes: t, h, w of every sample, one after the other; the gradients that are wanted of latents, weight and bias.
+# sizes: t, h, w of every sample, concatenated. Backward: the wanted gradients of latents, weight and bias.
 operators.define("patches_grids(Tensor like, SymInt[] sizes) -> Tensor[]", _copies, _fake_copies)
 operators.define("patch_embed_forward(Tensor latents, Tensor weight, Tensor? bias, Tensor grids, Tensor cu_seqlens) "
                  "-> Tensor", _embed, _fake_embed)
@@ -109,7 +109,7 @@ operators.define("patches_permute(Tensor source, Tensor grids, Tensor cu_seqlens
 
 
 class _PatchEmbed(torch.autograd.Function):
-    """Saves the flat latents, the weight and where the samples are: no matrix of patches."""
+    """Saves the flat latents, the weight and the grids; no matrix of patches."""
 
     @staticmethod
     def forward(ctx, latents, weight, bias, grids, cu_seqlens):
@@ -125,7 +125,7 @@ class _PatchEmbed(torch.autograd.Function):
 
 
 class _Unpatchify(torch.autograd.Function):
-    """A permutation: its gradient is the way back."""
+    """A permutation, whose gradient is the inverse permutation."""
 
     @staticmethod
     def forward(ctx, tokens, grids, cu_seqlens, patch, channels):
@@ -152,7 +152,7 @@ def _unpatchify(tokens, grids, pack, patch, channels):
 def _unsupported(problem) -> list[str]:
     reasons = triton_backend.unsupported(problem, problem.dtype)
     if problem.run > LONGEST_RUN:
-        reasons.append(f"Its kernels take patches of at most {LONGEST_RUN} numbers along w, and these have "
+        reasons.append(f"Its kernels take patches of at most {LONGEST_RUN} elements along w, and these have "
                        f"{checks.shown(problem.run)}.")
     return reasons
 

@@ -1,6 +1,6 @@
-"""qk_norm_rope: norm of queries and keys, and rotation by their place in the clip.
+"""qk_norm_rope: norm of queries and keys, and rotary embedding by their position in the clip.
 
-N tokens, H query heads, Hk key heads, E head dim, R rotated numbers of a head.
+N tokens, H query heads, Hk key heads, E head dim, R rotated channels per head.
 """
 
 import weakref
@@ -24,7 +24,7 @@ NORMS = ("rms_head", "rms_all", "layer_head", None)
 class RotaryProblem(Problem):
     """``key_heads``: 0 without k; ``rotated``: R, 0 for no rotation; ``learned``: ``freqs`` replaces axes and theta.
 
-    ``affine``: a weight or bias is given; ``moves``: coords need a gradient; ``wide``: what the call is computed in, float64
+    ``affine``: a weight or bias is given; ``moves``: coords need a gradient; ``wide``: the dtype of the arithmetic, float64
     if any tensor is float64, else float32.
     """
 
@@ -49,7 +49,7 @@ def _example(device: str, dtype: torch.dtype, grad: bool) -> RotaryProblem:
 # ---------------------------------------------------------------------------------------------- backend "torch"
 @dataclass(frozen=True)
 class _Turn:
-    """Cosines and sines (N, 1, P) of the angles that were made of ``coords`` as they stood, for ``settings``."""
+    """Cached cosines and sines (N, 1, P) of ``settings`` and of ``coords`` at ``version``."""
 
     coords: weakref.ref
     version: int
@@ -62,15 +62,15 @@ _last: _Turn | None = None
 
 
 def _turn(coords, rows, axes, theta, freqs, dtype):
-    """Cosines and sines of all angles. ``rows``: None where no token is without sample."""
-    # a pack's coordinates of tokens without sample are not read either, nor do they reach the gradient of freqs
+    """Cosines and sines of all angles. ``rows``: None if every token is in a sample."""
+    # coordinates of tokens outside every sample are not read and do not reach the gradient of freqs
     angles = reference.angles(coords if rows is None else only_samples(coords, rows), axes, theta, freqs, dtype)
     return angles.cos(), angles.sin()
 
 
 def _turn_of_fixed(coords, axes, theta, dtype):
-    """The same of fixed frequencies, kept for the next layer, which has the same coords. On CPUs only: a table that is kept
-    on a GPU would have to wait for streams, and live for CUDA graphs.
+    """The same for fixed frequencies, cached for the next layer, which has the same coords. On CPUs only: on a GPU the cache
+    would have to handle streams and CUDA graphs.
     """
     global _last
     if not coords.is_cpu or not holds_numbers(coords) or coords.is_inference():
@@ -88,7 +88,7 @@ def _turn_of_fixed(coords, axes, theta, dtype):
 
 
 def _forget_turn(coords: weakref.ref) -> None:
-    """Nothing outlives the coords that it was made of."""
+    """Drop the cached tables with their coords."""
     global _last
     if _last is not None and _last.coords is coords:
         _last = None
@@ -142,7 +142,7 @@ def _torch_qk_norm_rope(q, k, coords, *, q_weight, k_weight, q_bias, k_bias, nor
 
 
 def _reference_qk_norm_rope(*, tail, **arguments):
-    return reference.qk_norm_rope(**arguments)  # it looks for itself
+    return reference.qk_norm_rope(**arguments)  # it handles tails itself
 
 
 QK_NORM_ROPE = Op("qk_norm_rope", "rotary", _example, [
@@ -164,17 +164,17 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
             None: no rotation (then k may have another length).
         q_weight, k_weight, q_bias, k_bias: of the norm: (E,), or (H * E,) / (Hk * E,) for ``"rms_all"``; or None.
         norm: ``"rms_head"`` or ``"layer_head"`` over each head, ``"rms_all"`` over all heads together, None: none.
-        axes: even numbers of rotated entries for t, h, w; they sum to R <= E, the other E - R pass through. None: Wan's
-            share of the first 128 entries, (44, 42, 42) of a head of 128, (24, 20, 20) of 64. Axis a of size d has the
-            angles ``coords[:, a] * theta_a ** (-2 j / d)``, j < d / 2, axes one after the other.
+        axes: even numbers of rotated channels for t, h, w; they sum to R <= E, the other E - R pass through. None: Wan's
+            share of the first 128 channels, (44, 42, 42) of a head of 128, (24, 20, 20) of 64. Axis a of size d has the
+            angles ``coords[:, a] * theta_a ** (-2 j / d)``, j < d / 2, axes concatenated.
         theta: a float, or one per axis.
         freqs: float (3, R/2) or (3, H, R/2) in place of axes and theta: angle i of head h is the sum over a of
             ``coords[:, a] * freqs[a, h, i]``; it has a gradient.
-        pairing: ``"interleaved"`` turns entries (2i, 2i + 1), ``"half"`` (i, i + R/2), each by angle i.
-        rows: (N,) int32; tokens with -1 belong to no sample: output 0, gradient 0, contents never read. Or the Pack.
+        pairing: ``"interleaved"`` rotates channels (2i, 2i + 1), ``"half"`` (i, i + R/2), each by angle i.
+        rows: (N,) int32; tokens with -1 belong to no sample: output 0, gradient 0, never read. Or the Pack.
 
     Returns:
-        (q, k) in their dtype and shapes; k is None where none was given. Angles are computed in at least float32.
+        (q, k) in their dtype and shapes; k is None if it was not given. Angles are computed in at least float32.
 
     Source: RoPE, arXiv 2104.09864; QK-norm, arXiv 2302.05442; freqs as in Mochi 1.
     """
@@ -193,9 +193,9 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
 
 
 def _places(op: str, q, coords, rows, key):
-    """coords (N, 3) and rows (N,), or None, of a call, and whether some of these may be -1.
+    """coords (N, 3) and rows (N,) of a call, or None, and whether some rows may be -1.
 
-    Those of a Pack were checked when it was made.
+    The rows of a Pack were checked when it was built.
     """
     if isinstance(coords, Pack):
         coords, rows = coords.coords, coords
@@ -205,7 +205,7 @@ def _places(op: str, q, coords, rows, key):
 
 
 def _check(q, k, coords, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing, eps, rows) -> tuple:
-    """All but the numbers of ``rows``; returns the fields of a RotaryProblem."""
+    """Checks all but the values of ``rows``; returns the fields of a RotaryProblem."""
     op = "qk_norm_rope"
     checks.shape(op, "q", q, ("N", "H", "E"), "split the heads first, as in x.unflatten(-1, (heads, -1))")
     check_kind(op, "coords", coords)
@@ -229,7 +229,7 @@ def _check(q, k, coords, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, 
             checks.require(owner is not None and norm is not None, op, f"no {name} without its tensor and a norm",
                            f"{name} with {what}", f"leave {name} out")
             width = owner.shape[1] * head_dim if norm == "rms_all" else head_dim
-            checks.shape(op, name, value, (width,), f"norm={norm!r} has one number per normalised entry")
+            checks.shape(op, name, value, (width,), f"norm={norm!r} has one element per normalised channel")
     rotated = 0
     if coords is not None:
         checks.shape(op, "coords", coords, (tokens, 3), "one t, h, w per token")
@@ -276,7 +276,7 @@ def check_axes(op: str, axes, theta, head_dim: int, name: str = "axes") -> int:
     """``axes`` (under that ``name``) and ``theta`` fit a head; returns R."""
     checks.several(op, name, axes, "t, h, w", 0)
     if axes[0] % 2 or axes[1] % 2 or axes[2] % 2:
-        raise checks.error(op, f"{name} as three even numbers", axes, "give the rotated entries of t, h and w")
+        raise checks.error(op, f"{name} as three even numbers", axes, "give the rotated channels of t, h and w")
     bases = theta if isinstance(theta, (tuple, list)) else (theta,)
     checks.require(bases is not theta or len(bases) == 3, op, "theta as a number or three", theta, "give one per axis")
     for base in bases:
@@ -288,5 +288,5 @@ def check_axes(op: str, axes, theta, head_dim: int, name: str = "axes") -> int:
 
 def _check_rotated(op: str, rotated: int, head_dim: int) -> None:
     if rotated > head_dim:
-        raise checks.error(op, f"at most the {head_dim} entries of a head to be rotated", rotated,
+        raise checks.error(op, f"at most the {head_dim} channels of a head to be rotated", rotated,
                            "make axes (or freqs) smaller, because they sum to the head dim or less")

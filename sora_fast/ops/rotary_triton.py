@@ -7,7 +7,7 @@ from ..dispatch import Backend
 from . import operators, triton_backend
 
 WIDEST = 8192
-_TENSORS = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias", "freqs")  # that have gradients, in the kernels' order
+_TENSORS = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias", "freqs")  # those with gradients, in the kernels' order
 
 
 def _config_of_call(direction, q, k, q_weight, k_weight, q_bias, k_bias, coords, freqs, norm, pairing):
@@ -28,12 +28,12 @@ def _typical_config(problem) -> configs.Found:
 
 
 def _table(coords, freqs, axes, theta):
-    """Frequencies as the kernels take them: learned, or the table of fixed ones."""
+    """Frequencies for the kernels: learned, or the table of fixed ones."""
     from ..kernels import rotary as kernels
 
     if coords is None or freqs is not None:
         return freqs
-    with torch.inference_mode(False):  # it is kept, and may serve a backward later
+    with torch.inference_mode(False):  # it is cached, and a later backward may use it
         return kernels.frequencies(tuple(axes), tuple(theta), coords.device)
 
 
@@ -68,14 +68,14 @@ def _fake_backward(d_q, d_k, q, k, coords, q_weight, k_weight, q_bias, k_bias, f
 
 _SETTINGS = ("Tensor? coords, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? freqs, "
              "Tensor? rows, str? norm, int[] axes, float[] theta, str pairing, float eps")
-# What is there of q and k; the gradients that are wanted of q, k, their weights, their biases and freqs.
+# Forward: q, and k if given. Backward: the wanted gradients of q, k, their weights, their biases and freqs.
 operators.define(f"rotary_forward(Tensor q, Tensor? k, {_SETTINGS}) -> Tensor[]", _forward, _fake_forward)
 operators.define(f"rotary_backward(Tensor? d_q, Tensor? d_k, Tensor? q, Tensor? k, {_SETTINGS}, bool[] wanted) "
                  f"-> Tensor[]", _backward, _fake_backward)
 
 
 class _Rotary(torch.autograd.Function):
-    """Saves q and k as they are, views included, and no statistics; neither where there is no norm and no learned freqs."""
+    """Saves q and k, views included, and no statistics; without a norm or learned freqs not even q and k."""
 
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, q_bias, k_bias, freqs, coords, rows, norm, axes, theta, pairing, eps):
@@ -84,14 +84,14 @@ class _Rotary(torch.autograd.Function):
         needed = norm is not None or freqs is not None
         ctx.save_for_backward(*((q, k) if needed else (None, None)), coords, *affine, freqs, rows)
         ctx.settings = (norm, axes, theta, pairing, eps)
-        ctx.set_materialize_grads(False)  # an output that nobody uses costs nothing
+        ctx.set_materialize_grads(False)  # unused outputs cost nothing
         return tuple(made)
 
     @staticmethod
     def backward(ctx, d_q, d_k=None):
         wanted = list(ctx.needs_input_grad[:len(_TENSORS)])
         for place, name in enumerate(_TENSORS):
-            came = {"q": d_q, "k": d_k}.get(name[0])  # freqs take theirs from what there is
+            came = {"q": d_q, "k": d_k}.get(name[0])  # freqs get a gradient from either
             wanted[place] = wanted[place] and (name == "freqs" or came is not None)
         gradients = [None] * len(_TENSORS)
         if any(wanted) and not (d_q is None and d_k is None):
@@ -117,7 +117,7 @@ def _unsupported(problem) -> list[str]:
     heads = max(problem.heads, problem.key_heads)
     padded = configs.bucket(heads) * configs.bucket(problem.head_dim)
     if padded > WIDEST:
-        reasons.append(f"Its kernels hold all heads of a token in registers, at most {WIDEST:,} numbers, and "
+        reasons.append(f"Its kernels hold all heads of a token in registers, at most {WIDEST:,} elements, and "
                        f"{checks.shown(heads)} heads of {checks.shown(problem.head_dim)} are {checks.shown(padded)}, both "
                        f"rounded up to powers of two.")
     if problem.moves:

@@ -1,4 +1,4 @@
-"""What the Triton backends of all families share: where they can run, and how an op is made of a launch."""
+"""What all Triton backends share: the devices and dtypes they support, config look-up, and autograd helpers."""
 
 import functools
 import importlib
@@ -18,7 +18,7 @@ def _installed() -> bool:
 
 
 def unsupported(problem: Problem, wide: torch.dtype) -> list[str]:
-    """Sentences: why no Triton kernel can run ``problem``. ``wide``: the dtype that the call must be computed in."""
+    """Reasons why no Triton kernel supports ``problem``. ``wide``: the dtype of the arithmetic."""
     return list(_reasons(problem.device, problem.dtype, wide))
 
 
@@ -46,7 +46,7 @@ def _reasons(device: str, dtype: torch.dtype, wide: torch.dtype) -> tuple[str, .
 
 
 def config(family: str, kernel: str, device: torch.device | str, *launch, **named) -> configs.Found:
-    """The Config of one launch: of ``kernel`` of sora_fast.kernels.<family>, for the fields of its Launch.
+    """The Config of one launch of ``kernel`` of sora_fast.kernels.<family>, for the fields of its Launch.
 
     ``device``: of tensors, or of a Problem.
     """
@@ -60,7 +60,7 @@ def config(family: str, kernel: str, device: torch.device | str, *launch, **name
 
 
 def _gpu_name(device: torch.device | str) -> str:
-    """The gpu that configs are looked up for; "cpu" in the interpreter, "sm90" where one is emulated."""
+    """The GPU name for config look-up; "cpu" in the interpreter, "sm90" if one is emulated."""
     if isinstance(device, str):
         return configs.gpu_name(device) if device.startswith("cuda") else "cpu"
     if device.type == "cpu":
@@ -70,12 +70,12 @@ def _gpu_name(device: torch.device | str) -> str:
 
 
 def tf32() -> bool:
-    """Whether float32 products may drop bits: off unless asked for, where cuDNN's own switch, for convolutions, is on."""
+    """Whether float32 MMAs may use TF32. Off by default, unlike cuDNN's switch for convolutions."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 class _NoNode:
-    """In place of the context of an autograd node: nothing is kept for a backward."""
+    """A replacement for an autograd context that saves nothing."""
 
     def save_for_backward(self, *tensors):
         pass
@@ -85,7 +85,7 @@ class _NoNode:
 
 
 def apply(function: type[torch.autograd.Function], *arguments):
-    """``function.apply``, and where no gradient is asked for its forward alone, without the price of a node."""
+    """``function.apply``, or its forward alone if no gradient is needed, which avoids the cost of an autograd node."""
     if torch.compiler.is_compiling():
         return function.apply(*arguments)
     if torch.is_grad_enabled():
@@ -96,7 +96,7 @@ def apply(function: type[torch.autograd.Function], *arguments):
 
 
 def apart(tensors):
-    """The inputs of an autograd.Function, a tensor that is given twice as a view: torch.compile would trace it as one."""
+    """The inputs of an autograd.Function, with repeated tensors as views: torch.compile would trace them as one."""
     if not torch.compiler.is_compiling():
         return tensors
     given = []

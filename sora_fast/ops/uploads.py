@@ -1,4 +1,4 @@
-"""Host grids on a device: copied once, from pinned memory, without waiting."""
+"""Uploads of host grids: copied once, asynchronously, from pinned memory."""
 
 import functools
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from ..to_device import to_device
 
 @dataclass(frozen=True)
 class _Uploaded:
-    """``grids`` (S, 3) and ``cu_seqlens`` (S + 1,), int32 on a device; ``event``: when they were there (CUDA)."""
+    """``grids`` (S, 3) and ``cu_seqlens`` (S + 1,), int32 on a device; ``event``: recorded after the copy (CUDA)."""
 
     grids: torch.Tensor
     cu_seqlens: torch.Tensor
@@ -19,14 +19,14 @@ class _Uploaded:
     event: object
 
 
-# What CUDA graphs read for as long as they live, so for good: 16 bytes a sample.
+# Uploads that CUDA graphs read, kept for ever since graphs may live that long: 16 bytes per sample.
 _captured: dict[int, _Uploaded] = {}
 
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a backward may save it later
 def _upload(grids: tuple, device: torch.device) -> _Uploaded:
-    """Copied once, from pinned memory, so that nobody waits."""
+    """Copied once, from pinned memory, so that the host does not wait."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("grids: expected grids that were used once before a CUDA graph is captured, got new ones; "
                            "make the call once before the capture, or pass a Pack")
@@ -54,8 +54,8 @@ def uploaded_grids(grids: tuple, device: torch.device) -> tuple[torch.Tensor, to
         found = _upload(grids, device)
         stream = torch.cuda.current_stream()
         if torch.cuda.is_current_stream_capturing():
-            _captured[id(found)] = found  # the upload has ended: a capture begins with a synchronisation
+            _captured[id(found)] = found  # the upload has completed: a capture starts with a synchronisation
         elif stream != found.stream:
             stream.wait_event(found.event)
-            found.grids.record_stream(stream)  # both are views of one memory
+            found.grids.record_stream(stream)  # both are views of one allocation
     return found.grids, found.cu_seqlens

@@ -63,7 +63,7 @@ def attend(q_NHE, k_NHE, v_NHE, mask_QK, scale: float):
 def blocks(cu_q, cu_k, queries: int, keys: int, causal: bool, window, device):
     """Yield (query slice, key slice, mask) that cover the pack.
 
-    Where lengths can be read there is one dense block per sample, so that no number of another sample is touched at
+    Where lengths can be read there is one dense block per sample, so that no other sample's rows are touched at
     all; while a graph is traced they cannot, and the whole pack is one block under a block-diagonal mask.
     """
     if not holds_numbers(cu_q):

@@ -25,7 +25,7 @@ def only_samples(x_ND, rows):
     if rows is None:
         return x_ND
     if rows.device.type == "cpu" and holds_numbers(rows) and not bool((rows < 0).any()):
-        return x_ND  # no tail: a look at N ints in place of a copy of N x D numbers
+        return x_ND  # no tail: checking N ints is cheaper than copying N x D elements
     return torch.where((rows >= 0)[:, None], x_ND, torch.zeros((), dtype=x_ND.dtype, device=x_ND.device))
 
 

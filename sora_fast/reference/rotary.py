@@ -1,6 +1,6 @@
-"""Norm of queries and keys, then a rotation by the token's place in time, height and width.
+"""Norm of queries and keys, then a rotary embedding by the token's position in time, height and width.
 
-N tokens, H heads, E head dim, R rotated numbers of a head (R <= E), P = R / 2 pairs.
+N tokens, H heads, E head dim, R rotated channels of a head (R <= E), P = R / 2 pairs.
 (RoPE: Su et al., arXiv 2104.09864; one share of the pairs per axis.)
 """
 

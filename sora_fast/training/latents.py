@@ -113,7 +113,7 @@ def held_out(names: Sequence[str], share: float) -> set[str]:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """One pack: flat buffer of all latents, their numbers each, grids in tokens, captions, where each is from.
+    """One pack: flat buffer of all latents, the numel of each, grids in tokens, captions, where each is from.
 
     ``length``: tokens of the pack, its tail included.
     """
@@ -141,10 +141,10 @@ class LatentBatch:
         """A pack whose frames have timesteps of their own. All of a run have one length: ranks do equal work."""
         return Pack(self.grids, modulation="frame", text_lengths=text_lengths, tokens=self.length, device=device)
 
-    def with_tail(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The flat buffer ``numbers`` of all samples, continued with the zeros of the tail."""
+    def with_tail(self, flat: torch.Tensor) -> torch.Tensor:
+        """The flat buffer of all samples, padded with zeros for the tail."""
         each = sum(self.counts) // max(int(self.tokens.sum()), 1)
-        return F.pad(numbers, (0, self.length * each - numbers.shape[0]))
+        return F.pad(flat, (0, self.length * each - flat.shape[0]))
 
     def only(self, index: int) -> LatentBatch:
         """The pack of sample ``index`` alone, of the same length."""

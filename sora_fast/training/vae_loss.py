@@ -23,7 +23,7 @@ LARGEST_WEIGHT = 1e4  # of the adaptive weight, where the adversary's gradient v
 
 
 def reconstruction_error(kind: str, reconstruction, video):
-    """Mean over all numbers of "l1" |x - y| or "l2" (x - y)^2, in float32."""
+    """Mean over all elements of "l1" |x - y| or "l2" (x - y)^2, in float32."""
     error = reconstruction.float() - video.float()
     return error.abs().mean() if kind == "l1" else error.square().mean()
 

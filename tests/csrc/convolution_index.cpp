@@ -15,17 +15,17 @@ int64_t tiles(const ConvolutionShape* shape) { return count_tiles(*shape); }
 
 void tile(const ConvolutionShape* shape, int64_t index, Tile* found) { *found = tile_at(*shape, index); }
 
-int steps(const ConvolutionShape* shape, const Tile* tile) { return steps_of(*shape, taps_seeing(*shape, tile->frame)); }
+int steps(const ConvolutionShape* shape, const Tile* tile) { return count_k_iterations(*shape, valid_taps(*shape, tile->frame)); }
 
-void first(const ConvolutionShape* shape, const Tile* tile, Step* step) {
-  *step = first_step(*shape, *tile, taps_seeing(*shape, tile->frame));
+void first(const ConvolutionShape* shape, const Tile* tile, KIteration* step) {
+  *step = first_k_iteration(*shape, *tile, valid_taps(*shape, tile->frame));
 }
 
-void next(const ConvolutionShape* shape, const Tile* tile, Step* step) { next_step(*shape, *tile, step); }
+void next(const ConvolutionShape* shape, const Tile* tile, KIteration* step) { next_k_iteration(*shape, *tile, step); }
 
 int64_t place(const ConvolutionShape* shape, const Tile* tile, int pixel) {  // -1: outside
   const Pixel found = pixel_of(*shape, *tile, pixel);
-  return found.inside ? found.at : -1;
+  return found.in_bounds ? found.index : -1;
 }
 
 // gather_columns by four lanes at once: `numbers` (4, 8) in and out.

@@ -1,5 +1,5 @@
-// What csrc/layout.h and csrc/tensor_map.cpp say about shared memory, products and the copy engine, beside what CuTe (the
-// headers of NVIDIA's CUTLASS) computes for the same layouts. Runs without a GPU; prints lines "what TAB ours TAB CuTe".
+// The swizzles, matrix descriptors, accumulator layout and tensor maps of csrc/layout.h and csrc/tensor_map.cpp, compared with
+// what CuTe (in NVIDIA's CUTLASS) computes for the same layouts. Runs without a GPU; prints lines "what TAB ours TAB CuTe".
 //
 // Compiled by g++ as if it were nvcc's host pass, which halves the time; tests/test_cuda_encodings.py says how.
 
@@ -53,7 +53,7 @@ static void line(const std::string& what, uint64_t ours, uint64_t cutes) {
 template <int channels>
 using Atom = std::conditional_t<channels == 64, GMMA::Layout_K_SW128_Atom<Number>, GMMA::Layout_K_SW64_Atom<Number>>;
 
-// Byte of every number of a box of `rows` x `channels`.
+// Byte offset of every element of a box of `rows` x `channels`.
 template <int rows, int channels>
 void swizzles() {
   const auto layout = as_position_independent_swizzle_layout(tile_to_shape(Atom<channels>{}, Shape<Int<rows>, Int<channels>>{}));
@@ -64,7 +64,7 @@ void swizzles() {
            layout(row, channel) * 2);
 }
 
-// Descriptors of both factors of a 64 x N product, at every 16 numbers of K and every 64 rows.
+// Descriptors of both operands of a 64 x N wgmma, at every 16 elements of K and every 64 rows.
 template <int N, int channels, class Instruction>
 void descriptors() {
   const std::string name = "N " + std::to_string(N) + ", " + std::to_string(channels) + " channels";
@@ -72,23 +72,23 @@ void descriptors() {
   const auto mma = make_tiled_mma(Instruction{}).get_slice(0);
   const auto a = make_tensor(make_smem_ptr(memory), tile_to_shape(Atom<channels>{}, Shape<_128, Int<channels>>{}));
   const auto b = make_tensor(make_smem_ptr(memory), tile_to_shape(Atom<channels>{}, Shape<Int<N>, Int<channels>>{}));
-  const auto factors_a = mma.make_fragment_A(mma.partition_A(a));  // (one, blocks of 64 rows, steps of 16)
-  const auto factors_b = mma.make_fragment_B(mma.partition_B(b));
+  const auto descs_a = mma.make_fragment_A(mma.partition_A(a));  // (one, blocks of 64 rows, steps of 16)
+  const auto descs_b = mma.make_fragment_B(mma.partition_B(b));
   // CuTe takes no address on the host and begins at 0
-  const uint64_t first = sf::factor(0, channels * 2);
+  const uint64_t first = sf::make_smem_desc(0, channels * 2);
   for (int k = 0; k < channels / 16; ++k) {
     for (int block = 0; block < 2; ++block)
       line("first factor, " + name + ", block " + std::to_string(block) + " step " + std::to_string(k),
-           sf::advanced(first, block * 64 * channels * 2 + 32 * k), uint64_t(factors_a(0, block, k)));
-    line("second factor, " + name + ", step " + std::to_string(k), sf::advanced(first, 32 * k), uint64_t(factors_b(0, 0, k)));
+           sf::advance_desc(first, block * 64 * channels * 2 + 32 * k), uint64_t(descs_a(0, block, k)));
+    line("second factor, " + name + ", step " + std::to_string(k), sf::advance_desc(first, 32 * k), uint64_t(descs_b(0, 0, k)));
   }
-  // which sum is where: (thread, number) -> row + 64 * column
+  // the accumulator layout: (thread, i) -> row + 64 * column
   const typename MMA_Traits<Instruction>::CLayout sums{};
   if (channels == 64)
     for (int thread = 0; thread < 128; ++thread)
       for (int i = 0; i < N / 2; ++i)
         line("sum, N " + std::to_string(N) + ", thread " + std::to_string(thread) + " number " + std::to_string(i),
-             sf::sum_row(thread, i) + 64 * sf::sum_column(thread, i), int(sums(thread, i)));
+             sf::acc_row(thread, i) + 64 * sf::acc_col(thread, i), int(sums(thread, i)));
 }
 
 // The map of a video, and of a weight, with their boxes.

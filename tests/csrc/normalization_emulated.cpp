@@ -33,7 +33,7 @@ int main(int, char** words) {
       args.*member = static_cast<T>(block);
     }
   });
-  sf::norm_act_start(args, std::atoi(words[2]), std::atoi(words[3]), nullptr);
+  sf::norm_act_launch(args, std::atoi(words[2]), std::atoi(words[3]), nullptr);
   for (const auto& [name, block] : memory) {
     if (name == "y" || name == "cache_out")
       std::ofstream(folder + name, std::ios::binary).write(static_cast<const char*>(block.first), block.second);

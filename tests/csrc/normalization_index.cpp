@@ -1,4 +1,4 @@
-// The walk of csrc/normalization.cuh for tests/test_cuda_normalization.py: which pixel goes where, by its own functions.
+// The schedule of csrc/normalization.cuh for tests/test_cuda_normalization.py: source and destinations of every pixel.
 #include "normalization.cuh"
 
 // NormActArgs' fields of sizes, in their order.
@@ -9,7 +9,7 @@ struct Sizes {
 extern "C" {
 
 int lanes(int channels) { return sf::norm_act_lanes(channels); }
-int numbers(int channels) { return sf::norm_act_numbers(channels); }
+int numbers(int channels) { return sf::norm_act_elements(channels); }
 
 // For every pixel of y and of cache_out where it comes from: n of the clip's, -1 zeros, -2 - n of the cache's. `y_written` and
 // `out_written` count.
@@ -18,11 +18,11 @@ void walk(const Sizes& s, int threads, int64_t blocks, int64_t* y_from, int* y_w
   args.samples = s.samples, args.frames = s.frames, args.height = s.height, args.width = s.width, args.channels = s.channels;
   args.cached = s.cached, args.kept = s.kept, args.front = s.front, args.left = s.left, args.right = s.right;
   args.top = s.top, args.bottom = s.bottom, args.space_pad = s.space_pad;
-  const sf::NormActWalk walk = sf::norm_act_walk(args, threads);
-  const sf::NormActPlace stride = sf::norm_act_place(walk, blocks);
+  const sf::NormActSchedule walk = sf::norm_act_schedule(args, threads);
+  const sf::NormActTile stride = sf::norm_act_tile(walk, blocks);
   for (int64_t block = 0; block < blocks; ++block) {
-    sf::NormActPlace at = sf::norm_act_place(walk, block);
-    for (; at.sample < walk.samples; at = sf::norm_act_next(walk, at, stride)) {
+    sf::NormActTile at = sf::norm_act_tile(walk, block);
+    for (; at.sample < walk.samples; at = sf::norm_act_advance(walk, at, stride)) {
       const int frame = at.frame + walk.first_frame;
       const sf::NormActRow row = sf::norm_act_row(args, at.sample, frame, at.row);
       for (int pixel = 0; pixel < walk.pixels; ++pixel) {

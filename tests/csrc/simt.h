@@ -83,9 +83,9 @@ inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 
 namespace sf {
 
-// Better than the GPU's, which are off by 2 in the last place.
-inline float quick_exp2(float x) { return std::exp2(x); }
-inline float quick_reciprocal(float x) { return 1.0f / x; }
+// More accurate than the GPU's, which are within 2 ulp.
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline float rcp_approx(float x) { return 1.0f / x; }
 
 }  // namespace sf
 

@@ -1,4 +1,4 @@
-"""What the streaming autoencoders of other people have in common here: convolutions with their past, clips in chunks.
+"""What third-party video autoencoders share: convolutions with a cache of past frames, and clips processed in chunks.
 
 B batch, C channels, T frames, H height, W width; t, h, w of the latents.
 """
@@ -13,15 +13,15 @@ from ..models.vae_stream import CapturedStream, can_capture, cuda_graph, free_by
 from ..nn import StreamState
 from ..nn.streaming import renew
 
-_SLOTS = 64  # more than any encoder has convolutions with a past (Wan 2.1: 33)
-# Latent frames of a chunk on a GPU at most; see models/vae_stream.py.
+_MAX_CACHES = 64  # more than any encoder has causal convolutions (Wan 2.1: 33)
+# At most so many latent frames per chunk on a GPU; see models/vae_stream.py.
 LONGEST_CHUNK = 4
 
 
 class Whole(StreamState):
-    """The state of a clip that is passed whole: every layer sees its first frame, and nothing is remembered.
+    """The state of a clip that is passed whole: every layer starts at its first frame and stores nothing.
 
-    Nothing outside the modules changes then, so such a call can be recomputed by torch.utils.checkpoint and traced.
+    Such a call has no side effects, so torch.utils.checkpoint can recompute it and torch.compile can trace it.
     """
 
     def set(self, module: nn.Module, value: object) -> None:
@@ -29,10 +29,10 @@ class Whole(StreamState):
 
 
 def convolve(conv: nn.Module, x, state: StreamState | None, *, weight=None, phase: int = 0, norm=None, **settings):
-    """``conv`` over x (B, C, T, H, W), after ``norm`` (keywords of ops.norm_act_conv3d) where given.
+    """``conv`` over x (B, C, T, H, W), after ``norm`` (keywords of ops.norm_act_conv3d) if given.
 
-    ``settings`` are ops.causal_conv3d's; ``phase`` counts in frames of the stream. The past of ``conv`` is in ``state``;
-    without one, or with a Whole, x is the clip.
+    ``settings`` are ops.causal_conv3d's; ``phase`` is in frames of the stream. The past frames of ``conv`` are in ``state``;
+    without a state, or with Whole, x is the whole clip.
     """
     op = ops.causal_conv3d if norm is None else ops.norm_act_conv3d
     weight = conv.weight if weight is None else weight
@@ -46,29 +46,29 @@ def convolve(conv: nn.Module, x, state: StreamState | None, *, weight=None, phas
     return y
 
 
-def own_slots(key: nn.Module, forward: Callable, x, state: StreamState | None, **arguments):
-    """A forward of diffusers' own, with a positional list of caches that is this module's alone, kept in ``state``."""
+def with_own_caches(key: nn.Module, forward: Callable, x, state: StreamState | None, **arguments):
+    """Call one of diffusers' forwards with a positional list of caches for this module alone, kept in ``state``."""
     if state is None:
         return forward(x, **arguments)
-    if isinstance(state, Whole):  # it takes the first frame as a chunk of its own, and knows it by its empty caches
-        slots, parts = [None] * _SLOTS, []
+    if isinstance(state, Whole):  # diffusers processes the first frame as a chunk, which it recognises by empty caches
+        caches, parts = [None] * _MAX_CACHES, []
         for place, part in enumerate((x[:, :, :1], x[:, :, 1:])):
             if part.shape[2]:
                 first = dict(first_chunk=place == 0) if "first_chunk" in arguments else {}
-                parts.append(forward(part, feat_cache=slots, feat_idx=[0], **(arguments | first)))
+                parts.append(forward(part, feat_cache=caches, feat_idx=[0], **(arguments | first)))
         return torch.cat(parts, dim=2)
-    slots = list(state.get(key, (None,) * _SLOTS))
-    y = forward(x, feat_cache=slots, feat_idx=[0], **arguments)
-    state.set(key, tuple(slots))
+    caches = list(state.get(key, (None,) * _MAX_CACHES))
+    y = forward(x, feat_cache=caches, feat_idx=[0], **arguments)
+    state.set(key, tuple(caches))
     return y
 
 
 def in_chunks(module: nn.Module, clip, step: Callable, first: int, size: int, frames: int, per_frame: int) -> torch.Tensor:
-    """``step(chunk, state)`` over ``clip`` in time, written into one tensor: memory of one chunk and of the result.
+    """``step(chunk, state)`` over ``clip`` in time, stored to one tensor: takes the memory of one chunk and the result.
 
     Args:
-        first, size: frames of the first chunk, and of a latent frame's worth of clip later.
-        frames: of the result. per_frame: bytes that one more latent frame in a chunk takes at the peak, for a GPU.
+        first, size: frames of the first chunk, and frames per latent frame after it.
+        frames: of the result. per_frame: peak bytes per latent frame in a chunk, for a GPU.
     """
     latent_frames = 1
     if clip.device.type == "cuda":

@@ -1,7 +1,7 @@
-"""Blocks that people copy from file to file: the official DiT's, and those of vision transformers in timm's form.
+"""Blocks that projects copy from file to file: those of facebookresearch/DiT, and timm's vision transformer block.
 
-Their modules have any name, so a class is known by its own name and parts, and every object by trying it (trials.py): its
-forward must give what ours gives. What does something else under the same name is left alone.
+Their module path can be anything. So a class is recognised by its name and children, and each object is verified by a trial
+(trials.py): its forward must give the results of ours. Anything else under the same name is left alone.
 
 B batch, N tokens, D width.
 """
@@ -17,9 +17,9 @@ from .trials import Proofs
 
 
 class Tried(Fast):
-    """Runs what its form computes while the proof for it holds, else the forward of its own class.
+    """Runs its form's ``compute`` while its proof holds, else the original forward.
 
-    The proof looks after what it reads.
+    The proof covers the absorbed children.
     """
 
     def forward(self, *given, **more):
@@ -33,25 +33,25 @@ class Tried(Fast):
 
 
 class DiTBlock(Tried):
-    runs = "norm_modulate, gate_residual_norm_modulate, gate_residual"
-    reads = dict.fromkeys(("norm1", "norm2"), anything)
+    report = "norm_modulate, gate_residual_norm_modulate, gate_residual"
+    absorbs = dict.fromkeys(("norm1", "norm2"), anything)
 
 
 class FinalLayer(Tried):
-    runs = "norm_modulate"
-    reads = dict(norm_final=anything)
+    report = "norm_modulate"
+    absorbs = dict(norm_final=anything)
 
 
 class Block(Tried):
-    runs = "gate_residual_norm_modulate, gate_residual"
-    reads = dict.fromkeys(("norm2", "ls1", "ls2", "drop_path", "drop_path1", "drop_path2"), anything)
+    report = "gate_residual_norm_modulate, gate_residual"
+    absorbs = dict.fromkeys(("norm2", "ls1", "ls2", "drop_path", "drop_path1", "drop_path2"), anything)
 
 
 class Form:
-    """What is known under a name; beside the mixin, whose attributes would hide children of the same name.
+    """A known block. Not part of the mixin, whose attributes would shadow children of the same name.
 
-    ``parts``: children it must have. ``calls``: those that it calls as the original does, with one argument; True where the
-    width of the result is that of their last layer instead of the input's. ``norm``: the layer norm that tells the width.
+    ``parts``: required children. ``calls``: the children that it calls with one argument, as the original does; True if the
+    output has the width of their last layer, not of the input. ``norm``: the layer norm whose width is the block's.
     """
 
     mixin: type[Tried]
@@ -95,7 +95,7 @@ class FinalForm(Form):
 
 
 class BlockForm(Form):
-    """timm's: layer scale where there is one, drop path where it drops nothing."""
+    """timm's, with optional layer scale and with drop path off."""
 
     mixin = Block
     calls = {"norm1": False, "attn": False, "mlp": False}
@@ -111,15 +111,15 @@ _FORMS = {"DiTBlock": DiTForm, "FinalLayer": FinalForm, "Block": BlockForm}
 
 
 def mixin_of(module: nn.Module) -> tuple[type[Fast] | None, str | None]:
-    """The mixin for a module of one of these forms, or None and why one of that name is left (None: it has no such name)."""
+    """The mixin for a module of one of these forms; or None, and why it is left (None: no form has its name)."""
     form = _FORMS.get(original_of(type(module)).__name__)
     if form is None or not all(isinstance(getattr(module, part, None), nn.Module) for part in form.parts):
         return None, None
     if has_own_forward(module) and not is_fast(module):
-        return None, "its forward was replaced, as hooks that offload or cast do; accelerate before they come"
+        return None, "its forward was replaced, as hooks that offload or cast do; accelerate before they are added"
     reason = _elsewhere(module)
     if reason is None and not _plain(module, form):
-        reason = "a norm was replaced, has a hook, or is none of PyTorch's"
+        reason = "a norm was replaced, has a hook, or is not PyTorch's"
     if reason is None and form is BlockForm and _drops(module):
         reason = "its drop path is on"
     if reason is not None:
@@ -133,7 +133,7 @@ def mixin_of(module: nn.Module) -> tuple[type[Fast] | None, str | None]:
 
 
 def _elsewhere(module) -> str | None:
-    """Why the weights of a block are not at hand, as they are where hooks bring them only for a call."""
+    """Why the weights of a block are not available outside of a call, as with offloading or sharding."""
     if any(is_sharded(inner) for inner in module.modules()):
         return "it is sharded; accelerate before fully_shard"
     for weight in chain(module.parameters(), module.buffers()):
@@ -145,10 +145,10 @@ def _elsewhere(module) -> str | None:
 
 
 def _plain(module, form) -> bool:
-    reads = form.mixin.reads
+    absorbs = form.mixin.absorbs
     return all(
         is_plain_norm(child) if name.startswith("norm") else child is None or runs_alone(child)
-        for name, child in zip(reads, [getattr(module, name, None) for name in reads], strict=True))
+        for name, child in zip(absorbs, [getattr(module, name, None) for name in absorbs], strict=True))
 
 
 def _drops(module) -> bool:
@@ -157,6 +157,6 @@ def _drops(module) -> bool:
 
 
 def _scale(module, name: str, x):
-    """The layer scale (1, D), or ones where there is none."""
+    """The layer scale (1, D), or ones without one."""
     gamma = getattr(getattr(module, name, None), "gamma", None)
     return x.new_ones((1, x.shape[-1])) if gamma is None else gamma[None]

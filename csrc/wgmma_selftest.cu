@@ -1,4 +1,4 @@
-#include "product.cuh"
+#include "wgmma_selftest.cuh"
 
 #include <cuda_runtime_api.h>
 
@@ -19,50 +19,51 @@ BoxedTensor boxed_matrix(const void* base, int64_t rows, int64_t columns, int bo
 }
 
 template <int N, int K>
-int launch(const ProductArgs& args, cudaStream_t stream) {
-  using Plan = ProductPlan<N, K>;
-  ProductMaps maps{};
+int launch(const WgmmaSelftestArgs& args, cudaStream_t stream) {
+  using Storage = WgmmaSelftestSharedStorage<N, K>;
+  WgmmaSelftestMaps maps{};
   int status = tensor_map(boxed_matrix(args.a, args.rows, args.inner, 64, K), &maps.a);
   if (status == cudaSuccess) status = tensor_map(boxed_matrix(args.b, args.columns, args.inner, N, K), &maps.b);
   if (status == cudaSuccess) status = tensor_map(boxed_matrix(args.y, args.rows, args.columns, 64, 32), &maps.y);
   if (status != cudaSuccess) return status;
-  constexpr auto kernel = product_kernel<N, K>;
-  if (const auto error = allow_shared<kernel>(Plan::kShared)) return error;
+  constexpr auto kernel = wgmma_selftest_kernel<N, K>;
+  if (const auto error = allow_shared<kernel>(Storage::kSharedBytes)) return error;
   const dim3 grid(ceil_div(args.columns, N), ceil_div(args.rows, 64));
-  return launch_kernel<kernel>(grid, 128, Plan::kShared, stream, maps, int(args.inner));
+  return launch_kernel<kernel>(grid, 128, Storage::kSharedBytes, stream, maps, int(args.inner));
 }
 
 template <int N>
-int launch(const ProductArgs& args, cudaStream_t stream) {
+int launch(const WgmmaSelftestArgs& args, cudaStream_t stream) {
   return args.slice == 64 ? launch<N, 64>(args, stream) : launch<N, 32>(args, stream);
 }
 
 }  // namespace
 
-const char* wrong(const ProductArgs& args) {
+const char* why_invalid(const WgmmaSelftestArgs& args) {
   struct Named {
     const char* name;
     const void* pointer;
   };
   for (const Named& each : {Named{"a", args.a}, Named{"b", args.b}, Named{"y", args.y}}) {
-    if (each.pointer == nullptr) return say("expected an address for %s, got none; pass a tensor's data_ptr()", each.name);
+    if (each.pointer == nullptr)
+      return message("expected an address for %s, got none; pass a tensor's data_ptr()", each.name);
     if (!aligned(each.pointer))
-      return say("expected %s to begin at a multiple of 16 bytes, got %p; copy it", each.name, each.pointer);
+      return message("expected %s to begin at a multiple of 16 bytes, got %p; copy it", each.name, each.pointer);
   }
   if (args.rows < 1 || args.rows > 64 * 65535 || args.columns < 8 || args.columns % 8 != 0 || args.inner < 8 ||
       args.inner % 8 != 0 || args.columns > (1 << 30) || args.inner > (1 << 30))
-    return say("expected rows in 1 .. 4,194,240 and columns and inner to be multiples of 8 up to 2^30, got %lld, %lld, %lld; "
-               "pad the matrices", (long long)args.rows, (long long)args.columns, (long long)args.inner);
+    return message("expected rows in 1 .. 4,194,240 and columns and inner to be multiples of 8 up to 2^30, got %lld, %lld, "
+                   "%lld; pad the matrices", (long long)args.rows, (long long)args.columns, (long long)args.inner);
   const int n = args.tile_columns;
   if (n != 96 && n != 128 && n != 160 && n != 192 && n != 256)
-    return say("expected tile_columns among 96, 128, 160, 192, 256, got %d; choose one", n);
-  if (args.slice != 64 && args.slice != 32) return say("expected slice to be 64 or 32, got %d; choose one", args.slice);
+    return message("expected tile_columns among 96, 128, 160, 192, 256, got %d; choose one", n);
+  if (args.slice != 64 && args.slice != 32) return message("expected slice to be 64 or 32, got %d; choose one", args.slice);
   return nullptr;
 }
 
 }  // namespace sf
 
-int sf_product(const sf::ProductArgs& args, cudaStream_t stream) {
+int sf_wgmma_selftest(const sf::WgmmaSelftestArgs& args, cudaStream_t stream) {
   switch (args.tile_columns) {
     case 96: return sf::launch<96>(args, stream);
     case 128: return sf::launch<128>(args, stream);

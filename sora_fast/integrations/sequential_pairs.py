@@ -1,6 +1,6 @@
-"""Pairs in an nn.Sequential that are one op here: a norm and its SiLU, padding towards the past and its nn.Conv3d.
+"""Pairs in an nn.Sequential that are fused to one op: a norm and its SiLU, causal padding and its nn.Conv3d.
 
-The pairs may stand anywhere in it; all else in it is called as before.
+The pairs may be anywhere in it; its other children are called as before.
 """
 
 from torch import nn
@@ -13,14 +13,14 @@ _PADS = {nn.ZeroPad3d: "zeros", nn.ConstantPad3d: "zeros", nn.ReplicationPad3d: 
 
 
 class Sequence(Fast):
-    runs = "norm_act, causal_conv3d"  # or one of them: see runs_of
+    report = "norm_act, causal_conv3d"  # or one of them: see report_of
 
     def forward(self, input):
         x, children = input, list(self)
         while children:
             first, *rest = children
             second = rest[0] if rest else None
-            if _why_not(first, second) is not None:  # a hook or another child may have come since
+            if _why_not(first, second) is not None:  # a hook or another child may have been added since
                 x, children = first(x), rest
                 continue
             norm = type(first) is nn.GroupNorm
@@ -31,24 +31,24 @@ class Sequence(Fast):
         return x
 
     @classmethod
-    def runs_of(cls, module):
+    def report_of(cls, module):
         found = _pairs(module)
         names = dict.fromkeys("norm_act" if type(first) is nn.GroupNorm else "causal_conv3d" for first, _ in found)
         return "; left in it: ".join([" and ".join(names), *filter(None, [_missing(module, found)])])
 
     @classmethod
-    def reads_of(cls, module):
+    def absorbed(cls, module):
         read = {child for pair in _pairs(module) for child in pair}
         return [name for name, child in module._modules.items() if child in read]
 
     @staticmethod
-    def unsuited(module):
+    def why_not(module):
         found = _pairs(module)
         return None if found else "; ".join(["a container", *filter(None, [_missing(module, found)])])
 
 
 def _pairs(module) -> list[tuple[nn.Module, nn.Module]]:
-    """The children that are one op here, two and two."""
+    """The pairs of children that are fused."""
     children, found = list(module), []
     while children:
         pair = tuple(children[:2])
@@ -59,7 +59,7 @@ def _pairs(module) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def _missing(module, found) -> str:
-    """What the other children lack to be such a pair, each reason once."""
+    """Why the other children are not fused, each reason once."""
     read = {child for pair in found for child in pair}
     reasons = {}
     for first, second in zip(module, [*list(module)[1:], None], strict=True):
@@ -70,10 +70,10 @@ def _missing(module, found) -> str:
 
 
 def _why_not(first, second) -> str | None:
-    """Why two modules in a row are not one op here, None where they are; "" where nothing says that they might be.
+    """Why two consecutive modules are not fused; None if they are, "" for modules that are no candidates.
 
-    A reason is still to be formatted with both and their classes' names: a traced graph has no numbers to write out.
-    ``second`` is None behind the last.
+    A reason is a template, to be formatted with both modules and their classes' names: a traced graph has no values to
+    format. ``second`` is None after the last module.
     """
     norm, pad = type(first) is nn.GroupNorm, "Pad" in type(first).__name__
     if norm and type(second) is nn.SiLU or type(first) in _PADS and type(second) is nn.Conv3d:
@@ -112,7 +112,7 @@ def _why_not_causal(pad, conv) -> str | None:
 
 
 def _own_padding(conv) -> tuple[int, ...]:
-    """What a convolution pads by itself: frames in all, then (left, right, top, bottom)."""
+    """A convolution's own padding: frames in total, then (left, right, top, bottom)."""
     if conv.padding_mode != "zeros":
         left, right, top, bottom, front, back = conv._reversed_padding_repeated_twice
         return front + back, left, right, top, bottom
@@ -125,7 +125,7 @@ def _own_padding(conv) -> tuple[int, ...]:
 
 
 def _space_pad(pad, conv, own) -> str | None:
-    """How the two together pad space; None where no one word says it."""
+    """The spatial padding mode of the two together; None if they differ."""
     if not any(own):
         return _PADS[type(pad)]
     if any(pad.padding[:4]) and conv.padding_mode != _PADS[type(pad)]:
