@@ -27,6 +27,7 @@ from .precision import autocast_dtype, autocasts, no_autocast, transformed
 ORDER = ("cuda", "triton", "torch", "reference")
 
 _forced: str | None = None
+_watcher: Callable | None = None  # see watched()
 
 
 class EmulatedGPU(Protocol):
@@ -230,6 +231,8 @@ class Op:
         if found is None:
             problem = self.problem(*facts)
             found = self.choose(problem, requested)
+            if _watcher is not None:
+                return _watcher(self, problem, found)
             self._tell_if_slow(found, problem, requested)
             remember(now, found)
         return found
@@ -298,6 +301,21 @@ def forget() -> None:
     """Check and choose again; needed only where a test has changed backends or the machine."""
     _answers.clear()
     _capability_of.cache_clear()
+
+
+@contextmanager
+def watched(watcher: Callable[["Op", Problem, Backend], Backend]):
+    """Inside, ``watcher`` sees every call's op, problem and backend, and answers with the Backend that runs it.
+
+    Not in a graph that is traced.
+    """
+    global _watcher
+    before, _watcher = _watcher, watcher
+    forget()
+    try:
+        yield
+    finally:
+        _watcher = before
 
 
 @contextmanager

@@ -53,12 +53,12 @@ def find(op: _Op, problem) -> dict | None:
     found = _index(configs.gpu_name(problem.device)).get((op.name, text(problem)), {})
     size = getattr(problem, "size", ())
     row = found.get(size) if size or () in found else found[max(found)] if found else None
-    return row if row is not None and _current(row, _kernels(op)) else None
+    return row if row is not None and _current(row, kernels(op)) else None
 
 
 def every(op: _Op, device: str) -> list[dict]:
     """All that was measured of an op on this GPU and still counts."""
-    return _every(op.name, _kernels(op), device)
+    return _every(op.name, kernels(op), device)
 
 
 def _every(op: str, kernels: tuple, device: str) -> list[dict]:
@@ -72,7 +72,7 @@ def order(op: _Op, problem) -> tuple[tuple[str, ...], frozenset[str]]:
     In a graph, which is one for all sizes, and may not ask for its own, over all that was measured in the dtype.
     """
     if torch.compiler.is_compiling():
-        return _order_in_graph(op.name, _kernels(op), problem.device, problem.dtype, problem.grad)
+        return _order_in_graph(op.name, kernels(op), problem.device, problem.dtype, problem.grad)
     row = find(op, problem)
     if row is None:
         return (), frozenset()
@@ -89,7 +89,7 @@ def _order_in_graph(op: str, kernels: tuple, device: str, dtype: torch.dtype, gr
     return tuple(sorted(total, key=total.get)), frozenset(name for row in rows for name in row["refused"])
 
 
-def _kernels(op: _Op) -> tuple[tuple[str, str], ...]:
+def kernels(op: _Op) -> tuple[tuple[str, str], ...]:
     return tuple((name, backend.kernel) for name, backend in op.backends.items() if backend.kernel)
 
 
