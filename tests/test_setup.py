@@ -10,7 +10,7 @@ from op_checks import assert_refused
 from sora_fast import accelerate, env, ops, setup
 from sora_fast.models import DiT, VideoVAE
 from sora_fast.testing.rule import tensors
-from sora_fast.tuning import pieces, recorded, setting_up, walk
+from sora_fast.tuning import recorded, setting_up, walk
 
 
 @pytest.mark.parametrize("make, called", [
@@ -72,25 +72,6 @@ def test_the_next_process_has_its_turn(monkeypatch, tmp_path):
     with setting_up._alone(lambda line: (said.append(line), first.kill(), first.wait())):
         assert said == ["setup: another process is at it; this one waits for its turn"]
     first.stdout.close()
-
-
-@pytest.mark.full
-@pytest.mark.ci
-def test_pieces_in_other_processes():
-    """What each gives, and an exception where one raises: the others go on."""
-    few = [Piece(0), Piece(1), Piece(2)]
-    found = dict(pieces.run(few, "cpu", 2, print))
-    assert {piece.number: str(each) for piece, each in found.items()} == {0: "0", 1: "ZeroDivisionError: of piece 1", 2: "2"}
-
-
-class Piece:
-    def __init__(self, number):
-        self.number = number
-
-    def run(self, device):
-        if self.number == 1:
-            raise ZeroDivisionError("of piece 1")
-        return self.number
 
 
 def test_sentences():

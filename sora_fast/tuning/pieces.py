@@ -6,10 +6,13 @@ that is done again in another.
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -96,7 +99,8 @@ def run(pieces: Sequence, device: str, jobs: int, tell: Callable[[object], objec
             return
         lost = []
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            running = {pool.submit(_run, piece, device): piece for piece in left}
+            with _no_main():
+                running = {pool.submit(_run, piece, device): piece for piece in left}
             for each in as_completed(running):
                 try:
                     found = each.result()
@@ -110,6 +114,17 @@ def run(pieces: Sequence, device: str, jobs: int, tell: Callable[[object], objec
     if left:
         raise RuntimeError(f"setup: {len(left)} pieces of work were lost in {TRIES} processes each, the first is {left[0]}; "
                            f"run sora-fast setup --jobs 1 to see what ends them")
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    """Processes that are begun inside do not run the user's script again, which has no need to guard its main part."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def cores() -> int:

@@ -44,6 +44,8 @@ def machine(monkeypatch, tmp_path, kernels):
     monkeypatch.setattr(validation, "cases", lambda *asked: list(few(*asked))[:1])
     monkeypatch.setattr(setting_up, "EFFORT", short)
     monkeypatch.setattr(setting_up, "SETS", 1)
+    monkeypatch.setattr(setting_up, "release", lambda device: None)
+    monkeypatch.setattr(pieces, "cores", lambda: 1)  # other processes have no fake device
     monkeypatch.setattr(timing, "LEAST_SAMPLES", timing.ROUNDS)
     # a graph here would replay operators, and no time that passes between them
     monkeypatch.setattr(timing, "timer", lambda calls, device, stream: timing.Events(calls, device, stream))
@@ -132,3 +134,40 @@ def test_a_gpu_without_room(machine, monkeypatch):
     with pytest.raises(RuntimeError, match=r"expected 0.7 GB of free memory on cuda:0, got 0.0 GB"):
         setup(Model().to("cuda").eval(), call=call, tell=lambda line: None)
     assert not measured.user_file().exists() and pieces.cores() >= 1
+
+
+@pytest.mark.parametrize("name", ("AutoencoderKLWan", "WanTransformer3DModel"))
+def test_accelerate_sets_up(machine, monkeypatch, capsys, name):
+    """What it prints with ``setup`` and without; every problem is measured in that call and none in a later step.
+
+    Kernels are not judged here: times are planted, and each kernel has its record.
+    """
+    pytest.importorskip("diffusers", reason="the train extra is not installed")
+    from sora_fast import accelerate
+    from sora_fast.integrations.comparison import open_model
+
+    ms = dict(triton=1.0, torch=3.0)
+    monkeypatch.setattr(pieces.Gate, "run", lambda piece, device: dict.fromkeys(ms, ""))
+    monkeypatch.setattr(pieces.Validation, "run", lambda piece, device: [])
+    monkeypatch.setattr(setting_up, "_race", lambda case, runs, *rest: {run.name: ms[run.name] for run in runs})
+    model = open_model(name).to("cuda").eval()
+    before = accelerate(model)
+    assert str(before).splitlines()[-1] == before.missing and before.measured is None
+    assert before.missing.startswith("on this GPU no kernel has a validation record for ")
+    assert before.missing.endswith("run on PyTorch: run sora-fast setup, or sora_fast.accelerate(model, setup=True), "
+                                   "once")
+    monkeypatch.setattr(records, "why_not", lambda *asked: [])
+    report = accelerate(model, setup=True)
+    said = capsys.readouterr().out
+    assert "problems to time on NVIDIA H200, in " in said.splitlines()[0] and report.missing == ""
+    last = str(report).splitlines()[-1].split()
+    assert last[2] == "triton" and last[-1] == "3.00x" and report.measured.lines and not report.measured.failed
+    assert {"WanResidualBlock", "WanTransformerBlock"} & {line.split()[0] for line in str(report).splitlines()}
+    monkeypatch.setattr(setting_up, "setup", None)
+    monkeypatch.setattr(setting_up, "_measure", None)
+    x = torch.randn(1, 4, 1, 8, 8, device="cuda")
+    with torch.no_grad(), dispatch.use_backend("torch"):
+        if name == "AutoencoderKLWan":
+            model.decode(x)
+        else:
+            model(x, torch.ones(1, device="cuda"), torch.randn(1, 3, 16, device="cuda"))
