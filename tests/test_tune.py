@@ -165,10 +165,10 @@ def clock(monkeypatch):
     return made
 
 
-def tune(room, kernel, count=1, **settings):
+def tune(room, kernel, count=1, likeliest=lambda asked, candidates, call: candidates, **settings):
     """A Tuner after its run."""
     made = tuner.Tuner(tuner.Settings(CPU, "quick", room / "tune.jsonl", effort=timing.Effort(1.0, 5.0), **settings),
-                       tell=lambda text: None)
+                       tell=lambda text: None, likeliest=likeliest)
     made.run(work(kernel, count))
     return made
 
@@ -194,6 +194,18 @@ def test_the_fastest_wins_and_is_what_launches_get(room, clock):
     entries = json.loads(path.read_text())["entries"]
     assert entries == {row["key"]: row["entry"] for row in made.rows}
     assert entries["forward: width=8"]["command"].startswith("sora-fast tune modulation --suite quick --device cpu")
+
+
+def test_it_begins_with_the_likeliest(room, clock):
+    """Which is a caller's to say, of a call that looks the config up; what is measured decides."""
+    def likeliest(asked, candidates, call):
+        with configs.recording() as looked_up:
+            call()
+        assert asked in looked_up and len(candidates) == 7
+        return sorted(candidates, key=lambda config: -config.ms)
+
+    rows = tune(room, Kernel(clock.sleep), most=2, likeliest=likeliest).rows
+    assert [(row["tried"], row["config"]["ms"], row["verdict"]) for row in rows] == [(2, 6.0, "SLOW")] * 2
 
 
 def test_real_time_decides_too(room):
