@@ -88,7 +88,7 @@ def _why(op: Op, problem: Problem, taken: str, assume_validated: bool) -> str:
     elif proof := records.evidence(op.name, op.backends[taken], problem):
         said.append(proof)
     if count := len(measured.every(op, problem.device)) if row is None else 0:
-        said.append(f"{count} other problems of it measured here")
+        said.append(f"{count} other {'problem was' if count == 1 else 'problems were'} measured here")
     tried = [*row["refused"], *op.order(problem)] if row is not None else op.order(problem)
     for name in tried[:tried.index(taken)] if taken in tried and not env.backend() else ():
         reasons = [row["refused"][name]] if row and name in row["refused"] else op.why_not(

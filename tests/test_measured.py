@@ -1,12 +1,15 @@
 """What was measured on this GPU decides what ``auto`` takes, and nothing that was measured elsewhere does."""
 
+import errno
+import os
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from sora_fast import configs, dispatch, measured, records
+from sora_fast import configs, dispatch, explain, measured, records
 from sora_fast.dispatch import Backend, Op, Problem
+from sora_fast.ops.modulation import GATE_RESIDUAL
 
 GPU = "sm90-H200"
 
@@ -26,6 +29,7 @@ def op(monkeypatch, tmp_path):
     monkeypatch.setenv("SORA_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(configs, "gpu_name", lambda device: GPU)
     monkeypatch.setattr(records, "why_not", lambda *asked: [])
+    monkeypatch.setattr(records, "evidence", lambda *asked: "")
     made = Op("made_up", "none", None, [Backend(name, lambda name=name: name, kernel="modulation" * (name == "triton"))
                                         for name in ("triton", "flash_attn", "torch", "reference")], Sized)
     measured.forget()
@@ -89,11 +93,48 @@ def test_a_file_cut_short_keeps_its_whole_lines(op):
     assert taken(op) == "triton" and len(measured.every(op, "cuda:sm90")) == 1
 
 
-def test_a_graph_takes_what_was_fastest_over_all(op, monkeypatch):
+def test_a_full_disk_leaves_what_there_was(op, monkeypatch):
+    measured.save([line(op, dict(triton=2.0, torch=1.0))])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            measured.save([line(op, dict(triton=1.0, torch=2.0))])
+    measured.forget()
+    assert taken(op) == "torch" and not list(measured.user_file().parent.glob("*.tmp"))
+
+
+def test_explain_says_what_it_took(op):
+    """Where nobody has measured the typical problem, that others were; what was refused has its reason."""
+    problem = replace(GATE_RESIDUAL.example("cuda:sm90", torch.bfloat16, False), size=(65_536,))
+    told = lambda: explain("gate_residual", device="cuda:sm90", grad=False).splitlines()[1].split(maxsplit=2)[1:]
+    conditions = measured.conditions(measured.kernels(GATE_RESIDUAL))
+    row = line(GATE_RESIDUAL, dict(triton=0.25, torch=0.75), problem) | conditions
+    measured.save([row | dict(problem=measured.text(replace(problem, width=8)))])
+    assert told()[1].endswith("1 other problem was measured here")
+    measured.save([row])
+    assert told() == ["triton", "0.25 ms, measured here, torch 0.75"]
+    measured.save([row | dict(ms=dict(torch=0.75), refused=dict(triton="FAILED: d gate."))])
+    assert told() == ["torch", "0.75 ms, measured here; not triton: FAILED: d gate."]
+
+
+def test_a_graph_takes_what_was_fastest_over_all(op):
+    """Of all sizes, and without a question for its own, which would make it a graph of that size alone."""
     measured.save([line(op, dict(triton=2.0, torch=1.0)),
                    line(op, dict(triton=2.0, torch=9.0, flash_attn=0.1), replace(PROBLEM, size=(1024,)))])
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert measured.sizes((3, 4)) == () and op.order(PROBLEM)[0] == "triton"
+
+    def steps(x):
+        problem = Sized("cuda:sm90", torch.bfloat16, False, x.shape[1], measured.sizes(x.shape[:1]))
+        return x + ("triton", "flash_attn", "torch", "reference").index(op.order(problem)[0]) + 10 * len(problem.size)
+
+    graphs = []
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward
+    compiled = torch.compile(steps, fullgraph=True, backend=backend, dynamic=True)
+    assert [float(compiled(torch.zeros(n, 8))[0, 0]) for n in (3, 64, 1000)] == [0.0] * 3 and len(graphs) == 1
+    assert float(steps(torch.zeros(64, 8))[0, 0]) == 12.0  # outside of one: torch, in its bucket
 
 
 def test_sizes_are_powers_of_four():
