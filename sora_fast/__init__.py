@@ -13,6 +13,7 @@ _HOME = {
     "explain": "sora_fast.explanation",
     "info": "sora_fast.explanation",
     "validate": "sora_fast.testing",
+    "setup": "sora_fast.tuning.setting_up",
     "accelerate": "sora_fast.integrations",
     "restore": "sora_fast.integrations",
 } | dict.fromkeys(("ops", "nn", "models", "integrations", "diffusion", "data", "compat", "reference", "testing"))

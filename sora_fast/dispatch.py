@@ -1,7 +1,8 @@
 """Which backend runs an op, and why.
 
 An op has a few backends. Each answers ``unsupported(problem)`` with full sentences; an empty list means it can run.
-``auto`` takes the first of ``ORDER`` that can and that, if it is a kernel, a validation record speaks for (records.py).
+``auto`` takes the fastest where ``sora-fast setup`` has measured the problem here (measured.py), else the first of
+``ORDER`` that can; a kernel only if a validation record speaks for it (records.py).
 A backend asked for by name needs no record; it runs or raises: nothing falls back.
 """
 
@@ -16,14 +17,17 @@ from typing import Protocol
 import torch
 from torch.autograd import forward_ad
 
-from . import configs, env, records
+from . import configs, env, measured, records
+from .first_order import first_order
 from .pack import Pack
 from .precision import autocast_dtype, autocasts, no_autocast, transformed
 
-# The one visible order of "auto": kernels, PyTorch's own best composition, then the definition. An op has some of them.
+# The one visible order of "auto" where nothing was measured: kernels, PyTorch's own best composition, then the definition.
+# An op has some of them.
 ORDER = ("cuda", "triton", "torch", "reference")
 
 _forced: str | None = None
+_watcher: Callable | None = None  # see watched()
 
 
 class EmulatedGPU(Protocol):
@@ -67,7 +71,8 @@ class Problem:
 
     ``device`` is ``"cpu"`` or, with its architecture, ``"cuda:sm90"``, or ``"emulated:sm90"`` of a CPU tensor inside
     sora_fast.testing.emulated_gpu; ``grad`` says whether any input needs one.
-    Families add their own facts in a subclass.
+    Families add their own facts in a subclass. ``size``, where it is one of them, is for what was measured alone: the
+    buckets (``measured.sizes``) of a call's lengths, () where they are not known.
     """
 
     device: str
@@ -143,17 +148,26 @@ class Op:
         reasons = _cannot(backend, problem)
         return reasons if reasons or assume_validated else records.why_not(self.name, backend, problem)
 
+    def order(self, problem: Problem) -> list[str]:
+        """The backends that ``auto`` tries for ``problem``: as measured here, the fastest first, then as ``ORDER`` has them.
+
+        One that was wrong, or could not run, where it was measured is not among them.
+        """
+        timed, refused = measured.order(self, problem) if problem.device.startswith("cuda") else ((), ())
+        usual = [name for name in ORDER if name not in timed and name not in refused]
+        return [name for name in (*timed, *usual) if name in self.backends]
+
     def _first(self, problem: Problem, assume_validated: bool) -> Backend:
-        """The first of ``ORDER`` that ``auto`` may take for ``problem``."""
+        """The first of ``order`` that ``auto`` may take for ``problem``."""
         reasons = {}
-        for name in ORDER:
-            if name in self.backends:
-                reasons[name] = self.why_not(name, problem, assume_validated=assume_validated)
-                if not reasons[name]:
-                    return self.backends[name]
+        for name in self.order(problem):
+            reasons[name] = self.why_not(name, problem, assume_validated=assume_validated)
+            if not reasons[name]:
+                return self.backends[name]
         for name in self.backends:
-            if name not in ORDER:
-                reasons[name] = ["It is not among those that 'auto' tries; ask for it by name."]
+            if name not in reasons:
+                reasons[name] = ["It was wrong, or could not run, when it was measured here." if name in ORDER else
+                                 "It is not among those that 'auto' tries; ask for it by name."]
         listed = " ".join(f"[{name}] {' '.join(why)}" for name, why in reasons.items())
         raise NotImplementedError(f"{self.name}: no backend can run this call: {listed}")
 
@@ -166,7 +180,10 @@ class Op:
             return
         if requested != "auto" or (_forced or env.backend() or "auto") != "auto":
             return
-        passed_over = [self.backends[name] for name in ORDER[:ORDER.index(backend.name)] if name in self.backends]
+        tried = self.order(problem)
+        if measured.find(self, problem) is not None:  # it was seen here what is slow
+            return
+        passed_over = [self.backends[name] for name in tried[:tried.index(backend.name)]]
         idle = [other for other in passed_over if other.kernel and not _cannot(other, problem)]
         if not idle and backend.name != "reference":
             return
@@ -214,6 +231,8 @@ class Op:
         if found is None:
             problem = self.problem(*facts)
             found = self.choose(problem, requested)
+            if _watcher is not None:
+                return _watcher(self, problem, found)
             self._tell_if_slow(found, problem, requested)
             remember(now, found)
         return found
@@ -282,6 +301,21 @@ def forget() -> None:
     """Check and choose again; needed only where a test has changed backends or the machine."""
     _answers.clear()
     _capability_of.cache_clear()
+
+
+@contextmanager
+def watched(watcher: Callable[["Op", Problem, Backend], Backend]):
+    """Inside, ``watcher`` sees every call's op, problem and backend, and answers with the Backend that runs it.
+
+    Not in a graph that is traced.
+    """
+    global _watcher
+    before, _watcher = _watcher, watcher
+    forget()
+    try:
+        yield
+    finally:
+        _watcher = before
 
 
 @contextmanager
@@ -369,81 +403,3 @@ def is_batched(tensor: torch.Tensor) -> bool:
             return True
         tensor = functorch.get_unwrapped(tensor)
     return False
-
-
-class _FirstOrder(torch.autograd.Function):
-    """The identity of tensors, differentiable once: kernels have no second derivative, so no backend pretends to have one.
-
-    The last output, which holds nothing, ties gradients to the inputs: a backend's gradient may look constant to
-    autograd, which would then say no more than that nothing requires a gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, op, *tensors):
-        tie = tensors[0].new_empty(())
-        ctx.op = op
-        ctx.save_for_backward(tie)
-        ctx.set_materialize_grads(False)
-        return (*tensors, tie)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        grads = grads[:-1]
-        if torch.is_grad_enabled():  # create_graph=True
-            (tie,) = ctx.saved_tensors
-            grads = [None if grad is None else _NoSecond.apply(grad, tie, ctx.op) for grad in grads]
-        return (None, *grads)
-
-
-class _FirstOrderTransformed(_FirstOrder):
-    """The same as torch.func's transforms want it, at a price: PyTorch binds its arguments by their names."""
-
-    generate_vmap_rule = True  # of the backward, for torch.func.jacrev
-
-    @staticmethod
-    def forward(op, *tensors):
-        return (*(tensor.view_as(tensor) for tensor in tensors), tensors[0].new_empty(()))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.op = inputs[0]
-        ctx.save_for_backward(output[-1])
-        ctx.set_materialize_grads(False)
-
-
-class _NoSecond(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, tie, op):
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.op = inputs[2]
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError(
-            f"{ctx.op}: expected to be differentiated once, got a second backward through its gradient; "
-            f"use sora_fast.reference.{ctx.op}, which is plain PyTorch, where second derivatives are needed"
-        )
-
-
-def first_order(arguments: dict, op: str, plain: bool = False) -> dict:
-    """``arguments`` with a second derivative refused to their tensors, and lists of tensors: one node for all of them."""
-    tensors = []
-    for value in arguments.values():
-        for each in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(each, torch.Tensor) and each.requires_grad:
-                tensors.append(each)
-    node = _FirstOrder if plain or not transformed() else _FirstOrderTransformed
-    once = iter(node.apply(op, *tensors))
-    found = {}
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor):
-            value = next(once) if value.requires_grad else value
-        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
-            value = type(value)([next(once) if each.requires_grad else each for each in value])
-        found[name] = value
-    return found

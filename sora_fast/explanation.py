@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, env, environment, ops, records
+from . import __version__, env, environment, measured, ops, records
 from .dispatch import ORDER, Backend, Op, Problem
 from .ops import attention_peers, cuda_backend
 
@@ -25,7 +25,7 @@ OPTIONAL = {name: environment.PEERS.get(name, name) for name in (
 
 KINDS = {"reference": "the definition", "torch": "PyTorch's own best composition", "triton": "our Triton kernels",
          "cuda": "our CUDA kernels"} | {
-    backend.name: "a library, by name only" for backend in attention_peers.ATTENTION}
+    backend.name: "a library, by name or where it was measured" for backend in attention_peers.ATTENTION}
 
 
 def all_ops() -> dict[str, Op]:
@@ -38,18 +38,16 @@ def all_ops() -> dict[str, Op]:
 
 
 def explain(what: str = "all", *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, grad: bool = True,
-            assume_validated: bool = False) -> str:
-    """A table of op, backend, whether it would run, and why not.
+            assume_validated: bool = False, every: bool = False) -> str:
+    """A line per op for a typical problem: what runs it, what that took here, and why not something that may be faster.
 
     Args:
         what: ``"all"``, ``"dit"``, ``"vae"``, a family or an op.
         device: ``"cpu"``, ``"cuda"`` (this machine's) or ``"cuda:sm90"`` (any, present or not).
         dtype: of the tensors. grad: whether a backward is wanted.
         assume_validated: as if every kernel had its validation record, to see what would be taken then.
-
-    Returns:
-        Text; ``*`` marks the backend that is taken for a typical problem of each op where none is named, ``ok`` what would
-        run if it were named, ``-`` what cannot.
+        every: a line per op and backend; ``*`` marks what is taken where none is named, ``ok`` what would run if it were
+            named, ``-`` what cannot.
 
     Raises:
         ValueError: an unknown ``what``, a device that is none, or "cuda" where there is no GPU.
@@ -61,27 +59,55 @@ def explain(what: str = "all", *, device: str = "cpu", dtype: torch.dtype = torc
         raise ValueError(f"explain: expected all, {', '.join(MODELS)}, a family ({', '.join(ops.FAMILIES)}) or an op, got "
                          f"{what!r}; sora_fast.info() lists the ops")
     device = _architecture(device)
-    lines = [f"{'op':28s} {'backend':11s} {'':3s} reason"]
-    line = lambda op, name, mark, reason: lines.append(f"{op.name:28s} {name:11s} {mark:3s} {reason}")
+    lines = [f"{'op':28s} {'backend':11s} {'':3s} reason" if every else f"{'op':28s} {'runs on':11s} why"]
     for op in chosen:
         problem = op.example(device, dtype, grad)
         try:
-            taken = op.choose(problem, assume_validated=assume_validated).name
-        except (NotImplementedError, ValueError) as refusal:  # SORA_FAST_BACKEND or use_backend names what cannot run
-            taken = None
-            line(op, "none", "!", refusal)
-        for name in _backends(table):
-            if name in op.backends:
-                line(op, name, *_verdict(op, op.backends[name], problem, name == taken, assume_validated))
-            elif name in ORDER:
-                line(op, name, "-", f"{op.name} has no {name} backend.")
+            taken, refusal = op.choose(problem, assume_validated=assume_validated).name, ""
+        except (NotImplementedError, ValueError) as error:  # SORA_FAST_BACKEND or use_backend names what cannot run
+            taken, refusal = None, str(error)
+        lines += (_every(op, problem, taken, refusal, assume_validated, table) if every else
+                  [f"{op.name:28s} {taken or 'none':11s} {refusal or _why(op, problem, taken, assume_validated)}".rstrip()])
     order = [name for name in ORDER if name in _backends(table)]
-    lines.append(f"auto takes the first that can, in the order {', '.join(order)}"
-                 + (f"; SORA_FAST_BACKEND={env.backend()} overrides it" if env.backend() else ""))
+    lines.append(f"auto takes the fastest where sora-fast setup has measured it here, else the first that can, in the order "
+                 f"{', '.join(order)}" + (f"; SORA_FAST_BACKEND={env.backend()} overrides it" if env.backend() else ""))
     if any(op.backends[name].kernel for op in chosen for name in op.backends):
-        lines.append("auto takes a kernel only with a validation record"
-                     + ("; here each is taken to have one, as asked" if assume_validated else ""))
-    return "\n".join(lines)
+        here = "here each is taken to have one, as asked" if assume_validated else "sora-fast setup makes them"
+        lines.append(f"auto takes a kernel only with a validation record; {here}")
+    return "\n".join(lines if every else [*lines, "every backend with its reasons: sora-fast explain --all"])
+
+
+def _why(op: Op, problem: Problem, taken: str, assume_validated: bool) -> str:
+    """What was measured of the backend that is taken, and the one reason why not a likelier one."""
+    row, said = measured.find(op, problem), []
+    if env.backend():
+        said.append(f"SORA_FAST_BACKEND={env.backend()} names it")
+    if row is not None and taken in row["ms"]:
+        others = sorted((ms, name) for name, ms in row["ms"].items() if name != taken)
+        said.append(f"{row['ms'][taken]:.3g} ms, measured here" + "".join(f", {name} {ms:.3g}" for ms, name in others))
+    elif proof := records.evidence(op.name, op.backends[taken], problem):
+        said.append(proof)
+    if count := len(measured.every(op, problem.device)) if row is None else 0:
+        said.append(f"{count} other {'problem was' if count == 1 else 'problems were'} measured here")
+    tried = [*row["refused"], *op.order(problem)] if row is not None else op.order(problem)
+    for name in tried[:tried.index(taken)] if taken in tried and not env.backend() else ():
+        reasons = [row["refused"][name]] if row and name in row["refused"] else op.why_not(
+            name, problem, assume_validated=assume_validated)
+        if reasons:
+            return "; ".join([*said, f"not {name}: {reasons[0]}"])
+    return "; ".join(said)
+
+
+def _every(op: Op, problem: Problem, taken: str | None, refusal: str, assume_validated: bool, table) -> list[str]:
+    """A line per backend."""
+    line = lambda name, mark, reason: f"{op.name:28s} {name:11s} {mark:3s} {reason}"
+    lines = [line("none", "!", refusal)] * bool(refusal)
+    for name in _backends(table):
+        if name in op.backends:
+            lines.append(line(name, *_verdict(op, op.backends[name], problem, name == taken, assume_validated)))
+        elif name in ORDER:
+            lines.append(line(name, "-", f"{op.name} has no {name} backend."))
+    return lines
 
 
 def _backends(table: dict[str, Op]) -> list[str]:
@@ -95,19 +121,23 @@ def _verdict(op: Op, backend: Backend, problem: Problem, taken: bool, assume_val
     refused = backend.unsupported(problem)
     if refused:
         return "-", " ".join(refused)
+    row = measured.find(op, problem) or dict(ms={}, refused={})
     if taken:
         reason = f"taken, as SORA_FAST_BACKEND={env.backend()} says" if env.backend() else "taken by auto"
         unproven = [] if assume_validated else records.why_not(op.name, backend, problem)  # it was named
     else:
         reason = "would run"
         unproven = op.why_not(backend.name, problem, assume_validated=assume_validated)
-        if backend.name not in ORDER:
+        if backend.name in row["refused"]:
+            unproven = [f"Not taken: {row['refused'][backend.name]}"]
+        elif backend.name not in (*ORDER, *row["ms"]):
             unproven = ["It is not among those that auto tries."]
         if unproven:
             reason = "would run if named"
     proof = records.evidence(op.name, backend, problem)
     found = f"config {backend.config(problem)}" if backend.config else ""
-    facts = "; ".join(part for part in (reason, proof, found) if part)
+    time = f"{row['ms'][backend.name]:.3g} ms, measured here" if backend.name in row["ms"] else ""
+    facts = "; ".join(part for part in (reason, proof, time, found) if part)
     return "*" if taken else "ok", ". ".join([facts, " ".join(unproven)] if unproven else [facts])
 
 
@@ -151,8 +181,8 @@ def info() -> str:
         kernels = sorted({op.backends[of].kernel for op in table.values() if of in op.backends})
         lines.append(f"{kind} kernels: {', '.join(kernels)}")
     lines.append(f"CUDA extension: {_extension()}")
-    lines.append(f"validation records of this user: {records.user_file()}"
-                 + ("" if records.user_file().is_file() else ", none yet"))
+    for what, path in (("validation records", records.user_file()), ("measured times", measured.user_file())):
+        lines.append(f"{what} of this user: {path}" + ("" if path.is_file() else ", none yet"))
     lines.append(f"SORA_FAST_BACKEND={env.backend()}" if env.backend() else "SORA_FAST_BACKEND is not set")
     lines.append("")
     lines.append(explain("all", device="cuda" if torch.cuda.is_available() else "cpu"))

@@ -51,6 +51,16 @@ def evidence(op: str, backend: _Backend, problem: _Problem) -> str:
     return f"validated on {_place(record)}"
 
 
+def settled(op: str, backend: _Backend, problem: _Problem) -> bool:
+    """Whether its kernel, as it stands, has been judged: it passed, or failed here, and judging it again changes nothing."""
+    arch, code, here = problem.device.partition(":")[2], kernel_hash(backend.kernel, backend.name), triton_minor()
+    judged = lambda direction: any(
+        row["arch"] == arch and row["kernel_hash"] == code
+        and (backend.name != "triton" or minor(row["environment"].get("triton")) == here)
+        for row in _index().get((op, backend.name, direction, _name(problem.dtype)), []))
+    return not why_not(op, backend, problem) or all(map(judged, DIRECTIONS if problem.grad else DIRECTIONS[:1]))
+
+
 def forget() -> None:
     """Read records and kernels again at the next call; a graph of torch.compile keeps what it was traced with."""
     global generation

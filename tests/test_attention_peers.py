@@ -299,7 +299,7 @@ def test_a_library_that_cannot_be_imported_says_why(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- by name only
 def explained():
     """The lines of varlen_attention on an H200, by backend."""
-    lines = sora_fast.explain("varlen_attention", device="cuda:sm90").splitlines()
+    lines = sora_fast.explain("varlen_attention", every=True, device="cuda:sm90").splitlines()
     return {line.split()[1]: line for line in lines if line.startswith("varlen_attention")}
 
 

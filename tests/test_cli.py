@@ -16,12 +16,12 @@ from cli_checks import options, refused
 
 import sora_fast
 from sora_fast.cli.__main__ import is_sentence, main
-from sora_fast.explanation import all_ops, explain
+from sora_fast.explanation import MODELS, all_ops, explain
 from sora_fast.training.config import DiTTraining, VAETraining
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("demo", "train-vae", "train", "generate", "eval", "info", "explain", "validate", "bench", "bench compare",
-            "bench report", "bench collect", "bench readme")
+COMMANDS = ("demo", "train-vae", "train", "generate", "eval", "setup", "info", "explain", "validate", "bench",
+            "bench compare", "bench report", "bench collect", "bench readme")
 
 
 # ---- Help
@@ -287,7 +287,7 @@ def marks(text):
 
 
 def test_explain_marks_what_auto_takes(cli, monkeypatch):
-    code, out, _ = cli("explain", "dit", "--device", "cuda:sm90")
+    code, out, _ = cli("explain", "dit", "--all", "--device", "cuda:sm90")
     assert code == 0
     taken = marks(out)
     assert set(taken) == {"patch_embed", "norm_modulate", "qk_norm_rope", "varlen_attention",
@@ -298,14 +298,26 @@ def test_explain_marks_what_auto_takes(cli, monkeypatch):
         op = all_ops()[name]
         assert op.choose(op.example("cuda:sm90", torch.bfloat16, True)).name == backend
     monkeypatch.setenv("SORA_FAST_BACKEND", "reference")
-    code, out, _ = cli("explain", "dit", "--device", "cuda:sm90")
+    code, out, _ = cli("explain", "dit", "--all", "--device", "cuda:sm90")
     assert code == 0 and set(marks(out).values()) == {"reference"}
     assert "taken, as SORA_FAST_BACKEND=reference says" in out and "taken by auto" not in out
 
 
+def test_explain_has_a_line_for_each_op(cli, monkeypatch):
+    """What it runs on and why on nothing faster; nothing of the backends that are no choice."""
+    code, out, _ = cli("explain", "dit", "--device", "cuda:sm90")
+    lines = [line.split(maxsplit=2) for line in out.splitlines()[1:-3]]
+    assert code == 0 and sorted(op for op, *_ in lines) == sorted(MODELS["dit"])
+    assert {name for _, name, _ in lines} == {"torch"}
+    assert all(why.startswith("not triton: ") and why.count(": ") <= 2 for *_, why in lines)
+    monkeypatch.setenv("SORA_FAST_BACKEND", "triton")
+    code, out, _ = cli("explain", "kl_sample")
+    assert code == 0 and out.splitlines()[1].split()[:2] == ["kl_sample", "none"] and "does not implement" in out
+
+
 def test_explain_takes_models_families_and_ops(cli):
     for what, wanted in (("vae", "causal_conv3d"), ("rotary", "qk_norm_rope"), ("norm_act", "norm_act")):
-        code, out, _ = cli("explain", what, "--dtype", "float32", "--no-grad")
+        code, out, _ = cli("explain", what, "--all", "--dtype", "float32", "--no-grad")
         assert code == 0 and wanted in marks(out)
     refused(cli("explain", "unet"), "expected all, dit, vae, a family", "'unet'")
     for device in ("cuda:sm", "gpu", "sm90"):
@@ -412,14 +424,14 @@ def test_explain_shows_the_dits_kernels(cli):
     """With their records every op of a DiT would run on Triton, on any architecture that they are proven for."""
     pytest.importorskip("triton")
     for gpu in ("sm80", "sm90", "sm120"):
-        code, out, _ = cli("explain", "dit", "--device", f"cuda:{gpu}", "--assume-validated")
+        code, out, _ = cli("explain", "dit", "--all", "--device", f"cuda:{gpu}", "--assume-validated")
         taken = marks(out)
         assert code == 0 and len(taken) == 7 and set(taken.values()) == {"triton"}, taken
 
 
 def test_validate_writes_records_that_explain_reads(cli, planted):
     pytest.importorskip("triton")  # a record without its version is one of another Triton
-    ask = ("explain", "gate_residual", "--device", "cuda:sm90")
+    ask = ("explain", "gate_residual", "--all", "--device", "cuda:sm90")
     code, out, _ = cli(*ask)
     assert code == 0 and marks(out) == {"gate_residual": "torch"} and "there is no validation record" in out
     code, out, _ = cli(*ask, "--assume-validated")

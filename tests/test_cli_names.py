@@ -22,7 +22,7 @@ def every_parser(top):
 
 def test_no_parser_takes_abbreviations():
     found = every_parser(parser())
-    assert len(found) == 16 and all(type(each) is Parser and not each.allow_abbrev for each in found)
+    assert len(found) == 17 and all(type(each) is Parser and not each.allow_abbrev for each in found)
 
 
 @pytest.mark.parametrize("argv, came, guess", [

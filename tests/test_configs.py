@@ -209,7 +209,7 @@ def test_explain_says_where_a_config_is_from(monkeypatch):
         return ask(Shape(str(problem.dtype), problem.width, 1024), configs.gpu_name(problem.device))
 
     monkeypatch.setitem(op.backends, "triton", Backend("triton", op.backends["torch"].run, kernel="planted", config=config))
-    said = explain("norm_modulate", device="cuda:sm90", assume_validated=True)
+    said = explain("norm_modulate", every=True, device="cuda:sm90", assume_validated=True)
     width = op.example("cuda:sm90", torch.bfloat16, True).width
     assert f"taken by auto; config block={width // 2}, warps=8 from the heuristic" in said
 

@@ -121,13 +121,13 @@ def test_a_call_that_cannot_run_raises_its_reasons(monkeypatch):
 
 @each_family
 def test_explain_shows_kernel_and_config(family):
-    lines = explain(family, device="cuda:sm90", assume_validated=True).splitlines()
+    lines = explain(family, every=True, device="cuda:sm90", assume_validated=True).splitlines()
     taken = [line for line in lines if " * " in line and " triton " in line]
     assert len(taken) == sum(op.name in OPS for op in OPS_OF[family])
     config = {"modulation": "warps=4", "normalization": "warps=4, pixels=", "rotary": "warps=", "attention": "block_m=128",
               "patches": "block_n=", "convolution": "tma=True"}[family]
     assert all(config in line and "the heuristic" in line for line in taken)
-    without = explain(family, device="cuda:sm90")
+    without = explain(family, every=True, device="cuda:sm90")
     assert " * " in without and not any(" triton " in line for line in without.splitlines() if " * " in line)
 
 

@@ -16,9 +16,12 @@ if sys.platform != "linux":
 import structure  # noqa: E402
 from cli_checks import refused  # noqa: E402
 
+from sora_fast import configs, ops  # noqa: E402
 from sora_fast.benchmarks import figures  # noqa: E402
 from sora_fast.benchmarks.specs import normalization  # noqa: E402
-from sora_fast.testing import aot, launches  # noqa: E402
+from sora_fast.cli import tune_predicted  # noqa: E402
+from sora_fast.kernels import modulation_config  # noqa: E402
+from sora_fast.testing import aot, emulated_gpu, launches  # noqa: E402
 
 pytestmark = [pytest.mark.full, pytest.mark.ci]
 
@@ -223,3 +226,23 @@ def test_what_is_read_of_launches():
     tried = list(predict_kernels.ours("attention", GPUS["h200"], "128 bfloat16, sm90", candidates=True))
     tiles = {(each.case.constexprs["BLOCK_M"], each.case.constexprs["BLOCK_N"]) for each in tried}
     assert len(alone) == 3 and len(tried) > 60 and {(64, 64), (128, 64), (64, 128)} <= tiles
+
+
+def test_the_tuner_begins_with_what_is_predicted_fastest(tmp_path, monkeypatch):
+    """Of one kernel's candidates; where nothing can be predicted they stay as they are, and a sentence says why."""
+    monkeypatch.setenv("SORA_FAST_CACHE", str(tmp_path))
+    launch = modulation_config.Launch(1536, 64, torch.bfloat16, None, "layer", False)
+    asked = configs.Asked("modulation", "forward", launch, "sm90-H200")
+    x, table = torch.randn(64, 1536).bfloat16(), torch.randn(1, 1536)
+    call = lambda: ops.norm_modulate(x, table, table, backend="triton")
+    few = [modulation_config.ForwardConfig(16, 1), modulation_config.ForwardConfig(2, 1)]
+    said = []
+    with emulated_gpu("sm90"):
+        found = tune_predicted.likeliest(asked, few, call, said.append)
+        gpu = tune_predicted.gpu_like(asked.gpu)
+        rates = [tune_predicted.rate_of(config, asked, call, gpu) for config in found]
+        assert sorted(found, key=few.index) == few and rates == sorted(rates, reverse=True) and rates[0] > rates[-1]
+        monkeypatch.setattr(tune_predicted, "predict", None)
+        assert tune_predicted.likeliest(asked, few, call, said.append) == few
+    assert len(said) == 1 and "nothing is predicted of its candidates" in said[0]
+    assert tune_predicted.gpu_like("sm100-B200") is None and tune_predicted.gpu_like("sm90-H100-80GB").name == "H100"

@@ -10,6 +10,8 @@ import pytest
 import torch
 from test_bench_cli import ONE
 
+from sora_fast.tuning import pieces
+
 pytestmark = [pytest.mark.full, pytest.mark.ci]
 ROOT = Path(__file__).parents[1]
 
@@ -100,3 +102,31 @@ def test_outs_and_captions_of_any_letters_where_the_encoding_is_ascii(tmp_path):
     assert {"vae/vae.safetensors", "dit/losses.csv", "samples/sample-00.png", "samples/sample-01.mp4", "eval/report.html",
             "bench/report.html"} <= written
     assert f"{here}" in (here / "eval" / "report.html").read_text(encoding="utf-8")
+
+
+def test_pieces_of_setup_in_other_processes():
+    """What each gives, and an exception where one raises: the others go on."""
+    few = [Piece(0), Piece(1), Piece(2)]
+    found = dict(pieces.run(few, "cpu", 2, print))
+    assert {piece.number: str(each) for piece, each in found.items()} == {0: "0", 1: "ZeroDivisionError: of piece 1", 2: "2"}
+
+
+def test_setup_in_a_script_that_guards_nothing(tmp_path):
+    """Its processes do not run it again."""
+    script = tmp_path / "script.py"
+    script.write_text("import torch\nfrom sora_fast.tuning import pieces\nprint('begins')\n"
+                      "work = [pieces.Validation('gate_residual', 'torch', torch.float32)] * 2\n"
+                      "for _, found in pieces.run(work, 'cpu', 2, print):\n"
+                      "    print([row['passed'] for row in found])\n", "utf-8")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.stdout.split("\n") == ["begins", "[True, True]", "[True, True]", ""], done.stderr
+
+
+class Piece:
+    def __init__(self, number):
+        self.number = number
+
+    def run(self, device):
+        if self.number == 1:
+            raise ZeroDivisionError("of piece 1")
+        return self.number

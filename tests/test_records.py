@@ -82,14 +82,14 @@ def test_without_a_record_auto_takes_torch_and_says_so(op, caplog):
     assert op.choose(problem(), "triton").name == "triton"  # by name without a record
     with use_backend("triton"):
         assert taken(op) == "triton"
-    said = explain("gate_residual", device="cuda:sm90")
+    said = explain("gate_residual", every=True, device="cuda:sm90")
     (line,) = [line for line in said.splitlines() if line.split()[:2] == ["gate_residual", "triton"]]
     for part in (" ok ", "Forward and backward in bfloat16: there is no validation record of any NVIDIA GPU.",
                  "Run sora-fast validate --op gate_residual --backend triton --device cuda", "backend='triton'"):
         assert part in line
     assert "gate_residual                torch       *" in said
     assert "auto takes a kernel only with a validation record" in said
-    assumed = explain("gate_residual", device="cuda:sm90", assume_validated=True)
+    assumed = explain("gate_residual", every=True, device="cuda:sm90", assume_validated=True)
     assert "gate_residual                triton      *   taken by auto" in assumed and "no validation record" not in assumed
     with caplog.at_level("WARNING", logger="sora_fast"):
         x = torch.randn(3, 8)
@@ -111,7 +111,7 @@ def test_a_record_makes_the_kernel_eligible(op):
     assert taken(op, dtype=torch.float32) == "torch" and "Forward in float32" in reasons(op, dtype=torch.float32)
     records.save([record(direction="backward")])
     assert taken(op, grad=True) == "triton"
-    said = explain("gate_residual", device="cuda:sm90")
+    said = explain("gate_residual", every=True, device="cuda:sm90")
     assert "taken by auto; validated on NVIDIA H200 (sm90), 2026-05-01" in said
     assert "for CUDA GPUs" in reasons(op, device="cpu") and taken(op, device="cpu") == "torch"
 
@@ -128,7 +128,7 @@ def test_a_changed_kernel_has_no_record(op, room):
         records.forget()
         assert taken(op) == "torch"
         assert ("Forward in bfloat16: the kernel has changed since it was validated on NVIDIA H200 (sm90), 2026-05-01."
-                in explain("gate_residual", device="cuda:sm90", grad=False))
+                in explain("gate_residual", every=True, device="cuda:sm90", grad=False))
     file.write_text(KERNEL)
     (room / "planted_loads.py").write_text(LOADS.replace("return x", "return x * 2"))
     records.forget()

@@ -165,10 +165,10 @@ def clock(monkeypatch):
     return made
 
 
-def tune(room, kernel, count=1, **settings):
+def tune(room, kernel, count=1, likeliest=lambda asked, candidates, call: candidates, **settings):
     """A Tuner after its run."""
     made = tuner.Tuner(tuner.Settings(CPU, "quick", room / "tune.jsonl", effort=timing.Effort(1.0, 5.0), **settings),
-                       tell=lambda text: None)
+                       tell=lambda text: None, likeliest=likeliest)
     made.run(work(kernel, count))
     return made
 
@@ -194,6 +194,18 @@ def test_the_fastest_wins_and_is_what_launches_get(room, clock):
     entries = json.loads(path.read_text())["entries"]
     assert entries == {row["key"]: row["entry"] for row in made.rows}
     assert entries["forward: width=8"]["command"].startswith("sora-fast tune modulation --suite quick --device cpu")
+
+
+def test_it_begins_with_the_likeliest(room, clock):
+    """Which is a caller's to say, of a call that looks the config up; what is measured decides."""
+    def likeliest(asked, candidates, call):
+        with configs.recording() as looked_up:
+            call()
+        assert asked in looked_up and len(candidates) == 7
+        return sorted(candidates, key=lambda config: -config.ms)
+
+    rows = tune(room, Kernel(clock.sleep), most=2, likeliest=likeliest).rows
+    assert [(row["tried"], row["config"]["ms"], row["verdict"]) for row in rows] == [(2, 6.0, "SLOW")] * 2
 
 
 def test_real_time_decides_too(room):
@@ -322,7 +334,7 @@ def test_explain_says_that_it_was_tuned(room, clock, monkeypatch):
     planted = Backend("triton", op.backends["torch"].run, kernel="planted", config=lambda problem: found())
     monkeypatch.setitem(op.backends, "triton", planted)
     path = room / "cache" / "configs" / "cpu" / "planted.json"
-    assert f"config ms=2.0, fault= from the user's cache ({path})" in explain("gate_residual")
+    assert f"config ms=2.0, fault= from the user's cache ({path})" in explain("gate_residual", every=True)
 
 
 def test_it_goes_on_where_it_stopped(room, clock):

@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "train a text-conditioned DiT on packs of clips and images of any size",
     "generate": "generate clips and images of any sizes from captions, images and clips",
     "eval": "judge a trained VAE or DiT: reconstruction, loss over timesteps, samples, a report",
+    "setup": "make auto take the fastest here: judge kernels and time backends on this GPU, in minutes",
     "info": "what is installed, and which backend runs what",
     "explain": "which backend each op takes on a device, and why",
     "validate": "check ops, or a function of yours, against the reference in float64",

@@ -12,6 +12,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--no-grad", action="store_true", help="forward only (default: with the backward)")
     parser.add_argument("--assume-validated", action="store_true",
                         help="as if every kernel had its validation record (default: only the records there are)")
+    parser.add_argument("--all", action="store_true", help="a line per backend, with its reasons (default: one per op)")
 
 
 def run(arguments) -> int:
@@ -20,5 +21,5 @@ def run(arguments) -> int:
     from ..explanation import explain
 
     print(explain(arguments.what, device=arguments.device, dtype=getattr(torch, arguments.dtype),
-                  grad=not arguments.no_grad, assume_validated=arguments.assume_validated))
+                  grad=not arguments.no_grad, assume_validated=arguments.assume_validated, every=arguments.all))
     return 0

@@ -104,7 +104,7 @@ def _work(arguments, gpu: GPU) -> Iterator[tuple[str, object, predict_measured.C
 
     check_folder("SORA_FAST_CACHE", predict_kernels.cache())
     if arguments.impl:
-        work = predict_kernels.theirs(_launcher(arguments.impl), arguments.impl)
+        work = predict_kernels.works_of("yours", _launcher(arguments.impl), arguments.impl)
     else:
         from ..testing.launches import FAMILIES
 

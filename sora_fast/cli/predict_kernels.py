@@ -201,7 +201,7 @@ def _with_candidates(family: str, call: Callable[[], object]) -> Iterator[Callab
             yield changed
 
 
-def theirs(call: Callable[[], object], name: str) -> Iterator[Work]:
-    """The kernels that a user's function launches on tensors of the device "meta"."""
+def works_of(family: str, call: Callable[[], object], name: str) -> Iterator[Work]:
+    """The kernels that a function launches, which are not launched here: "yours" are a user's, on tensors of "meta"."""
     for place, (case, launch) in enumerate(zip(aot.cases_of(name, call, {}), aot.launches(call), strict=True)):
-        yield Work("yours", case, _tensors(launch), call, place)
+        yield Work(family, case, _tensors(launch), call, place)

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from .. import env
@@ -12,9 +13,10 @@ DESCRIPTION = """\
 Goes through the benchmark's cases on a GPU. What a kernel may be launched with passes the benchmark's
 gate or is out; the rest is timed beside the heuristic, on the same inputs, in turns. What is faster by
 more than the noise is kept with its figures in SORA_FAST_CACHE (default ~/.cache/sora_fast): launches
-on this GPU find it, for exactly this problem, kernel source and Triton. The same command goes on where
-a run was stopped. Exits with 1 if a case could not be tuned, with 3 if --minutes left cases for the
-next call. With TRITON_INTERPRET=1 and --device cpu the tuner itself can be tried without a GPU.
+on this GPU find it, for exactly this problem, kernel source and Triton. What the cycle model likes best
+is tried first, which decides nothing else. The same command goes on where a run was stopped. Exits with
+1 if a case could not be tuned, with 3 if --minutes left cases for the next call. With TRITON_INTERPRET=1
+and --device cpu the tuner itself can be tried without a GPU.
 
   sora-fast tune --minutes 20
   sora-fast tune modulation --case 'Wan 14B'
@@ -64,7 +66,13 @@ def run(arguments) -> int:
                         timing.GPU if device.type == "cuda" else timing.CPU)
     print(f"{device_label(device)}, suite {suite}, {len(work)} cases", flush=True)
     bar = Progress("tune", len(work), 0)
-    tuner = Tuner(settings, bar.bar.write if bar.bar is not None else lambda text: print(text, flush=True), bar.update)
+    tell = bar.bar.write if bar.bar is not None else lambda text: print(text, flush=True)
+    of_gpu = {}
+    if device.type == "cuda":
+        from .tune_predicted import likeliest
+
+        of_gpu = dict(likeliest=partial(likeliest, tell=tell))
+    tuner = Tuner(settings, tell, bar.update, **of_gpu)
     try:
         tuner.run(work)
     finally:

@@ -12,13 +12,16 @@ to file are in copied_blocks.py.
 
 import functools
 import importlib
+import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from .. import env
+from .. import env, measured, records
+from ..dispatch import device_name
+from ..explanation import all_ops
 from . import (
     adaptive_norms,
     cogvideox_vae,
@@ -78,9 +81,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``accelerate`` did, module by module; print it for a table that groups equal lines."""
+    """What ``accelerate`` did, module by module; print it for a table that groups equal lines.
+
+    ``missing``: a sentence on what of this GPU auto does not know yet, and the command that changes it, or "";
+    ``measured``: with ``setup=True`` what sora_fast.setup found.
+    """
 
     rows: tuple[Row, ...]
+    missing: str = ""
+    measured: object | None = None
 
     @property
     def swapped(self) -> tuple[Row, ...]:
@@ -103,10 +112,13 @@ class Report:
                 if of == state:
                     shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
                     lines.append(f"{state:8} {len(names):4} x {kind}: {note} [{shown}]")
+        lines += [self.missing] * bool(self.missing)
+        lines += [] if self.measured is None else [str(self.measured)]
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None = None) -> Report:
+def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None = None, setup: bool = False,
+               call: Callable[[nn.Module], object] | None = None) -> Report:
     """Swap the layers of ``model`` that this library knows for its own, in place; results are equal up to rounding.
 
     Parameters stay the same objects and state_dict keeps its keys. Call it before or after an optimiser, LoRA, FSDP2 or
@@ -116,12 +128,16 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
     Args:
         model: an nn.Module, whole or a part.
         progress: called with (frames done, frames in all) while a video autoencoder encodes or decodes without gradients.
+        setup: of a model on a GPU, ``sora_fast.setup(model)`` now, which takes seconds to two minutes and says so before:
+            kernels are judged and backends timed for what this model calls, unless they have been here. Never later.
+        call: for that, a function that runs the model once, where the inputs of its class are not known.
 
     Returns:
-        A Report: every module, swapped or left, with the reason.
+        A Report: every module, swapped or left, with the reason; of a model on a GPU what is not known of that, or with
+        ``setup`` what was measured.
 
     Raises:
-        TypeError: not an nn.Module.
+        TypeError: not an nn.Module. With ``setup``, what sora_fast.setup raises; the model is swapped by then.
 
     >>> vae = AutoencoderKLWan.from_pretrained(...)
     >>> print(sora_fast.accelerate(vae))
@@ -150,7 +166,34 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
             if progress is not None and hasattr(mixin, "streams"):
                 module._sora_fast_progress = Progress(progress)
             readers |= {inner: kind for child in mixin.absorbed(module) for inner in _modules(module, child)}
-    return Report(tuple(rows))
+    found = Report(tuple(rows))
+    first = next(model.parameters(), None)
+    if not found.swapped or first is None or not first.is_cuda:
+        return found
+    if setup:
+        from .. import setup as set_up
+
+        found = replace(found, measured=set_up(model, call=call, device=str(first.device)))
+    return replace(found, missing=_missing(found, first))
+
+
+def _missing(report: Report, parameter: nn.Parameter) -> str:
+    """A sentence on the kernels and times that auto lacks for what was swapped, or ""."""
+    words = {word for row in report.swapped for word in re.findall(r"\w+", row.note)}
+    device, without, untimed = device_name(parameter), [], []
+    for name, op in all_ops().items():
+        if name not in words:
+            continue
+        problem = op.example(device, parameter.dtype, False)
+        kernels = [each for each in op.backends.values() if each.kernel and not each.unsupported(problem)]
+        if kernels and all(records.why_not(name, each, problem) for each in kernels):
+            without.append(name)
+        elif kernels and not measured.every(op, device):
+            untimed.append(name)
+    told = [f"no kernel has a validation record for {', '.join(without)}, which run on PyTorch"] * bool(without)
+    told += [f"nothing was timed of {', '.join(untimed)}"] * bool(untimed)
+    once = "run sora-fast setup, or sora_fast.accelerate(model, setup=True), once"
+    return f"on this GPU {' and '.join(told)}: {once}" if told else ""
 
 
 def restore(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from .. import checks
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
+from ..measured import sizes
 from ..pack import Pack, check_kind, check_pack
 from ..precision import autocast, cast, holds_numbers, widen
 from ..reference import attention as reference
@@ -18,6 +19,8 @@ from . import attention_peers, attention_triton
 
 @dataclass(frozen=True)
 class AttentionProblem(Problem):
+    """``size``: of the queries, and of the keys of a sample on the average."""
+
     heads: int
     key_heads: int
     head_dim: int
@@ -25,6 +28,7 @@ class AttentionProblem(Problem):
     window: tuple[int, int]
     return_lse: bool
     deterministic: bool
+    size: tuple[int, ...] = ()
 
 
 def _example(device: str, dtype: torch.dtype, grad: bool) -> AttentionProblem:
@@ -219,10 +223,11 @@ def _offsets(op: str, q, k, cu_seqlens_q, cu_seqlens_k):
     return cu_seqlens_q, cu_seqlens_k
 
 
-def _facts(q, k, grad, causal, window, return_lse, deterministic) -> tuple:
+def _facts(q, k, grad, causal, window, return_lse, deterministic, samples: int = 1) -> tuple:
     """The fields of an AttentionProblem."""
     return (device_name(q), q.dtype, grad, q.shape[1], k.shape[1], q.shape[2], causal, tuple(window), return_lse,
-            deterministic or torch.are_deterministic_algorithms_enabled())
+            deterministic or torch.are_deterministic_algorithms_enabled(),
+            sizes(q.shape[:1], k.shape[:1], samples=samples))
 
 
 # ------------------------------------------------------------------------------------------------- public ops
@@ -255,13 +260,14 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None
                                             softmax_scale, window)
         q, k, v = autocast(q, k, v)
         checks.same_dtype(op, q=q, k=k, v=v)
-        facts = remember(key, _facts(q, k, needs_grad(q, k, v), causal, window, return_lse, deterministic))
+        facts = remember(key, _facts(q, k, needs_grad(q, k, v), causal, window, return_lse, deterministic,
+                                     cu_seqlens_k.shape[0] - 1))
     else:
         cu_seqlens_q, cu_seqlens_k = _offsets(op, q, k, cu_seqlens_q, cu_seqlens_k)
         q, k, v = autocast(q, k, v)
     return VARLEN_ATTENTION.run(facts, backend, key, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
                                 softmax_scale=softmax_scale, causal=causal, window=tuple(window),
-                                return_lse=return_lse, deterministic=facts[-1])
+                                return_lse=return_lse, deterministic=facts[-2])
 
 
 def varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *,
@@ -302,7 +308,7 @@ def varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_se
     return VARLEN_ATTENTION_BACKWARD.run(
         facts, backend, dout=dout, dlse=dlse, q=q, k=k, v=v, out=out, lse=lse, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, softmax_scale=softmax_scale, causal=causal, window=tuple(window),
-        deterministic=facts[-1])
+        deterministic=facts[-2])
 
 
 def merge_attention(outs, lses, *, backend="auto"):

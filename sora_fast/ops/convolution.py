@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from .. import checks, env
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, refuse_transforms, remember, remembered
 from ..kernels.convolution_settings import ConvSettings
+from ..measured import sizes
 from ..precision import autocast, autocast_dtype, cast, emulated_on_cpu, holds_numbers, transformed, wide_dtype
 from ..reference import convolution as reference
 from . import convolution_cuda, convolution_triton, normalization
@@ -19,7 +20,9 @@ from . import convolution_cuda, convolution_triton, normalization
 
 @dataclass(frozen=True)
 class ConvolutionProblem(Problem):
-    """``norm`` is None for causal_conv3d; ``wide``: the dtype of the arithmetic; ``cudnn``: the result of ``_cudnn``."""
+    """``norm`` is None for causal_conv3d; ``wide``: the dtype of the arithmetic; ``size``: of x's pixels, B T H W;
+    ``cudnn``: the result of ``_cudnn``.
+    """
 
     in_channels: int
     out_channels: int
@@ -31,6 +34,7 @@ class ConvolutionProblem(Problem):
     upsample: int
     norm: str | None
     wide: torch.dtype = torch.float32
+    size: tuple[int, ...] = ()
     cudnn: tuple[int, bool] = (0, False)
 
 
@@ -294,7 +298,7 @@ def _facts(x, weight, settings: ConvSettings, grad: bool, wide: torch.dtype) -> 
     """The fields of a ConvolutionProblem except the last, which may differ at the next call."""
     s = settings
     return (device_name(x), weight.dtype, grad, x.shape[1], weight.shape[0], s.kernel, s.stride, s.time_pad, s.space_pad,
-            s.lookahead, s.upsample, s.norm, wide)
+            s.lookahead, s.upsample, s.norm, wide, sizes((x.shape[0], *x.shape[2:])))
 
 
 def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zeros", space_pad="zeros", cache=None,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from .. import checks
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
+from ..measured import sizes
 from ..pack import Pack, check_kind, check_pack
 from ..precision import cast, wide_dtype
 from ..reference import modulation as reference
@@ -24,13 +25,14 @@ NORMS = ("layer", "rms")
 class ModulationProblem(Problem):
     """``width`` D; ``norm`` is None for gate_residual; ``affine``: a norm weight or bias is given.
 
-    ``wide``: the dtype of the arithmetic, float64 if any tensor is float64, else float32.
+    ``wide``: the dtype of the arithmetic, float64 if any tensor is float64, else float32; ``size``: of N.
     """
 
     width: int
     norm: str | None
     affine: bool
     wide: torch.dtype
+    size: tuple[int, ...] = ()
 
 
 def _example(device: str, dtype: torch.dtype, grad: bool, norm: str | None = "layer") -> ModulationProblem:
@@ -171,7 +173,7 @@ def _facts(x, y, gate, shift, scale, weight, bias, norm) -> tuple:
     """The fields of a ModulationProblem."""
     tensors = (x, y, gate, shift, scale, weight, bias)
     return (device_name(x), x.dtype, needs_grad(*tensors), x.shape[1], norm, weight is not None or bias is not None,
-            wide_dtype(*tensors))
+            wide_dtype(*tensors), sizes(x.shape[:1]))
 
 
 def _rows(op: str, x, table, rows, key) -> dict:

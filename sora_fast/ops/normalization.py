@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from .. import checks
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
+from ..measured import sizes
 from ..precision import cast, wide_dtype, widen
 from ..reference import normalization as reference
 from . import normalization_cuda, normalization_triton
@@ -16,12 +17,13 @@ ACTS = ("silu", None)
 
 @dataclass(frozen=True)
 class NormalizationProblem(Problem):
-    """``wide``: the dtype of the arithmetic, float64 if any tensor is float64, else float32."""
+    """``wide``: the dtype of the arithmetic, float64 if any tensor is float64, else float32; ``size``: of pixels."""
 
     channels: int
     norm: str
     act: str | None
     wide: torch.dtype
+    size: tuple[int, ...] = ()
 
 
 def _example(device: str, dtype: torch.dtype, grad: bool) -> NormalizationProblem:
@@ -94,5 +96,5 @@ def norm_act(x, weight=None, bias=None, *, norm="rms", groups=32, eps=1e-6, act=
     if facts is None:
         check("norm_act", x, weight, bias, norm, groups, eps, act)
         facts = remember(key, (device_name(x), x.dtype, needs_grad(x, weight, bias), x.shape[1], norm, act,
-                               wide_dtype(x, weight, bias)))
+                               wide_dtype(x, weight, bias), sizes((x.shape[0], *x.shape[2:]))))
     return NORM_ACT.run(facts, backend, key, x=x, weight=weight, bias=bias, norm=norm, groups=groups, eps=eps, act=act)

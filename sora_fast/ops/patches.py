@@ -9,7 +9,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
-from .. import checks
+from .. import checks, measured
 from ..dispatch import Backend, Op, Problem, device_name, needs_grad
 from ..pack import Pack, host_grids, token_grid
 from ..precision import autocast, no_autocast
@@ -21,13 +21,14 @@ from . import patches_triton
 class PatchesProblem(Problem):
     """``width``: D, or C for unpatchify; ``rows`` per patch, C * pt * ph or pt * ph, of ``run`` elements along w each.
 
-    ``sizes_hidden``: grids is a tensor in a traced graph.
+    ``sizes_hidden``: grids is a tensor in a traced graph. ``size``: of the numbers of all patches.
     """
 
     width: int
     rows: int
     run: int
     sizes_hidden: bool
+    size: tuple[int, ...] = ()
 
 
 def _embed_example(device: str, dtype: torch.dtype, grad: bool) -> PatchesProblem:
@@ -244,7 +245,7 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
     latents, weight, bias = autocast(latents, weight, bias)
     checks.same_dtype(op, latents=latents, weight=weight, bias=bias)
     facts = (device_name(latents), latents.dtype, needs_grad(latents, weight, bias), width, channels * patch[0] * patch[1],
-             patch[2], isinstance(grids, torch.Tensor))
+             patch[2], isinstance(grids, torch.Tensor), measured.sizes(latents.shape))
     return PATCH_EMBED.run(facts, backend, latents=latents, weight=weight, bias=bias, grids=grids, pack=pack)
 
 
@@ -278,7 +279,8 @@ def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
     if isinstance(sizes, torch.Tensor):
         checks.require(flat, op, "flat=True with a grids tensor in a traced graph", "flat=False",
                        "cut the buffer into clips outside the graph")
-    facts = (device_name(tokens), tokens.dtype, needs_grad(tokens), channels, pt * ph, pw, isinstance(sizes, torch.Tensor))
+    facts = (device_name(tokens), tokens.dtype, needs_grad(tokens), channels, pt * ph, pw, isinstance(sizes, torch.Tensor),
+             measured.sizes(tokens.shape[:1]))
     buffer = UNPATCHIFY.run(facts, backend, tokens=tokens, grids=sizes, pack=pack, patch=tuple(patch),
                             channels=channels)
     return buffer if flat else clips(buffer, sizes, patch, channels)

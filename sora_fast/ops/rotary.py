@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from .. import checks
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
+from ..measured import sizes
 from ..pack import Pack, check_kind, check_pack
 from ..precision import cast, holds_numbers, wide_dtype
 from ..reference import rotary as reference
@@ -25,7 +26,7 @@ class RotaryProblem(Problem):
     """``key_heads``: 0 without k; ``rotated``: R, 0 for no rotation; ``learned``: ``freqs`` replaces axes and theta.
 
     ``affine``: a weight or bias is given; ``moves``: coords need a gradient; ``wide``: the dtype of the arithmetic, float64
-    if any tensor is float64, else float32.
+    if any tensor is float64, else float32; ``size``: of N.
     """
 
     heads: int
@@ -38,6 +39,7 @@ class RotaryProblem(Problem):
     learned: bool
     moves: bool
     wide: torch.dtype
+    size: tuple[int, ...] = ()
 
 
 def _example(device: str, dtype: torch.dtype, grad: bool) -> RotaryProblem:
@@ -241,7 +243,7 @@ def _check(q, k, coords, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, 
     positions = coords if coords is not None and coords.is_floating_point() else None
     return (device_name(q), q.dtype, needs_grad(q, k, *affine, freqs, coords), heads, 0 if k is None else k.shape[1],
             head_dim, norm, any(t is not None for t in affine), rotated, pairing, freqs is not None, needs_grad(coords),
-            wide_dtype(q, k, *affine, freqs, positions))
+            wide_dtype(q, k, *affine, freqs, positions), sizes((tokens,)))
 
 
 def _of_pack(op: str, q, coords, rows):

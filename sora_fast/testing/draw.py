@@ -17,8 +17,11 @@ class Draw:
         emulated = str(device).startswith("emulated:")
         self.device, self.dtype, self.wide = "cpu" if emulated else device, dtype, torch.float64 if alike else torch.float32
         self.on_gpu = emulated or torch.device(device).type == "cuda"
-        self.generator = torch.Generator("cpu" if alike else self.device).manual_seed(seed)
+        hollow = torch.device(self.device).type == "meta"  # no numbers: shapes are all there is to see
+        self.generator = None if hollow else torch.Generator("cpu" if alike else self.device).manual_seed(seed)
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> torch.Tensor:
+        if self.generator is None:
+            return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
         numbers = torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=self.wide)
         return (numbers * scale if scale != 1.0 else numbers).to(self.device, dtype or self.dtype)

@@ -266,7 +266,7 @@ def random_cotangents(outputs: list[torch.Tensor], seed: int) -> list[torch.Tens
 
 
 def truth(op: str, inputs: Mapping[str, object], *, grads: bool = True, names: Iterable[str] | None = None,
-          seed: int = 0, flat_cotangent: bool = False) -> Truth:
+          seed: int = 0, flat_cotangent: bool = False, definition: Callable | None = None) -> Truth:
     """The Truth of ``op(**inputs)``.
 
     Args:
@@ -274,10 +274,11 @@ def truth(op: str, inputs: Mapping[str, object], *, grads: bool = True, names: I
         inputs: the op's keyword arguments.
         grads: whether gradients are wanted too, for one random cotangent. names: of which inputs, default all.
         flat_cotangent: use a cotangent of stride 0, as ``.sum().backward()`` makes.
+        definition: a function of ``inputs`` in place of the op's reference.
     """
     if op not in ops.__all__:
         raise ValueError(f"testing: expected op to be one of {', '.join(ops.__all__)}, got {op!r}; name a public op")
-    definition = partial(getattr(ops, op), backend="reference")
+    definition = definition or partial(getattr(ops, op), backend="reference")
     inputs = {name: value for name, value in inputs.items() if name != "backend"}
     names = None if names is None else tuple(names)
     # a dtype asked for is what the result is rounded to, and the truth is not rounded

@@ -5,8 +5,8 @@ stands ``<family>_candidates`` with
 
     candidates(kernel, problem, gpu) -> iterable of Config
 
-for the kernel and problem that were given to ``configs.lookup``, the likeliest first; of a family without that module
-nothing is tuned. Of each lookup, for the first case that makes it:
+for the kernel and problem that were given to ``configs.lookup``, the likeliest first, or as ``Tuner``'s ``likeliest`` has
+them; of a family without that module nothing is tuned. Of each lookup, for the first case that makes it:
 
 1. every candidate goes through the benchmark's gate, all outputs and gradients of the case: only what passes can win;
 2. in heats of four and the heuristic, in interleaved rounds, the slower half drops out until one heat is left;
@@ -26,12 +26,12 @@ import torch
 
 from .. import configs, files, records
 from ..benchmarks import compare, gate, rows, timing
-from ..benchmarks.case import Case, Provider, nbytes
+from ..benchmarks.case import FORWARD, Case, Provider, nbytes
 from ..benchmarks.figures import STATISTICS
 from ..benchmarks.runner import prepare, release, set_conditions
 from ..environment import environment
 from ..testing import Truth
-from ..testing.rule import random_cotangents, tensors
+from ..testing.rule import random_cotangents, run, tensors
 
 HEAT = 4  # candidates that are timed together: a CUDA graph of each holds its outputs
 SAVING = "forward that saves"  # for the backward; the direction of lookups that no timed call of a case makes
@@ -53,13 +53,17 @@ class Settings:
 class Tuner:
     """Tunes the lookups of cases into the files of ``configs`` and writes a row for each to ``settings.out``.
 
+    ``likeliest(asked, candidates, call)`` gives the candidates in the order in which they are tried; ``call`` makes the
+    launches that look them up. It decides nothing else.
+
     After ``run``: ``rows`` of what it came by, in order, those of earlier runs included; ``failures``, sentences on cases
     that could not be tuned; ``left``, the cases that the time limit left.
     """
 
     def __init__(self, settings: Settings, tell: Callable[[str], None] = print,
-                 progress: Callable[[int, str], None] = lambda done, text: None):
-        self.settings, self.tell, self.progress = settings, tell, progress
+                 progress: Callable[[int, str], None] = lambda done, text: None,
+                 likeliest: Callable[[configs.Asked, list, Callable], list] = lambda asked, candidates, call: candidates):
+        self.settings, self.tell, self.progress, self.likeliest = settings, tell, progress, likeliest
         set_conditions()
         self.environment = environment(settings.device)
         self.rows: list[dict] = []
@@ -132,6 +136,8 @@ class Tuner:
                 if wrong:
                     self._fail(f"{case.id} is not tuned: {wrong}")
                     return True
+            candidates = self.likeliest(asked, candidates, _call(case, provider, truth, direction))
+            candidates = candidates[:self.settings.most or None]
             try:
                 row = _Lookup(self, family, case, provider, truth, asked, direction, heuristic).tune(candidates)
             except Exception as error:
@@ -155,7 +161,7 @@ class Tuner:
         found = [each for each in dict.fromkeys(offered) if each != heuristic]
         if not found:
             self._tell_once(f"{asked.family} has no candidate beside the heuristic for {asked.key}: nothing to tune.")
-        return found[:self.settings.most or None]
+        return found
 
     def _heuristics_fail(self, case: Case, provider: Provider, truth: Truth) -> str:
         """A sentence where the case does not even pass the gate with its heuristics, or ""."""
@@ -321,6 +327,13 @@ class _Lookup:
             evidence = {name: row[name] for name in ("us", "heuristic_us", "n", "command")}
             row["entry"] = configs.entry(asked.family, config, evidence | dict(gpu=row["environment"]["device"]))
         return row
+
+
+def _call(case: Case, provider: Provider, truth: Truth, direction: str) -> Callable[[], object]:
+    """A call that makes the launches of ``direction``, those of the forward before a backward too."""
+    cotangents = None if direction == FORWARD else truth.cotangents
+    names = case.directions().get(direction) or truth.names
+    return lambda: run(lambda **given: provider.run(**provider.prepare(given)), truth.inputs, cotangents, names)
 
 
 def _saving(provider: Provider, values: dict, names: Sequence[str]) -> Callable[[], object]:

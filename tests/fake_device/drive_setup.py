@@ -1,0 +1,173 @@
+"""Setup on the fake device: kernels judged in the emulator, times that were planted, and what ``auto`` takes then."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from sora_fast import dispatch, measured, ops, records, setup
+from sora_fast.benchmarks import timing
+from sora_fast.dispatch import Backend
+from sora_fast.ops.modulation import GATE_RESIDUAL, NORM_MODULATE
+from sora_fast.testing import validation
+from sora_fast.tuning import pieces, setting_up
+
+CLEAN = {op.name: dict(op.backends) for op in (GATE_RESIDUAL, NORM_MODULATE)}
+
+
+class Layer(nn.Module):
+    def forward(self, x, table):
+        x = ops.gate_residual(x, x, table)
+        return ops.norm_modulate(x, table, table)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.table = Layer(), nn.Parameter(torch.randn(1, 16))
+
+    def forward(self, x):
+        return self.layer(x, self.table)
+
+
+def call(model):
+    return model(torch.randn(32, 16, device="cuda"))
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path, kernels):
+    """A cache of its own, one case of each op, short times; and an op whose PyTorch is slow, one with a wrong fast peer."""
+    monkeypatch.setenv("SORA_FAST_CACHE", str(tmp_path / "cache"))
+    few, short = validation.cases, timing.Effort(0.0, 0.0)
+    monkeypatch.setattr(validation, "cases", lambda *asked: list(few(*asked))[:1])
+    monkeypatch.setattr(setting_up, "EFFORT", short)
+    monkeypatch.setattr(setting_up, "SETS", 1)
+    monkeypatch.setattr(setting_up, "release", lambda device: None)
+    monkeypatch.setattr(pieces, "cores", lambda: 1)  # other processes have no fake device
+    monkeypatch.setattr(timing, "LEAST_SAMPLES", timing.ROUNDS)
+    # a graph here would replay operators, and no time that passes between them
+    monkeypatch.setattr(timing, "timer", lambda calls, device, stream: timing.Events(calls, device, stream))
+
+    slow = CLEAN["gate_residual"]["torch"]
+    backends = dict(GATE_RESIDUAL.backends)
+    backends["torch"] = replace(slow, run=lambda **given: (time.sleep(0.5), slow.run(**given))[1])
+    monkeypatch.setattr(GATE_RESIDUAL, "backends", backends)
+    wrong = Backend("xformers", lambda x, **given: x)
+    monkeypatch.setattr(NORM_MODULATE, "backends", NORM_MODULATE.backends | {"xformers": wrong})
+    measured.forget()
+    yield tmp_path / "cache"
+    monkeypatch.undo()
+    measured.forget()
+
+
+def taken(model):
+    """The backend of each op that a call of the model runs."""
+    found = {}
+    with dispatch.watched(lambda op, problem, backend: (found.__setitem__(op.name, backend.name), backend)[1]):
+        with torch.no_grad():
+            call(model)
+    return found
+
+
+def test_auto_takes_the_fastest_that_is_right(machine):
+    model, said = Model().to("cuda").eval(), []
+    assert taken(model) == dict(gate_residual="torch", norm_modulate="torch")  # no records
+    report = setup(model, call=call, jobs=1, tell=said.append)
+    assert not report.failed and "2 kernels to validate and 2 problems to time on NVIDIA H200" in said[0], said
+    assert taken(model) == dict(gate_residual="triton", norm_modulate="torch")
+    lines = {line.op: line for line in report.lines}
+    assert lines["gate_residual"].speed_up > 1 and lines["norm_modulate"].ms["triton"] > lines["norm_modulate"].ms["torch"]
+    assert "xformers" not in lines["norm_modulate"].ms and "FAILED" in lines["norm_modulate"].refused["xformers"]
+    assert "Layer" in str(report) and "not taken: norm_modulate, xformers" in str(report)
+    start = time.monotonic()
+    again = setup(model, call=call, jobs=1, tell=said.append)
+    assert time.monotonic() - start < 5 and "nothing to do" in said[-1] and again.lines == report.lines
+
+
+def test_a_wrong_kernel_is_never_taken(machine, monkeypatch):
+    """Of a planted kernel that is right in its op's cases and wrong at the model's width."""
+    right = CLEAN["gate_residual"]["triton"]
+    wrong = replace(right, run=lambda x, **given: right.run(x=x, **given) * (1.01 if x.shape[1] == 16 else 1))
+    monkeypatch.setattr(GATE_RESIDUAL, "backends", GATE_RESIDUAL.backends | {"triton": wrong})
+    model = Model().to("cuda").eval()
+    report = setup(model, call=call, jobs=1, tell=lambda line: None)
+    problem = next(line for line in report.lines if line.op == "gate_residual")
+    assert "triton" in problem.refused and taken(model)["gate_residual"] == "torch"
+    assert not records.why_not("gate_residual", wrong, GATE_RESIDUAL.example("cuda:sm90", torch.float32, False))
+
+
+def test_a_run_that_was_stopped_goes_on(machine, monkeypatch):
+    """After a kernel is judged, and after a problem is timed."""
+    model, done = Model().to("cuda").eval(), []
+
+    def until(count):
+        def did(clock, what, seconds):
+            done.append(str(what))
+            if len(done) == count:
+                raise KeyboardInterrupt
+        return did
+
+    for count in (1, 4):
+        done.clear()
+        monkeypatch.setattr(setting_up._Clock, "did", until(count))
+        with pytest.raises(KeyboardInterrupt):
+            setup(model, call=call, jobs=1, tell=lambda line: None)
+    done.clear()
+    monkeypatch.setattr(setting_up._Clock, "did", until(99))
+    setup(model, call=call, jobs=1, tell=lambda line: None)
+    assert len(done) == 2, done  # the gate and the time of the one that was left
+    assert taken(model) == dict(gate_residual="triton", norm_modulate="torch")
+
+
+def test_what_cannot_be_called_now(machine):
+    model = Model().to("cuda").eval()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="inside a CUDA graph"):
+        setup(model, call=call)
+    with pytest.raises(ValueError, match="expected call=, a function of the model"):
+        setup(model)
+
+
+def test_a_gpu_without_room(machine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**20, 2**30))
+    with pytest.raises(RuntimeError, match=r"expected 0.7 GB of free memory on cuda:0, got 0.0 GB"):
+        setup(Model().to("cuda").eval(), call=call, tell=lambda line: None)
+    assert not measured.user_file().exists() and pieces.cores() >= 1
+
+
+@pytest.mark.parametrize("name", ("AutoencoderKLWan", "WanTransformer3DModel"))
+def test_accelerate_sets_up(machine, monkeypatch, capsys, name):
+    """What it prints with ``setup`` and without; every problem is measured in that call and none in a later step.
+
+    Kernels are not judged here: times are planted, and each kernel has its record.
+    """
+    pytest.importorskip("diffusers", reason="the train extra is not installed")
+    from sora_fast import accelerate
+    from sora_fast.integrations.comparison import open_model
+
+    ms = dict(triton=1.0, torch=3.0)
+    monkeypatch.setattr(pieces.Gate, "run", lambda piece, device: dict.fromkeys(ms, ""))
+    monkeypatch.setattr(pieces.Validation, "run", lambda piece, device: [])
+    monkeypatch.setattr(setting_up, "_race", lambda case, runs, *rest: {run.name: ms[run.name] for run in runs})
+    model = open_model(name).to("cuda").eval()
+    before = accelerate(model)
+    assert str(before).splitlines()[-1] == before.missing and before.measured is None
+    assert before.missing.startswith("on this GPU no kernel has a validation record for ")
+    assert before.missing.endswith("run on PyTorch: run sora-fast setup, or sora_fast.accelerate(model, setup=True), "
+                                   "once")
+    monkeypatch.setattr(records, "why_not", lambda *asked: [])
+    report = accelerate(model, setup=True)
+    said = capsys.readouterr().out
+    assert "problems to time on NVIDIA H200, in " in said.splitlines()[0] and report.missing == ""
+    last = str(report).splitlines()[-1].split()
+    assert last[2] == "triton" and last[-1] == "3.00x" and report.measured.lines and not report.measured.failed
+    assert {"WanResidualBlock", "WanTransformerBlock"} & {line.split()[0] for line in str(report).splitlines()}
+    monkeypatch.setattr(setting_up, "setup", None)
+    monkeypatch.setattr(setting_up, "_measure", None)
+    x = torch.randn(1, 4, 1, 8, 8, device="cuda")
+    with torch.no_grad(), dispatch.use_backend("torch"):
+        if name == "AutoencoderKLWan":
+            model.decode(x)
+        else:
+            model(x, torch.ones(1, device="cuda"), torch.randn(1, 3, 16, device="cuda"))
