@@ -107,7 +107,7 @@ def _verdict(op: Op, backend: Backend, problem: Problem, taken: bool, assume_val
             reason = "would run if named"
     proof = records.evidence(op.name, backend, problem)
     found = f"config {backend.config(problem)}" if backend.config else ""
-    facts = "; ".join(part for part in (reason, proof, found) if part)
+    facts = "; ".join(part for part in (reason, proof, found, backend.note(problem)) if part)
     return "*" if taken else "ok", ". ".join([facts, " ".join(unproven)] if unproven else [facts])
 
 

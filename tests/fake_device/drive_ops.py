@@ -4,10 +4,11 @@ from itertools import islice
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
-from sora_fast import ops
+from sora_fast import explain, ops
 from sora_fast.explanation import all_ops
-from sora_fast.ops import cuda_backend
+from sora_fast.ops import attention, cuda_backend
 from sora_fast.testing import truth
 from sora_fast.testing.cases import cases
 from sora_fast.testing.rule import run, same_bits
@@ -88,3 +89,51 @@ def test_an_op_as_a_cuda_graph(kernels, op, backend):
             value.mul_(0.5)
         graph.replay()
         assert all(same_bits(a, b) for a, b in zip(outputs, call(), strict=True)), label
+
+
+# ------------------------------------------------------------------------------------------------ attention by PyTorch
+def attention_inputs(lengths=(150, 0, 30)):
+    """q, k, v of bf16 and an unequal pack, with more rows than the 128 up to which PyTorch's choice never changes."""
+    cu_seqlens = torch.tensor([0, *lengths], device="cpu").cumsum(0).to("cuda", torch.int32)
+    q, k, v = (torch.randn(sum(lengths), 2, 16, device="cuda").bfloat16() for _ in range(3))
+    return dict(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+
+
+def test_flash_attention_is_kept(monkeypatch):
+    """PyTorch 2.14 gives what has no window to cuDNN: here it gets a window that is none."""
+    kernel, chosen = varlen.varlen_attn, []
+
+    def of_2_14(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        chosen.append("cudnn" if max_q > 128 and window_size == (-1, -1) else "flash")
+        return kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", of_2_14)
+    monkeypatch.setattr(attention, "VARLEN_MAY_BE_CUDNN", True)
+    for masks in (dict(), dict(causal=True), dict(window=(3, -1)), dict(window=(-1, 2))):
+        compared = truth("varlen_attention", attention_inputs() | masks).compare(on("varlen_attention", "torch"))
+        assert not (failed := [str(each) for each in compared if not each.passed]), f"{masks}: {failed}"
+    assert chosen == ["flash"] * 4
+    assert "FlashAttention-2 by torch.nn.attention.varlen (kept from cuDNN" in explain("varlen_attention", device="cuda")
+    monkeypatch.setattr(attention, "VARLEN_MAY_BE_CUDNN", False)
+    on("varlen_attention", "torch")(**attention_inputs())
+    assert chosen[4:] == ["cudnn"]  # as an older PyTorch is called, which has no such choice
+    assert "kept from cuDNN" not in explain("varlen_attention", device="cuda")
+
+
+def test_deterministic_attention_by_pytorch(monkeypatch):
+    """Its gradients come from no kernel that adds up dq in any order."""
+    fused, sdpa = [], attention.F.scaled_dot_product_attention
+
+    def watched(*arguments, **options):
+        cuda = torch.backends.cuda
+        fused.append(cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled())
+        return sdpa(*arguments, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", watched)
+    inputs = attention_inputs() | dict(deterministic=True)
+    call = on("varlen_attention", "torch")
+    compared = truth("varlen_attention", inputs).compare(call)
+    assert all(each.passed for each in compared) and fused == [False]
+    with torch.no_grad():
+        call(**inputs)
+    assert fused[1:] == [True], "a forward has the same bits by every kernel"
