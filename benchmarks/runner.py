@@ -16,6 +16,7 @@ import torch._dynamo
 import torch._functorch.config
 
 from sora_fast.environment import clock_mhz, environment
+from sora_fast.precision import keep_float32
 from sora_fast.testing.rule import tensors
 
 from . import gate, rows, timing
@@ -32,7 +33,7 @@ def set_conditions() -> None:
     torch._functorch.config.donated_buffer = False
     # What cuDNN runs must not depend on which provider asked first; float32 is float32, in figures and in the gate.
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    keep_float32()
 
 
 @dataclass(frozen=True)

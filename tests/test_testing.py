@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sora_fast import ops, validate
-from sora_fast.testing import assert_matches, cases, compare, compare_with_reference
+from sora_fast.testing import assert_matches, cases, compare, compare_with_reference, validation
 
 
 def test_every_op_has_cases_in_its_dtype():
@@ -231,6 +231,21 @@ def test_writing_into_the_arguments_fails():
     scales = gate_residual(how=lambda _, out: Scales.apply(out))
     rows = by_direction(validate("gate_residual", scales, dtypes=(torch.float32,)))
     assert rows["forward"].passed and "the gradient it is given" in str(rows["backward"]) and not rows["backward"].passed
+
+
+def test_a_reference_that_cannot_run_ends_its_rows(monkeypatch):
+    """Not the run: the other cases, dtypes and ops have theirs."""
+    known = validation.truth
+
+    def truth(op, inputs, **options):
+        if inputs["y"].dtype == torch.float32:
+            raise NotImplementedError("cuDNN 9.10.2 was found.")
+        return known(op, inputs, **options)
+
+    monkeypatch.setattr(validation, "truth", truth)
+    report = validate("gate_residual", dtypes=(torch.float32, torch.bfloat16))
+    assert "the reference of gate_residual raised NotImplementedError: cuDNN 9.10.2 was found." in str(report)
+    assert {row.dtype: row.passed for row in report.rows} == {"float32": False, "bfloat16": True} and not report.passed
 
 
 def test_a_device_that_answers_no_more_ends_the_report(monkeypatch):

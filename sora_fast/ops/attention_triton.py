@@ -4,6 +4,7 @@ import torch
 
 from .. import configs
 from ..dispatch import Backend, Problem
+from ..precision import tf32_products
 from . import operators, triton_backend
 
 
@@ -19,7 +20,7 @@ def _typical_config(problem) -> configs.Found:
 
 def _options(q, softmax_scale, causal, left, right):
     return dict(scale=q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, causal=causal, window=(left, right),
-                tf32=triton_backend.tf32())
+                tf32=tf32_products())
 
 
 def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right):

@@ -69,11 +69,6 @@ def _gpu_name(device: torch.device | str) -> str:
     return configs.gpu_name(device)
 
 
-def tf32() -> bool:
-    """Whether float32 products may drop bits: off unless asked for, where cuDNN's own switch, for convolutions, is on."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
 class _NoNode:
     """In place of the context of an autograd node: nothing is kept for a backward."""
 

@@ -28,6 +28,7 @@ import torch
 from .. import dispatch, ops, records
 from ..environment import environment
 from ..explanation import all_ops
+from ..precision import float32_kept
 from .cases import cases
 from .emulated import emulated_gpu
 from .rule import Comparison, Truth, run, same_bits, tensors, truth
@@ -150,7 +151,7 @@ def validate(op: str, fn: Callable | None = None, *, backend: str = "auto", devi
     """Run ``fn`` over the cases of ``op``, forward and backward, and compare with the reference in float64.
 
     A case in which ``fn`` raises or writes into its arguments has failed, one that it refuses (NotImplementedError) is
-    listed; the others run all the same.
+    listed; the others run all the same. PyTorch's products and convolutions of float32 are made without TF32.
 
     Args:
         op: name of an op, as in ``sora_fast.ops``.
@@ -178,7 +179,8 @@ def validate(op: str, fn: Callable | None = None, *, backend: str = "auto", devi
     else:
         name = getattr(fn, "__name__", type(fn).__name__)
     emulated = device.partition(":")[2] if device.startswith("emulated:") else None
-    with nullcontext() if emulated is None or dispatch.emulated_gpu() else emulated_gpu(emulated):
+    scope = nullcontext() if emulated is None or dispatch.emulated_gpu() else emulated_gpu(emulated)
+    with scope, float32_kept():
         return _validate(op, fn, name, facts | dict(emulated=emulated), device, dtypes, progress)
 
 
@@ -207,9 +209,14 @@ def _validate(op: str, fn: Callable, name: str, facts: dict, place: str, dtypes,
 def _case(op: str, name: str, fn: Callable, label: str, inputs: dict, rows: dict[str, Row]) -> Exception | None:
     """Run one case, write what came of it into ``rows``, and return what the call raised."""
     forward, backward = rows["forward"], rows.get("backward")
-    wanted = truth(op, inputs, grads=backward is not None)
-    # A kernel that reads its gradient's memory as if it were dense errs where .sum() made one of stride 0.
-    flat = truth(op, inputs, flat_cotangent=True) if backward else None
+    try:
+        wanted = truth(op, inputs, grads=backward is not None)
+        # A kernel that reads its gradient's memory as if it were dense errs where .sum() made one of stride 0.
+        flat = truth(op, inputs, flat_cotangent=True) if backward else None
+    except Exception as error:  # such as memory that it does not fit, or a cuDNN that is not to be trusted
+        for row in rows.values():
+            row.raised.append((label, f"the reference of {op} raised {type(error).__name__}: {error}"))
+        return error
     held = _Held(wanted)
     fails = lambda error: f"{name} raised {type(error).__name__} where {op} does not: {error}"
     try:

@@ -1,16 +1,20 @@
 """sora-fast validate and bench on the fake device, times faked: records in a cache of its own, graphs that capture."""
 
 import json
+from itertools import islice
 
 import pytest
 import torch
 
-from sora_fast import env, records
+from sora_fast import env, ops, records, validate
 from sora_fast.benchmarks import rows, timing
 from sora_fast.benchmarks.roofs import Roofs
 from sora_fast.ops.modulation import GATE_RESIDUAL, ModulationProblem
+from sora_fast.precision import tf32_convolutions
+from sora_fast.testing import assert_matches, cases, validation
 
 from . import waits
+from .tensors import tf32
 
 
 @pytest.fixture
@@ -30,6 +34,20 @@ def test_validate_writes_records_that_auto_takes(kernels, cli, cache, tmp_path):
         ("sm90", "forward", True), ("sm90", "backward", True)}
     assert records.user_file().is_relative_to(cache) and records.user_file().is_file() and env.cache() == cache
     assert GATE_RESIDUAL.choose(problem).name == "triton"
+
+
+def test_a_convolution_of_tf32_is_refused(monkeypatch):
+    """PyTorch's own with its defaults is one, and so is the definition that it would be held to under them."""
+    monkeypatch.setattr(validation, "cases", lambda *given: islice(cases(*given), 2))
+    assert tf32_convolutions()
+    short = lambda x, weight, **rest: ops.causal_conv3d(tf32(x), tf32(weight), **rest, backend="torch")
+    for call, right in ((None, True), (lambda **given: short(**given), False)):
+        report = validate("causal_conv3d", call, device="cuda", dtypes=(torch.float32,), backend="torch")
+        assert report.passed is right and tf32_convolutions(), str(report)
+    inputs = dict(x=torch.randn(1, 8, 3, 16, 16, device="cuda"), weight=torch.randn(8, 8, 3, 3, 3, device="cuda"))
+    outputs = ops.causal_conv3d(**inputs, backend="torch")
+    with pytest.raises(AssertionError, match="departs from its reference"):
+        assert_matches("causal_conv3d", outputs, inputs)
 
 
 def test_bench_captures_what_it_times(monkeypatch, kernels, cli, cache, tmp_path):
