@@ -256,7 +256,8 @@ class Runner:
         return row | dict(timer=measured.timer, roof=roof, floor_ms=floor, share=share if share <= MOST else None,
                           peak_bytes=memory.peak_bytes, saved_bytes=memory.saved_bytes,
                           details=dict(provider.details(case, self.settings.device))
-                          | ({"above_roof": round(share, 3)} if share > MOST else {}))
+                          | ({"above_roof": round(share, 3)} if share > MOST else {})
+                          | ({"not_captured": measured.not_captured} if measured.not_captured else {}))
 
     def _blank(self, family, case, direction, name, verdict: Verdict, scope, clock) -> dict:
         """A row without figures."""

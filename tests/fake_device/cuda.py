@@ -71,10 +71,11 @@ class stream:
         self.stream = stream
 
     def __enter__(self):
+        self.before = list(_streams)
         _streams.append(self.stream or _streams[-1])
 
     def __exit__(self, *_):
-        _streams.pop()
+        _streams[:] = self.before
 
 
 class _Capture(graphs.graph):
@@ -86,9 +87,10 @@ class _Capture(graphs.graph):
         super().__enter__()
         _streams.append(self.on or Stream())  # as PyTorch: never the default stream
 
-    def __exit__(self, *told):
-        _streams.pop()
-        super().__exit__(*told)
+    def __exit__(self, kind, *told):
+        if kind is None:  # as PyTorch: one that fails leaves its stream the current one
+            _streams.pop()
+        super().__exit__(kind, *told)
 
 
 class device:
@@ -144,6 +146,10 @@ def as_tensor(data, dtype=None, device=None):
     return tensor(data, dtype=dtype, device=device)
 
 
+def set_sync_debug_mode(mode) -> None:
+    waits.state.sync_debug_mode = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)
+
+
 def install() -> None:
     """Once, in a process of its own with guard.cpp preloaded: nothing takes it away."""
     nothing = lambda *_, **__: None
@@ -158,6 +164,7 @@ def install() -> None:
         empty_cache=nothing, synchronize=lambda device=None: waits.note("torch.cuda.synchronize"), _sleep=nothing,
         manual_seed=nothing, manual_seed_all=nothing,
         get_rng_state=lambda device=None: torch.empty(0, dtype=torch.uint8, device="cpu"), set_rng_state=nothing,
+        get_sync_debug_mode=lambda: waits.state.sync_debug_mode, set_sync_debug_mode=set_sync_debug_mode,
         is_current_stream_capturing=lambda: waits.state.capture is not None,
         current_stream=lambda device=None: _streams[-1], default_stream=lambda device=None: _streams[0],
         Stream=Stream, Event=Event, stream=stream, device=device, CUDAGraph=graphs.CUDAGraph, graph=_Capture)

@@ -50,6 +50,31 @@ def test_a_convolution_of_tf32_is_refused(monkeypatch):
         assert_matches("causal_conv3d", outputs, inputs)
 
 
+@pytest.mark.parametrize("wait, captures, why", [
+    (lambda x: x, 1, ""), (lambda x: x.sum().item(), 0, "It waits for the GPU."),
+    (lambda x: torch.cuda.synchronize(), 1, "NotCapturable: operation not permitted when stream is capturing")],
+    ids=["nothing", "item", "synchronize"])
+def test_what_waits_is_timed_by_events(monkeypatch, wait, captures, why):
+    """And is not captured where PyTorch can tell beforehand."""
+    begun, capture = [], timing.Graph.__init__
+    monkeypatch.setattr(timing.Graph, "__init__", lambda *given: (begun.append(given), capture(*given))[1])
+    x, device = torch.ones(3, device="cuda"), torch.device("cuda", 0)
+    made = timing.timer([lambda: wait(x)], device, torch.cuda.Stream())
+    assert len(begun) == captures and made.name == ("events" if why else "graph") and made.not_captured.startswith(why)
+    (measured,) = timing.measure({"one": made}, timing.Effort(0.0, 0.0)).values()
+    assert (measured.timer, measured.not_captured) == (made.name, made.not_captured)
+    assert torch.cuda.get_sync_debug_mode() == 0 and waits.state.capture is None
+
+
+def test_an_error_before_a_capture_stays_one():
+    def call():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        timing.timer([call], torch.device("cuda", 0), torch.cuda.Stream())
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
 def test_bench_captures_what_it_times(monkeypatch, kernels, cli, cache, tmp_path):
     monkeypatch.setattr(Roofs, "matrix", lambda self, dtype: 1e12)
     monkeypatch.setattr(Roofs, "copy", lambda self, size: 1e12)
