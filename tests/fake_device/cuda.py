@@ -1,5 +1,6 @@
 """torch.cuda in terms of the fake device: ``install()``, for the rest of the process."""
 
+import threading
 import time
 from types import SimpleNamespace
 
@@ -174,4 +175,11 @@ def install() -> None:
     torch.Generator, torch.tensor, torch.as_tensor = Generator, tensor, as_tensor
     torch.autograd.set_multithreading_enabled(False)  # so that a wait in a backward is made from a line of Python
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a CudaTensor is no .data of a CPU tensor
-    tensors.MODE.__enter__()
+    tensors.MODE.__enter__()  # of this thread; others begin with one of their own
+    run = threading.Thread.run
+
+    def on_the_device(thread):
+        with tensors.Mode():
+            run(thread)
+
+    threading.Thread.run = on_the_device

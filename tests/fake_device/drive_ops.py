@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 
-from sora_fast import explain, ops
+from sora_fast import Pack, explain, ops
 from sora_fast.explanation import all_ops
-from sora_fast.ops import attention, cuda_backend
+from sora_fast.kernels import rotary
+from sora_fast.ops import attention, cuda_backend, rotary_triton, uploads
 from sora_fast.testing import truth
 from sora_fast.testing.cases import cases
 from sora_fast.testing.rule import run, same_bits
 
-from . import waits
+from . import graphs, waits
 
 RAW = ("varlen_attention_forward", "varlen_attention_backward")  # without gradients of their own
 CALLS = [(op, backend) for op in ops.__all__ for backend in ("torch", "triton") if backend in all_ops()[op].backends]
@@ -89,6 +90,34 @@ def test_an_op_as_a_cuda_graph(kernels, op, backend):
             value.mul_(0.5)
         graph.replay()
         assert all(same_bits(a, b) for a, b in zip(outputs, call(), strict=True)), label
+
+
+# What is made at the first call with new settings, and kept.
+KEEPS = {
+    "qk_norm_rope": (rotary_triton._fixed, lambda: dict(
+        q=torch.randn(6, 2, 24, device="cuda"), k=None, coords=Pack([(1, 2, 3)], device="cuda").coords, axes=(8, 8, 8))),
+    "unpatchify": (uploads._upload, lambda: dict(
+        tokens=torch.randn(6, 12, device="cuda"), grids=((1, 2, 3),), patch=(1, 2, 2), channels=3, flat=True))}
+
+
+@pytest.mark.parametrize("op, kept, make", [(op, *of_op) for op, of_op in KEEPS.items()], ids=KEEPS)
+def test_what_is_kept_is_in_no_pool_of_a_graph(kernels, op, kept, make):
+    """torch.compile's first run of a graph allocates in the graph's pool, whose memory is then used again."""
+    inputs, pool = make(), graphs.Pool()
+    rotary.frequencies.cache_clear()
+    kept.cache_clear()
+    with torch.no_grad():
+        with torch.cuda.stream(torch.cuda.Stream()), pool.open():
+            (wanted,) = run(on(op, "triton"), inputs, None)[0]
+            wanted = wanted.cpu()
+        assert pool.held, "the op's own output, at least"
+        pool.use_again()
+        (got,) = run(on(op, "triton"), inputs, None)[0]
+        assert same_bits(got.cpu(), wanted)
+        kept.cache_clear()
+        with pytest.raises(RuntimeError, match="used once before a CUDA graph is captured, got new ones"):
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                run(on(op, "triton"), inputs, None)
 
 
 # ------------------------------------------------------------------------------------------------ attention by PyTorch

@@ -183,6 +183,8 @@ def execute(func, args, kwargs):
         out = run()
     else:
         out = tape.run(func, run, tensors, _written(func, args, kwargs))
+    if waits.state.pool is not None and on_cuda:
+        waits.state.pool.add(out, tensors)
     return _given_back(func, args, kwargs, out, on_cuda)
 
 

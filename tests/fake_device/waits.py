@@ -41,6 +41,7 @@ class Wait:
 
 class _State:
     capture = None  # graphs.Tape of the stream capture that is open
+    pool = None  # graphs.Pool that is open
     forbidden = False
     sync_debug_mode = 0  # PyTorch's own, 2 for errors
     listeners: tuple[list[Wait], ...] = ()
