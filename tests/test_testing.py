@@ -271,12 +271,24 @@ def test_progress_names_each_case():
 
 
 @pytest.mark.parametrize("op", ("causal_conv3d", "norm_act_conv3d", "norm_act"))
-def test_cases_of_a_gpu_are_calls_that_work(op):
-    """Cases with the channels of models, which only a GPU is given, and no other machine would try."""
+def test_cases_of_a_gpu_are_calls_that_work(op, models=None):
+    """Cases with the channels, or at the sizes, of models, which only a GPU is given, and no other machine would try."""
     few = [label for label, _ in cases(op, torch.float32)]
-    more = dict(cases(op, torch.float32, "emulated:sm90"))
+    more = dict(cases(op, torch.float32, "emulated:sm90", 0, models))
     assert len(more) > len(few) and few == list(more)[:len(few)]
     for label, inputs in more.items():
-        outputs = getattr(ops, op)(**inputs, backend="torch")
+        if models and label in few:
+            continue
+        with torch.no_grad():
+            outputs = getattr(ops, op)(**inputs, backend="auto" if op == "varlen_attention_forward" else "torch")
         first = outputs[0] if isinstance(outputs, tuple) else outputs
         assert first.numel() and first.isfinite().all(), label
+
+
+def test_a_part_of_the_cases_makes_no_record(monkeypatch):
+    monkeypatch.setattr(validation, "_arch", lambda device: "sm90")
+    labels = [label for label, _ in cases("kl_sample", torch.float32)]
+    for options, ran, arch in ((dict(), labels, "sm90"), (dict(case="clamped"), ["clamped below", "clamped above"], None),
+                               (dict(models=False), labels, None)):
+        report = validate("kl_sample", backend="torch", dtypes=(torch.float32,), **options)
+        assert all(row.ran == set(ran) and row.as_dict()["arch"] == arch for row in report.rows)
