@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 
-from sora_fast import Pack, explain, ops
+from sora_fast import Pack, configs, explain, ops
 from sora_fast.explanation import all_ops
 from sora_fast.kernels import rotary
 from sora_fast.ops import attention, cuda_backend, rotary_triton, uploads
@@ -90,6 +90,15 @@ def test_an_op_as_a_cuda_graph(kernels, op, backend):
             value.mul_(0.5)
         graph.replay()
         assert all(same_bits(a, b) for a, b in zip(outputs, call(), strict=True)), label
+
+
+def test_the_gpu_is_asked_for_its_name_once(monkeypatch, kernels):
+    asked, name = [], torch.cuda.get_device_name
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: (asked.append(device), name(device))[1])
+    configs.gpu_name.cache_clear()
+    for width in (8, 16):  # a launch each, with a Config of its own
+        ops.norm_modulate(torch.randn(3, width, device="cuda"), None, None, backend="triton")
+    assert len(asked) == 1
 
 
 # What is made at the first call with new settings, and kept.
