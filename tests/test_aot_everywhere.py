@@ -50,13 +50,15 @@ def test_wide_heads_fit_small_memory(dtype, fits):
     assert fitting == (set(used) if fits else {"forward_kernel", "dq_kernel"})
 
 
-# 3.7 is tried for the harness alone; what is supported is proven with 3.6 and with the one installed.
-@pytest.mark.parametrize("version, tests", [
-    pytest.param("3.6.0", ("-m", "", "tests/test_aot.py", "tests/test_aot_elsewhere.py"), id="3.6"),
-    pytest.param("3.6.0", ("-m", "", "tests/test_aot_everywhere.py", "-k", "every_case_passes"), id="3.6 every_case"),
-    pytest.param("3.6.0", ("tests/test_emulated.py", "tests/test_emulator_races.py", "tests/test_emulated_core.py"),
-                 id="3.6 emulator"),
-    pytest.param("3.7.0", ("tests/test_aot.py", "-k", "not our_kernels"), id="3.7")])
+# The first cases of each kernel, and the emulator, with each Triton that a PyTorch from 2.11 on pins; every case with the
+# oldest and with the one installed.
+OLDER = [pytest.param(f"{minor}.0", tests, id=f"{minor} {what}") for minor in ("3.6", "3.7", "3.8") for what, tests in (
+    ("first cases", ("-m", "", "tests/test_aot.py", "tests/test_aot_elsewhere.py")),
+    ("emulator", ("tests/test_emulated.py", "tests/test_emulator_races.py", "tests/test_emulated_core.py")))]
+
+
+@pytest.mark.parametrize("version, tests", [*OLDER, pytest.param(
+    "3.6.0", ("-m", "", "tests/test_aot_everywhere.py", "-k", "every_case_passes"), id="3.6 every_case")])
 def test_older_triton(version, tests):
     if triton.__version__ == version:
         pytest.skip("this is the Triton installed here")
