@@ -142,9 +142,9 @@ step_sanitize() {
   else
     local status=0
     : >"$out/sanitize.log"
-    sanitize 300 memcheck -m sora_fast.cli validate --device cuda --backend triton --backend cuda --dtype bfloat16 || status=$?
+    sanitize 300 memcheck -m sora_fast.cli validate --device cuda --small --backend triton --backend cuda --dtype bfloat16 || status=$?
     sanitize 80 memcheck -m sora_fast.benchmarks.primitives --device cuda || status=$?
-    sanitize 120 racecheck -m sora_fast.cli validate --device cuda --backend cuda --dtype bfloat16 || status=$?
+    sanitize 120 racecheck -m sora_fast.cli validate --device cuda --small --backend cuda --dtype bfloat16 || status=$?
     if grep -q "Device not supported" "$out/sanitize.log"; then
       echo "UNSUPPORTED: compute-sanitizer does not run on this machine" | tee -a "$out/sanitize.log"
       return 0

@@ -16,6 +16,7 @@ import torch._dynamo
 import torch._functorch.config
 
 from sora_fast.environment import clock_mhz, environment
+from sora_fast.precision import keep_float32
 from sora_fast.testing.rule import tensors
 
 from . import gate, rows, timing
@@ -32,7 +33,7 @@ def set_conditions() -> None:
     torch._functorch.config.donated_buffer = False
     # What cuDNN runs must not depend on which provider asked first; float32 is float32, in figures and in the gate.
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    keep_float32()
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,8 @@ class Runner:
         return row | dict(timer=measured.timer, roof=roof, floor_ms=floor, share=share if share <= MOST else None,
                           peak_bytes=memory.peak_bytes, saved_bytes=memory.saved_bytes,
                           details=dict(provider.details(case, self.settings.device))
-                          | ({"above_roof": round(share, 3)} if share > MOST else {}))
+                          | ({"above_roof": round(share, 3)} if share > MOST else {})
+                          | ({"not_captured": measured.not_captured} if measured.not_captured else {}))
 
     def _blank(self, family, case, direction, name, verdict: Verdict, scope, clock) -> dict:
         """A row without figures."""

@@ -30,10 +30,14 @@ GPU, CPU = Effort(100.0, 200.0), Effort(4.0, 25.0)
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of single calls, all rounds; ``median_ms`` is the median of the rounds' medians."""
+    """Milliseconds of single calls, all rounds; ``median_ms`` is the median of the rounds' medians.
+
+    ``not_captured``: why the calls are in no CUDA graph where they might have been, or "".
+    """
 
     rounds: tuple[tuple[float, ...], ...]
     timer: str
+    not_captured: str = ""
 
     def statistics(self) -> dict[str, float | int]:
         every = sorted(sample for samples in self.rounds for sample in samples)
@@ -52,7 +56,7 @@ def _quantile(ordered: Sequence[float], q: float) -> float:
 class Wall:
     """The wall clock around calls that return when they are done (a CPU's)."""
 
-    name = "wall"
+    name, not_captured = "wall", ""
 
     def __init__(self, calls: Sequence[Callable[[], object]]):
         self.calls, self.turn = calls, 0
@@ -70,8 +74,9 @@ class Events:
 
     name = "events"
 
-    def __init__(self, calls: Sequence[Callable[[], object]], device: torch.device, stream=None):
+    def __init__(self, calls: Sequence[Callable[[], object]], device: torch.device, stream=None, not_captured: str = ""):
         self.calls, self.device, self.stream, self.turn = calls, device, stream, 0
+        self.not_captured = not_captured
 
     def sample(self) -> float:
         call = self.calls[self.turn % len(self.calls)]
@@ -89,7 +94,7 @@ class Events:
 class Graph:
     """One CUDA graph that holds all calls, one after the other; a sample is its replay divided by their number."""
 
-    name = "graph"
+    name, not_captured = "graph", ""
 
     def __init__(self, calls: Sequence[Callable[[], object]], device: torch.device, stream: "torch.cuda.Stream"):
         self.device, self.count = device, len(calls)
@@ -113,15 +118,37 @@ def side_stream(device: torch.device):
 
 
 def timer(calls: Sequence[Callable[[], object]], device: torch.device, stream, *, capture: bool = True):
-    """The best timer there is for ``calls``; a failed capture falls back to events, and the row says which it was."""
+    """The best timer there is for ``calls``; where they cannot be captured, events, which say why (``not_captured``)."""
     if device.type != "cuda":
         return Wall(calls)
-    if capture:
+    if not capture:
+        return Events(calls, device, stream)
+    why = _waits(calls[0])
+    if not why:
         try:
             return Graph(calls, device, stream)
-        except Exception:  # whatever cannot be captured: synchronising peers, allocations outside torch
+        except Exception as error:  # whatever else cannot be captured, such as allocations outside torch
             torch.cuda.synchronize(device)
-    return Events(calls, device, stream)
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    return Events(calls, device, stream, why)
+
+
+def _waits(call: Callable[[], object]) -> str:
+    """A sentence if ``call`` waits for the GPU, as PyTorch sees it, or "".
+
+    It is asked before a capture and not told by one that fails: that leaves the allocator of PyTorch 2.11 and 2.12 broken.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchronizing CUDA operation" not in str(error):
+            raise
+        return "It waits for the GPU."
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return ""
 
 
 def measure(timers: Mapping[str, object], effort: Effort) -> dict[str, Timing]:
@@ -137,7 +164,7 @@ def measure(timers: Mapping[str, object], effort: Effort) -> dict[str, Timing]:
             least = LEAST_SAMPLES // ROUNDS if each[name] < 100 else 1
             count = max(least, min(200, round(effort.timed_ms / ROUNDS / max(each[name], 1e-3))))
             rounds[name].append(tuple(timer.sample() for _ in range(count)))
-    return {name: Timing(tuple(samples), timers[name].name) for name, samples in rounds.items()}
+    return {name: Timing(tuple(samples), timers[name].name, timers[name].not_captured) for name, samples in rounds.items()}
 
 
 def _warm_up(timer, milliseconds: float) -> float:

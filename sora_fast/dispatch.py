@@ -84,8 +84,8 @@ class Problem:
 class Backend:
     """One way to run an op: ``run`` takes, by keyword, what the op hands to all of its backends.
 
-    ``kernel``: the module of sora_fast.kernels that holds its kernel, such as "modulation"; "" is plain PyTorch, which
-    needs no record. ``config``: the configs.Found of a typical call, for ``explain``; None: it has none to choose.
+    ``kernel``: the module of sora_fast.kernels with its kernel, such as "modulation"; "" is plain PyTorch, which needs no
+    record. For ``explain``: ``config``, the configs.Found of a typical call (None: none to choose), and ``note``.
     """
 
     name: str
@@ -93,6 +93,7 @@ class Backend:
     unsupported: Callable[[Problem], list[str]] = lambda problem: []
     kernel: str = ""
     config: Callable[[Problem], configs.Found] | None = None
+    note: Callable[[Problem], str] = lambda problem: ""
 
 
 def _cannot(backend: Backend, problem: Problem) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, env
+from .precision import tf32_convolutions, tf32_products
 
 # What adds a backend or is measured beside ours, none of it required: what to import, and the package to install.
 PEERS = {"triton": "triton", "flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3",
@@ -29,10 +30,10 @@ def environment(device: torch.device) -> dict:
     """Everything about the machine and the software that a figure depends on."""
     found = dict(
         device=device_label(device), kind=device.type, sm=None, sms=None, memory_bytes=None, l2_bytes=None,
-        **_nvidia_smi(device), cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(),
+        **_nvidia_smi(device), cuda=torch.version.cuda, cudnn=cudnn_version(),
         torch=torch.__version__, triton=version("triton"), nvcc=build_info().get("nvcc"), python=platform.python_version(),
         os=f"{platform.system()} {platform.release()}", cpu=_cpu(), cores=os.cpu_count(),
-        threads=torch.get_num_threads(), tf32=_tf32(),
+        threads=torch.get_num_threads(), tf32=tf32_products() or tf32_convolutions(),
         **_commit(), version=__version__, variables=env.settings(),
         packages={name: version(name) for name in PEERS.values() if version(name)},
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -55,8 +56,12 @@ def version(package: str) -> str | None:
     return None
 
 
-def _tf32() -> bool:
-    return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+def cudnn_version() -> int | None:
+    """91900 of the cuDNN 9.19.0 that PyTorch calls; None where there is none, or one that PyTorch refuses."""
+    try:
+        return torch.backends.cudnn.version()
+    except RuntimeError:  # older than the one it was built with
+        return None
 
 
 @functools.cache

@@ -137,7 +137,7 @@ def _verdict(op: Op, backend: Backend, problem: Problem, taken: bool, assume_val
     proof = records.evidence(op.name, backend, problem)
     found = f"config {backend.config(problem)}" if backend.config else ""
     time = f"{row['ms'][backend.name]:.3g} ms, measured here" if backend.name in row["ms"] else ""
-    facts = "; ".join(part for part in (reason, proof, time, found) if part)
+    facts = "; ".join(part for part in (reason, proof, time, found, backend.note(problem)) if part)
     return "*" if taken else "ok", ". ".join([facts, " ".join(unproven)] if unproven else [facts])
 
 

@@ -1,8 +1,8 @@
 """At least float32 inside, one rounding where a tensor of the contract is produced; what torch.autocast asks for; whether
-numbers can be read; and which dtypes a CPU has no instructions for.
+numbers can be read; whether products of float32 keep their bits; and which dtypes a CPU has no instructions for.
 """
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -79,3 +79,61 @@ def emulated_on_cpu(dtype: torch.dtype) -> bool:
     """
     supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
     return supported is not None and torch.backends.mkldnn.is_available() and not getattr(torch.ops.mkldnn, supported)()
+
+
+# --------------------------------------------------------------------------------------------------------------- TF32
+# PyTorch has two sets of switches. The new ones, fp32_precision, can always be read. The old ones (allow_tf32,
+# float32_matmul_precision) set the new ones too, and raise when they are read after a new one was set otherwise.
+def tf32_products() -> bool:
+    """Whether products of float32 may drop 13 bits of their factors on CUDA."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def tf32_convolutions() -> bool:
+    """The same of cuDNN's convolutions, where it is PyTorch's default."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def keep_float32() -> None:
+    """From now on float32 is float32 in products and convolutions, on every device."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    for switch in _switches():
+        switch.fp32_precision = "ieee"
+
+
+@contextmanager
+def float32_kept():
+    """``keep_float32`` inside alone."""
+    with switches_restored():
+        keep_float32()
+        yield
+
+
+@contextmanager
+def switches_restored():
+    """All of these switches are afterwards as before."""
+    old = _readable(lambda: torch.backends.cudnn.allow_tf32), _readable(torch.get_float32_matmul_precision)
+    before = [(switch, switch.fp32_precision) for switch in _switches()]
+    try:
+        yield
+    finally:
+        if old[0] is not None:
+            torch.backends.cudnn.allow_tf32 = old[0]
+        if old[1] is not None:
+            torch.set_float32_matmul_precision(old[1])
+        for switch, value in before:
+            switch.fp32_precision = value
+
+
+def _switches() -> tuple:
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
+
+
+def _readable(read):
+    """``read()``, or None where an old switch contradicts the new ones."""
+    try:
+        return read()
+    except RuntimeError:
+        return None

@@ -2,9 +2,9 @@
 
 A record is a line that ``sora-fast validate`` wrote on a CUDA GPU: op, backend, direction, dtype, architecture, the
 environment, the kernel's hash, and whether everything passed. It counts while the kernel has that hash, and for Triton
-while the minor version is the same. A Triton kernel needs one from any NVIDIA GPU, unless a later one from the call's own
-architecture failed; a CUDA kernel one from its own architecture. They are read once per process, from
-``benchmarks/results/<gpu>/validate.jsonl`` and from the user's cache.
+while the minor version is the same. A Triton kernel needs one from a GPU whose Tensor Cores are told to multiply by the same
+instructions, unless a later one from the call's own architecture failed; a CUDA kernel one from its own architecture. They
+are read once per process, from ``benchmarks/results/<gpu>/validate.jsonl`` and from the user's cache.
 """
 
 import ast
@@ -102,6 +102,12 @@ def _judge(op: str, backend: str, kernel: str, device: str, dtype: str, directio
             return None, (f"a CUDA kernel needs a validation record of its own architecture, {arch or 'not known here'}, "
                           f"and the last is of {_place(found[-1])}")
         found = mine
+    elif arch and found:  # what Triton makes of one kernel for others differs in its layouts, copies and barriers
+        last, units = found[-1], tensor_cores(arch)
+        found = [r for r in found if tensor_cores(r["arch"]) == units]
+        if not found:
+            return None, (f"a Triton kernel needs a validation record of a GPU with {units}, as {arch} has it, and the last "
+                          f"is of {_place(last)}, which has {tensor_cores(last['arch'])}")
     if not found:
         return None, f"there is no validation record of {arch if backend == 'cuda' and arch else 'any NVIDIA GPU'}"
     code = kernel_hash(kernel, backend)
@@ -125,6 +131,13 @@ def _judge(op: str, backend: str, kernel: str, device: str, dtype: str, directio
     if not best["passed"]:
         return None, f"it failed on {_place(best)}{_failure(best)}"
     return best, ""
+
+
+def tensor_cores(arch: str) -> str:
+    """How Triton has the Tensor Cores of "sm90" multiply: mma.sync, wgmma or tcgen05."""
+    digits = arch.removeprefix("sm")
+    number = int(digits) if digits.isdigit() else 0
+    return "wgmma" if number == 90 else "tcgen05" if 100 <= number < 120 else "mma.sync"
 
 
 def _failure(record: Mapping) -> str:

@@ -1,4 +1,7 @@
-"""Host tensors on a device, without a wait for what runs there."""
+"""Host tensors on a device, without a wait for what runs there; and what is kept there, in no CUDA graph's memory."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -16,3 +19,14 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return (tensor.pin_memory() if holds_numbers(tensor) else tensor).to(device, non_blocking=True)
+
+
+def outside_pools(make: Callable[[], object]) -> object:
+    """``make()``, from a thread of its own, so that what it allocates is in no CUDA graph's pool: for what is kept.
+
+    Before torch.compile captures a graph ("reduce-overhead") it runs it once with the allocations of the current thread in
+    the graph's pool (in older versions those of the current stream, and a new thread is on the default one), and later
+    takes all memory there for its own.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()

@@ -15,7 +15,7 @@ import pytest  # noqa: E402
 import tiers  # noqa: E402
 import torch  # noqa: E402
 
-from sora_fast import dispatch  # noqa: E402
+from sora_fast import dispatch, precision  # noqa: E402
 from sora_fast.cli.__main__ import main  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -60,12 +60,10 @@ def clean_state(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("SORA_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     dispatch.forget()  # a test may have changed what is fixed for a process
     torch.manual_seed(0)
-    flags = [(torch.backends.cudnn, "benchmark"), (torch.backends.cudnn, "allow_tf32"),
-             (torch.backends.cuda.matmul, "allow_tf32")]
-    before = [getattr(module, name) for module, name in flags]
-    yield
-    for (module, name), value in zip(flags, before, strict=True):  # what a benchmark sets, it sets for one test
-        setattr(module, name, value)
+    benchmark = torch.backends.cudnn.benchmark
+    with precision.switches_restored():  # what a benchmark sets, it sets for one test
+        yield
+    torch.backends.cudnn.benchmark = benchmark
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from op_checks import double, same_bits, with_grad
 
 from sora_fast import ops, reference
+from sora_fast.explanation import all_ops
+from sora_fast.ops.attention import AttentionProblem
 from sora_fast.testing import assert_matches
 
 OPS = ("varlen_attention", "varlen_attention_forward", "varlen_attention_backward", "merge_attention")
@@ -88,6 +90,19 @@ test_refusals = op_checks.refusals(_table(), good)
 ])
 def test_merge_refusals(outs, lses, part):
     op_checks.assert_refused(lambda: ops.merge_attention(outs, lses), "merge_attention", part)
+
+
+def test_a_backward_that_has_no_room_on_small_gpus_is_refused():
+    """Before it is launched; tests/test_aot_everywhere.py has what it takes."""
+    of = lambda op, head_dim, gpu, dtype, grad: all_ops()[op].backends["triton"].unsupported(AttentionProblem(
+        f"cuda:{gpu}", dtype, grad, 4, 4, head_dim, False, (-1, -1), False, False))
+    for gpu, small in (("sm80", False), ("sm86", True), ("sm89", True), ("sm90", False), ("sm100", False), ("sm120", True)):
+        for head_dim in (192, 200, 224, 256):
+            room = not small or head_dim == 192
+            for op, grad in (("varlen_attention", True), ("varlen_attention_backward", False)):
+                assert (of(op, head_dim, gpu, torch.float32, grad) == []) is room
+                assert not of(op, head_dim, gpu, torch.bfloat16, grad)
+            assert not of("varlen_attention", head_dim, gpu, torch.float32, False)
 
 
 def test_refused_backends_say_why():

@@ -14,9 +14,8 @@ from op_checks import gradients, same_bits, tensors, with_grad
 from torch._subclasses import FakeTensorMode
 
 from sora_fast import ops
-from sora_fast.kernels import rotary
-from sora_fast.ops import uploads
-from sora_fast.ops.rotary_triton import _table as table
+from sora_fast.kernels import rotary as rotary_kernels
+from sora_fast.ops import rotary_triton, uploads
 
 ROWS = ints(*[0] * 6, *[1] * 2, *[2] * 3, -1)
 POINTWISE = draw(6, 8, 1, 1, 1)  # what a wrapper promises does not depend on the taps
@@ -106,11 +105,12 @@ def test_what_inference_mode_left_is_trained_with(call):
     run = on_kernel(call.op)
     fresh, leaves = with_grad(call.inputs, [name for name in call.inputs if name != "coords"])
     want = gradients(run(**fresh), leaves)
-    rotary.frequencies.cache_clear()
+    rotary_triton._fixed.cache_clear()
+    rotary_kernels.frequencies.cache_clear()
     uploads._upload.cache_clear()
     with torch.inference_mode():
         run(**call.inputs)
-        assert rotary.frequencies.cache_info().currsize + uploads._upload.cache_info().currsize == 1
+        assert rotary_triton._fixed.cache_info().currsize + uploads._upload.cache_info().currsize == 1
     got = gradients(run(**fresh), leaves)
     assert want and all(same_bits(want[name], got[name]) for name in want)
 
@@ -124,9 +124,10 @@ def test_fake_tensors_leave_no_table_behind():
 
 
 def test_fixed_frequencies_are_no_inference_tensor():
-    rotary.frequencies.cache_clear()
+    rotary_triton._fixed.cache_clear()
+    rotary_kernels.frequencies.cache_clear()
     with torch.inference_mode():
-        assert not table(torch.zeros(1, 3), None, [4, 2, 2], [1e4] * 3).is_inference()
+        assert not rotary_triton._table(torch.zeros(1, 3), None, [4, 2, 2], [1e4] * 3).is_inference()
 
 
 @each_call

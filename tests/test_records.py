@@ -14,6 +14,7 @@ import sora_fast.kernels
 from sora_fast import env, files, ops, records, use_backend, validate
 from sora_fast.dispatch import Backend
 from sora_fast.explanation import explain
+from sora_fast.kernels import arch
 from sora_fast.ops import modulation
 from sora_fast.testing import launches
 
@@ -106,7 +107,9 @@ def test_without_a_record_auto_takes_torch_and_says_so(op, caplog):
 def test_a_record_makes_the_kernel_eligible(op):
     assert records.save([record()]) == records.user_file()
     assert taken(op) == "triton" and reasons(op) == ""
-    assert taken(op, device="cuda:sm120") == "triton"  # a Triton kernel needs one GPU, whichever
+    assert taken(op, device="cuda:sm120") == "torch"  # a Triton kernel needs a GPU of its own class
+    assert ("of a GPU with mma.sync, as sm120 has it, and the last is of NVIDIA H200 (sm90), 2026-05-01, which has wgmma."
+            in reasons(op, device="cuda:sm120"))
     assert taken(op, grad=True) == "torch" and "Backward in bfloat16: there is no" in reasons(op, grad=True)
     assert taken(op, dtype=torch.float32) == "torch" and "Forward in float32" in reasons(op, dtype=torch.float32)
     records.save([record(direction="backward")])
@@ -114,6 +117,17 @@ def test_a_record_makes_the_kernel_eligible(op):
     said = explain("gate_residual", every=True, device="cuda:sm90")
     assert "taken by auto; validated on NVIDIA H200 (sm90), 2026-05-01" in said
     assert "for CUDA GPUs" in reasons(op, device="cpu") and taken(op, device="cpu") == "torch"
+
+
+CLASSES = {"mma.sync": {"sm80", "sm86", "sm89", "sm120", "sm121"}, "wgmma": {"sm90"}, "tcgen05": {"sm100", "sm103", "sm110"}}
+
+
+@pytest.mark.parametrize("units", CLASSES)
+def test_a_record_is_for_a_class_of_tensor_cores(op, units):
+    records.save([record(arch=max(CLASSES[units]))])
+    every = set.union(*CLASSES.values())
+    assert {gpu for gpu in every if taken(op, device=f"cuda:{gpu}") == "triton"} == CLASSES[units]
+    assert all(arch.multiplies_registers(gpu) is (units == "mma.sync") for gpu in CLASSES[units])
 
 
 def test_a_changed_kernel_has_no_record(op, room):

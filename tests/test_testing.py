@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sora_fast import ops, validate
-from sora_fast.testing import assert_matches, cases, compare, compare_with_reference
+from sora_fast.testing import assert_matches, cases, compare, compare_with_reference, validation
 
 
 def test_every_op_has_cases_in_its_dtype():
@@ -233,6 +233,21 @@ def test_writing_into_the_arguments_fails():
     assert rows["forward"].passed and "the gradient it is given" in str(rows["backward"]) and not rows["backward"].passed
 
 
+def test_a_reference_that_cannot_run_ends_its_rows(monkeypatch):
+    """Not the run: the other cases, dtypes and ops have theirs."""
+    known = validation.truth
+
+    def truth(op, inputs, **options):
+        if inputs["y"].dtype == torch.float32:
+            raise NotImplementedError("cuDNN 9.10.2 was found.")
+        return known(op, inputs, **options)
+
+    monkeypatch.setattr(validation, "truth", truth)
+    report = validate("gate_residual", dtypes=(torch.float32, torch.bfloat16))
+    assert "the reference of gate_residual raised NotImplementedError: cuDNN 9.10.2 was found." in str(report)
+    assert {row.dtype: row.passed for row in report.rows} == {"float32": False, "bfloat16": True} and not report.passed
+
+
 def test_a_device_that_answers_no_more_ends_the_report(monkeypatch):
     def raises(arguments, out):
         raise RuntimeError("an illegal memory access")
@@ -256,12 +271,24 @@ def test_progress_names_each_case():
 
 
 @pytest.mark.parametrize("op", ("causal_conv3d", "norm_act_conv3d", "norm_act"))
-def test_cases_of_a_gpu_are_calls_that_work(op):
-    """Cases with the channels of models, which only a GPU is given, and no other machine would try."""
+def test_cases_of_a_gpu_are_calls_that_work(op, models=None):
+    """Cases with the channels, or at the sizes, of models, which only a GPU is given, and no other machine would try."""
     few = [label for label, _ in cases(op, torch.float32)]
-    more = dict(cases(op, torch.float32, "emulated:sm90"))
+    more = dict(cases(op, torch.float32, "emulated:sm90", 0, models))
     assert len(more) > len(few) and few == list(more)[:len(few)]
     for label, inputs in more.items():
-        outputs = getattr(ops, op)(**inputs, backend="torch")
+        if models and label in few:
+            continue
+        with torch.no_grad():
+            outputs = getattr(ops, op)(**inputs, backend="auto" if op == "varlen_attention_forward" else "torch")
         first = outputs[0] if isinstance(outputs, tuple) else outputs
         assert first.numel() and first.isfinite().all(), label
+
+
+def test_a_part_of_the_cases_makes_no_record(monkeypatch):
+    monkeypatch.setattr(validation, "_arch", lambda device: "sm90")
+    labels = [label for label, _ in cases("kl_sample", torch.float32)]
+    for options, ran, arch in ((dict(), labels, "sm90"), (dict(case="clamped"), ["clamped below", "clamped above"], None),
+                               (dict(models=False), labels, None)):
+        report = validate("kl_sample", backend="torch", dtypes=(torch.float32,), **options)
+        assert all(row.ran == set(ran) and row.as_dict()["arch"] == arch for row in report.rows)

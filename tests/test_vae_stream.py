@@ -209,12 +209,33 @@ def test_the_cuda_graph_is_made_as_pytorch_has_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "Stream", lambda where: stream if where == device else None)
     monkeypatch.setattr(torch.cuda, "device", lambda where: nullcontext(said.append(where)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: where)
+    monkeypatch.setattr(torch.cuda, "stream", lambda current: nullcontext() if current == device else None)
     replay, output = vae_stream.cuda_graph(lambda: said.append("run") or "output", device)
     assert said[0] == device and said[2:] == ["run"] and output == "output"
     graph = said[1].pop("cuda_graph")
     assert isinstance(graph, Graph) and said[1] == dict(stream=stream, capture_error_mode="thread_local")
     replay()
     assert said[3:] == ["replay"]
+
+
+def test_a_failed_capture_leaves_the_state_as_it_was(caplog):
+    """Planted: a step that is broken off between what it sets; from then on it runs as it is, and is captured no more."""
+    state, module, total, captures = StreamState(), torch.nn.Identity(), torch.zeros(1), []
+
+    def step(chunk):
+        held = state.get(module, total)
+        state.set(module, None)
+        if len(captures) == 1 and not captures[0]:
+            captures[0] = True
+            raise RuntimeError("operation not permitted")
+        state.set(module, held)
+        return (held + chunk.sum()).clone()
+
+    stream = vae_stream.CapturedStream(step, state, lambda run, device: (captures.append(False), run()))
+    given = [torch.full((1,), float(n)) for n in range(2 * vae_stream.REPEATS + 2)]
+    assert [stream(chunk) for chunk in given] == given and len(captures) == 1
+    assert state.get(module) is total and "its capture failed (operation not permitted)" in caplog.text
 
 
 def test_no_graph_where_none_is_wanted_or_possible(monkeypatch):

@@ -27,6 +27,9 @@ def add_arguments(parser) -> None:
         help="a model of diffusers, plain and accelerated, in place of ops (default: ops)")
     add("--backend", action="append", help="backend of ours; repeat for several (default: all there are)")
     add("--dtype", action="append", choices=DTYPES, help="repeat for several (default: the last three)")
+    add("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT, those at models' sizes among them; "
+                                                   "no records come of a part (default: all)")
+    add("--small", action="store_true", help="without the cases at models' sizes, which a GPU has; no records come of it")
     add("--device", default="cpu", help="cpu, cuda, or a GPU that is emulated, as in emulated:sm90")
     add("--schedules", type=int, metavar="N", help="emulated: each launch under N schedules: asynchronous copies late, "
                                                    "early, at random times (default: late alone)")
@@ -84,6 +87,9 @@ def run(arguments) -> int:
             break
     if arguments.jsonl:
         print(f"wrote {arguments.jsonl}")
+    if arguments.case and not any(row.ran or row.raised or row.refused for report in reports for row in report.rows):
+        raise ValueError(f"--case: expected a part of the name of a case of these ops, got {arguments.case!r}; "
+                         f"sora_fast.testing.cases yields their names")
     rows = [row for report in reports for row in report.rows if not _excused(row, report, arguments)]
     passed = bool(rows) and all(row.passed for row in rows) and not any(report.stopped for report in reports)
     print("validate: every comparison passed" if passed else "validate: FAILED")
@@ -134,7 +140,8 @@ def _one(name, backend, device, dtypes, arguments, progress=lambda text: None) -
     from ..testing import emulated_gpu, validate
 
     function = load_function(arguments.impl, "--impl") if arguments.impl else None
-    run = lambda: validate(name, function, backend=backend, device=device, dtypes=dtypes, progress=progress)
+    run = lambda: validate(name, function, backend=backend, device=device, dtypes=dtypes, progress=progress,
+                           case=arguments.case, models=False if arguments.small else None)
     if not device.startswith("emulated:"):
         return run(), []
     schedules = "late" if arguments.schedules is None else arguments.schedules
@@ -164,7 +171,7 @@ def _model(arguments) -> int:
     from ..integrations.comparison import compare, open_model
     from ..named import pick_device
 
-    other = [name for name in ("op", "impl", "backend", "jsonl") if getattr(arguments, name)]
+    other = [name for name in ("op", "impl", "backend", "jsonl", "case", "small") if getattr(arguments, name)]
     if other:
         raise ValueError(f"--model: expected no --{other[0]} beside it, got one; --dtype and --device are for models too")
     model, passed = open_model(arguments.model), True

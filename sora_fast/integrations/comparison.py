@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..precision import float32_kept
 from .mixin import original_of
 from .recipes import RECIPES
 from .swapping import Report, accelerate
@@ -90,9 +91,10 @@ def open_model(what: str) -> nn.Module:
     return _randomise(kind(**RECIPES[name].tiny))
 
 
+@float32_kept()
 def compare(model: nn.Module, calls: list[tuple[str, Callable]] | None = None, *, dtype: torch.dtype = torch.float32,
             device: str | torch.device = "cpu", progress: Callable[[str], None] = lambda text: None) -> Comparison:
-    """Run ``model`` in float64, in ``dtype`` and accelerated, on the same inputs; it is left as it was.
+    """Run ``model`` in float64, in ``dtype`` and accelerated, on the same inputs, without TF32; it is left as it was.
 
     Args:
         calls: (name, run) pairs, ``run(model, cast) -> tensor`` with ``cast`` for float inputs; None: those made for the

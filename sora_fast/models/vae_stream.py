@@ -3,6 +3,7 @@
 B batch, C channels, T frames, H height, W width; t, h, w of the latents.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 
@@ -59,8 +60,9 @@ def chunk_length(config, clip, scale: int) -> int:
 def cuda_graph(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[Callable[[], None], torch.Tensor]:
     """``(replay, output)``: ``run`` as a CUDA graph, not yet run; each replay overwrites ``output``."""
     graph = torch.cuda.CUDAGraph()
-    # a stream of this device, where the default one may be another's; other threads, such as loaders, may go on meanwhile
-    with (torch.cuda.device(device),
+    # a stream of this device, where the default one may be another's; other threads, such as loaders, may go on meanwhile;
+    # a capture that fails leaves its stream the current one, so that one is put back from outside
+    with (torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)),
           torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local")):
         output = run()
     return graph.replay, output
@@ -75,7 +77,8 @@ class CapturedStream:
 
     A chunk is steady if the one before it had its shape and left the state as it was: every tensor at its address, every
     number unchanged. After REPEATS of one shape that shape is captured; everything else runs as it is, so one set of
-    buffers serves the stream. Not under autocast, whose casts of weights live only as long as its context.
+    buffers serves the stream. Not under autocast, whose casts of weights live only as long as its context. Where a capture
+    fails, as by a hook of the user's that waits for the GPU, the stream goes on without one and says so.
 
     ``capture(run, device)`` gives ``(replay, output)``, as ``cuda_graph`` does.
     """
@@ -83,19 +86,26 @@ class CapturedStream:
     def __init__(self, step: Callable[[torch.Tensor], torch.Tensor], state: StreamState, capture):
         self.step, self.state, self.capture = step, state, capture
         self.key = self.replay = self.input = self.output = None
-        self.repeats = 0
+        self.repeats, self.failed = 0, False
 
     def __call__(self, chunk: torch.Tensor) -> torch.Tensor:
         """What ``step`` gives. ``output`` itself where it came from the graph: the next call overwrites it."""
-        if torch.is_autocast_enabled(chunk.device.type):
+        if self.failed or torch.is_autocast_enabled(chunk.device.type):
             return self.step(chunk)
         key = (chunk.shape, chunk.dtype, chunk.device, self.state.layout())
         if self.replay is None:
             self.key, self.repeats = key, self.repeats + 1 if key == self.key else 0
             if self.repeats < REPEATS:
                 return self.step(chunk)
-            self.input = chunk.clone()
-            self.replay, self.output = self.capture(lambda: self.step(self.input), chunk.device)
+            self.input, past = chunk.clone(), self.state.held()
+            try:
+                self.replay, self.output = self.capture(lambda: self.step(self.input), chunk.device)
+            except RuntimeError as error:
+                self.state.put_back(past)  # a capture runs nothing: what the tensors hold is as it was
+                self.failed, self.input = True, None
+                logging.getLogger("sora_fast").warning("a stream goes on without a CUDA graph, slower: its capture failed "
+                                                       "(%s)", " ".join(str(error).split())[:400])
+                return self.step(chunk)
         elif key != self.key:
             return self.step(chunk)
         else:

@@ -41,6 +41,13 @@ class StreamState:
             other._slots[module] = tuple(map(own, value)) if isinstance(value, tuple) else own(value)
         return other
 
+    def held(self) -> dict[nn.Module, object]:
+        """What ``put_back`` takes, to undo what a step set; of the tensors themselves, not of what they hold."""
+        return dict(self._slots)
+
+    def put_back(self, held: dict[nn.Module, object]) -> None:
+        self._slots = dict(held)
+
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that is remembered."""
         for value in self._slots.values():

@@ -3,10 +3,12 @@
 Nq query rows, Nk key rows, H heads, Hk key heads (Hk divides H), E head dim, S samples.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import checks
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
@@ -59,18 +61,45 @@ def _sdpa(q_SQHE, k_SKHE, v_SKHE, scale, mask_QK=None):
     return torch.where(sees_Q[:, None, None], out.transpose(1, 2), 0)
 
 
-def _varlen_applies(q, deterministic: bool) -> bool:
+def _varlen_applies(device: str, dtype: torch.dtype, deterministic: bool) -> bool:
     """Whether torch.nn.attention.varlen (PyTorch's FlashAttention-2, sm_80 and later) supports this call."""
-    device = device_name(q)
     return (device.startswith("cuda:sm") and int(device.removeprefix("cuda:sm")) >= 80 and not deterministic
-            and q.dtype in (torch.float16, torch.bfloat16))
+            and dtype in (torch.float16, torch.bfloat16))
+
+
+# From PyTorch 2.14 on varlen_attn hands rows of more than 128 without a window to cuDNN on sm_90 and sm_100. Its version
+# there, 9.24, is wrong on samples without queries or keys (attention_peers.CUDNN).
+VARLEN_MAY_BE_CUDNN = torch.__version__ >= (2, 14)
 
 
 def _torch_varlen(q, k, v, cu_q, cu_k, scale, window):
     from torch.nn.attention.varlen import varlen_attn
 
+    if VARLEN_MAY_BE_CUDNN and window == (-1, -1):
+        # A window as long as the row sees every key: FlashAttention treats it as no window, and cuDNN refuses it.
+        # num_splits would turn cuDNN off in the forward only.
+        window = (k.shape[0], -1)
     # max_seqlen sizes its grid. It is only a hint here, so pass the number of rows: CTAs past a sample's end exit
     return varlen_attn(q, k, v, cu_q, cu_k, q.shape[0], k.shape[0], scale=scale, window_size=window)
+
+
+def _torch_note(problem: AttentionProblem) -> str:
+    """For ``explain``: what PyTorch runs."""
+    if not _varlen_applies(problem.device, problem.dtype, problem.deterministic):
+        return ""
+    kept = f" (kept from cuDNN, which PyTorch {torch.__version__} prefers, by a window as long as the row)"
+    return f"FlashAttention-2 by torch.nn.attention.varlen{kept if VARLEN_MAY_BE_CUDNN else ''}"
+
+
+def _deterministic_sdpa(q, k, v):
+    """A context in which SDPA's gradients have the same bits every time.
+
+    Its memory-efficient kernel and cuDNN's add up dq in any order, unless use_deterministic_algorithms is on: then they are
+    left to PyTorch, else its composition of matrix products runs, with all scores in memory.
+    """
+    if q.is_cuda and needs_grad(q, k, v) and not torch.are_deterministic_algorithms_enabled():
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def _torch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window, return_lse,
@@ -86,11 +115,12 @@ def _torch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scal
         return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window)
     q, k, v = (reference.without_tail(t, cu) for t, cu in
                ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k)))
-    if _varlen_applies(q, deterministic):
+    if _varlen_applies(device_name(q), q.dtype, deterministic):
         out = _torch_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, (window[0], 0) if causal else window)
         return reference.without_tail(out, cu_seqlens_q)
     mask = reference.visible(cu_seqlens_q, cu_seqlens_k, queries, keys, causal, window, q.device)
-    return _sdpa(q[None], k[None], v[None], scale, mask)[0]
+    with _deterministic_sdpa(q, k, v) if deterministic else nullcontext():
+        return _sdpa(q[None], k[None], v[None], scale, mask)[0]
 
 
 def _nothing(q, k, v):
@@ -155,7 +185,7 @@ def _mask(queries: int, keys: int, left: int, right: int):
 VARLEN_ATTENTION = Op("varlen_attention", "attention", _example, [
     attention_triton.ATTENTION,
     *attention_peers.ATTENTION,
-    Backend("torch", _torch_varlen_attention, _torch_unsupported),
+    Backend("torch", _torch_varlen_attention, _torch_unsupported, note=_torch_note),
     Backend("reference", reference.varlen_attention)], AttentionProblem)
 VARLEN_ATTENTION_FORWARD = Op("varlen_attention_forward", "attention", _raw_example, [
     attention_triton.FORWARD,

@@ -1,9 +1,13 @@
 """Backend "triton" of varlen_attention and of its raw forward and backward."""
 
+from functools import partial
+
 import torch
 
 from .. import configs
 from ..dispatch import Backend, Problem
+from ..kernels import arch
+from ..precision import tf32_products
 from . import operators, triton_backend
 
 
@@ -19,7 +23,7 @@ def _typical_config(problem) -> configs.Found:
 
 def _options(q, softmax_scale, causal, left, right):
     return dict(scale=q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, causal=causal, window=(left, right),
-                tf32=triton_backend.tf32())
+                tf32=tf32_products())
 
 
 def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right):
@@ -97,10 +101,15 @@ def _varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_s
                                                   None, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, *window)
 
 
-def _unsupported(problem: Problem) -> list[str]:
-    return triton_backend.unsupported(problem, problem.dtype)
+def _unsupported(problem: Problem, backward: bool = False) -> list[str]:
+    reasons, gpu = triton_backend.unsupported(problem, problem.dtype), problem.device.partition(":")[2]
+    if ((problem.grad or backward) and problem.dtype == torch.float32 and problem.head_dim > 192 and gpu
+            and arch.is_small(gpu)):
+        reasons.append(f"Its backward in float32 takes 160 KB of shared memory for head dims above 192; {gpu} has 99 KB.")
+    return reasons
 
 
 ATTENTION, FORWARD, BACKWARD = (
-    Backend("triton", run, _unsupported, kernel="attention", config=_typical_config)
-    for run in (_varlen_attention, _varlen_attention_forward, _varlen_attention_backward))
+    Backend("triton", run, unsupported, kernel="attention", config=_typical_config)
+    for run, unsupported in ((_varlen_attention, _unsupported), (_varlen_attention_forward, _unsupported),
+                             (_varlen_attention_backward, partial(_unsupported, backward=True))))

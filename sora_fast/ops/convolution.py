@@ -11,9 +11,19 @@ import torch.nn.functional as F
 
 from .. import checks, env
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, refuse_transforms, remember, remembered
+from ..environment import cudnn_version
 from ..kernels.convolution_settings import ConvSettings
 from ..measured import sizes
-from ..precision import autocast, autocast_dtype, cast, emulated_on_cpu, holds_numbers, transformed, wide_dtype
+from ..precision import (
+    autocast,
+    autocast_dtype,
+    cast,
+    emulated_on_cpu,
+    holds_numbers,
+    tf32_convolutions,
+    transformed,
+    wide_dtype,
+)
 from ..reference import convolution as reference
 from . import convolution_cuda, convolution_triton, normalization
 
@@ -47,8 +57,8 @@ def _example(device: str, dtype: torch.dtype, grad: bool) -> ConvolutionProblem:
 @env.constant_in_graphs
 def _cudnn() -> tuple[int, bool]:
     """The version of the cuDNN that PyTorch calls, 91900 for 9.19.0 (0: none), and whether it may take TF32."""
-    version = torch.backends.cudnn.version() if torch.backends.cudnn.enabled else None
-    return version or 0, torch.backends.cudnn.conv.fp32_precision == "tf32"
+    version = cudnn_version() if torch.backends.cudnn.enabled else None
+    return version or 0, tf32_convolutions()
 
 
 def _cudnn_of(device: str) -> tuple[int, bool]:

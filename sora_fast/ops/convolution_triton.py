@@ -5,6 +5,7 @@ import torch
 from .. import checks, configs
 from ..dispatch import Backend, needs_grad
 from ..kernels.convolution_settings import ConvSettings
+from ..precision import tf32_products
 from ..reference import convolution as reference
 from . import normalization_triton, operators, triton_backend
 from .convolution_outputs import FORWARD, NORM, TENSORS, fake_forward
@@ -28,7 +29,7 @@ def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings
     from ..kernels import convolution, norm_convolution
 
     s = ConvSettings.of(weight, *settings)
-    common = dict(tf32=triton_backend.tf32(), config=_config_of_call("forward", weight, s))
+    common = dict(tf32=tf32_products(), config=_config_of_call("forward", weight, s))
     if s.norm is None:
         y = convolution.forward(x, weight, bias, cache, residual, s, **common)
         made = [y, reference.next_cache(x, cache, s.keep) if s.keep else None]
@@ -51,14 +52,14 @@ def _backward(dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bias, st
         dx = dcache = dweight = None
         if want_x or want_cache:
             dx, dcache = convolution.dgrad(dy, weight, dcache_out, x.shape, cached, s, want_x=want_x,
-                                           want_cache=want_cache, tf32=triton_backend.tf32(), config=dgrad)
+                                           want_cache=want_cache, tf32=tf32_products(), config=dgrad)
         if want_weight:
-            dweight = convolution.wgrad(dy, x, cache, weight, s, tf32=triton_backend.tf32(), config=wgrad)
+            dweight = convolution.wgrad(dy, x, cache, weight, s, tf32=tf32_products(), config=wgrad)
         of_norm = (None, None)
     else:
         dx, dweight, dcache, *of_norm = norm_convolution.backward(
             dy, dcache_out, x, weight, cache, norm_weight, norm_bias, stats, s,
-            wanted=(want_x, want_weight, want_cache, want_norm_weight, want_norm_bias), tf32=triton_backend.tf32(),
+            wanted=(want_x, want_weight, want_cache, want_norm_weight, want_norm_bias), tf32=tf32_products(),
             norm_config=normalization_triton.config_of_call("forward", x, s.norm, s.act, weight.dtype),
             norm_backward_config=normalization_triton.config_of_call("backward", x, s.norm, s.act, weight.dtype),
             dgrad_config=dgrad, wgrad_config=wgrad)

@@ -1,9 +1,13 @@
 """Backend "triton" of qk_norm_rope."""
 
+import functools
+from functools import partial
+
 import torch
 
 from .. import checks, configs
 from ..dispatch import Backend
+from ..to_device import outside_pools
 from . import operators, triton_backend
 
 WIDEST = 8192
@@ -29,12 +33,23 @@ def _typical_config(problem) -> configs.Found:
 
 def _table(coords, freqs, axes, theta):
     """Frequencies for the kernels: learned, or the table of fixed ones."""
-    from ..kernels import rotary as kernels
-
     if coords is None or freqs is not None:
         return freqs
-    with torch.inference_mode(False):  # it is cached, and a later backward may use it
-        return kernels.frequencies(tuple(axes), tuple(theta), coords.device)
+    return _fixed(tuple(axes), tuple(theta), coords.device)
+
+
+@functools.cache
+@torch.inference_mode(False)  # it is cached, and a later backward may use it
+def _fixed(axes: tuple[int, ...], theta: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    from ..kernels import rotary as kernels
+
+    make = partial(kernels.frequencies, axes, theta, device)
+    if device.type != "cuda":
+        return make()
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("qk_norm_rope: expected axes and theta that were used once before a CUDA graph is captured, got "
+                           "new ones; make the call once before the capture")
+    return outside_pools(make)
 
 
 def _forward(q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows, norm, axes, theta, pairing, eps):

@@ -69,11 +69,6 @@ def _gpu_name(device: torch.device | str) -> str:
     return configs.gpu_name(device)
 
 
-def tf32() -> bool:
-    """Whether float32 MMAs may use TF32. Off by default, unlike cuDNN's switch for convolutions."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
 class _NoNode:
     """A replacement for an autograd context that saves nothing."""
 

@@ -2,11 +2,12 @@
 
 import functools
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from .. import checks
-from ..to_device import to_device
+from ..to_device import outside_pools, to_device
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,18 @@ def _upload(grids: tuple, device: torch.device) -> _Uploaded:
         raise checks.error("grids", "at most 2,147,483,647 tokens in the samples of a call on backend 'triton'",
                            f"{ends[-1]:,}", "make several calls")
     table = torch.tensor([*(n for grid in grids for n in grid), *ends], dtype=torch.int32, device="cpu")
-    if device.type != "cuda":
-        stream = event = None
-    else:
-        table = to_device(table, device)
-        stream = torch.cuda.current_stream(device)
-        event = stream.record_event()
+    stream = event = None
+    if device.type == "cuda":
+        table, stream, event = outside_pools(partial(_copied, table, device))
     return _Uploaded(table[: 3 * len(grids)].view(-1, 3), table[3 * len(grids) :], stream, event)
+
+
+def _copied(table: torch.Tensor, device: torch.device) -> tuple:
+    """``table`` on ``device``, the stream that copies it, and the event of its arrival."""
+    with torch.cuda.device(device):
+        table = to_device(table, device)
+        stream = torch.cuda.current_stream()
+        return table, stream, stream.record_event()
 
 
 def uploaded_grids(grids: tuple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

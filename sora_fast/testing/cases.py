@@ -1,6 +1,7 @@
 """Inputs that break kernels, a few per op: ragged, empty, odd, strided, tailed with NaN.
 
-``cases(op, dtype)`` yields (label, keyword arguments); the same serve the tests, ``validate`` and the benchmark's gate.
+``cases(op, dtype)`` yields (label, keyword arguments); the same serve the tests, ``validate`` and the benchmark's gate. On a
+GPU calls at the sizes of models follow (model_cases.py).
 """
 
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import torch
 
 from .. import reference
 from ..pack import Pack
+from . import model_cases
 from .draw import Draw
 
 RAGGED = [(2, 3, 5), (0, 4, 4), (1, 1, 1), (1, 7, 3), (3, 2, 2)]  # 30 + 0 + 1 + 21 + 12 = 64 tokens
@@ -104,12 +106,14 @@ def _attention(op, draw) -> Iterator[tuple[str, dict]]:
         max_seqlen_q=25, max_seqlen_k=25)
 
 
-def _attention_backward(op, draw) -> Iterator[tuple[str, dict]]:
+def _attention_backward(op, draw, forward=_attention) -> Iterator[tuple[str, dict]]:
     names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
-    for label, inputs in _attention(op, draw):
+    for label, inputs in forward(op, draw):
         kept = {name: value for name, value in inputs.items() if not name.startswith("max_")}
         out, lse = reference.varlen_attention_forward(**kept)
         yield label, dict(dout=draw(*out.shape), dlse=draw(*lse.shape, dtype=lse.dtype), out=out, lse=lse, **inputs)
+    if forward is not _attention:
+        return
     kept = {name: kept[name] for name in names}
     yield "no gradient of lse", dict(dout=draw(*out.shape), dlse=None, out=out, lse=lse, **kept)
 
@@ -222,8 +226,21 @@ _MAKERS = {
 }
 
 
-def cases(op: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Iterator[tuple[str, dict]]:
-    """Yield (label, keyword arguments) for ``op`` with tensors of ``dtype``; ``device`` may be "emulated:sm90"."""
+def cases(op: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0,
+          models: bool | None = None) -> Iterator[tuple[str, dict]]:
+    """Yield (label, keyword arguments) for ``op`` with tensors of ``dtype``.
+
+    Args:
+        device: may be "emulated:sm90". models: whether calls at the sizes of models follow; None: on a real GPU, as they
+            take minutes of a CPU.
+    """
     if op not in _MAKERS:
         raise ValueError(f"cases: expected one of {', '.join(_MAKERS)}, got {op!r}; name an op of sora_fast.ops")
-    yield from _MAKERS[op](op, Draw(device, seed, dtype, alike=True))
+    draw = Draw(device, seed, dtype, alike=True)
+    yield from _MAKERS[op](op, draw)
+    if not (str(device).startswith("cuda") if models is None else models):
+        return
+    if op == "varlen_attention_backward":
+        yield from _attention_backward(op, draw, model_cases.attention)
+    elif op in model_cases.MAKERS:
+        yield from model_cases.MAKERS[op](op, draw)

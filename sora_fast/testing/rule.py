@@ -24,6 +24,7 @@ from functools import partial
 import torch
 
 from .. import ops
+from ..precision import float32_kept
 
 ROUNDS_P = ("varlen_attention", "varlen_attention_forward", "varlen_attention_backward")
 
@@ -110,9 +111,7 @@ def _bound_convolution(result: Comparison, ref64: torch.Tensor, inputs: Mapping[
     """``result`` of a convolution's output, with its problem if the sums were not made in float32."""
     least, bound = _CONVOLUTION.get(result.dtype, (float("inf"), 0.0))
     size = float(torch.linalg.vector_norm(ref64.detach())) / max(ref64.numel(), 1) ** 0.5
-    tf32 = (result.dtype == torch.float32 and ref64.device.type == "cuda"
-            and torch.backends.cudnn.conv.fp32_precision == "tf32")  # then the definition is no better
-    if result.problem or ref64.numel() < least or size == 0 or tf32:
+    if result.problem or ref64.numel() < least or size == 0:
         return result
     # cuDNN's bias and a residual are added by kernels of their own, each after a rounding as large as the last
     rounds = 1 + sum(inputs.get(name) is not None for name in ("bias", "residual"))
@@ -265,6 +264,7 @@ def random_cotangents(outputs: list[torch.Tensor], seed: int) -> list[torch.Tens
     return [torch.randn(o.shape, generator=generator, dtype=wide(o), device=o.device).to(o.dtype) for o in outputs]
 
 
+@float32_kept()  # or on CUDA a convolution would be held to what TF32 is off by
 def truth(op: str, inputs: Mapping[str, object], *, grads: bool = True, names: Iterable[str] | None = None,
           seed: int = 0, flat_cotangent: bool = False, definition: Callable | None = None) -> Truth:
     """The Truth of ``op(**inputs)``.
@@ -294,9 +294,10 @@ def truth(op: str, inputs: Mapping[str, object], *, grads: bool = True, names: I
     return Truth(op, inputs, cotangents, names, ref, _low(definition, inputs, cotangents, names, ref))
 
 
+@float32_kept()
 def compare_with_reference(op: str, got, inputs: Mapping[str, object], *, grads: bool = True, seed: int = 0,
                            flat_cotangent: bool = False) -> list[Comparison]:
-    """Comparisons of every output and gradient of ``op``.
+    """Comparisons of every output and gradient of ``op``; products and convolutions of float32 are made without TF32.
 
     Args:
         got: a function taking the op's keyword arguments (then gradients are compared too), or the output tensors.

@@ -10,7 +10,8 @@
     failed: every failed comparison in full; raised: {case, reason} where the call raised or wrote into its arguments;
         refused: {case, reason} where the backend says that it cannot
     kernel, kernel_hash: module of sora_fast.kernels, or family of csrc, and its hash, or null
-    arch: "sm90", or null off NVIDIA GPUs; emulated: "sm90" where that GPU was emulated, or null
+    arch: "sm90", or null off NVIDIA GPUs and where not all cases were run
+    emulated: "sm90" where that GPU was emulated, or null
     environment: as sora_fast.environment gives it
 
 A number that is not finite is null. Those of a kernel on a CUDA GPU are the records of sora_fast.records.
@@ -28,6 +29,7 @@ import torch
 from .. import dispatch, ops, records
 from ..environment import environment
 from ..explanation import all_ops
+from ..precision import float32_kept
 from .cases import cases
 from .emulated import emulated_gpu
 from .rule import Comparison, Truth, run, same_bits, tensors, truth
@@ -147,11 +149,11 @@ class Report:
 
 def validate(op: str, fn: Callable | None = None, *, backend: str = "auto", device: str = "cpu",
              dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
-             progress: Callable[[str], object] = lambda text: None) -> Report:
+             progress: Callable[[str], object] = lambda text: None, case: str = "", models: bool | None = None) -> Report:
     """Run ``fn`` over the cases of ``op``, forward and backward, and compare with the reference in float64.
 
     A case in which ``fn`` raises or writes into its arguments has failed, one that it refuses (NotImplementedError) is
-    listed; the others run all the same.
+    listed; the others run all the same. PyTorch's products and convolutions of float32 are made without TF32.
 
     Args:
         op: name of an op, as in ``sora_fast.ops``.
@@ -159,6 +161,8 @@ def validate(op: str, fn: Callable | None = None, *, backend: str = "auto", devi
         device: where it runs. The truth is computed there too. "emulated:sm90": CPU tensors inside ``emulated_gpu``, in
             the scope that is open or, where none is, one with its defaults.
         progress: called before each case with what it is.
+        case: only cases whose label contains this text. models: as in ``cases``, which a ``case`` chooses from in all. A
+            part of the cases makes no records.
 
     Returns:
         A Report: ``report.passed``, ``print(report)``, ``report.to_jsonl()``.
@@ -179,13 +183,15 @@ def validate(op: str, fn: Callable | None = None, *, backend: str = "auto", devi
     else:
         name = getattr(fn, "__name__", type(fn).__name__)
     emulated = device.partition(":")[2] if device.startswith("emulated:") else None
-    with nullcontext() if emulated is None or dispatch.emulated_gpu() else emulated_gpu(emulated):
-        return _validate(op, fn, name, facts | dict(emulated=emulated), device, dtypes, progress)
+    scope = nullcontext() if emulated is None or dispatch.emulated_gpu() else emulated_gpu(emulated)
+    with scope, float32_kept():
+        return _validate(op, fn, name, facts | dict(emulated=emulated), device, dtypes, progress, case, models)
 
 
-def _validate(op: str, fn: Callable, name: str, facts: dict, place: str, dtypes, progress) -> Report:
+def _validate(op: str, fn: Callable, name: str, facts: dict, place: str, dtypes, progress, case, models) -> Report:
     device = torch.device("cpu" if facts["emulated"] else place)
-    facts |= dict(implementation=name, arch=_arch(device), environment=environment(device))
+    whole = not case and models is None
+    facts |= dict(implementation=name, arch=_arch(device) if whole else None, environment=environment(device))
     # the raw attention ops are forward and backward themselves, and have no gradients of their own
     directions = ("forward",) if op.startswith("varlen_attention_") else records.DIRECTIONS
     rows: list[Row] = []
@@ -193,7 +199,9 @@ def _validate(op: str, fn: Callable, name: str, facts: dict, place: str, dtypes,
     for dtype in dtypes:
         of_dtype = {way: Row(dtype=str(dtype).removeprefix("torch."), direction=way, **facts) for way in directions}
         rows += of_dtype.values()
-        for label, inputs in cases(op, dtype, place):
+        for label, inputs in cases(op, dtype, place, 0, True if case and models is None else models):
+            if case not in label:
+                continue
             progress(f"{op}, {name}, {str(dtype).removeprefix('torch.')}: {label}")
             error = _case(op, name, fn, label, inputs, of_dtype)
             if error is None:
@@ -208,9 +216,14 @@ def _validate(op: str, fn: Callable, name: str, facts: dict, place: str, dtypes,
 def _case(op: str, name: str, fn: Callable, label: str, inputs: dict, rows: dict[str, Row]) -> Exception | None:
     """Run one case, write what came of it into ``rows``, and return what the call raised."""
     forward, backward = rows["forward"], rows.get("backward")
-    wanted = truth(op, inputs, grads=backward is not None)
-    # A kernel that reads its gradient's memory as if it were dense errs where .sum() made one of stride 0.
-    flat = truth(op, inputs, flat_cotangent=True) if backward else None
+    try:
+        wanted = truth(op, inputs, grads=backward is not None)
+        # A kernel that reads its gradient's memory as if it were dense errs where .sum() made one of stride 0.
+        flat = truth(op, inputs, flat_cotangent=True) if backward else None
+    except Exception as error:  # such as memory that it does not fit, or a cuDNN that is not to be trusted
+        for row in rows.values():
+            row.raised.append((label, f"the reference of {op} raised {type(error).__name__}: {error}"))
+        return error
     held = _Held(wanted)
     fails = lambda error: f"{name} raised {type(error).__name__} where {op} does not: {error}"
     try:

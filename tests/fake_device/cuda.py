@@ -1,5 +1,6 @@
 """torch.cuda in terms of the fake device: ``install()``, for the rest of the process."""
 
+import threading
 import time
 from types import SimpleNamespace
 
@@ -71,10 +72,11 @@ class stream:
         self.stream = stream
 
     def __enter__(self):
+        self.before = list(_streams)
         _streams.append(self.stream or _streams[-1])
 
     def __exit__(self, *_):
-        _streams.pop()
+        _streams[:] = self.before
 
 
 class _Capture(graphs.graph):
@@ -86,9 +88,10 @@ class _Capture(graphs.graph):
         super().__enter__()
         _streams.append(self.on or Stream())  # as PyTorch: never the default stream
 
-    def __exit__(self, *told):
-        _streams.pop()
-        super().__exit__(*told)
+    def __exit__(self, kind, *told):
+        if kind is None:  # as PyTorch: one that fails leaves its stream the current one
+            _streams.pop()
+        super().__exit__(kind, *told)
 
 
 class device:
@@ -144,6 +147,10 @@ def as_tensor(data, dtype=None, device=None):
     return tensor(data, dtype=dtype, device=device)
 
 
+def set_sync_debug_mode(mode) -> None:
+    waits.state.sync_debug_mode = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)
+
+
 def install() -> None:
     """Once, in a process of its own with guard.cpp preloaded: nothing takes it away."""
     nothing = lambda *_, **__: None
@@ -158,6 +165,7 @@ def install() -> None:
         empty_cache=nothing, synchronize=lambda device=None: waits.note("torch.cuda.synchronize"), _sleep=nothing,
         manual_seed=nothing, manual_seed_all=nothing,
         get_rng_state=lambda device=None: torch.empty(0, dtype=torch.uint8, device="cpu"), set_rng_state=nothing,
+        get_sync_debug_mode=lambda: waits.state.sync_debug_mode, set_sync_debug_mode=set_sync_debug_mode,
         is_current_stream_capturing=lambda: waits.state.capture is not None,
         current_stream=lambda device=None: _streams[-1], default_stream=lambda device=None: _streams[0],
         Stream=Stream, Event=Event, stream=stream, device=device, CUDAGraph=graphs.CUDAGraph, graph=_Capture)
@@ -167,4 +175,11 @@ def install() -> None:
     torch.Generator, torch.tensor, torch.as_tensor = Generator, tensor, as_tensor
     torch.autograd.set_multithreading_enabled(False)  # so that a wait in a backward is made from a line of Python
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a CudaTensor is no .data of a CPU tensor
-    tensors.MODE.__enter__()
+    tensors.MODE.__enter__()  # of this thread; others begin with one of their own
+    run = threading.Thread.run
+
+    def on_the_device(thread):
+        with tensors.Mode():
+            run(thread)
+
+    threading.Thread.run = on_the_device

@@ -4,15 +4,17 @@ from itertools import islice
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
-from sora_fast import ops
+from sora_fast import Pack, configs, explain, ops
 from sora_fast.explanation import all_ops
-from sora_fast.ops import cuda_backend
+from sora_fast.kernels import rotary
+from sora_fast.ops import attention, cuda_backend, rotary_triton, uploads
 from sora_fast.testing import truth
 from sora_fast.testing.cases import cases
 from sora_fast.testing.rule import run, same_bits
 
-from . import waits
+from . import graphs, waits
 
 RAW = ("varlen_attention_forward", "varlen_attention_backward")  # without gradients of their own
 CALLS = [(op, backend) for op in ops.__all__ for backend in ("torch", "triton") if backend in all_ops()[op].backends]
@@ -88,3 +90,88 @@ def test_an_op_as_a_cuda_graph(kernels, op, backend):
             value.mul_(0.5)
         graph.replay()
         assert all(same_bits(a, b) for a, b in zip(outputs, call(), strict=True)), label
+
+
+def test_the_gpu_is_asked_for_its_name_once(monkeypatch, kernels):
+    asked, name = [], torch.cuda.get_device_name
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: (asked.append(device), name(device))[1])
+    configs.gpu_name.cache_clear()
+    for width in (8, 16):  # a launch each, with a Config of its own
+        ops.norm_modulate(torch.randn(3, width, device="cuda"), None, None, backend="triton")
+    assert len(asked) == 1
+
+
+# What is made at the first call with new settings, and kept.
+KEEPS = {
+    "qk_norm_rope": (rotary_triton._fixed, lambda: dict(
+        q=torch.randn(6, 2, 24, device="cuda"), k=None, coords=Pack([(1, 2, 3)], device="cuda").coords, axes=(8, 8, 8))),
+    "unpatchify": (uploads._upload, lambda: dict(
+        tokens=torch.randn(6, 12, device="cuda"), grids=((1, 2, 3),), patch=(1, 2, 2), channels=3, flat=True))}
+
+
+@pytest.mark.parametrize("op, kept, make", [(op, *of_op) for op, of_op in KEEPS.items()], ids=KEEPS)
+def test_what_is_kept_is_in_no_pool_of_a_graph(kernels, op, kept, make):
+    """torch.compile's first run of a graph allocates in the graph's pool, whose memory is then used again."""
+    inputs, pool = make(), graphs.Pool()
+    rotary.frequencies.cache_clear()
+    kept.cache_clear()
+    with torch.no_grad():
+        with torch.cuda.stream(torch.cuda.Stream()), pool.open():
+            (wanted,) = run(on(op, "triton"), inputs, None)[0]
+            wanted = wanted.cpu()
+        assert pool.held, "the op's own output, at least"
+        pool.use_again()
+        (got,) = run(on(op, "triton"), inputs, None)[0]
+        assert same_bits(got.cpu(), wanted)
+        kept.cache_clear()
+        with pytest.raises(RuntimeError, match="used once before a CUDA graph is captured, got new ones"):
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                run(on(op, "triton"), inputs, None)
+
+
+# ------------------------------------------------------------------------------------------------ attention by PyTorch
+def attention_inputs(lengths=(150, 0, 30)):
+    """q, k, v of bf16 and an unequal pack, with more rows than the 128 up to which PyTorch's choice never changes."""
+    cu_seqlens = torch.tensor([0, *lengths], device="cpu").cumsum(0).to("cuda", torch.int32)
+    q, k, v = (torch.randn(sum(lengths), 2, 16, device="cuda").bfloat16() for _ in range(3))
+    return dict(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+
+
+def test_flash_attention_is_kept(monkeypatch):
+    """PyTorch 2.14 gives what has no window to cuDNN: here it gets a window that is none."""
+    kernel, chosen = varlen.varlen_attn, []
+
+    def of_2_14(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        chosen.append("cudnn" if max_q > 128 and window_size == (-1, -1) else "flash")
+        return kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", of_2_14)
+    monkeypatch.setattr(attention, "VARLEN_MAY_BE_CUDNN", True)
+    for masks in (dict(), dict(causal=True), dict(window=(3, -1)), dict(window=(-1, 2))):
+        compared = truth("varlen_attention", attention_inputs() | masks).compare(on("varlen_attention", "torch"))
+        assert not (failed := [str(each) for each in compared if not each.passed]), f"{masks}: {failed}"
+    assert chosen == ["flash"] * 4
+    assert "FlashAttention-2 by torch.nn.attention.varlen (kept from cuDNN" in explain("varlen_attention", device="cuda")
+    monkeypatch.setattr(attention, "VARLEN_MAY_BE_CUDNN", False)
+    on("varlen_attention", "torch")(**attention_inputs())
+    assert chosen[4:] == ["cudnn"]  # as an older PyTorch is called, which has no such choice
+    assert "kept from cuDNN" not in explain("varlen_attention", device="cuda")
+
+
+def test_deterministic_attention_by_pytorch(monkeypatch):
+    """Its gradients come from no kernel that adds up dq in any order."""
+    fused, sdpa = [], attention.F.scaled_dot_product_attention
+
+    def watched(*arguments, **options):
+        cuda = torch.backends.cuda
+        fused.append(cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled())
+        return sdpa(*arguments, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", watched)
+    inputs = attention_inputs() | dict(deterministic=True)
+    call = on("varlen_attention", "torch")
+    compared = truth("varlen_attention", inputs).compare(call)
+    assert all(each.passed for each in compared) and fused == [False]
+    with torch.no_grad():
+        call(**inputs)
+    assert fused[1:] == [True], "a forward has the same bits by every kernel"

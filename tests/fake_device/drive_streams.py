@@ -5,7 +5,7 @@ import torch
 
 from sora_fast import use_backend
 from sora_fast.models import VAEConfig, VideoVAE
-from sora_fast.nn import StreamState
+from sora_fast.nn import CausalConv3d, StreamState
 
 from . import graphs, waits
 
@@ -57,6 +57,23 @@ def test_streams_by_kernels(kernels, replays):
             parts = torch.cat(list(vae.decode_stream(latents, chunk=1)), 2)
         assert not beyond_captures(found) and replays and len(kernels.records) > launched
         torch.testing.assert_close(parts.cpu(), whole.cpu())
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_stream_that_cannot_be_captured(replays, caplog, where):
+    """A hook that waits for the GPU: the stream goes on where it was, on its own CUDA stream, with the same pixels."""
+    vae, z = VideoVAE.preset("tiny", width=8).to("cuda").eval(), torch.randn(1, 16, 12, 2, 2, device="cuda")
+    wanted = list(vae.decode_stream(z, chunk=1, graph=False))
+    hooked = [module for module in vae.decoder.modules() if isinstance(module, CausalConv3d)][0 if where == "first" else -1]
+    with torch.no_grad():
+        hooked.register_forward_hook(lambda module, inputs, output: (output.sum().item(), None)[1])
+    before = torch.cuda.current_stream()
+    parts = list(vae.decode_stream(z, chunk=1))
+    assert torch.cuda.current_stream() is before and waits.state.capture is None and not replays
+    for part, whole in zip(parts, wanted, strict=True):
+        assert torch.equal(part, whole)
+    (said,) = [text for record in caplog.records if "goes on without a CUDA graph" in (text := record.getMessage())]
+    assert "operation not permitted when stream is capturing" in said
 
 
 def test_a_stream_goes_to_the_host_as_it_comes():

@@ -93,14 +93,14 @@ def test_a_planted_wait_in_a_capture(monkeypatch, kernels, place, statement, wha
     assert not torch.cuda.is_current_stream_capturing()
 
 
-def test_a_planted_wait_in_a_stream(monkeypatch):
-    """decode_stream captures steady chunks, and the fault is met where it captures."""
+def test_a_planted_wait_in_a_stream(monkeypatch, caplog):
+    """decode_stream captures steady chunks, and the fault is met where it captures: its warning names the line."""
     vae, z = VideoVAE.preset("tiny", width=8).to("cuda"), torch.randn(1, 16, 10, 2, 2, device="cuda")
     list(vae.decode_stream(z, chunk=1))
     where = plant(monkeypatch, vae_stream.CapturedStream.__call__, "lambda: self.step(self.input)",
                   "lambda: (self.input.sum().item(), self.step(self.input))[1]")
-    with pytest.raises(waits.NotCapturable, match=f"item at {where} "):
-        list(vae.decode_stream(z, chunk=1))
+    list(vae.decode_stream(z, chunk=1))
+    assert f"operation not permitted when stream is capturing: item at {where} " in caplog.text
 
 
 @pytest.mark.parametrize("statement, operator", [

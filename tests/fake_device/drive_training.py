@@ -53,10 +53,14 @@ def conditions(text):
     return lambda null: dict(text=text([""] * 2 if null else ["a clip", "an image"]))
 
 
+@pytest.mark.parametrize("default", ["cpu", "cuda"])
 @pytest.mark.parametrize("objective", [FlowMatching(), FlowMatching("x0"), DDPM(), LearnedVariance()],
                          ids=["flow", "flow, x0", "ddpm", "learned variance"])
-def test_generation(objective):
-    """The numbers of a CPU, and steps that wait for nothing: more of them make no more waits."""
+def test_generation(objective, default):
+    """The numbers of a CPU, and steps that wait for nothing: more of them make no more waits.
+
+    ``default``: of torch.set_default_device.
+    """
     torch.manual_seed(0)
     text = ByteTextEncoder(128)
     dit = DiT.preset("tiny", in_channels=4, text_width=128, learn_sigma=isinstance(objective, LearnedVariance)).eval()
@@ -74,7 +78,7 @@ def test_generation(objective):
     wanted = run("cpu", 2)
     found = {}
     for count in (2, 4):
-        with waits.seen() as found[count]:
+        with waits.seen() as found[count], torch.device(default):
             got = run("cuda", count)
         if count == 2:
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)

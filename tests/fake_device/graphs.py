@@ -1,6 +1,7 @@
 """A stream capture: operators are recorded and leave memory as it was; a replay runs them again into the same memory."""
 
 import contextlib
+import threading
 
 import torch
 from torch.utils import _pytree as pytree
@@ -57,6 +58,31 @@ class Tape:
             for old, new in zip(made, _results(run()), strict=True):
                 if old is not new:
                     old.copy_(new)
+
+
+class Pool:
+    """Memory of a CUDA graph of torch.compile's, in which one thread allocates while it is ``open``."""
+
+    def __init__(self):
+        self.thread, self.held = None, []
+
+    @contextlib.contextmanager
+    def open(self):
+        self.thread, waits.state.pool = threading.get_ident(), self
+        try:
+            yield
+        finally:
+            self.thread = waits.state.pool = None
+
+    def add(self, made, inputs) -> None:
+        """Of what an operator ``made``, the memory that is none of its ``inputs``."""
+        if self.thread == threading.get_ident():
+            known = {_memory(x).untyped_storage().data_ptr() for x in inputs}
+            self.held += [x for x in _results(made) if x.untyped_storage().data_ptr() not in known]
+
+    def use_again(self) -> None:
+        for x in self.held:
+            x.fill_(torch.nan if x.is_floating_point() else -1)
 
 
 class CUDAGraph:

@@ -24,6 +24,13 @@ varlen.varlen_attn = varlen_attn
 cuda.install()
 
 
+@pytest.fixture(autouse=True)
+def default_stream():
+    """A capture that fails leaves its stream the current one, as PyTorch's does: for one test."""
+    yield
+    del cuda._streams[1:]
+
+
 @pytest.fixture
 def kernels():
     """The Emulator that runs the kernels."""

@@ -151,6 +151,16 @@ WIDE = (aten.convolution.default, aten.convolution_backward.default, aten.mm.def
         aten.baddbmm.default)
 
 
+CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+
+
+def tf32(x):
+    """``x``, a tensor of float32 with the 10 bits of mantissa that cuDNN's convolutions keep by default."""
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
+        return x
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 def execute(func, args, kwargs):
     """``func`` as on cuda:0."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):  # in inference mode
@@ -173,6 +183,8 @@ def execute(func, args, kwargs):
         out = run()
     else:
         out = tape.run(func, run, tensors, _written(func, args, kwargs))
+    if waits.state.pool is not None and on_cuda:
+        waits.state.pool.add(out, tensors)
     return _given_back(func, args, kwargs, out, on_cuda)
 
 
@@ -194,9 +206,12 @@ def _on_memory(func, flat, spec):
         return x.held if isinstance(x, CudaTensor) else x
 
     wide = func in WIDE and next((x.dtype for x in flat if isinstance(x, CudaTensor) and x.dtype in HALF), None)
+    short = func in CONVOLUTIONS and torch.backends.cudnn.conv.fp32_precision == "tf32"
     args, kwargs = pytree.tree_unflatten([held(x) for x in flat], spec)
 
     def run():
+        if short:
+            return func(*pytree.tree_map(tf32, args), **kwargs)
         if not wide:
             return func(*args, **kwargs)
         cast = lambda values, dtype: pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) else x, values)

@@ -12,6 +12,9 @@ ROOMS = tuple(f"{ROOT / room}/" for room in ("sora_fast", "kernels", "benchmarks
 TOOL = tuple(str(Path(__file__).with_name(f"{name}.py")) for name in ("waits", "tensors", "graphs", "cuda", "kernels"))
 
 
+UNSEEN = ("torch.cuda.synchronize", "Event.synchronize")  # by PyTorch's sync_debug_mode
+
+
 class HiddenWait(RuntimeError):
     """The host waits for the device where it may not."""
 
@@ -38,7 +41,9 @@ class Wait:
 
 class _State:
     capture = None  # graphs.Tape of the stream capture that is open
+    pool = None  # graphs.Pool that is open
     forbidden = False
+    sync_debug_mode = 0  # PyTorch's own, 2 for errors
     listeners: tuple[list[Wait], ...] = ()
 
 
@@ -63,6 +68,8 @@ def _wait(what: str) -> Wait:
 def note(what: str) -> None:
     """Called before the host waits for the device in an operator or a call of torch.cuda named ``what``."""
     wait = _wait(what)
+    if state.sync_debug_mode == 2 and what not in UNSEEN:
+        raise RuntimeError(f"called a synchronizing CUDA operation: {wait}")
     if state.capture is not None:
         raise NotCapturable(f"operation not permitted when stream is capturing: {wait}")
     if state.forbidden:
