@@ -13,7 +13,7 @@ from .convolution_box import box, can_load
 from .convolution_config import Config, WgradConfig
 from .convolution_forward import forward_kernel
 from .convolution_settings import ConvSettings
-from .launch import MAXNREG, dense, multiprocessors, on, precision
+from .launch import MAXNREG, dense, num_sms, on, precision
 
 
 # ----------------------------------------------------------------------------------------------------------- launches
@@ -140,7 +140,7 @@ def wgrad(dy, x, cache, weight, settings: ConvSettings, *, tf32, config: WgradCo
     taps = settings.kernel[0] * settings.kernel[1] * settings.kernel[2]
     tiles = triton.cdiv(outputs, config.outputs) * triton.cdiv(inputs, config.inputs + config.more) * taps
     units = dy.shape[0] * dy.shape[2] * triton.cdiv(dy.shape[3] * dy.shape[4], config.pixels)
-    run = triton.cdiv(units, min(units, triton.cdiv(multiprocessors(dy.device) * config.programs, tiles)))
+    run = triton.cdiv(units, min(units, triton.cdiv(num_sms(dy.device) * config.programs, tiles)))
     pieces = triton.cdiv(units, run)
     sums = torch.empty((pieces, outputs, *settings.kernel, inputs), dtype=torch.float32, device=dy.device)
     with on(dy.device):

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import contiguous, multiprocessors, on, registers, rows_dense
+from .launch import contiguous, num_sms, on, registers, rows_dense
 from .modulation_config import BackwardConfig, ForwardConfig, backward_tile, tile
 from .rows import (
     add_rows,
@@ -338,7 +338,7 @@ def backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, *,
     dx, dy = dense(like, want_x), dense(y, want_y)
     d_gate, d_shift, d_scale = table(gate, want_gate), table(shift, want_shift), table(scale, want_scale)
 
-    run = max(triton.cdiv(tokens, multiprocessors(device) * config.programs), config.tokens)
+    run = max(triton.cdiv(tokens, num_sms(device) * config.programs), config.tokens)
     programs = triton.cdiv(tokens, run)
     sums = lambda want: torch.empty((2 * programs, width), dtype=torch.float32, device=device) if want else None
     total = lambda want: torch.zeros((programs, width), dtype=torch.float32, device=device) if want else None

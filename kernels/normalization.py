@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import channels_last, contiguous, multiprocessors, on, registers
+from .launch import channels_last, contiguous, num_sms, on, registers
 from .normalization_config import Config, tile
 from .rows import (
     add_rows,
@@ -273,7 +273,7 @@ def _video(batch, channels, frames, height, width, dtype, device):
 
 def _split_runs(x, samples, size, config):
     """``(run, runs)``: pixels of one sample that a program loops over, at least four tiles; and runs per sample."""
-    programs = max(multiprocessors(x.device) * config.programs // samples, 1)
+    programs = max(num_sms(x.device) * config.programs // samples, 1)
     run = max(triton.cdiv(size, programs * config.pixels), 4) * config.pixels
     return run, triton.cdiv(size, run)
 

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import MAXNREG, TF32X3, contiguous, multiprocessors, on
+from .launch import MAXNREG, TF32X3, contiguous, num_sms, on
 from .patches_config import PermuteConfig, ProductConfig
 
 
@@ -289,7 +289,7 @@ def embed(latents, weight, bias, grids, cu_seqlens, *, config: ProductConfig):
         tiles, columns = triton.cdiv(tokens, config.block_n), triton.cdiv(width, config.block_d)
         # all columns of a tile of tokens, but for few tokens, which would leave multiprocessors idle, and large patches,
         # which each block of columns reads again
-        blocks = triton.cdiv(columns, triton.cdiv(4 * multiprocessors(latents.device), tiles))
+        blocks = triton.cdiv(columns, triton.cdiv(4 * num_sms(latents.device), tiles))
         if prod(patch[:-1]) > constants["BLOCK_R"]:
             blocks = 1
         with on(latents.device):
@@ -323,7 +323,7 @@ def embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, *, want_wei
     d_out, latents = d_out.contiguous(), latents.contiguous()
     constants = _constants(weight, config)
     tiles = triton.cdiv(width, config.block_d) * (triton.cdiv(rows, constants["BLOCK_R"]) if want_weight else 1)
-    shares = max(4 * multiprocessors(d_out.device) // max(tiles, 1), 1)
+    shares = max(4 * num_sms(d_out.device) // max(tiles, 1), 1)
     length = max(triton.cdiv(triton.cdiv(tokens, shares), config.block_n), 1) * config.block_n
     shares = triton.cdiv(tokens, length)
     sums = lambda *shape: torch.empty((shares, *shape), dtype=torch.float32, device=d_out.device)

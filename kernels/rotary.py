@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import contiguous, multiprocessors, on, registers, rows_dense
+from .launch import contiguous, num_sms, on, registers, rows_dense
 from .rotary_config import BackwardConfig, ForwardConfig, head_block
 from .rotary_tiles import (
     add_at,
@@ -323,7 +323,7 @@ def backward(d_q_out, d_k_out, q, k, coords, q_weight, k_weight, q_bias, k_bias,
     d_q, d_k = empty(d_q_out, want_q), empty(d_k_out, want_k)
 
     blocks = triton.cdiv(tokens, config.tokens) if d_q_out.numel() else 0
-    run = max(triton.cdiv(sides * blocks, multiprocessors(device) * config.programs), 1) * config.tokens
+    run = max(triton.cdiv(sides * blocks, num_sms(device) * config.programs), 1) * config.tokens
     programs = triton.cdiv(tokens, run) if blocks else 0
     summed = [tensor if want else None for tensor, want in zip(
         (q_weight, k_weight, q_bias, k_bias, freqs, freqs), (*wanted[2:], want_freqs and for_k), strict=True)]
