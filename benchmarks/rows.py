@@ -56,6 +56,18 @@ def read(path: str | Path) -> list[dict]:
     return rows
 
 
+def read_run(path: str | Path) -> list[dict]:
+    """The rows of a file, or of a folder's bench*.jsonl."""
+    path = Path(path)
+    if not path.is_dir():
+        return read(path)
+    files = sorted(path.glob("bench*.jsonl"))
+    if not files:
+        raise ValueError(f"bench: expected bench.jsonl in the folder {path}, got no such file; pass what sora-fast "
+                         f"bench was told as --out")
+    return [row for file in files for row in read(file)]
+
+
 def append(path: Path, rows: Iterable[Mapping]) -> None:
     """Add whole rows to a file and wait until they are on the disk; a torn last line of an earlier run is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ class Runner:
     """Measures cases into ``settings.out / "bench.jsonl"``."""
 
     def __init__(self, settings: Settings, tell: Callable[[str], None] = print,
-                 show: Callable[[dict], None] = lambda row: None):
+                 show: Callable[[list[dict]], None] = lambda rows: None):
         self.settings, self.tell, self.show = settings, tell, show
         self.path = settings.out / "bench.jsonl"
         self.roofs = Roofs(settings.device, settings.l2)
@@ -126,9 +126,7 @@ class Runner:
         new = [row | {"environment": self.environment} for row in new]
         rows.append(self.path, new)
         self.done += new
-        for row in new:
-            if row["row"] == "time":
-                self.show(row)
+        self.show([row for row in new if row["row"] == "time"])
 
     # ------------------------------------------------------------------------------------------------- one case
     def _case(self, family: str, case: Case, providers: Sequence[Provider]) -> list[dict]:
