@@ -126,6 +126,7 @@ limit. Then the rows by status, ours / peers'.</p>{_table(tables.summary(runs))}
 <h2 id="limits">Limits of the machine</h2>
 <p>Measured in the same process as everything below, on random numbers.</p>{_table(tables.roof_table(runs))}
 {_rooflines(runs)}
+{_host(runs)}
 {"".join(_family(runs, measured, name) for name in families(every))}
 <h2 id="without">Rows without a time</h2>{_without_time(measured)}
 </body></html>
@@ -160,6 +161,13 @@ def _rooflines(runs: Sequence[Run]) -> str:
     return (f"<h3>Rooflines</h3><p>Each dot is an op's case in one direction; the line is the measured limit, dashed the "
             f"published one. Ops without matrix products or convolutions have no place here: their limit is the copy.</p>"
             f"{charts.KEY}{pictures}")
+
+
+def _host(runs: Sequence[Run]) -> str:
+    table = tables.host_table(runs)
+    return "" if not table.rows else (
+        f'<h2 id="host">Host time</h2><p>The processor\'s time of one call on inputs so small that nothing else takes time: '
+        f"what a GPU waits for in front of each launch, beside plain PyTorch and other libraries.</p>{_table(table)}")
 
 
 def _family(runs: Sequence[Run], measured: Sequence[Run], family: str) -> str:

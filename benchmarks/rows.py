@@ -14,6 +14,8 @@ A row with ``"row": "time"`` is one op (or model step) at one shape in one direc
     details: what the provider says of itself (which kernel ran); command: what makes this row again
     environment: see sora_fast.environment.environment()
 
+A row with ``"row": "host"`` is what Python costs before a launch (host_time.COLUMNS), in microseconds and in calls.
+
 A row with ``"row": "roof"`` is a limit of the machine: kind ("matrix" in FLOP/s, "copy" in bytes/s), dtype, bytes (the
 working set), rate, published (null where the chip is not in the table), source, l2, timer, n, environment.
 """

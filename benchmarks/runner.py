@@ -114,7 +114,7 @@ class Runner:
                 verdict = gate.refusal("ERROR", f"Nothing of this case was timed: {gate.explain(error)}")
                 new = [self._blank(family, case, direction, provider.name, verdict, "", None)
                        for direction in case.directions() for provider in left]
-            self._write(new)
+            self.write(new)
             release(self.settings.device)
         return self.done
 
@@ -122,7 +122,7 @@ class Runner:
         return rows.key(dict(suite=self.settings.suite, op=case.op, case=case.label, direction=direction,
                              provider=provider.name, dtype=str(case.dtype).removeprefix("torch.")))
 
-    def _write(self, new: list[dict]) -> None:
+    def write(self, new: list[dict]) -> None:
         new = [row | {"environment": self.environment} for row in new]
         rows.append(self.path, new)
         self.done += new

@@ -149,6 +149,18 @@ def roof_table(runs: Sequence[Run]) -> Table:
     return _per_run(runs, heads, lines, (2, 3, 4))
 
 
+def host_table(runs: Sequence[Run]) -> Table:
+    """What Python costs before a launch: microseconds of ours, of plain PyTorch and of a library, and calls."""
+    lines = []
+    for name, rows in runs:
+        for row in (row for row in rows if row["row"] == "host"):
+            us = [number(row[column], 3) for column in ("ours_us", "eager_us", "more_us")]
+            peer = f"{number(row['peer_us'], 3)} ({row['peer']})" if row["peer"] else ""
+            lines.append((name, row["backend"], row["op"], row["what"], *us, peer, str(row["python_calls"])))
+    heads = ("run", "backend", "op", "what", "ours, us", "plain, us", "ours beyond it, us", "library, us", "Python calls")
+    return _per_run(runs, heads, lines, range(4, 9))
+
+
 def summary(runs: Sequence[Run]) -> Table:
     """Ours in each family, beside torch.compile, the fastest other provider and the limit; and rows, of ours / of peers."""
     lines = []
@@ -224,6 +236,8 @@ def markdown(runs: Sequence[Run]) -> str:
     parts = ["# sora_fast benchmarks", "Times are medians of single calls. Columns are explained in report.html.",
              "## In short", summary(runs).markdown(), "## Conditions", conditions(runs).markdown(),
              "## Limits of the machine", roof_table(runs).markdown()]
+    host = host_table(runs)
+    parts += ["## Host time", host.markdown()] if host.rows else []
     for family in families(every):
         parts += [f"## {_escaped(title(family))}", standing_table(runs, family).markdown()]
         theirs = [row for row in every if row["family"] == family]
@@ -250,12 +264,14 @@ def as_csv(runs: Sequence[Run]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- README
 def readme_block(results_folder: str | Path) -> str:
-    """README's measured tables, from ``results_folder``/<gpu>/bench*.jsonl; the same text for the same files."""
+    """README's measured tables, from ``results_folder``/<gpu>/bench*.jsonl and its cpu.jsonl; equal for equal files."""
     parts = []
     for folder in sorted(path for path in Path(results_folder).glob("*") if path.is_dir()):
         rows = [row for path in sorted(folder.glob("bench*.jsonl")) for row in schema.read(path)]
         if measurements(rows):
             parts += _readme_gpu(folder.name, rows)
+    on_cpu = Path(results_folder) / "cpu.jsonl"
+    parts += _readme_cpu(schema.read(on_cpu)) if on_cpu.exists() else []
     return "\n\n".join(parts) if parts else "No measured results are committed yet."
 
 
@@ -277,6 +293,35 @@ def _readme_gpu(folder: str, rows: Sequence[dict]) -> list[str]:
         parts += ["The largest case of each op, in ms; in brackets what ran.", _readme_cases(layers).markdown()]
     if models:
         parts += ["One step of whole models.", _readme_models(models).markdown()]
+    return parts
+
+
+_ON_A_CPU = {
+    "vae": "Wan 2.1's graph, one residual block a level: `VideoVAE`, and diffusers' `AutoencoderKLWan`, accelerated and not",
+    "memory": "Peak memory of the decode by the length of the clip, beyond what the process held before",
+    "packing": "A DiT trained on mixed sizes: one pack, a batch of each size, one batch padded to the longest",
+    "transformers": "diffusers' transformers, accelerated and as they are",
+}
+
+
+def _readme_cpu(rows: Sequence[dict]) -> list[str]:
+    """A table for each group: of every case, each side's share of the base's time or memory, and the base's own."""
+    first = rows[0]["environment"]
+    packages = f", diffusers {first['packages']['diffusers']}" if "diffusers" in first["packages"] else ""
+    parts = [f"### {_escaped(first['cpu'])}, one thread, float32",
+             _paragraph(f"What a CPU can tell: the processor's time of whole steps as a share of the last column's (below 1 "
+                        f"is less), the median of five rounds in turns, after all sides gave the same numbers. torch "
+                        f"{first['torch']}{packages}; `{rows[0]['command']}` makes it again. Every row: "
+                        f"`benchmarks/results/cpu.jsonl`.")]
+    for (name,), theirs in group(rows, "group").items():
+        sides = list(dict.fromkeys(row["side"] for row in theirs))
+        lines = []
+        for (case,), cell in group(theirs, "case").items():
+            own = lambda row: size(row["bytes"]) if row["seconds"] is None else f"{number(row['seconds'], 3)} s"
+            text = {row["side"]: own(row) if row["side"] == row["base"] else f"{row['share']:.2f}" for row in cell}
+            lines.append((case, *(text[side] for side in sides)))
+        table = Table(("", *sides), lines, frozenset(range(1, len(sides) + 1)))
+        parts += [_paragraph(f"{_ON_A_CPU[name]}."), table.markdown()]
     return parts
 
 

@@ -413,6 +413,26 @@ def test_markdown_and_csv_hold_the_numbers_of_the_rows():
         assert json.loads(line["shape"]) == r["shape"] and line["run"] == "h200" and line["device"] == H200
 
 
+def test_host_time_has_a_table_of_its_own():
+    host = dict(row="host", schema=rows.SCHEMA, l2="cold", backend="triton", op="qk_norm_rope", what="forward", ours_us=61.2,
+                eager_us=None, more_us=None, python_calls=91, peer=None, peer_us=None, environment=environment())
+    for text in (report.html([("a", [*a_run(), host])]), tables.markdown([("a", [*a_run(), host])])):
+        assert "Host time" in text and "61.2" in text
+    assert "Host time" not in report.html([("a", a_run())])
+    assert compare.compare([*a_run(), host], a_run()).exit_code == 0
+
+
+def test_readme_has_what_a_cpu_measured(tmp_path):
+    env = environment(kind="cpu", packages={"diffusers": "0.42.1"})
+    cell = lambda side, **more: dict(row="cpu", schema=rows.SCHEMA, group="packing", case="a step", side=side, base="padded",
+                                     samples=[1.0], bytes=None, command="the command", environment=env) | more
+    write(tmp_path / "cpu.jsonl", [cell("packed", seconds=0.3456, share=0.5215), cell("padded", seconds=0.6627, share=1.0),
+                                   cell("packed", group="memory", seconds=None, bytes=12_300_000, share=0.25),
+                                   cell("padded", group="memory", seconds=None, bytes=49_200_000, share=1.0)])
+    block = tables.readme_block(tmp_path)
+    assert "| a step | 0.52 | 0.663 s |" in block and "| a step | 0.25 | 49.2 MB |" in block and "`the command`" in block
+
+
 def test_a_run_without_rows_makes_a_report(tmp_path):
     report.write([("empty", [])], tmp_path)
     assert "no rows yet" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -115,7 +115,7 @@ def model(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtyp
             p.copy_(draw(*p.shape, scale=1 / math.sqrt(p[0].numel())))
         else:
             p.copy_(draw(*p.shape, scale=0.1) + (0 if name.endswith("bias") else 1))
-    return module.to(dtype).to(wide or dtype)
+    return nn.Module.to(nn.Module.to(module, dtype), wide or dtype)  # to() of diffusers' models has a warning here
 
 
 def training_step(forward: Callable[[], tuple[Tensors, torch.Tensor, torch.Tensor | None]],

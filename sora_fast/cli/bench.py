@@ -41,9 +41,10 @@ def run(arguments) -> int:
 
     Returns 1 if one of our backends or the user's function failed, 3 if --minutes left cases for the next call, else 0.
     """
-    from ..benchmarks import figures, report, suites, timing
+    from ..benchmarks import figures, host_time, report, suites, timing
     from ..benchmarks.runner import Runner, Settings
     from ..named import pick_device
+    from ..ops import FAMILIES
 
     device = pick_device(arguments.device)
     if device.type not in ("cpu", "cuda"):
@@ -77,6 +78,10 @@ def run(arguments) -> int:
         _say_conditions(settings)
         runner = Runner(settings, tell=lambda text: print(text, flush=True), show=_show)
         done = runner.run(work)
+        whole = not (arguments.op or arguments.case or named) and set(FAMILIES) <= {family for family, _, _ in work}
+        if device.type == "cuda" and whole and not runner.left and all(row["row"] != "host" for row in done):
+            print("host time of each op", flush=True)
+            runner.write(host_time.complete(host_time.measure(device, lambda row: None), device, l2))
         report.write([(out.name, done)], out)
     measured = figures.measurements(done)
     print(_ending(measured))
