@@ -9,15 +9,15 @@ processor's time, which other work on the machine does not count into, and for e
 is the middle one. Groups that the file has and --only does not name stay as they are.
 
 A row: row "cpu", schema, group, case, side, base (the side that shares are of), seconds (the middle one), samples, share,
-bytes (of "memory": the most that a fresh process held beyond what it began with), command, environment.
+bytes (of "memory": the most that tensors held beyond what was there before), command, environment.
 
 N tokens, S samples, D width.
 """
 
 import argparse
 import gc
+import itertools
 import json
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from sora_fast.dispatch import use_backend
 from sora_fast.environment import environment
@@ -208,27 +209,18 @@ def alternating(case: str, sides: Sides) -> dict[str, list[float]]:
     return found
 
 
-def _held(frames: int, side: str, answer) -> None:
-    """In a process of its own: the most memory that a decode held, less what was there when it began."""
-    step = _vae_side("wan_vae_decode", side, frames)
-    read = lambda name: next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines()
-                             if line.startswith(name))
-    before = read("VmRSS")
-    step()
-    answer.send(read("VmHWM") - before)
+def most_held(step: Callable[[], object]) -> int:
+    """The most bytes of tensors that a call holds at once beyond what was there: PyTorch's count, the same every time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def memory() -> Iterator[dict]:
-    """The decode's peak; processes are forked off this one, which has imported the same packages for all and run nothing."""
-    forked = multiprocessing.get_context("fork")
     for frames in LENGTHS:
-        found = {}
-        for side in ("VideoVAE", "accelerated", "diffusers"):
-            mine, theirs = forked.Pipe()
-            process = forked.Process(target=_held, args=(frames, side, theirs))
-            process.start()
-            found[side] = mine.recv()
-            process.join()
+        sides = ("VideoVAE", "accelerated", "diffusers")
+        found = {side: most_held(_vae_side("wan_vae_decode", side, frames)) for side in sides}
         for side, count in found.items():
             yield dict(case=f"decode, {vae_case('wan_vae_decode', frames).label}", side=side, base="diffusers",
                        bytes=count, share=count / found["diffusers"])
@@ -246,7 +238,7 @@ def timed(group: Callable[[], Iterator[tuple[str, Sides]]]) -> Iterator[dict]:
 
 
 GROUPS = {"memory": memory, "vae": partial(timed, vae), "packing": partial(timed, packing),
-          "transformers": partial(timed, transformers)}  # memory first, while the process is fresh
+          "transformers": partial(timed, transformers)}
 
 
 def main(argv: list[str] | None = None) -> None:
