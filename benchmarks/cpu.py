@@ -2,7 +2,7 @@
 
     python -m sora_fast.benchmarks.cpu [--only GROUP ...] [--out benchmarks/results/cpu.jsonl]
 
-Groups: "vae" (Wan 2.1's graph: decode, encode, a training step), "memory" (its decode, over clip lengths), "packing" (a DiT
+Groups: "vae" (Wan 2.1's graph: decode, encode, a training step), "memory" (over clip lengths), "packing" (a DiT
 trained on mixed sizes), "transformers" (diffusers' own, accelerated and plain). Every side of a group computes the same
 numbers, which is looked at first; then all take turns, ROUNDS times, on one thread in float32. What is kept is the
 processor's time, which other work on the machine does not count into, and for each round the share of the base's: ``share``
@@ -53,7 +53,9 @@ Sides = dict[str, Callable[[], object]]  # the base is the last
 
 WAN = replace(PRESETS["wan2.1"], width=16, encoder_blocks=1, decoder_blocks=2)
 STEPS = {"wan_vae_decode": "decode", "wan_vae_encode": "encode", "vae_training_step": "training step"}
-LENGTHS = (9, 33)  # frames
+# (frames, height, width); smaller ones take their memory from the allocator's free lists in one run and not in the next
+SIZES = {"wan_vae_decode": (9, 96, 128), "wan_vae_encode": (9, 96, 128), "vae_training_step": (5, 64, 96)}
+LENGTHS = {"wan_vae_decode": (9, 33), "vae_training_step": (5, 17)}  # frames, of "memory"
 # Clips, images, upright ones and small ones, in tokens of t, h, w: 8 samples of 5 sizes.
 GRIDS = ((5, 8, 10), (1, 16, 16), (1, 16, 16), (1, 20, 12), (1, 20, 12), (1, 8, 8), (1, 8, 8), (3, 6, 8))
 DIT = DiTConfig(width=192, heads=3, qk_norm=True, rope_axes=(16, 24, 24), rope_theta=1e4)
@@ -72,11 +74,14 @@ _INPUTS = {"WanTransformer3DModel": recipes._wan, "HunyuanVideoTransformer3DMode
 
 
 # --------------------------------------------------------------------------------------------------------------- sides
-def vae_case(op: str, frames: int = 5) -> VAECase:
-    return VAECase(op, f"width {WAN.width}, {frames}x48x64", torch.float32, (), WAN, frames, 48, 64)
+def vae_case(op: str, frames: int = 0) -> VAECase:
+    """``frames``: other ones than SIZES says, on frames of half the height and width."""
+    own, height, width = SIZES[op]
+    size = (frames, height // 2, width // 2) if frames else (own, height, width)
+    return VAECase(op, f"width {WAN.width}, {'x'.join(map(str, size))}", torch.float32, (), WAN, *size)
 
 
-def _vae_side(op: str, side: str, frames: int = 5) -> Callable[[], dict]:
+def _vae_side(op: str, side: str, frames: int = 0) -> Callable[[], dict]:
     case = vae_case(op, frames)
     if side == "VideoVAE":
         return _step(case, _Ours(_vae(case, CPU), None, ""), _inputs(case, CPU), "torch")
@@ -218,12 +223,13 @@ def most_held(step: Callable[[], object]) -> int:
 
 
 def memory() -> Iterator[dict]:
-    for frames in LENGTHS:
-        sides = ("VideoVAE", "accelerated", "diffusers")
-        found = {side: most_held(_vae_side("wan_vae_decode", side, frames)) for side in sides}
+    sides = ("VideoVAE", "accelerated", "diffusers")
+    for op, frames in ((op, frames) for op, lengths in LENGTHS.items() for frames in lengths):
+        with use_backend("torch"):
+            found = {side: most_held(_vae_side(op, side, frames)) for side in sides}
         for side, count in found.items():
-            yield dict(case=f"decode, {vae_case('wan_vae_decode', frames).label}", side=side, base="diffusers",
-                       bytes=count, share=count / found["diffusers"])
+            yield dict(case=f"{STEPS[op]}, {vae_case(op, frames).label}", side=side, base="diffusers", bytes=count,
+                       share=count / found["diffusers"])
 
 
 def timed(group: Callable[[], Iterator[tuple[str, Sides]]]) -> Iterator[dict]:

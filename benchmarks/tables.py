@@ -298,7 +298,7 @@ def _readme_gpu(folder: str, rows: Sequence[dict]) -> list[str]:
 
 _ON_A_CPU = {
     "vae": "Wan 2.1's graph, one residual block a level: `VideoVAE`, and diffusers' `AutoencoderKLWan`, accelerated and not",
-    "memory": "Peak memory of the decode's tensors, weights and latents apart, by the length of the clip",
+    "memory": "The most that tensors take at once, beyond weights and what goes in, by the length of the clip",
     "packing": "A DiT trained on mixed sizes: one pack, a batch of each size, one batch padded to the longest",
     "transformers": "diffusers' transformers, accelerated and as they are",
 }
