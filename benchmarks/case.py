@@ -92,7 +92,8 @@ class Provider:
     if a backward is timed. ``prepare`` is done once per set of inputs and not timed: what a user does once per step or
     once at all (memory layouts, block masks). It keeps the names of the inputs, and gradients flow through it.
     ``unavailable`` answers with one sentence where the provider cannot run a case, "" where it can. ``details`` says, after
-    a run, what a row should record about it (which kernel ran). ``compiled``: made by torch.compile.
+    a run, what a row should record about it (which kernel ran). ``compiled``: made by torch.compile. ``on_cpu``: its name on
+    a CPU, where it calls another library ("": the same).
     """
 
     name: str
@@ -101,6 +102,7 @@ class Provider:
     unavailable: Callable[[Case, str, torch.device], str] = anywhere
     details: Callable[[Case, torch.device], dict] = field(default=lambda case, device: {})
     compiled: bool = False
+    on_cpu: str = ""
 
 
 def nbytes(*tensors: torch.Tensor | None) -> int:

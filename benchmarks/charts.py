@@ -8,8 +8,8 @@ from .figures import (
     ABOVE,
     COMPILE,
     MODEL,
-    OURS,
     group,
+    is_own,
     mfu,
     number,
     rate,
@@ -56,13 +56,14 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 430, 66, 16, 18, 48
 
 def role(provider: str) -> str:
     """The class that colours a provider."""
-    return "ours" if provider in OURS else "compiled" if provider == COMPILE else "other"
+    own = is_own(provider) and provider != "reference"
+    return "ours" if own else "compiled" if provider == COMPILE else "other"
 
 
 def bars(rows: Sequence[Mapping]) -> str:
     """The rows of one direction of one case, the fastest first, what failed after them, what could not run in a line.
 
-    A full bar is the floor. Where a row has no share of one, a full bar is the fastest row.
+    A full bar is the limit. Where a row has no share of one, a full bar is the fastest row.
     """
     timed = sorted((row for row in rows if row["status"] == "PASSED"), key=lambda row: row["median_ms"])
     by_share = all(share(row) is not None for row in timed)
@@ -82,14 +83,14 @@ def bars(rows: Sequence[Mapping]) -> str:
     absent = [row["provider"] for row in rows if row["status"] == "UNSUPPORTED"]
     if absent:
         lines.append(f'<small class=UNSUPPORTED>Not run, with reasons below: {html.escape(", ".join(absent))}</small>')
-    unit = "" if by_share else "<small>A full bar is the fastest here: not every row has a share of the floor.</small>"
+    unit = "" if by_share else "<small>A full bar is the fastest here: not every row has a share of the limit.</small>"
     return f"<div class=bars>{unit}{''.join(lines)}</div>"
 
 
 def _note(row: Mapping) -> str:
     told = share_text(row)
     facts = [throughput(row) if row["family"] == MODEL else "", rate(row),
-             told if told == ABOVE or not told else f"{told} of the floor",
+             told if told == ABOVE or not told else f"{told} of the limit",
              mfu(row) and f"MFU {mfu(row)}", size(row["peak_bytes"]) and f"peak {size(row['peak_bytes'])}",
              "" if row["error"] is None else f"error {row['error']:.2g} of {row['allowed']:.2g} allowed"]
     return " \u00b7 ".join(f"<span class=fact>{html.escape(fact)}</span>" for fact in facts if fact)

@@ -13,23 +13,30 @@ in both begins as UNDECIDED, and only evidence makes it something else:
     anything else                                                                         -> UNDECIDED
 
 The five statistics are evidence on a shared CPU, where the slowest quarter of the samples stretches every interval over the
-other's. SLOW alone fails nothing: the ratio must be beyond the caller's threshold. A row that PASSED and is FAILED or ERROR
-now fails the comparison; one that is UNSUPPORTED or missing now is listed. Other commits, torch versions and drivers are
-what a comparison is for, and stand in its header. Another device, dtype, suite, L2 state, timer or shape is refused.
+other's. Peers are the control: where their software is the same in both runs, what they moved by is the machine's doing. A
+row is FAST or SLOW only where it moved farther from the peers of its own case than any peer did (BEYOND); else it is
+UNDECIDED. SLOW alone fails nothing: the ratio must be beyond the caller's threshold. A row that PASSED and is FAILED or
+ERROR now fails the comparison; one that is UNSUPPORTED or missing now is listed. Other commits, torch versions and drivers
+are what a comparison is for, and stand in its header. Another device, dtype, suite, L2 state, timer or shape is refused.
 """
 
+import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from . import rows as schema
-from .figures import STATISTICS, group, measurements, name_of, number
+from .figures import CELL, STATISTICS, group, is_own, measurements, name_of, number
 
 GAP = 0.005  # below it two centres are one
 MOVED = 0.05  # of all five statistics at once: more than noise does
 NARROW = 0.02  # of the centre: an interval from which sameness can be read
+LEAST_PEERS = 8  # rows of other libraries in both runs; fewer do not tell what the machine did
+BEYOND = 1.5  # times the farthest that a peer moved from the others of its case, as a logarithm
 VERDICTS = ("SAME", "UNDECIDED", "FAST", "SLOW")  # in the order of the table: what matters stands at its end
 
+_SOFTWARE = ("torch", "triton", "cuda", "cudnn", "driver", "packages")  # what peers are made of
 _SHOWN = ("commit", "changed", "torch", "triton", "cuda", "cudnn", "driver", "power_limit_w", "time")
 _REMEDY = "measure both with the same command"
 
@@ -100,10 +107,11 @@ def compare(base_rows: Sequence[dict], new_rows: Sequence[dict], fail_slower: fl
         raise ValueError(f"bench compare: expected rows that both runs have, got none among {len(base)} and {len(new)}; "
                          f"{_REMEDY}")
     entries, broken, refused, mended, neither = [], [], [], [], 0
+    drift = Drift(both)
     for old, row in both:
         _refuse_rows(old, row)
         if old["status"] == row["status"] == "PASSED":
-            entries.append(Entry(old, row, *verdict(old, row)))
+            entries.append(Entry(old, row, *drift.checked(old, row, *verdict(old, row))))
         elif old["status"] == "PASSED":
             (refused if row["status"] == "UNSUPPORTED" else broken).append((old, row))
         elif row["status"] == "PASSED":
@@ -111,7 +119,7 @@ def compare(base_rows: Sequence[dict], new_rows: Sequence[dict], fail_slower: fl
         else:
             neither += 1
     entries.sort(key=lambda entry: VERDICTS.index(entry.verdict))  # stable: else in the order of the base run
-    return RunComparison(fail_slower, _header(base, new, len(both)), entries, broken, refused, mended,
+    return RunComparison(fail_slower, _header(base, new, len(both)) + drift.told, entries, broken, refused, mended,
                          [row for key, row in base.items() if key not in new],
                          [row for key, row in new.items() if key not in base], neither)
 
@@ -135,6 +143,52 @@ def verdict(base: Mapping, new: Mapping) -> tuple[str, str]:
     if abs(gap) <= GAP and overlap >= 0.5 * narrower and widest <= NARROW:
         return "SAME", ""
     return "UNDECIDED", f"the samples spread over {number(widest * 100, 2)} %" if widest > NARROW else "the samples overlap"
+
+
+# -------------------------------------------------------------------------------------------- what the machine did
+class Drift:
+    """How rows moved from one run to the other, as logarithms, and how far peers did so by themselves."""
+
+    def __init__(self, pairs: Sequence[tuple[Mapping, Mapping]]):
+        same = lambda base, new: all(base["environment"].get(name) == new["environment"].get(name) for name in _SOFTWARE)
+        timed = [(base, new) for base, new in pairs if base["status"] == new["status"] == "PASSED" and same(base, new)]
+        self._moved: dict[tuple, dict[str, float]] = {}
+        for base, new in timed:
+            cell = self._moved.setdefault(_cell(base), {})
+            cell[base["provider"]] = math.log(new["median_ms"] / base["median_ms"])
+        peers = [moved for cell in self._moved.values() for name, moved in cell.items() if not is_own(name)]
+        self._middle = statistics.median(peers) if len(peers) >= LEAST_PEERS else None
+        self._alone = {} if self._middle is None else {
+            (place, name): abs(moved - self._of_peers(place, name))
+            for place, cell in self._moved.items() for name, moved in cell.items()}
+        farthest = max((far for (_, name), far in self._alone.items() if not is_own(name)), default=0.0)
+        self.told = "" if self._middle is None else (
+            f"\n{len(peers)} rows of peers: the middle one at {math.exp(self._middle):.3f} of its base time, none farther "
+            f"than {math.exp(farthest):.3f} times from those of its case")
+
+    def _of_peers(self, place: tuple, name: str) -> float:
+        """The middle of what other peers of the case moved by, or all peers where it has no other."""
+        others = [moved for other, moved in self._moved[place].items() if other != name and not is_own(other)]
+        return statistics.median(others) if others else self._middle
+
+    def checked(self, base: Mapping, new: Mapping, verdict: str, why: str) -> tuple[str, str]:
+        """``verdict``, or UNDECIDED where the row did not move farther than what had no reason to move.
+
+        That is the peers; for one of them, ours too.
+        """
+        place, name = _cell(base), base["provider"]
+        if verdict not in ("FAST", "SLOW") or name not in self._moved.get(place, {}) or self._middle is None:
+            return verdict, why
+        control = [far for (_, other), far in self._alone.items() if other != name and not (is_own(name) and is_own(other))]
+        drift = self._of_peers(place, name)
+        side = 1 if verdict == "SLOW" else -1
+        if side * (self._moved[place][name] - drift) > BEYOND * max(control, default=0.0):
+            return verdict, why
+        return "UNDECIDED", f"peers of the case moved to {math.exp(drift):.3f}"
+
+
+def _cell(row: Mapping) -> tuple:
+    return tuple(row[name] for name in CELL)
 
 
 # ------------------------------------------------------------------------------------------------- what is comparable

@@ -12,13 +12,18 @@ from sora_fast.ops import FAMILIES
 
 from . import rows as schema
 
-# What a user of ours gets is the first of these that passed. The reference is the definition, a peer like any other here.
+# What a user of ours gets is the first of these that passed.
 OURS = ("auto", "cuda", "triton", "torch")
 COMPILE = "compile"
 MODEL = "model"
+CELL = ("suite", "op", "case", "direction", "dtype")
 STATISTICS = ("min_ms", "p20_ms", "median_ms", "q3_ms", "p80_ms")
 STATUSES = ("PASSED", "FAILED", "ERROR", "UNSUPPORTED")
 ABOVE = "above the roof: check"
+# ms of the fastest provider by the wall clock; below it what Python does before the arithmetic (up to 60 us more of ours
+# than of plain PyTorch on a slow core) is an eighth of the time or more, and no order of providers says anything
+LEAST_TO_RANK = 0.5
+TOO_SMALL = "too small to rank"
 MOST = 1.05  # of a roof: beyond it the roof was not measured for such work, or the work was not done
 
 
@@ -69,21 +74,35 @@ def title(family: str) -> str:
     return "whole models" if family == MODEL else family
 
 
+def too_small(rows: Iterable[Mapping]) -> bool:
+    """Whether the rows of one cell tell more of Python than of the work: LEAST_TO_RANK. A GPU's own clock sees no Python."""
+    timed = [row for row in rows if row["status"] == "PASSED"]
+    return bool(timed) and timed[0]["timer"] == "wall" and min(row["median_ms"] for row in timed) < LEAST_TO_RANK
+
+
 def cells(rows: Iterable[dict]) -> list[dict[str, dict]]:
-    """{provider: row} of those that PASSED, for every cell."""
+    """{provider: row} of those that PASSED, for every cell that can be ranked."""
     passed = [row for row in rows if row["status"] == "PASSED"]
-    return [{row["provider"]: row for row in group_}
-            for group_ in group(passed, "suite", "op", "case", "direction", "dtype").values()]
+    return [{row["provider"]: row for row in theirs} for theirs in group(passed, *CELL).values() if not too_small(theirs)]
+
+
+def is_own(provider: str) -> bool:
+    """Whether a provider is this library: a backend, "auto" with a setting of its own ("auto_chunk4"), the definition."""
+    return provider in OURS or provider == "reference" or provider.startswith("auto_chunk")
 
 
 def ours(cell: Mapping[str, dict]) -> dict | None:
     return next((cell[name] for name in OURS if name in cell), None)
 
 
-def best_other(cell: Mapping[str, dict], provider: str, without: Sequence[str] = ()) -> dict | None:
-    """The fastest row that is not ``provider``'s; for one of ours, the fastest that is none of ours."""
-    left_out = {provider, *without, *(OURS if provider in OURS else ())}
-    return min((row for name, row in cell.items() if name not in left_out), key=lambda row: row["median_ms"], default=None)
+def best_other(cell: Mapping[str, dict], provider: str) -> dict | None:
+    """The fastest row of another library than ``provider``'s; of ours, its variants and the definition are never meant."""
+    counts = lambda name: name != provider and (not is_own(name) or name in OURS and not is_own(provider))
+    return min((row for name, row in cell.items() if counts(name)), key=lambda row: row["median_ms"], default=None)
+
+
+def without_ours(cell: Mapping[str, dict]) -> dict[str, dict]:
+    return {name: row for name, row in cell.items() if not is_own(name)}
 
 
 def geometric_mean(values: Sequence[float]) -> float | None:
@@ -102,7 +121,7 @@ class Standing:
     """A provider in a family: rows by status, and geometric means with the number of cells that each is over.
 
     ``compile`` and ``other`` are speeds relative to torch.compile and to the fastest other provider (above 1: faster),
-    over the cells in which both passed; ``share`` is that of the floor.
+    over the cells in which both passed; ``share`` is that of the limit.
     """
 
     provider: str
@@ -116,7 +135,7 @@ def standings(rows: Sequence[dict]) -> list[Standing]:
     """One Standing per provider, ours first."""
     statuses = {name: Counter(row["status"] for row in theirs) for (name,), theirs in group(rows, "provider").items()}
     every = cells(rows)
-    names = sorted(statuses, key=lambda name: (OURS.index(name) if name in OURS else len(OURS), name))
+    names = sorted(statuses, key=lambda name: (OURS.index(name) if name in OURS else len(OURS) + (not is_own(name)), name))
 
     def mean(name: str, value: Callable[[dict[str, dict]], float | None]) -> tuple[float | None, int]:
         values = [v for v in (value(cell) for cell in every if name in cell) if v is not None]
@@ -135,7 +154,7 @@ def speed(row: Mapping, other: Mapping | None) -> float | None:
 
 
 def share(row: Mapping) -> float | None:
-    """The share of the floor, None where there is none or where it cannot be one."""
+    """The share of the limit, None where there is none or where it cannot be one."""
     return row["share"] if row["share"] is not None and 0 < row["share"] <= MOST and not above_roof(row) else None
 
 

@@ -3,8 +3,10 @@
     python -m sora_fast.benchmarks.host_time [--device cpu] [--out DIR]
 
 A GPU waits for this time wherever a layer is small. On a CPU the backends with kernels are measured too, their launches left
-out (Triton's own dispatch, some 20 us a launch, with them). Microseconds are the least of many rounds, because noise only
-adds; Python calls (``sys.setprofile``) do not depend on the machine, and tests/test_host_time.py holds them.
+out (Triton's own dispatch, some 20 us a launch, with them), and beside nothing: what plain PyTorch computes is not left out.
+On a GPU Liger and flash-attn stand beside them, where they are installed. Microseconds are the least of many rounds, because
+noise only adds; Python calls (``sys.setprofile``) do not depend on the machine, and tests/test_host_time.py holds them.
+``sora-fast bench`` on a GPU measures this too, and DIR/bench-host.jsonl goes into ``sora-fast bench report DIR``.
 
 N tokens, S samples, D width, H heads, E head dim.
 """
@@ -25,15 +27,20 @@ from torch import nn
 from sora_fast import Pack, ops, use_backend
 from sora_fast.dispatch import use_emulated_gpu
 from sora_fast.environment import environment
+from sora_fast.files import save_text
 from sora_fast.models import dit
 from sora_fast.nn import Residual
+from sora_fast.ops.attention_peers import installed
 from sora_fast.ops.cuda_backend import extension
+
+from . import rows
+from .providers import liger_missing, liger_ops
 
 S, LENGTH, D, H = 2, 8, 64, 2
 N, E = S * LENGTH, D // H
 AXES = (8, 12, 12)
-CALLS, ROUNDS = 20, 60
-COLUMNS = ("backend", "op", "what", "ours_us", "eager_us", "more_us", "python_calls")
+CALLS, LEAST_ROUNDS, SECONDS = 20, 5, 0.6  # of a sample; of a row, all sides of it together
+COLUMNS = ("backend", "op", "what", "ours_us", "eager_us", "more_us", "python_calls", "peer", "peer_us")
 
 
 def calls(grad: bool, device: torch.device | str = "cpu", video_dtype=torch.float32) -> dict[str, tuple[Callable, Callable]]:
@@ -106,6 +113,22 @@ def block_calls(device: torch.device | str = "cpu") -> tuple[Callable, Callable]
     return lambda: block(Residual(x), c, pack).joined(pack), lambda: _plain_block(block, config.heads, x[None], c)
 
 
+def peer_calls(device: torch.device) -> dict[str, tuple[str, Callable]]:
+    """By op: (library, its call of the same work or of the nearest that it has), on a GPU and where it is installed."""
+    found = {}
+    if device.type == "cuda" and not liger_missing("LigerModulatedRMSNormFunction", device):
+        x, scale, shift = torch.randn(N, D, device=device), *torch.randn(2, S, D, device=device)
+        found["norm_modulate"] = ("liger", lambda: liger_ops().LigerModulatedRMSNormFunction.apply(
+            x, None, scale, shift, 1e-6, 0.0, "gemma", False))
+    if device.type == "cuda" and not installed("flash_attn"):
+        from flash_attn import flash_attn_varlen_func
+
+        q = torch.randn(N, H, E, device=device, dtype=torch.bfloat16)
+        ends = torch.arange(0, N + 1, LENGTH, device=device, dtype=torch.int32)
+        found["varlen_attention"] = ("flash_attn", lambda: flash_attn_varlen_func(q, q, q, ends, ends, LENGTH, LENGTH))
+    return found
+
+
 def trained(call: Callable) -> Callable:
     """``call``, and the gradients of what it returns."""
     def step():
@@ -152,9 +175,10 @@ def python_calls(call: Callable) -> int:
 
 
 def microseconds(calls: dict[str, Callable], device: torch.device) -> dict[str, float]:
-    """The processor's time of one call, the least of many rounds in which all take turns."""
-    least = dict.fromkeys(calls, float("inf"))
-    for _ in range(ROUNDS):
+    """The processor's time of one call, the least of many rounds in which all take turns, SECONDS long."""
+    least, begin, rounds = dict.fromkeys(calls, float("inf")), time.process_time(), 0
+    while rounds < LEAST_ROUNDS or time.process_time() - begin < SECONDS:
+        rounds += 1
         for name, call in calls.items():
             call()
             if device.type == "cuda":
@@ -174,13 +198,17 @@ def backends_of(device: torch.device) -> list[tuple[str, Callable]]:
 
 
 def measure(device: torch.device, tell: Callable[[dict], None]) -> list[dict]:
-    """Rows of COLUMNS, each given to ``tell`` as it comes."""
-    found = []
+    """Rows of COLUMNS, each given to ``tell`` as it comes; None where there is nothing to stand beside ours."""
+    found, peers = [], peer_calls(device)
 
     def row(backend, op, what, ours, eager):
-        us = microseconds({"ours": ours, "eager": eager}, device)
-        found.append(dict(zip(COLUMNS, (backend, op, what, round(us["ours"], 1), round(us["eager"], 1),
-                                        round(us["ours"] - us["eager"], 1), python_calls(ours)), strict=True)))
+        peer, call = peers.get(op, (None, None)) if what == "forward" else (None, None)
+        beside = device.type == "cuda" or backend == "torch"
+        us = microseconds({"ours": ours} | ({"eager": eager} if beside else {}) | ({"peer": call} if call else {}), device)
+        us = {side: round(value, 1) for side, value in us.items()}
+        more = round(us["ours"] - us["eager"], 1) if beside else None
+        found.append(dict(zip(COLUMNS, (backend, op, what, us["ours"], us.get("eager"), more, python_calls(ours), peer,
+                                        us.get("peer")), strict=True)))
         tell(found[-1])
 
     for backend, context in backends_of(device):
@@ -199,20 +227,26 @@ def measure(device: torch.device, tell: Callable[[dict], None]) -> list[dict]:
     return found
 
 
+def complete(found: list[dict], device: torch.device, l2: str) -> list[dict]:
+    """Rows for bench.jsonl."""
+    where = environment(device)
+    return [dict(row="host", schema=rows.SCHEMA, l2=l2, **row, environment=where) for row in found]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Python's time of every op beside plain PyTorch.")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu, with launches of kernels left out)")
-    parser.add_argument("--out", type=Path, help="folder for host_time.jsonl (default: print alone)")
+    parser.add_argument("--out", type=Path, help="folder for bench-host.jsonl (default: print alone)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.set_num_threads(1)
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
-    rows = measure(device, lambda row: print(f"| {' | '.join(str(value) for value in row.values())} |", flush=True))
+    shown = lambda row: " | ".join("" if value is None else str(value) for value in row.values())
+    found = measure(device, lambda row: print(f"| {shown(row)} |", flush=True))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        where = environment(device)
-        lines = [json.dumps(dict(row="host", schema=1, **row, environment=where)) + "\n" for row in rows]
-        (arguments.out / "host_time.jsonl").write_text("".join(lines), encoding="utf-8")
+        lines = [json.dumps(row) + "\n" for row in complete(found, device, "hot")]
+        save_text(arguments.out / "bench-host.jsonl", "".join(lines))
 
 
 if __name__ == "__main__":

@@ -13,18 +13,22 @@ from sora_fast.files import save_text
 from . import charts, tables
 from .figures import (
     ABOVE,
+    LEAST_TO_RANK,
     MODEL,
     OURS,
     STATISTICS,
     STATUSES,
+    TOO_SMALL,
     families,
     group,
+    is_own,
     measurements,
     number,
     roofs,
     share_text,
     size,
     title,
+    too_small,
     without_time,
 )
 from .tables import Run, Table
@@ -59,12 +63,12 @@ code { font-size: .78rem; overflow-wrap: anywhere; }
 # What each word of the page means.
 WORDS = {
     "ms": "Milliseconds of one call, the median. A backward is timed alone, without its forward.",
-    "share of the floor":
-        "The floor is the least time the machine could take: the larger of the work's FLOPs over the measured rate of a "
-        "matrix product and its bytes, each read or written once, over the measured rate of a copy. The share is floor over "
+    "share of the limit":
+        "The limit is the least time the machine could take: the larger of the work's FLOPs over the measured rate of a "
+        "matrix product and its bytes, each read or written once, over the measured rate of a copy. The share is limit over "
         "time: 100 % is the limit, give or take the noise of measuring it. Bars show the share.",
     ABOVE:
-        "A time more than 5 % below the floor. Either the numbers stayed in a cache, for which the limit was not measured, "
+        "A time more than 5 % below the limit. Either the numbers stayed in a cache, for which the limit was not measured, "
         "or the work was not done: no result before somebody has looked.",
     "rate": "FLOPs or bytes per second, whichever limit is the lower one for that work.",
     "peak": "The most memory that one call (of a backward: with its forward) held beyond its inputs.",
@@ -73,7 +77,11 @@ WORDS = {
         "twice what the dtype itself costs, plus a rounding.",
     "speed / torch.compile, speed / fastest other":
         "Geometric means of how many times faster a provider is, over the cases and directions in which both passed; their "
-        "number stands in brackets. For one of ours, the others are those that are not ours.",
+        "number stands in brackets. For one of ours, the others are those that are not ours; what is too small to rank is "
+        "left out.",
+    TOO_SMALL:
+        f"On a CPU, a case in one direction whose fastest provider takes less than {LEAST_TO_RANK} ms: what Python does "
+        f"around the arithmetic decides there.",
     "MFU": "FLOPs per second over the published peak of the chip.",
     "PASSED, FAILED":
         "Every provider is compared with the reference on the benchmark's own inputs, before the timing and after it. Only "
@@ -113,11 +121,12 @@ def html(runs: Sequence[Run]) -> str:
 <h2 id="short">In short</h2>
 <p>Ours in every family: how many times faster than torch.compile and than the fastest other provider (geometric means over
 as many cases and directions as stand in brackets, those in which both passed), and the share reached of the machine's
-limit. Then the rows of all providers.</p>{_table(tables.summary(runs))}
+limit. Then the rows by status, ours / peers'.</p>{_table(tables.summary(runs))}
 <h2 id="conditions">Conditions</h2>{_table(tables.conditions(runs), "facts")}
 <h2 id="limits">Limits of the machine</h2>
 <p>Measured in the same process as everything below, on random numbers.</p>{_table(tables.roof_table(runs))}
 {_rooflines(runs)}
+{_host(runs)}
 {"".join(_family(runs, measured, name) for name in families(every))}
 <h2 id="without">Rows without a time</h2>{_without_time(measured)}
 </body></html>
@@ -126,13 +135,15 @@ limit. Then the rows of all providers.</p>{_table(tables.summary(runs))}
 
 def _lead(measured: Sequence[Run]) -> str:
     rows = [row for _, found in measured for row in found]
-    counts = Counter(row["status"] for row in rows)
+    counts = Counter((row["status"], is_own(row["provider"])) for row in rows)
     layers = {row["op"] for row in rows if row["family"] != MODEL}
     cases = {(row["op"], row["case"], row["dtype"]) for row in rows}
     told = f"{len(layers)} ops" + (" and whole models" if any(row["family"] == MODEL for row in rows) else "")
     sides = " Runs stand side by side; times of different machines are no verdict on either." if len(measured) > 1 else ""
-    return (f"{told} in {len(cases)} cases, forward and backward, by {len({row['provider'] for row in rows})} providers: "
-            f"{', '.join(f'{counts[status]:,} {status}' for status in STATUSES if counts[status]) or 'no rows yet'}.{sides}")
+    who = lambda own: (f"{', '.join(f'{counts[status, own]:,} {status}' for status in STATUSES if counts[status, own])}"
+                       or "no rows yet")
+    return (f"{told} in {len(cases)} cases, forward and backward, by {len({row['provider'] for row in rows})} providers. "
+            f"Rows of ours: {who(True)}; of peers: {who(False)}.{sides}")
 
 
 def _rooflines(runs: Sequence[Run]) -> str:
@@ -150,6 +161,13 @@ def _rooflines(runs: Sequence[Run]) -> str:
     return (f"<h3>Rooflines</h3><p>Each dot is an op's case in one direction; the line is the measured limit, dashed the "
             f"published one. Ops without matrix products or convolutions have no place here: their limit is the copy.</p>"
             f"{charts.KEY}{pictures}")
+
+
+def _host(runs: Sequence[Run]) -> str:
+    table = tables.host_table(runs)
+    return "" if not table.rows else (
+        f'<h2 id="host">Host time</h2><p>The processor\'s time of one call on inputs so small that nothing else takes time: '
+        f"what a GPU waits for in front of each launch, beside plain PyTorch and other libraries.</p>{_table(table)}")
 
 
 def _family(runs: Sequence[Run], measured: Sequence[Run], family: str) -> str:
@@ -177,19 +195,20 @@ def _card(names: Sequence[str], rows: Sequence[dict]) -> str:
     for (direction,), found in sorted(group(rows, "direction").items(), key=lambda item: item[0] != ("forward",)):
         by_run = {run: theirs for (run,), theirs in group(found, "run").items()}
         if alone:
-            parts.append(f"<h5>{escaping.escape(direction)}{_floor(found)}</h5>{charts.bars(found)}")
+            parts.append(f"<h5>{escaping.escape(direction)}{_limit(found)}</h5>{charts.bars(found)}")
             continue
-        bars = "".join(f"<h5>{escaping.escape(names[run])}{_floor(theirs)}</h5>{charts.bars(theirs)}"
+        bars = "".join(f"<h5>{escaping.escape(names[run])}{_limit(theirs)}</h5>{charts.bars(theirs)}"
                        for run, theirs in by_run.items())
-        parts.append(f"<h5>{escaping.escape(direction)} <small>ms, share of the floor</small></h5>"
+        parts.append(f"<h5>{escaping.escape(direction)} <small>ms, share of the limit</small></h5>"
                      f"{_table(_sides(names, by_run), 'sides')}<details><summary>Bars</summary>{bars}</details>")
     parts.append(f"<details><summary>All statistics, and each row's command</summary>{_statistics(names, rows)}</details>")
     return f"<div class=card>{''.join(parts)}</div>"
 
 
-def _floor(rows: Sequence[dict]) -> str:
-    return next((f" <small>floor {number(row['floor_ms'])} ms ({escaping.escape(row['roof'])})</small>"
-                 for row in rows if row["floor_ms"]), "")
+def _limit(rows: Sequence[dict]) -> str:
+    told = [f"limit {number(row['floor_ms'])} ms ({row['roof']})" for row in rows if row["floor_ms"]][:1]
+    told += [TOO_SMALL] if too_small(rows) else []
+    return f" <small>{escaping.escape(', '.join(told))}</small>" if told else ""
 
 
 def _sides(names: Sequence[str], by_run: Mapping[int, Sequence[dict]]) -> Table:

@@ -1,7 +1,8 @@
 """The limits of the machine: measured at the start of every run, beside the chip's published figures.
 
-A floor is the larger of FLOPs over the measured matrix rate and bytes over the measured copy rate. On a GPU both are taken
-at large sizes. On a CPU whatever fits its caches is faster, so the copy is measured at the case's own working set.
+The limit of some work is the larger of FLOPs over the measured matrix rate and bytes over the measured copy rate. On a GPU
+both are taken at large sizes. On a CPU whatever fits its caches is faster, so the copy is measured at the case's own working
+set.
 """
 
 import math

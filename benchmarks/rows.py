@@ -14,6 +14,8 @@ A row with ``"row": "time"`` is one op (or model step) at one shape in one direc
     details: what the provider says of itself (which kernel ran); command: what makes this row again
     environment: see sora_fast.environment.environment()
 
+A row with ``"row": "host"`` is what Python costs before a launch (host_time.COLUMNS), in microseconds and in calls.
+
 A row with ``"row": "roof"`` is a limit of the machine: kind ("matrix" in FLOP/s, "copy" in bytes/s), dtype, bytes (the
 working set), rate, published (null where the chip is not in the table), source, l2, timer, n, environment.
 """
@@ -54,6 +56,18 @@ def read(path: str | Path) -> list[dict]:
                              f"pass a file that sora-fast bench wrote") from None
         rows.append(row)
     return rows
+
+
+def read_run(path: str | Path) -> list[dict]:
+    """The rows of a file, or of a folder's bench*.jsonl."""
+    path = Path(path)
+    if not path.is_dir():
+        return read(path)
+    files = sorted(path.glob("bench*.jsonl"))
+    if not files:
+        raise ValueError(f"bench: expected bench.jsonl in the folder {path}, got no such file; pass what sora-fast "
+                         f"bench was told as --out")
+    return [row for file in files for row in read(file)]
 
 
 def append(path: Path, rows: Iterable[Mapping]) -> None:

@@ -60,7 +60,7 @@ class Runner:
     """Measures cases into ``settings.out / "bench.jsonl"``."""
 
     def __init__(self, settings: Settings, tell: Callable[[str], None] = print,
-                 show: Callable[[dict], None] = lambda row: None):
+                 show: Callable[[list[dict]], None] = lambda rows: None):
         self.settings, self.tell, self.show = settings, tell, show
         self.path = settings.out / "bench.jsonl"
         self.roofs = Roofs(settings.device, settings.l2)
@@ -115,7 +115,7 @@ class Runner:
                 verdict = gate.refusal("ERROR", f"Nothing of this case was timed: {gate.explain(error)}")
                 new = [self._blank(family, case, direction, provider.name, verdict, "", None)
                        for direction in case.directions() for provider in left]
-            self._write(new)
+            self.write(new)
             release(self.settings.device)
         return self.done
 
@@ -123,13 +123,11 @@ class Runner:
         return rows.key(dict(suite=self.settings.suite, op=case.op, case=case.label, direction=direction,
                              provider=provider.name, dtype=str(case.dtype).removeprefix("torch.")))
 
-    def _write(self, new: list[dict]) -> None:
+    def write(self, new: list[dict]) -> None:
         new = [row | {"environment": self.environment} for row in new]
         rows.append(self.path, new)
         self.done += new
-        for row in new:
-            if row["row"] == "time":
-                self.show(row)
+        self.show([row for row in new if row["row"] == "time"])
 
     # ------------------------------------------------------------------------------------------------- one case
     def _case(self, family: str, case: Case, providers: Sequence[Provider]) -> list[dict]:

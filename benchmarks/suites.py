@@ -9,14 +9,15 @@ from .figures import MODEL
 from .model import dit, vae
 from .specs import spec
 
-# torch.compile takes about ten seconds a case on a CPU, where the quick suite is done in three minutes.
+# torch.compile takes about ten seconds a case on a CPU, where all else of the quick suite takes some 80.
 COMPILED_ON_A_CPU = ("norm_modulate", "norm_act")
 
 
-def work(families: Sequence[str], suite: str, *, spare_compiling: bool = False) -> list[tuple]:
+def work(families: Sequence[str], suite: str, kind: str = "cuda", *, spare_compiling: bool = False) -> list[tuple]:
     """(family, case, providers) of ``suite`` in the order of the families, whole models last.
 
-    ``families``: of which; none means all. ``spare_compiling``: compile few cases of the quick suite.
+    ``families``: of which; none means all. ``kind``: the device's type, by which some providers are named.
+    ``spare_compiling``: compile few cases of the quick suite.
     """
     known = (*FAMILIES, MODEL)
     unknown = [name for name in families if name not in known]
@@ -28,7 +29,8 @@ def work(families: Sequence[str], suite: str, *, spare_compiling: bool = False) 
             found += [(MODEL, case, case.providers()) for case in (*vae.CASES, *dit.CASES) if suite in case.suites]
             continue
         cases = [case for case in spec(family).CASES if suite in case.suites]
-        providers = {op: spec(family).providers(op) for op in {case.op for case in cases}}
+        providers = {op: [replace(p, name=p.on_cpu) if kind == "cpu" and p.on_cpu else p for p in spec(family).providers(op)]
+                     for op in {case.op for case in cases}}
         found += [(family, case, providers[case.op]) for case in cases]
     return _few_compiled(found) if spare_compiling and suite == "quick" else found
 

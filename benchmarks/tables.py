@@ -13,17 +13,19 @@ from sora_fast.files import save_text
 
 from . import rows as schema
 from .figures import (
+    CELL,
     COMPILE,
     MODEL,
-    OURS,
     STATISTICS,
     STATUSES,
+    TOO_SMALL,
     best_other,
     cells,
     error_text,
     families,
     geometric_mean,
     group,
+    is_own,
     measurements,
     mfu,
     number,
@@ -39,12 +41,14 @@ from .figures import (
     standings,
     throughput,
     title,
+    too_small,
+    without_ours,
     without_time,
 )
 
 Run = tuple[str, Sequence[dict]]
 
-_STANDING = ("speed / torch.compile", "speed / fastest other", "share of the floor")
+_STANDING = ("speed / torch.compile", "speed / fastest other", "share of the limit")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 _ENVIRONMENT = ("device", "driver", "torch", "triton", "cuda", "cudnn", "commit", "changed", "time")
@@ -145,20 +149,32 @@ def roof_table(runs: Sequence[Run]) -> Table:
     return _per_run(runs, heads, lines, (2, 3, 4))
 
 
+def host_table(runs: Sequence[Run]) -> Table:
+    """What Python costs before a launch: microseconds of ours, of plain PyTorch and of a library, and calls."""
+    lines = []
+    for name, rows in runs:
+        for row in (row for row in rows if row["row"] == "host"):
+            us = [number(row[column], 3) for column in ("ours_us", "eager_us", "more_us")]
+            peer = f"{number(row['peer_us'], 3)} ({row['peer']})" if row["peer"] else ""
+            lines.append((name, row["backend"], row["op"], row["what"], *us, peer, str(row["python_calls"])))
+    heads = ("run", "backend", "op", "what", "ours, us", "plain, us", "ours beyond it, us", "library, us", "Python calls")
+    return _per_run(runs, heads, lines, range(4, 9))
+
+
 def summary(runs: Sequence[Run]) -> Table:
-    """Ours in each family, beside torch.compile, the fastest other provider and the floor; and every provider's rows."""
+    """Ours in each family, beside torch.compile, the fastest other provider and the limit; and rows, of ours / of peers."""
     lines = []
     measured = [(name, measurements(rows)) for name, rows in runs]
     for family in families(row for _, rows in measured for row in rows):
         for name, rows in measured:
             theirs = [row for row in rows if row["family"] == family]
             pairs = [(cell, own) for cell in cells(theirs) if (own := ours(cell))]
-            counts = Counter(row["status"] for row in theirs)
+            counts = Counter((row["status"], is_own(row["provider"])) for row in theirs)
             lines.append((name, title(family),
                           _mean([speed(own, cell[COMPILE]) for cell, own in pairs if COMPILE in cell]),
                           _mean([speed(own, other) for cell, own in pairs if (other := best_other(cell, own["provider"]))]),
                           _mean([share(own) for _, own in pairs if share(own) is not None], percent),
-                          *(str(counts[status]) for status in STATUSES)))
+                          *(f"{counts[status, True]} / {counts[status, False]}" for status in STATUSES)))
     return _per_run(runs, ("run", "family", *_STANDING, *STATUSES), lines, range(2, 9))
 
 
@@ -186,7 +202,7 @@ def standing_table(runs: Sequence[Run], family: str) -> Table:
 
 
 def side_by_side(runs: Sequence[Run], family: str) -> Table:
-    """Milliseconds and share of the floor, two columns per run; a row without a time has its status there."""
+    """Milliseconds and share of the limit, two columns per run; a row without a time has its status there."""
     found = [{schema.key(row): row for row in measurements(rows) if row["family"] == family} for _, rows in runs]
     lines = []
     for key in dict.fromkeys(key for run in found for key in run):
@@ -196,19 +212,21 @@ def side_by_side(runs: Sequence[Run], family: str) -> Table:
             row = run.get(key)
             values += ["", ""] if row is None else [number(row["median_ms"]) or row["status"], share_text(row)]
         lines.append((op, case, direction, dtype, provider, *values))
-    heads = [f"{name}, {what}" for name, _ in runs for what in ("ms", "share of the floor")]
+    heads = [f"{name}, {what}" for name, _ in runs for what in ("ms", "share of the limit")]
     return Table(("op", "case", "direction", "dtype", "provider", *heads), lines, frozenset(range(5, 5 + len(heads))))
 
 
 def detail_table(rows: Sequence[dict]) -> Table:
     """Every figure of the rows of one family of one run; a row without a time has status and reason in its place."""
     last = "tokens or frames, MFU" if rows and rows[0]["family"] == MODEL else "error / allowed"
-    lines = [(row["op"], row["case"], row["direction"], row["dtype"], row["provider"],
+    small = {key for key, cell in group(rows, *CELL).items() if too_small(cell)}
+    mark = lambda row: f", {TOO_SMALL}" if tuple(row[name] for name in CELL) in small else ""
+    lines = [(row["op"], row["case"], row["direction"] + mark(row), row["dtype"], row["provider"],
               number(row["median_ms"]) or f"{row['status']}: {row['reason']}", rate(row), share_text(row),
               size(row["peak_bytes"]),
               ", ".join(filter(None, (throughput(row), mfu(row)))) if row["family"] == MODEL else error_text(row))
              for row in rows]
-    return Table(("op", "case", "direction", "dtype", "provider", "ms", "rate", "share of the floor", "peak memory", last),
+    return Table(("op", "case", "direction", "dtype", "provider", "ms", "rate", "share of the limit", "peak memory", last),
                  lines, frozenset(range(5, 10)))
 
 
@@ -218,6 +236,8 @@ def markdown(runs: Sequence[Run]) -> str:
     parts = ["# sora_fast benchmarks", "Times are medians of single calls. Columns are explained in report.html.",
              "## In short", summary(runs).markdown(), "## Conditions", conditions(runs).markdown(),
              "## Limits of the machine", roof_table(runs).markdown()]
+    host = host_table(runs)
+    parts += ["## Host time", host.markdown()] if host.rows else []
     for family in families(every):
         parts += [f"## {_escaped(title(family))}", standing_table(runs, family).markdown()]
         theirs = [row for row in every if row["family"] == family]
@@ -244,12 +264,14 @@ def as_csv(runs: Sequence[Run]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- README
 def readme_block(results_folder: str | Path) -> str:
-    """README's measured tables, from ``results_folder``/<gpu>/bench*.jsonl; the same text for the same files."""
+    """README's measured tables, from ``results_folder``/<gpu>/bench*.jsonl and its cpu.jsonl; equal for equal files."""
     parts = []
     for folder in sorted(path for path in Path(results_folder).glob("*") if path.is_dir()):
         rows = [row for path in sorted(folder.glob("bench*.jsonl")) for row in schema.read(path)]
         if measurements(rows):
             parts += _readme_gpu(folder.name, rows)
+    on_cpu = Path(results_folder) / "cpu.jsonl"
+    parts += _readme_cpu(schema.read(on_cpu)) if on_cpu.exists() else []
     return "\n\n".join(parts) if parts else "No measured results are committed yet."
 
 
@@ -263,14 +285,43 @@ def _readme_gpu(folder: str, rows: Sequence[dict]) -> list[str]:
     parts = [f"### {_escaped(said['device'])}",
              _paragraph(f"{told}. Every row: `benchmarks/results/{folder}/`."),
              _paragraph("Ours beside others: geometric means of speed (above 1: ours is faster) over as many cases and "
-                        "directions as stand in brackets, those in which both passed. Then the rows of all providers: only "
-                        "what passed the gate has a time."), summary([(folder, timed)]).markdown()]
+                        "directions as stand in brackets, those in which both passed. Then the rows, ours / "
+                        "peers': only what passed the gate has a time."), summary([(folder, timed)]).markdown()]
     models = [row for row in timed if row["family"] == MODEL]
     layers = [row for row in timed if row["family"] != MODEL]
     if layers:
         parts += ["The largest case of each op, in ms; in brackets what ran.", _readme_cases(layers).markdown()]
     if models:
         parts += ["One step of whole models.", _readme_models(models).markdown()]
+    return parts
+
+
+_ON_A_CPU = {
+    "vae": "Wan 2.1's graph, one residual block a level: `VideoVAE`, and diffusers' `AutoencoderKLWan`, accelerated and not",
+    "memory": "The most that tensors take at once, beyond weights and what goes in, by the length of the clip",
+    "packing": "A DiT trained on mixed sizes: one pack, a batch of each size, one batch padded to the longest",
+    "transformers": "diffusers' transformers, accelerated and as they are",
+}
+
+
+def _readme_cpu(rows: Sequence[dict]) -> list[str]:
+    """A table for each group: of every case, each side's share of the base's time or memory, and the base's own."""
+    first = rows[0]["environment"]
+    packages = f", diffusers {first['packages']['diffusers']}" if "diffusers" in first["packages"] else ""
+    parts = [f"### {_escaped(first['cpu'])}, one thread, float32",
+             _paragraph(f"What a CPU can tell: the processor's time of whole steps as a share of the last column's (below 1 "
+                        f"is less), the median of five rounds in turns, after all sides gave the same numbers. torch "
+                        f"{first['torch']}{packages}; `{rows[0]['command']}` makes it again. Every row: "
+                        f"`benchmarks/results/cpu.jsonl`.")]
+    for (name,), theirs in group(rows, "group").items():
+        sides = list(dict.fromkeys(row["side"] for row in theirs))
+        lines = []
+        for (case,), cell in group(theirs, "case").items():
+            own = lambda row: size(row["bytes"]) if row["seconds"] is None else f"{number(row['seconds'], 3)} s"
+            text = {row["side"]: own(row) if row["side"] == row["base"] else f"{row['share']:.2f}" for row in cell}
+            lines.append((case, *(text[side] for side in sides)))
+        table = Table(("", *sides), lines, frozenset(range(1, len(sides) + 1)))
+        parts += [_paragraph(f"{_ON_A_CPU[name]}."), table.markdown()]
     return parts
 
 
@@ -291,11 +342,11 @@ def _readme_cases(rows: Sequence[dict]) -> Table:
             for (direction,) in sorted(by_direction, key=lambda key: (key[0] != "forward", key)):
                 cell = {row["provider"]: row for row in by_direction[direction,] if row["status"] == "PASSED"}
                 own, compiled = ours(cell), cell.get(COMPILE)
-                other = best_other(cell, COMPILE, without=OURS)
+                other = best_other(without_ours(cell), COMPILE)
                 lines.append((op, f"{largest['case']}, {largest['dtype']}", direction, named(own) or "none passed",
                               number(compiled["median_ms"]) if compiled else "", named(other),
                               share_text(own) if own else ""))
-    return Table(("op", "case", "direction", "ours", "torch.compile", "fastest of the rest", "share of the floor"), lines,
+    return Table(("op", "case", "direction", "ours", "torch.compile", "fastest of the rest", "share of the limit"), lines,
                  frozenset((3, 4, 5, 6)))
 
 

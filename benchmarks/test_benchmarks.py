@@ -15,7 +15,8 @@ from sora_fast.benchmarks.suites import work
 from sora_fast.ops import FAMILIES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-WORK = [(case, provider, direction) for _, case, providers in work(FAMILIES, "quick", spare_compiling=DEVICE.type == "cpu")
+ON_CPU = DEVICE.type == "cpu"
+WORK = [(case, provider, direction) for _, case, providers in work(FAMILIES, "quick", DEVICE.type, spare_compiling=ON_CPU)
         for provider in providers for direction in case.directions()]
 
 

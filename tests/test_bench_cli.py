@@ -55,12 +55,13 @@ def test_a_run_writes_rows_and_a_report_and_goes_on(cli, run):
     assert {row["status"] for row in found} == {"PASSED"} and (run / "report.html").stat().st_size > 5000
     before = (run / "bench.jsonl").read_bytes()
     code, out, _ = cli("bench", "latents", *ONE, "--out", run)
+    assert "ours: 4 PASSED\npeers: no rows\n" in out
     assert code == 0 and (run / "bench.jsonl").read_bytes() == before and "[1/1]" not in out
 
 
 def test_compare_with_itself_and_with_a_slower_one(cli, run, tmp_path):
     base = run / "bench.jsonl"
-    code, out, _ = cli("bench", "compare", base, base)
+    code, out, _ = cli("bench", "compare", run, base)  # a folder, or a file
     assert code == 0 and "SAME 4, UNDECIDED 0, FAST 0, SLOW 0" in out
     code, out, _ = cli("bench", "compare", base, changed(base, tmp_path / "slow.jsonl", slower(1.2, "torch")),
                        "--fail-slower", "5%")
@@ -120,6 +121,8 @@ def test_misuse_is_one_sentence(cli, tmp_path):
     (tmp_path / "bench.jsonl").write_text("not json\n")
     refused(cli("bench", "latents", *ONE, "--out", tmp_path), "line 1")
     refused(cli("bench", "compare", tmp_path / "nothing.jsonl", tmp_path / "nothing.jsonl"), "nothing.jsonl")
+    (tmp_path / "empty").mkdir()
+    refused(cli("bench", "compare", tmp_path / "empty", tmp_path / "empty"), "bench.jsonl in the folder")
 
 
 def test_a_failure_of_ours_fails_the_run(cli, tmp_path, monkeypatch):
@@ -172,6 +175,8 @@ def test_every_suite_has_every_family_and_every_case_a_name_of_its_own():
         for _, _, providers in found:
             assert len({p.name for p in providers}) == len(providers)
     assert {family for family, _, _ in suites.work((), "model")} == {"model"}
+    on_cpu = {p.name for _, _, ps in suites.work(("convolution",), "quick", "cpu") for p in ps}
+    assert {"onednn", "onednn_ncdhw"} <= on_cpu and not any("cudnn" in name for name in on_cpu)
     spared = [p for _, case, ps in suites.work((), "quick", spare_compiling=True) for p in ps
               if getattr(p, "compiled", False) and not p.unavailable(case, "forward", torch.device("cpu"))]
     assert len(spared) == 2

@@ -186,6 +186,20 @@ def test_the_table_for_logs_is_aligned_and_ends_with_what_matters():
                                           "SLOW"]
 
 
+def test_peers_tell_what_the_machine_did():
+    """All rows of a run beside a busy process are slower, some more; then nothing is SLOW but what was planted."""
+    names = ("torch", "sdpa", "compile")
+    base = [row(case=f"case {n}", provider=name, ms=1.0) for n in range(6) for name in names]
+    busy = [scaled(r, 1.5 + 0.1 * (n % 4)) for n, r in enumerate(base)]
+    result = compare.compare(base, busy)
+    assert {e.verdict for e in result.entries} == {"UNDECIDED"} and result.exit_code == 0
+    assert "12 rows of peers: the middle one at 1." in result.header
+    planted = [scaled(r, 2.0) if r["case"] == "case 3" and r["provider"] == "torch" else r for r in busy]
+    assert [(e.new["case"], e.new["provider"]) for e in compare.compare(base, planted).fails] == [("case 3", "torch")]
+    other = [r | dict(environment=environment(torch="2.12.0")) for r in busy]  # peers of other software are no control
+    assert {e.verdict for e in compare.compare(base, other).entries} == {"SLOW"}
+
+
 def test_a_torn_last_line_does_not_stop_a_comparison(tmp_path):
     path = write(tmp_path / "bench.jsonl", a_run())
     with open(path, "a") as file:
@@ -227,6 +241,17 @@ def test_others_of_one_of_ours_are_not_ours():
     cell = {name: row(provider=name, ms=ms) for name, ms in (("triton", 1.0), ("torch", 0.5), ("compile", 2.0), ("x", 3.0))}
     assert figures.best_other(cell, "triton")["provider"] == "compile"
     assert figures.best_other(cell, "compile")["provider"] == "torch" and figures.ours(cell)["provider"] == "triton"
+    cell |= {name: row(provider=name, ms=0.1) for name in ("auto_chunk4", "reference")}
+    assert figures.best_other(cell, "triton")["provider"] == "compile"
+    assert figures.best_other(cell, "compile")["provider"] == "torch"
+
+
+def test_what_is_too_small_to_rank_is_marked_and_counts_in_no_mean():
+    pair = lambda ms, timer: [row(provider=name, ms=ms * by, timer=timer) for name, by in (("torch", 2.0), ("compile", 1.0))]
+    for rows_, small in ((pair(0.4, "wall"), True), (pair(0.6, "wall"), False), (pair(0.4, "graph"), False)):
+        page, plain = report.html([("a", rows_)]), tables.markdown([("a", rows_)])
+        assert (f", {figures.TOO_SMALL}</small>" in page) == (f"forward, {figures.TOO_SMALL} |" in plain) == small
+        assert figures.standings(rows_)[0].compile == ((None, 0) if small else (0.5, 1))
 
 
 @pytest.mark.parametrize("value, text", [(0.123456, "0.1235"), (12.3456, "12.35"), (98765.4, "98,765"), (None, ""),
@@ -388,6 +413,26 @@ def test_markdown_and_csv_hold_the_numbers_of_the_rows():
         assert json.loads(line["shape"]) == r["shape"] and line["run"] == "h200" and line["device"] == H200
 
 
+def test_host_time_has_a_table_of_its_own():
+    host = dict(row="host", schema=rows.SCHEMA, l2="cold", backend="triton", op="qk_norm_rope", what="forward", ours_us=61.2,
+                eager_us=None, more_us=None, python_calls=91, peer=None, peer_us=None, environment=environment())
+    for text in (report.html([("a", [*a_run(), host])]), tables.markdown([("a", [*a_run(), host])])):
+        assert "Host time" in text and "61.2" in text
+    assert "Host time" not in report.html([("a", a_run())])
+    assert compare.compare([*a_run(), host], a_run()).exit_code == 0
+
+
+def test_readme_has_what_a_cpu_measured(tmp_path):
+    env = environment(kind="cpu", packages={"diffusers": "0.42.1"})
+    cell = lambda side, **more: dict(row="cpu", schema=rows.SCHEMA, group="packing", case="a step", side=side, base="padded",
+                                     samples=[1.0], bytes=None, command="the command", environment=env) | more
+    write(tmp_path / "cpu.jsonl", [cell("packed", seconds=0.3456, share=0.5215), cell("padded", seconds=0.6627, share=1.0),
+                                   cell("packed", group="memory", seconds=None, bytes=12_300_000, share=0.25),
+                                   cell("padded", group="memory", seconds=None, bytes=49_200_000, share=1.0)])
+    block = tables.readme_block(tmp_path)
+    assert "| a step | 0.52 | 0.663 s |" in block and "| a step | 0.25 | 49.2 MB |" in block and "`the command`" in block
+
+
 def test_a_run_without_rows_makes_a_report(tmp_path):
     report.write([("empty", [])], tmp_path)
     assert "no rows yet" in (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -411,9 +456,10 @@ def test_readme_tables_are_made_of_the_committed_rows(tmp_path):
     assert "Commit c0ffeec0ffee, torch 2.11.0+cu130, Triton 3.6.0, driver 580.65.06, L2 cold" in ours
     assert "`benchmarks/results/nvidia-h200/`" in ours
     mean = f"{(1.25 * 1.5) ** (1 / 3):.2f} (3)"
-    assert f"| modulation | {mean} | {mean} | {(0.25**2 / 0.28 / 0.6) ** 0.5 * 100:.1f} % (2) | 7 | 1 | 0 | 1 |" in ours
+    share = f"{(0.25**2 / 0.28 / 0.6) ** 0.5 * 100:.1f} % (2)"
+    assert f"| modulation | {mean} | {mean} | {share} | 4 / 3 | 0 / 1 | 0 / 0 | 0 / 1 |" in ours
     wan = "| Wan 14B, 720p, bfloat16 | forward"
-    assert f"| norm_modulate {wan} | 0.2800 (triton) | 0.3500 | 2.500 (reference) | 89.3 % |" in ours
+    assert f"| norm_modulate {wan} | 0.2800 (triton) | 0.3500 |  | 89.3 % |" in ours
     assert f"| varlen_attention {wan} | 2.000 (triton) |  | 1.900 (flash_attn) | 60.0 % |" in ours
     assert "| dit | DiT-XL/2 step, bfloat16 | auto | 100.0 | 81,920 tokens/s | 123 MB | 40.0 % |" in ours
     assert "DiT-XL/2, bfloat16" not in ours  # the smaller case

@@ -5,6 +5,7 @@ the same inputs, drawn from fixed seeds, and returns tensors under the same name
 timed at a small size of the same configuration, where the model in float64 can be computed beside it.
 """
 
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -56,12 +57,19 @@ class ModelCase(Subject):
     def gate(self, provider: "ModelProvider", device: torch.device) -> list[Comparison]:
         """Every output and gradient of a small step against the same step of the reference in float64."""
         small = self.small()
-        truth, low = (small.plain_step(device, dtype)() for dtype in (torch.float64, None))
+        truth, low = _plain(small, device)
         return compare_all(provider.build(small, device)(), low, truth)
 
     @abstractmethod
     def scope(self) -> str:
         """What the gate compared, in words."""
+
+
+@functools.lru_cache(maxsize=1)  # a case's providers come one after the other
+def _plain(small: ModelCase, device: torch.device) -> tuple[Tensors, Tensors]:
+    """What the reference gives in float64, and as it is."""
+    truth, low = (small.plain_step(device, dtype)() for dtype in (torch.float64, None))
+    return truth, low
 
 
 def _anywhere(case: ModelCase, device: torch.device) -> str:
@@ -107,7 +115,7 @@ def model(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtyp
             p.copy_(draw(*p.shape, scale=1 / math.sqrt(p[0].numel())))
         else:
             p.copy_(draw(*p.shape, scale=0.1) + (0 if name.endswith("bias") else 1))
-    return module.to(dtype).to(wide or dtype)
+    return nn.Module.to(nn.Module.to(module, dtype), wide or dtype)  # to() of diffusers' models has a warning here
 
 
 def training_step(forward: Callable[[], tuple[Tensors, torch.Tensor, torch.Tensor | None]],

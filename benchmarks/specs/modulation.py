@@ -94,7 +94,7 @@ class Modulation(PackCase):
 def _cases():
     case = Modulation("norm_modulate", "", torch.bfloat16, FULL, (), 0)
     wan = replace(case, tables=torch.float32)  # Wan keeps modulation in float32
-    yield replace(case, label="DiT-S, small pack", dtype=torch.float32, suites=QUICK, grids=shapes.MIXED_SMALL, width=384)
+    yield replace(case, label="DiT-B, small pack", dtype=torch.float32, suites=QUICK, grids=shapes.MIXED_SMALL, width=768)
     yield replace(wan, label="Mochi, small clip", suites=QUICK, grids=((3, 4, 6),), width=768, norm="rms", shifted=False)
     yield replace(case, label="DiT-S/2, one image 256px", grids=(shapes.DIT_256,), width=384)
     yield replace(case, label="DiT-XL/2, 64 images 256px", grids=(shapes.DIT_256,) * 64, width=1152)
@@ -105,13 +105,13 @@ def _cases():
     yield replace(case, label="Mochi, 480p", grids=(shapes.MOCHI_480,), width=3072, norm="rms", shifted=False)
 
     case, wan = replace(case, op="gate_residual"), replace(wan, op="gate_residual", stream=torch.float32)
-    yield replace(case, label="DiT-S, small pack", dtype=torch.float32, suites=QUICK, grids=shapes.MIXED_SMALL, width=384)
+    yield replace(case, label="DiT-B, small pack", dtype=torch.float32, suites=QUICK, grids=shapes.MIXED_SMALL, width=768)
     yield replace(case, label="DiT-L/2, 16 images 512px", grids=(shapes.DIT_512,) * 16, width=1024)
     yield replace(wan, label="Wan 14B, 480p, float32 stream", grids=(shapes.WAN_480,), width=5120)
     yield replace(case, label="Hunyuan, 720p", grids=(shapes.HUNYUAN_720,), width=3072)
 
     case, wan = (replace(each, op="gate_residual_norm_modulate") for each in (case, wan))
-    yield replace(case, label="DiT-S, small pack", dtype=torch.float32, suites=QUICK, grids=shapes.MIXED_SMALL, width=384)
+    yield replace(case, label="DiT-B, small pack", dtype=torch.float32, suites=QUICK, grids=shapes.MIXED_SMALL, width=768)
     yield replace(wan, label="Wan 1.3B, small clip, float32 stream", suites=QUICK, grids=((2, 6, 6),), width=1536,
                   per="frame")
     yield replace(case, label="DiT-XL/2, 64 images 256px", grids=(shapes.DIT_256,) * 64, width=1152)

@@ -69,7 +69,7 @@ def _cases():
     case = Rotary("qk_norm_rope", "", torch.bfloat16, FULL, (), 24, 128, "rms_head")
     hunyuan, wan = replace(case, axes=(16, 56, 56), theta=256.0, fused=True), replace(case, norm="rms_all")
     open_sora = replace(case, axes=(16, 56, 56), pairing="half")
-    # short in float32, as in patches.py: 48 tokens to sum for a weight's gradient, where a norm per head has 227 * 6
+    # short in float32, as in patches.py: 48 tokens to sum for a weight's gradient, where a norm per head has 905 * 6
     yield replace(wan, label="Wan 1.3B, small clip", dtype=torch.float32, suites=QUICK, grids=((2, 4, 6),), heads=12)
     yield replace(case, label="DiT-S, small pack", suites=QUICK, grids=shapes.MIXED_SMALL, heads=6, head_dim=64,
                   axes=(16, 24, 24))

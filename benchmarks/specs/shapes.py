@@ -32,8 +32,8 @@ MIXED_256 = (*(DIT_256,) * 12, *((1, 14, 18),) * 6, *((1, 20, 12),) * 6, *((5, 1
 # Images of 256 to 768 pixels and two small clips.
 MIXED_IMAGES = ((5, 16, 16), (3, 16, 24), *(DIT_256,) * 24, *((1, 12, 20),) * 8, DIT_512, (1, 24, 40), (1, 40, 24),
                 (1, 48, 32))
-# For a CPU core: 120 + 42 + 1 + 64 tokens.
-MIXED_SMALL = ((3, 5, 8), (1, 6, 7), (1, 1, 1), (1, 8, 8))
+# For a CPU core: 480 + 168 + 1 + 256 tokens.
+MIXED_SMALL = ((3, 10, 16), (1, 12, 14), (1, 1, 1), (1, 16, 16))
 
 
 def lengths(*grids: Grid) -> tuple[int, ...]:

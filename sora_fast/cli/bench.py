@@ -12,8 +12,8 @@ one of our backends failed, with 3 if --minutes left cases for the next call.
 
   sora-fast bench attention --suite full --device cuda
   sora-fast bench --op norm_modulate --impl my_package.kernels:norm_modulate_fast
-  sora-fast bench compare old/bench.jsonl new/bench.jsonl --fail-slower 5%
-  sora-fast bench report h100/bench.jsonl h200/bench.jsonl --out both"""
+  sora-fast bench compare old new --fail-slower 5%
+  sora-fast bench report h100 h200 --out both"""
 
 
 def add_arguments(parser) -> None:
@@ -41,10 +41,10 @@ def run(arguments) -> int:
 
     Returns 1 if one of our backends or the user's function failed, 3 if --minutes left cases for the next call, else 0.
     """
-    from ..benchmarks import report, suites, timing
+    from ..benchmarks import figures, host_time, report, suites, timing
     from ..benchmarks.runner import Runner, Settings
-    from ..dispatch import ORDER
     from ..named import pick_device
+    from ..ops import FAMILIES
 
     device = pick_device(arguments.device)
     if device.type not in ("cpu", "cuda"):
@@ -55,7 +55,7 @@ def run(arguments) -> int:
         raise ValueError("bench: expected --l2 hot on a CPU, whose caches are not emptied between calls, got cold; leave "
                          "--l2 out")
     named = arguments.providers or ()
-    every = suites.work(arguments.families, suite, spare_compiling=device.type == "cpu" and not named)
+    every = suites.work(arguments.families, suite, device.type, spare_compiling=device.type == "cpu" and not named)
     if arguments.op:
         every = [(family, case, providers) for family, case, providers in every if case.op == arguments.op]
     if arguments.impl:
@@ -76,13 +76,18 @@ def run(arguments) -> int:
             (out / "bench.jsonl").unlink(missing_ok=True)
         settings = Settings(device, suite, l2, out, arguments.minutes, timing.GPU if device.type == "cuda" else timing.CPU)
         _say_conditions(settings)
-        runner = Runner(settings, tell=lambda text: print(text, flush=True), show=lambda row: print(line(row), flush=True))
+        runner = Runner(settings, tell=lambda text: print(text, flush=True), show=_show)
         done = runner.run(work)
+        whole = not (arguments.op or arguments.case or named) and set(FAMILIES) <= {family for family, _, _ in work}
+        if device.type == "cuda" and whole and not runner.left and all(row["row"] != "host" for row in done):
+            print("host time of each op", flush=True)
+            runner.write(host_time.complete(host_time.measure(device, lambda row: None), device, l2))
         report.write([(out.name, done)], out)
+    measured = figures.measurements(done)
+    print(_ending(measured))
     print(f"wrote {out / 'bench.jsonl'} ({len(done)} rows) and {out / 'report.html'}")
-    answerable = (*ORDER, "auto", *([mine] if arguments.impl else ()))
-    ours = [row for row in done if row["row"] == "time" and row["provider"] in answerable
-            and row["status"] in ("FAILED", "ERROR")]
+    answerable = lambda name: figures.is_own(name) or arguments.impl and name == mine
+    ours = [row for row in measured if answerable(row["provider"]) and row["status"] in ("FAILED", "ERROR")]
     for row in ours:
         what = " / ".join(row[name] for name in ("op", "case", "direction", "provider"))
         print(f"bench: {what} {row['status']}: {row['reason']}")
@@ -116,10 +121,33 @@ def _say_conditions(settings) -> None:
     print(f"{where}{threads}, torch {torch.__version__}, suite {settings.suite}")
 
 
-def line(row: dict) -> str:
-    """One row for a terminal."""
-    name = f"    {row['direction']:9s} {row['provider']:24s}"
-    if row["status"] != "PASSED":
-        return f"{name} {row['status']:11s} {row['reason']}"
-    share = f"{row['share']:6.1%} of the floor" if row["share"] is not None else ""
-    return f"{name} {row['median_ms']:11.4f} ms  {share}"
+def _show(rows: list[dict]) -> None:
+    """A case's rows for a terminal; why a provider could not run is said once, at the end."""
+    from ..benchmarks import figures
+
+    for cell in figures.group(rows, *figures.CELL).values():
+        mark = f"  {figures.TOO_SMALL}" if figures.too_small(cell) else ""
+        for row in cell:
+            name = f"    {row['direction']:9s} {row['provider']:24s}"
+            if row["status"] == "PASSED":
+                share = f"{row['share']:6.1%} of the limit" if row["share"] is not None else ""
+                print(f"{name} {row['median_ms']:11.4f} ms  {share}{mark}", flush=True)
+            elif row["status"] != "UNSUPPORTED":
+                print(f"{name} {row['status']:11s} {row['reason']}", flush=True)
+
+
+def _ending(rows: list[dict]) -> str:
+    """How many rows of ours and of peers ended how; then each reason not to run once, with those that gave it."""
+    from collections import Counter
+
+    from ..benchmarks.figures import STATUSES, group, is_own
+
+    lines = []
+    for who, own in (("ours", True), ("peers", False)):
+        counts = Counter(row["status"] for row in rows if is_own(row["provider"]) == own)
+        told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+        lines.append(f"{who}: {told or 'no rows'}")
+    for (reason,), theirs in group((row for row in rows if row["status"] == "UNSUPPORTED"), "reason").items():
+        names = ", ".join(dict.fromkeys(row["provider"] for row in theirs))
+        lines.append(f"not run, {len(theirs)} {'row' if len(theirs) == 1 else 'rows'} of {names}: {reason}")
+    return "\n".join(lines)

@@ -2,8 +2,8 @@
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("base", help="bench.jsonl of the run to compare with")
-    parser.add_argument("new", help="bench.jsonl of the other run, on the same GPU")
+    parser.add_argument("base", help="the run to compare with: its folder, or its bench.jsonl")
+    parser.add_argument("new", help="the other run, on the same GPU")
     parser.add_argument("--fail-slower", default="5%", metavar="SHARE",
                         help="exit with 1 if a row is slower by more than this")
 
@@ -12,7 +12,7 @@ def run(arguments) -> int:
     """Print a verdict for every row that two runs share; 1 if one is slower by more than --fail-slower."""
     from ..benchmarks import compare, rows
 
-    result = compare.compare(rows.read(arguments.base), rows.read(arguments.new), fraction(arguments.fail_slower))
+    result = compare.compare(rows.read_run(arguments.base), rows.read_run(arguments.new), fraction(arguments.fail_slower))
     print(result)
     return result.exit_code
 
