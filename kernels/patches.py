@@ -37,7 +37,7 @@ def _places(token, grids, cu_seqlens, samples, steps, C: tl.constexpr, PT: tl.co
     ``steps``: halvings that leave one of ``samples`` + 1 places. Tokens of samples are counted in 32 bits, numbers in 64.
     """
     belongs = token < tl.load(cu_seqlens + samples)
-    inside = tl.where(belongs, token, 0).to(tl.int32)
+    inside = tl.minimum(token, 2147483647).to(tl.int32)  # the search does not wait for ``belongs``
     low = tl.zeros_like(inside)  # the last sample that begins at or before the token: empty ones before it are passed over
     high = low + samples.to(tl.int32)
     for _ in range(steps):
@@ -45,9 +45,10 @@ def _places(token, grids, cu_seqlens, samples, steps, C: tl.constexpr, PT: tl.co
         right = tl.load(cu_seqlens + middle) <= inside
         low = tl.where(right, middle, low)
         high = tl.where(right, high, middle)
-    t = tl.load(grids + 3 * low, mask=belongs, other=1)
-    h = tl.load(grids + 3 * low + 1, mask=belongs, other=1)
-    w = tl.load(grids + 3 * low + 2, mask=belongs, other=1)
+    known = low < samples
+    t = tl.where(belongs, tl.load(grids + 3 * low, mask=known, other=1), 1)
+    h = tl.where(belongs, tl.load(grids + 3 * low + 1, mask=known, other=1), 1)
+    w = tl.where(belongs, tl.load(grids + 3 * low + 2, mask=known, other=1), 1)
     first = tl.load(cu_seqlens + low)
     inner = tl.where(belongs, inside - first, 0)
     row = w.to(tl.int64) * PW

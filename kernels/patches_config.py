@@ -6,6 +6,7 @@ import torch
 import triton
 
 from . import arch
+from .rows import pieces
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,12 @@ def weight_heuristic(launch: Launch, gpu: str) -> ProductConfig:
 
 
 def permute_heuristic(launch: Launch, gpu: str) -> PermuteConfig:
-    """Tiles of 4096 numbers, 32 a thread, and 32 tokens or more where a patch is no larger than 128 numbers."""
+    """Tiles of 4096 elements, 32 a thread: channels without padding (3 x 16 of 48), and 32 tokens or more where a patch has
+    no more than 128 elements.
+    """
     run = triton.next_power_of_2(launch.run)
-    channels = min(triton.next_power_of_2(launch.width), 128, max(512 // run, 1))
+    channels = pieces(launch.width, 128)[0] if launch.width >= 8 else triton.next_power_of_2(launch.width)
+    channels = min(channels, 128, max(512 // run, 1))
     rows = min(triton.next_power_of_2(launch.rows), max(128 // (run * channels), 1))
     tokens = min(max(4096 // (run * channels * rows), 8), 16 if gpu == "cpu" else 256)
     return PermuteConfig(tokens, rows, channels, warps=4)
