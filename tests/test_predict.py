@@ -54,6 +54,15 @@ def test_a_cubin_gets_a_report_and_its_own_questions(cli, tmp_path):
     code, out, _ = cli("predict", "--impl", path, "--gpu", "h100", "--warps", "4", "--out", tmp_path, "--json")
     (row,) = json.loads(out)
     assert code == 0 and row["kernel"] == "good" and 0.3 < row["copy_share"] <= 1 and row["predicted"]
+    assert row["lines"] == []
+    code, out, _ = cli("predict", "--impl", path, "--gpu", "h100", "--warps", "4", "--out", tmp_path, "--lines", "2")
+    (row,) = json.loads((tmp_path / "predictions.json").read_text())
+    first, _ = [line for line in out.splitlines() if "  | " in line]
+    counts = [line["instructions"] for line in row["lines"]]
+    assert code == 0 and sum(counts) == row["instructions"] and counts == sorted(counts, reverse=True)
+    top = row["lines"][0]
+    source = open(top["file"]).read().splitlines()[top["line"] - 1].strip()
+    assert first.split()[0] == str(counts[0]) and first.endswith(source)
     refused(cli("predict", "--impl", "aot_kernels:good"), "expected a function without arguments that launches your kernel")
     refused(cli("predict", "attention", "--case", "no such"), "expected --case to leave a kernel on H200")
 

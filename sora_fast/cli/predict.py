@@ -46,6 +46,9 @@ def add_arguments(parser) -> None:
     add("--emulate", action="store_true",
         help="execute a program of each Triton kernel with matrix products in the emulator, on zeros, and take the bank "
              "conflicts that it counts in shared memory (default: none are assumed)")
+    add("--lines", type=int, default=0, metavar="N",
+        help="the N lines of a kernel's source that most instructions of its main loop come from, with those instructions; "
+             "kernels are compiled anew for it (default: %(default)s)")
     add("--results", metavar="DIR",
         help="folder with a folder of sora-fast bench's rows for each GPU; measured figures of the same GPU and case stand "
              "beside the predicted ones (default: the results that the package ships)")
@@ -59,7 +62,8 @@ def run(arguments) -> int:
     Returns 1 if a kernel could not be predicted (it does not compile, or its blocks do not fit), else 0.
     """
     gpu = GPUS[arguments.gpu]
-    for flag, number, least in (("--tokens", arguments.tokens, 1), ("--turns", arguments.turns, 0)):
+    for flag, number, least in (("--tokens", arguments.tokens, 1), ("--turns", arguments.turns, 0),
+                                ("--lines", arguments.lines, 0)):
         if not least <= number < 2**31:
             raise ValueError(f"{flag}: expected a number from {least} to 2^31, got {number:g}; pass one")
     if arguments.turns and not arguments.impl:
@@ -82,6 +86,8 @@ def run(arguments) -> int:
             continue
         if not arguments.json:
             print(predict_report.line(*found[-1]), flush=True)
+            for line in predict_report.source_lines(prediction, arguments.lines):
+                print(line, flush=True)
     if not found and not failed:
         raise ValueError(f"predict: expected --case to leave a kernel on {gpu.name}, got {arguments.case!r}; leave it out "
                          f"to see their names")
@@ -123,6 +129,8 @@ def _work(arguments, gpu: GPU) -> Iterator[tuple[str, object, predict_measured.C
 def _kernel(work, gpu: GPU, arguments) -> Kernel:
     """With what the flags say of it."""
     kernel = work.kernel(gpu, arguments.tokens, arguments.emulate)
+    if arguments.lines:
+        kernel = replace(kernel, lines=work.source_lines(gpu))
     return replace(kernel, turns=arguments.turns or None) if arguments.impl else kernel
 
 
@@ -153,4 +161,5 @@ def _cubin(arguments, gpu: GPU) -> Iterator[tuple[str, object, None]]:
                              f"{gpu.cc}; choose another")
         yield each.name, lambda each=each: Kernel(
             each.name, each.sass, each.registers, each.shared + arguments.shared, arguments.warps, case=path.name,
-            tile=f"w{arguments.warps}", turns=arguments.turns or None), None
+            tile=f"w{arguments.warps}", turns=arguments.turns or None,
+            lines=cubins.source_lines(path, each.name) if arguments.lines else {}), None

@@ -7,6 +7,7 @@ traffic) is read from their constants and tensors.
 import functools
 import importlib
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from unittest import mock
 import torch
 
 from .. import env
-from ..cyclemodel import GPU, Kernel
+from ..cyclemodel import GPU, Kernel, cubins
 from ..testing import aot, aot_cache
 from .predict_measured import Call, call_of
 
@@ -60,6 +61,15 @@ class Work:
         compiled = aot_cache.compile_for(cache(), case.fn, case.signature, case.constexprs, case.aligned, gpu.cc,
                                          **case.options)
         return self.of(compiled, tokens, counted)
+
+    def source_lines(self, gpu: GPU) -> dict[int, tuple[str, int]]:
+        """(file, line) of each address of its machine code, for which it is compiled anew."""
+        case = self.case
+        made, _ = aot.build(case.fn, case.signature, case.constexprs, case.aligned, gpu.cc, case.options)
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "kernel.cubin")
+            cubin.write_bytes(made.asm["cubin"])
+            return cubins.source_lines(cubin, made.metadata.name)
 
     def of(self, compiled: aot.Compiled, tokens: int = 0, counted: dict[str, float] | None = None) -> Kernel:
         """``counted``: wavefronts, as the emulator found them."""
