@@ -232,3 +232,30 @@ def test_what_is_read_of_launches():
     tried = list(predict_kernels.ours("attention", GPUS["h200"], "128 bfloat16, sm90", candidates=True))
     tiles = {(each.case.constexprs["BLOCK_M"], each.case.constexprs["BLOCK_N"]) for each in tried}
     assert len(alone) == 3 and len(tried) > 60 and {(64, 64), (128, 64), (64, 128)} <= tiles
+
+
+def test_a_model_is_the_sum_of_its_launches():
+    """Kernels by what they launch, PyTorch's own at its floor; the models' own launches, which take long to compile."""
+    from collections import Counter
+
+    from sora_fast import ops
+    from sora_fast.cli import predict_models
+    from sora_fast.cyclemodel import GPUS
+
+    def run():
+        x, w = torch.empty(4096, 1152), torch.empty(1152, 1152)
+        ops.norm_modulate(ops.norm_modulate(x, None, None) @ w, None, None).view(-1)
+
+    gpu = GPUS["h200"]
+    found = {layer.kernel: layer for layer in predict_models.layers(run, gpu)}
+    norm, product = found.pop("modulation forward_kernel"), found.pop("PyTorch's mm")
+    assert not found and (norm.count, product.count) == (2, 1)
+    assert norm.amount == 2 * 2 * 4096 * 1152 * 2 and norm.floor_ms == pytest.approx(norm.amount / gpu.dram * 1e3)
+    assert norm.predicted_ms > 0.99 * norm.floor_ms and product.predicted_ms is None
+    assert product.floor_ms == pytest.approx(2 * 4096 * 1152**2 / 989.4e12 * 1e3, rel=1e-3)
+    whole, *lines = predict_models.report("mine", gpu, [product, norm])
+    assert whole.startswith("mine on H200: predicted 0.") and len(lines) == 2 and "at its floor" in lines[0]
+    traces = (predict_models.trace(predict_models.MODELS[name], "sm90") for name in ("wan-block", "wan-vae"))
+    block, vae = (Counter(launch.fn.__name__ for launch in each.launches) for each in traces)
+    assert block["dkdv_kernel"] == 2 and block["schedule_kernel"] == 6 and block["backward_kernel"] == 6
+    assert vae.keys() == {"box_kernel", "forward_kernel"} and vae["box_kernel"] > 30

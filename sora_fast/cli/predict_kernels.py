@@ -113,9 +113,12 @@ def _useful(kernel: str, constants, signature) -> float:
         share = _share(value(made), value("BLOCK_C")) * _share(value(summed), value("BLOCK_K"))
     else:
         share = 1.0
-        for size in ("D", "C", "H", "P"):
-            if f"BLOCK_{size}" in constants and (size != "P" or "H" in constants) and isinstance(value(size), int):
-                share *= _share(value(size), value(f"BLOCK_{size}"))
+        sizes = {size: value(size) for size in ("D", "C", "H") if isinstance(value(size), int)}
+        if "H" in sizes:
+            sizes["P"] = (value("E") + 1) // 2  # of pairs that are not rotated a head has as many lanes
+        for size, count in sizes.items():
+            if f"BLOCK_{size}" in constants:
+                share *= _share(count, value(f"BLOCK_{size}"))
     whole = "*fp32" in signature.values() and not {"*bf16", "*fp16"} & set(signature.values())
     return share / 3 if whole and value("PRECISION") == "tf32x3" else share  # three products of 10 bits for one
 
@@ -150,7 +153,7 @@ def _turns(kernel: str, constants, tokens: int) -> float | None:
 
 
 # -------------------------------------------------------------------------------------------------------- launches
-def _tensors(launch) -> dict[str, int]:
+def tensor_bytes(launch: aot.Launch) -> dict[str, int]:
     """Bytes of each tensor argument, by the parameter's name."""
     given = {**dict(zip(launch.fn.arg_names, launch.args, strict=False)), **launch.kwargs}
     return {name: each.numel() * each.element_size() for name, each in given.items() if isinstance(each, torch.Tensor)}
@@ -184,7 +187,7 @@ def ours(family: str, gpu: GPU, text: str = "", candidates: bool = False) -> Ite
                 key = case.fn.__name__, case.name, str(sorted(case.constexprs.items(), key=str)), str(case.options)
                 if gpu.cc in case.ccs and key not in seen:
                     seen.add(key)
-                    yield Work(family, case, _tensors(launch), made, place, made is not call)
+                    yield Work(family, case, tensor_bytes(launch), made, place, made is not call)
 
 
 def _with_candidates(family: str, call: Callable[[], object]) -> Iterator[Callable[[], object]]:
@@ -214,4 +217,4 @@ def _with_candidates(family: str, call: Callable[[], object]) -> Iterator[Callab
 def theirs(call: Callable[[], object], name: str) -> Iterator[Work]:
     """The kernels that a user's function launches on tensors of the device "meta"."""
     for place, (case, launch) in enumerate(zip(aot.cases_of(name, call, {}), aot.launches(call), strict=True)):
-        yield Work("yours", case, _tensors(launch), call, place)
+        yield Work("yours", case, tensor_bytes(launch), call, place)
