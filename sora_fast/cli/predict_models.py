@@ -164,7 +164,9 @@ def layers(run: Callable[[], object], gpu: GPU, tell: Callable[[str], None] = la
                 predictions[key] = None
         prediction = predictions[key]
         named = {**dict(zip(launch.fn.arg_names, launch.args, strict=False)), **launch.kwargs}
-        flops = 0.0 if family in MEMORY else _flops(launch.fn.__name__, case.constexprs, named)
+        flops = 0.0
+        if family not in MEMORY and prediction and prediction.tflops:  # else its time is memory's
+            flops = _flops(launch.fn.__name__, case.constexprs, named)
         layer = found.setdefault(key, Layer(f"{family} {launch.fn.__name__}", prediction.tile if prediction else "",
                                             "FLOPs" if flops else "bytes"))
         amount = flops or sum(nbytes.values())
