@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import MAXNREG, TF32X3, contiguous, num_sms, on
+from .launch import MAXNREG, TF32X3, contiguous, num_sms, on, registers
 from .patches_config import PermuteConfig, ProductConfig
 
 
@@ -37,7 +37,7 @@ def _places(token, grids, cu_seqlens, samples, steps, C: tl.constexpr, PT: tl.co
     ``steps``: halvings that leave one of ``samples`` + 1 places. Tokens of samples are counted in 32 bits, numbers in 64.
     """
     belongs = token < tl.load(cu_seqlens + samples)
-    inside = tl.where(belongs, token, 0).to(tl.int32)
+    inside = tl.minimum(token, 2147483647).to(tl.int32)  # the search does not wait for ``belongs``
     low = tl.zeros_like(inside)  # the last sample that begins at or before the token: empty ones before it are passed over
     high = low + samples.to(tl.int32)
     for _ in range(steps):
@@ -45,9 +45,10 @@ def _places(token, grids, cu_seqlens, samples, steps, C: tl.constexpr, PT: tl.co
         right = tl.load(cu_seqlens + middle) <= inside
         low = tl.where(right, middle, low)
         high = tl.where(right, high, middle)
-    t = tl.load(grids + 3 * low, mask=belongs, other=1)
-    h = tl.load(grids + 3 * low + 1, mask=belongs, other=1)
-    w = tl.load(grids + 3 * low + 2, mask=belongs, other=1)
+    known = low < samples
+    t = tl.where(belongs, tl.load(grids + 3 * low, mask=known, other=1), 1)
+    h = tl.where(belongs, tl.load(grids + 3 * low + 1, mask=known, other=1), 1)
+    w = tl.where(belongs, tl.load(grids + 3 * low + 2, mask=known, other=1), 1)
     first = tl.load(cu_seqlens + low)
     inner = tl.where(belongs, inside - first, 0)
     row = w.to(tl.int64) * PW
@@ -88,24 +89,35 @@ def _numbers_of(first_row, ROWS: tl.constexpr, PW: tl.constexpr, BLOCK_R: tl.con
 @triton.jit
 def _patches(latents, first_row, belongs, corner, row, plane, volume, ROWS: tl.constexpr, PT: tl.constexpr,
              PH: tl.constexpr, PW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Rows ``first_row`` .. of the patches, (tokens, BLOCK_R * BLOCK_W); 0 where nothing is."""
+    """Rows ``first_row`` .. of the patches, (BLOCK_R * BLOCK_W, tokens); 0 where nothing is."""
     at = _rows_at(first_row, corner, row, plane, volume, PT, PH, BLOCK_R)[:, :, None] + tl.arange(0, BLOCK_W)[None, None, :]
     mask = _row_mask(first_row, belongs, ROWS, PW, BLOCK_R, BLOCK_W)
     x_RNW = tl.load(latents + at, mask=mask, other=0.0)
-    x_NK = tl.reshape(tl.permute(x_RNW, (1, 0, 2)), [belongs.shape[0], BLOCK_R * BLOCK_W])
-    # 0 once more: Triton 3.9 does not compile a product whose operand in shared memory is a reshaped tile as it is
-    return tl.where(belongs[:, None], x_NK, 0.0)
+    return tl.reshape(tl.permute(x_RNW, (0, 2, 1)), [BLOCK_R * BLOCK_W, belongs.shape[0]])
+
+
+@triton.jit
+def _weights(weight, columns, first_row, D: tl.constexpr, ROWS: tl.constexpr, PW: tl.constexpr, BLOCK_R: tl.constexpr,
+             BLOCK_W: tl.constexpr):
+    """Of ``columns`` and the numbers that ``_patches`` gathers, (columns, BLOCK_R * BLOCK_W); 0 where nothing is."""
+    number, there = _numbers_of(first_row, ROWS, PW, BLOCK_R, BLOCK_W)
+    return tl.load(weight + columns[:, None] * (ROWS * PW) + number[None, :],
+                   mask=(columns < D)[:, None] & there[None, :], other=0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
 @triton.jit
-def _embed_columns(acc, bias, out, token, tokens, belongs, columns, D: tl.constexpr):
-    if bias is not None:
-        acc += tl.load(bias + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
-    # where, although its patch is 0: the weight may be infinite
-    acc = tl.where(belongs[:, None], acc, 0.0)
-    mask = (token < tokens)[:, None] & (columns < D)[None, :]
-    tl.store(out + token[:, None] * D + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
+def _bias_of(bias, columns, D: tl.constexpr):
+    if bias is None:
+        return tl.zeros([columns.shape[0]], tl.float32)
+    else:
+        return tl.load(bias + columns, mask=columns < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_columns(out, acc_DN, token, columns, mask, D: tl.constexpr):
+    x_ND = tl.trans(acc_DN.to(out.dtype.element_ty))
+    tl.store(out + token[:, None] * D + columns[None, :], x_ND, mask=mask[:, None] & (columns < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "samples", "steps", "blocks"],
@@ -113,38 +125,51 @@ def _embed_columns(acc, bias, out, token, tokens, belongs, columns, D: tl.conste
 def embed_kernel(latents, weight, bias, grids, cu_seqlens, out, tokens: tl.int64, samples: tl.int64, steps: tl.int64,
                  blocks: tl.int64, D: tl.constexpr, C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
                  PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-                 BLOCK_W: tl.constexpr):
-    """``out`` (N, D) = patches times weight^T plus bias: a tile of tokens and ``blocks`` blocks of columns a program."""
+                 BLOCK_W: tl.constexpr, REST_R: tl.constexpr):
+    """``out`` (N, D) = patches times weight^T plus bias: a tile of tokens and ``blocks`` blocks of columns a program.
+
+    A patch of BLOCK_R rows, or of REST_R (a power of two) more, is gathered once. The weight is the first operand: its tiles
+    and the patches', along which tokens are contiguous, go from shared memory to the Tensor Cores as they are.
+    """
     ROWS: tl.constexpr = C * PT * PH
-    K: tl.constexpr = ROWS * PW
     COLUMNS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    parts = tl.cdiv(COLUMNS, blocks)
-    program = tl.program_id(0).to(tl.int64)
-    first_block = (program % parts * blocks).to(tl.int32)
-    end = tl.minimum(first_block + blocks.to(tl.int32), COLUMNS)
-    token = program // parts * BLOCK_N + tl.arange(0, BLOCK_N)
+    program, walk = tl.program_id(0), blocks.to(tl.int32)
+    parts = (COLUMNS + walk - 1) // walk
+    first_block = program % parts * walk
+    end = tl.minimum(first_block + walk, COLUMNS)
+    first = (program // parts).to(tl.int64) * BLOCK_N
+    token = first + tl.arange(0, BLOCK_N)
     belongs, corner, row, plane, volume = _places(token, grids, cu_seqlens, samples, steps, C, PT, PH, PW)
 
-    if ROWS <= BLOCK_R:
-        a_NK = _patches(latents, 0, belongs, corner, row, plane, volume, ROWS, PT, PH, PW, BLOCK_R, BLOCK_W)
-        number, there = _numbers_of(0, ROWS, PW, BLOCK_R, BLOCK_W)
+    if ROWS <= BLOCK_R + REST_R:
+        b_KN = _patches(latents, 0, belongs, corner, row, plane, volume, ROWS, PT, PH, PW, BLOCK_R, BLOCK_W)
+        if REST_R > 0:
+            rest_KN = _patches(latents, BLOCK_R, belongs, corner, row, plane, volume, ROWS, PT, PH, PW, REST_R, BLOCK_W)
+        bias_D = _bias_of(bias, first_block * BLOCK_D + tl.arange(0, BLOCK_D), D)
         for block in range(first_block, end):
             columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
-            b_KD = tl.load(weight + columns[None, :] * K + number[:, None],
-                           mask=there[:, None] & (columns < D)[None, :], other=0.0)
-            acc = tl.dot(a_NK, b_KD, input_precision=PRECISION)
-            _embed_columns(acc, bias, out, token, tokens, belongs, columns, D)
+            next_bias_D = _bias_of(bias, columns + BLOCK_D, D)  # a turn ahead, or each would wait for it
+            a_DK = _weights(weight, columns, 0, D, ROWS, PW, BLOCK_R, BLOCK_W)
+            acc_DN = tl.dot(a_DK, b_KN, input_precision=PRECISION)
+            if REST_R > 0:
+                rest_DK = _weights(weight, columns, BLOCK_R, D, ROWS, PW, REST_R, BLOCK_W)
+                acc_DN = tl.dot(rest_DK, rest_KN, acc_DN, input_precision=PRECISION)
+            _store_columns(out, acc_DN + bias_D[:, None], token, columns, belongs, D)
+            bias_D = next_bias_D
     else:
         for block in range(first_block, end):
             columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
-            acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            acc_DN = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
             for first_row in range(0, ROWS, BLOCK_R):
-                a_NK = _patches(latents, first_row, belongs, corner, row, plane, volume, ROWS, PT, PH, PW, BLOCK_R, BLOCK_W)
-                number, there = _numbers_of(first_row, ROWS, PW, BLOCK_R, BLOCK_W)
-                b_KD = tl.load(weight + columns[None, :] * K + number[:, None],
-                               mask=there[:, None] & (columns < D)[None, :], other=0.0)
-                acc = tl.dot(a_NK, b_KD, acc, input_precision=PRECISION)
-            _embed_columns(acc, bias, out, token, tokens, belongs, columns, D)
+                b_KN = _patches(latents, first_row, belongs, corner, row, plane, volume, ROWS, PT, PH, PW, BLOCK_R, BLOCK_W)
+                a_DK = _weights(weight, columns, first_row, D, ROWS, PW, BLOCK_R, BLOCK_W)
+                acc_DN = tl.dot(a_DK, b_KN, acc_DN, input_precision=PRECISION)
+            _store_columns(out, acc_DN + _bias_of(bias, columns, D)[:, None], token, columns, belongs, D)
+
+    if first + BLOCK_N > tl.load(cu_seqlens + samples):  # tokens of no sample
+        for block in range(first_block, end):
+            columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
+            _store_columns(out, tl.zeros([BLOCK_D, BLOCK_N], tl.float32), token, columns, (token < tokens) & ~belongs, D)
 
 
 @triton.jit(do_not_specialize=["tokens", "samples", "steps"], do_not_specialize_on_alignment=["grids", "cu_seqlens"])
@@ -202,9 +227,9 @@ def weight_kernel(d_out, latents, grids, cu_seqlens, weight_sums, bias_sums, sam
             bias_acc += tl.sum(a_ND.to(tl.float32), 0)
         if weight_sums is not None:
             belongs, corner, row, plane, volume = _places(token, grids, cu_seqlens, samples, steps, C, PT, PH, PW)
-            b_NK = _patches(latents, first_row, belongs & (token < end), corner, row, plane, volume, ROWS, PT, PH, PW,
+            b_KN = _patches(latents, first_row, belongs & (token < end), corner, row, plane, volume, ROWS, PT, PH, PW,
                             BLOCK_R, BLOCK_W)
-            acc = tl.dot(tl.trans(a_ND), b_NK, acc, input_precision=PRECISION)
+            acc = tl.dot(tl.trans(a_ND), tl.trans(b_KN), acc, input_precision=PRECISION)
 
     if bias_sums is not None:
         tl.store(bias_sums + share * D + columns, bias_acc, mask=columns < tl.where(first_row == 0, D, 0))
@@ -290,11 +315,15 @@ def embed(latents, weight, bias, grids, cu_seqlens, *, config: ProductConfig):
         # all columns of a tile of tokens, but for few tokens, which would leave multiprocessors idle, and large patches,
         # which each block of columns reads again
         blocks = triton.cdiv(columns, triton.cdiv(4 * num_sms(latents.device), tiles))
-        if prod(patch[:-1]) > constants["BLOCK_R"]:
-            blocks = 1
+        rest = triton.next_power_of_2(max(prod(patch[:-1]) - constants["BLOCK_R"], 0))
+        if rest > constants["BLOCK_R"]:
+            blocks, rest = 1, 0
+        if weight.dtype.itemsize == 2 and width % 8 == 0 and config.warps == 4:  # three blocks on an SM; others would spill
+            constants["maxnreg"] = registers(config.warps, 3)
         with on(latents.device):
             embed_kernel[(tiles * triton.cdiv(columns, blocks),)](
-                latents, weight, bias, grids, cu_seqlens, out, tokens, grids.shape[0], _steps(grids), blocks, **constants)
+                latents, weight, bias, grids, cu_seqlens, out, tokens, grids.shape[0], _steps(grids), blocks, REST_R=rest,
+                **constants)
     return out
 
 

@@ -6,6 +6,7 @@ import torch
 import triton
 
 from . import arch
+from .rows import pieces
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def _padded(launch: Launch) -> int:
 
 
 def embed_heuristic(launch: Launch, gpu: str) -> ProductConfig:
-    """The whole patch up to 256 numbers, gathered once for all columns, and tiles so small that several blocks are on an SM:
-    one waits for its part of the weight while another stores. Else what fits.
+    """The whole patch up to 256 elements, gathered once for all columns. Tiles are small enough for several blocks on an SM:
+    one waits for its part of the weight while another stores.
     """
     padded = _padded(launch)
     if gpu == "cpu":
@@ -61,14 +62,15 @@ def embed_heuristic(launch: Launch, gpu: str) -> ProductConfig:
     small = arch.is_small(gpu)
     if launch.dtype == torch.float32:
         if padded <= 64 and not small:
-            return ProductConfig(64, 32, max(padded, 32), warps=4, stages=3)
-        return ProductConfig(64, 32, max(triton.next_power_of_2(launch.run), 32), warps=8, stages=2)
+            return ProductConfig(32 if arch.multiplies_registers(gpu) else 64, 64, max(padded, 32), warps=4, stages=3)
+        return ProductConfig(64, 64, max(triton.next_power_of_2(launch.run), 32), warps=8, stages=2)
     if launch.width % 8 != 0:
         return ProductConfig(64, 64, min(padded, 64), warps=4, stages=2)
     if padded <= 64:
         return ProductConfig(64, 64, padded, warps=4, stages=3)
-    if padded <= 256 and not small:
-        return ProductConfig(64, 64, padded, warps=8, stages=3 if padded <= 128 else 2)
+    if padded <= 256:
+        fits = not small or launch.rows * triton.next_power_of_2(launch.run) <= 192
+        return ProductConfig(64, 64, 128, warps=4, stages=3 if fits else 2)
     if launch.run < 8:  # the addresses of 64 numbers in shorter runs, or of more tokens, spill
         return ProductConfig(64, 64 if small else 128, 32, warps=8, stages=3)
     return ProductConfig(64 if small else 128, 128, 64, warps=8, stages=2 if small else 3)
@@ -100,9 +102,12 @@ def weight_heuristic(launch: Launch, gpu: str) -> ProductConfig:
 
 
 def permute_heuristic(launch: Launch, gpu: str) -> PermuteConfig:
-    """Tiles of 4096 numbers, 32 a thread, and 32 tokens or more where a patch is no larger than 128 numbers."""
+    """Tiles of 4096 elements, 32 a thread: channels without padding (3 x 16 of 48), and 32 tokens or more where a patch has
+    no more than 128 elements.
+    """
     run = triton.next_power_of_2(launch.run)
-    channels = min(triton.next_power_of_2(launch.width), 128, max(512 // run, 1))
+    channels = pieces(launch.width, 128)[0] if launch.width >= 8 else triton.next_power_of_2(launch.width)
+    channels = min(channels, 128, max(512 // run, 1))
     rows = min(triton.next_power_of_2(launch.rows), max(128 // (run * channels), 1))
     tokens = min(max(4096 // (run * channels * rows), 8), 16 if gpu == "cpu" else 256)
     return PermuteConfig(tokens, rows, channels, warps=4)

@@ -49,10 +49,10 @@ def _rotary(draw):
 
 def _patches(op, draw):
     grids = ((2, 5, 7), (0, 3, 3), (1, 11, 6))  # 136 tokens
-    for width in (1152, 5120):
-        if op == "patch_embed":
-            yield f"D = {width}", dict(latents=draw(136 * 64), weight=draw(width, 16, 1, 2, 2), bias=draw(width),
-                                       grids=grids)
+    if op == "patch_embed":
+        for channels, width in ((16, 1152), (16, 5120), (48, 384)):  # 48 channels: a patch in two pieces
+            yield f"D = {width}", dict(latents=draw(136 * 4 * channels), weight=draw(width, channels, 1, 2, 2),
+                                       bias=draw(width), grids=grids)
     if op == "unpatchify":
         yield "16 channels", dict(tokens=draw(136, 64), grids=grids, patch=(1, 2, 2), channels=16, flat=True)
 

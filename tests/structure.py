@@ -2,7 +2,8 @@
 
 Copies at least a turn ahead, no division and no local memory in a main loop, blocks per SM; of kernels whose time is
 memory's, how long their instructions take to be issued, in percent of DRAM's time, which may fall. structure.json lists
-today's faults with why they are known; a new one fails, and so does one that is gone and still listed.
+today's faults with why they are known; a new one fails, and so does one that is gone and still listed. Under "rows" stands
+how long row kernels at widths of models take to be issued on an H200, in percent of DRAM's time, which may fall too.
 
     python tests/structure.py              # writes structure.json anew, keeping the reasons; minutes
     python tests/structure.py modulation   # of these families alone
@@ -10,19 +11,29 @@ today's faults with why they are known; a new one fails, and so does one that is
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
+import torch
 import triton
 
-from sora_fast.cli.predict_kernels import MEMORY, Work
+from sora_fast.cli.predict_kernels import MEMORY, Work, tensor_bytes
 from sora_fast.cyclemodel import GPUS, blocks_per_sm, facts, sass
 from sora_fast.cyclemodel.model import issue_over_dram
 from sora_fast.testing import aot
+from sora_fast.testing.launches import modulation, normalization, patches, rotary
 
 FILE = Path(__file__).with_name("structure.json")
 TABLE = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"triton": triton.__version__, "kernels": {}}
 GPU = {90: GPUS["h200"], 80: GPUS["a100"]}
+ROWS = {  # of aot_cases, beside the widest below
+    "modulation": (modulation, ("1152, bfloat16", "3072, affine", "3072, gate")),
+    "normalization": (normalization, ("192, bfloat16", "384, bfloat16")),
+    "patches": (patches, ("latents, 5120, sm90", "48 channels, 3072, sm90", "128 channels, 2048, float16, sm90",
+                          "16 channels", "48 channels")),
+    "rotary": (rotary, ("16 x 72", "Mochi", "CogVideoX 5B", "Hunyuan", "Wan 14B")),
+}
 
 
 def family(result: aot.Result) -> str:
@@ -79,6 +90,33 @@ def violations(results: Iterable[aot.Result], table: dict = TABLE) -> list[str]:
     return found
 
 
+def _row_calls(family: str) -> Iterator[tuple[str, partial]]:
+    module, names = ROWS[family]
+    yield from ((name, call) for name, call, _ in module.aot_cases() if name in names)
+    bf16 = torch.bfloat16
+    if family == "modulation":
+        yield "5376, bfloat16", partial(modulation.both, 5376, bf16, bf16, bf16, "layer", False)
+    elif family == "patches":
+        yield "latents, 5376, sm90", partial(patches.embedding, 16, (1, 2, 2), 5376, bf16, "sm90")
+    elif family == "rotary":
+        yield "42 x 128", partial(rotary.both, 42, 42, 128, bf16, "rms_all", "interleaved", "fixed", ("weight",))
+
+
+def row_issue(family: str, direction: str) -> dict[str, int]:
+    """Of each row kernel of a family, "forward" or "backward", the time to issue its instructions in percent of DRAM's."""
+    found = {}
+    for name, call in _row_calls(family):
+        for case, launch in zip(aot.cases_of(name, call, {}), aot.launches(call), strict=True):
+            kernel = case.fn.__name__
+            forward = kernel in ("forward_kernel", "embed_kernel", "permute_kernel")
+            if kernel == "join_kernel" or forward != (direction == "forward"):
+                continue
+            ways = {True: " back", False: " there"}.get(case.constexprs.get("BACK"), "")
+            work = Work(family, case, tensor_bytes(launch), lambda: None, 0)
+            found[f"{name}, {kernel}{ways}"] = round(100 * issue_over_dram(work.kernel(GPU[90]), GPU[90]))
+    return found
+
+
 def main(families: Iterable[str]) -> None:
     from sora_fast.testing.launches import FAMILIES
 
@@ -95,7 +133,13 @@ def main(families: Iterable[str]) -> None:
                 got["faults"] = {fault: known.get(fault, "") for fault in got["faults"]}
                 made[result.case.fn.__name__] = got
             print(f"sm_{cc} {name}: {len(results)} kernels", flush=True)
-    FILE.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n", encoding="utf-8")
+    rows = TABLE.get("rows", {})
+    for name in ROWS:
+        if not families or name in families:
+            rows[name] = {direction: row_issue(name, direction) for direction in ("forward", "backward")}
+            print(f"rows of {name}: {sum(map(len, rows[name].values()))} kernels", flush=True)
+    made = {"triton": triton.__version__, "kernels": kernels, "rows": rows}
+    FILE.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

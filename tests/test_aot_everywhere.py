@@ -7,7 +7,9 @@ import tempfile
 from functools import partial
 
 import pytest
+import structure
 import test_aot
+import test_row_kernels
 import torch
 import triton
 from test_aot import ARCHITECTURE, assert_passes, first_of_each, run_again
@@ -37,6 +39,11 @@ def test_every_case_passes_on_sm_90(family, tmp_path_factory):
 @pytest.mark.parametrize("family", launches.FAMILIES)
 def test_every_case_passes_elsewhere(family, tmp_path_factory):
     assert_passes(f"{family}-others", aot.ours(family), OTHERS, tmp_path_factory.getbasetemp())
+
+
+@pytest.mark.parametrize("family", structure.ROWS)
+def test_no_backward_of_rows_issues_more(family):
+    test_row_kernels.test_no_row_kernel_issues_more(family, "backward")
 
 
 @pytest.mark.parametrize("dtype, fits", [(torch.bfloat16, True), (torch.float32, False)], ids=["bfloat16", "float32"])

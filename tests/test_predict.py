@@ -57,6 +57,15 @@ def test_a_cubin_gets_a_report_and_its_own_questions(cli, tmp_path):
     code, out, _ = cli("predict", "--impl", path, "--gpu", "h100", "--warps", "4", "--out", tmp_path, "--json")
     (row,) = json.loads(out)
     assert code == 0 and row["kernel"] == "good" and 0.3 < row["copy_share"] <= 1 and row["predicted"]
+    assert row["lines"] == []
+    code, out, _ = cli("predict", "--impl", path, "--gpu", "h100", "--warps", "4", "--out", tmp_path, "--lines", "2")
+    (row,) = json.loads((tmp_path / "predictions.json").read_text())
+    first, _ = [line for line in out.splitlines() if "  | " in line]
+    counts = [line["instructions"] for line in row["lines"]]
+    assert code == 0 and sum(counts) == row["instructions"] and counts == sorted(counts, reverse=True)
+    top = row["lines"][0]
+    source = open(top["file"]).read().splitlines()[top["line"] - 1].strip()
+    assert first.split()[0] == str(counts[0]) and first.endswith(source)
     refused(cli("predict", "--impl", "aot_kernels:good"), "expected a function without arguments that launches your kernel")
     refused(cli("predict", "attention", "--case", "no such"), "expected --case to leave a kernel on H200")
 
@@ -246,3 +255,30 @@ def test_the_tuner_begins_with_what_is_predicted_fastest(tmp_path, monkeypatch):
         assert tune_predicted.likeliest(asked, few, call, said.append) == few
     assert len(said) == 1 and "nothing is predicted of its candidates" in said[0]
     assert tune_predicted.gpu_like("sm100-B200") is None and tune_predicted.gpu_like("sm90-H100-80GB").name == "H100"
+
+
+def test_a_model_is_the_sum_of_its_launches():
+    """Kernels by what they launch, PyTorch's own at its floor; the models' own launches, which take long to compile."""
+    from collections import Counter
+
+    from sora_fast import ops
+    from sora_fast.cli import predict_models
+    from sora_fast.cyclemodel import GPUS
+
+    def run():
+        x, w = torch.empty(4096, 1152), torch.empty(1152, 1152)
+        ops.norm_modulate(ops.norm_modulate(x, None, None) @ w, None, None).view(-1)
+
+    gpu = GPUS["h200"]
+    found = {layer.kernel: layer for layer in predict_models.layers(run, gpu)}
+    norm, product = found.pop("modulation forward_kernel"), found.pop("PyTorch's mm")
+    assert not found and (norm.count, product.count) == (2, 1)
+    assert norm.amount == 2 * 2 * 4096 * 1152 * 2 and norm.floor_ms == pytest.approx(norm.amount / gpu.dram * 1e3)
+    assert norm.predicted_ms > 0.99 * norm.floor_ms and product.predicted_ms is None
+    assert product.floor_ms == pytest.approx(2 * 4096 * 1152**2 / 989.4e12 * 1e3, rel=1e-3)
+    whole, *lines = predict_models.report("mine", gpu, [product, norm])
+    assert whole.startswith("mine on H200: predicted 0.") and len(lines) == 2 and "at its floor" in lines[0]
+    traces = (predict_models.trace(predict_models.MODELS[name], "sm90") for name in ("wan-block", "wan-vae"))
+    block, vae = (Counter(launch.fn.__name__ for launch in each.launches) for each in traces)
+    assert block["dkdv_kernel"] == 2 and block["schedule_kernel"] == 6 and block["backward_kernel"] == 6
+    assert vae.keys() == {"box_kernel", "forward_kernel"} and vae["box_kernel"] > 30

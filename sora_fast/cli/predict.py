@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..cyclemodel import GPU, GPUS, Kernel, Prediction, cubins, predict
@@ -20,6 +20,7 @@ OUT/report.html and OUT/predictions.json. Takes seconds for each kernel; a compi
 (default ~/.cache/sora_fast), and compiled again only when it, Triton or ptxas has changed.
 
   sora-fast predict attention --gpu h200 --case '128 bfloat16'
+  sora-fast predict --model wan-block
   sora-fast predict --impl my_kernels:launch --gpu a100
   sora-fast predict --impl kernel.cubin --warps 8 --gpu h100"""
 
@@ -35,6 +36,9 @@ def add_arguments(parser) -> None:
         help="every tile that the tuner would try too (default: the heuristic's)")
     add("--impl", metavar="MOD:FN", help="your own: a function without arguments that launches Triton kernels on tensors of "
                                          "the device meta, or a .cubin's path (default: ours)")
+    add("--model", choices=("wan-vae", "wan-block"),
+        help="a whole model in place of kernels, summed from all that it launches, beside its floor: Wan 2.1's decode of 81 "
+             "frames of 480 x 832, or a block of Wan 14B at as many, forward and backward (default: none)")
     add("--warps", type=int, default=0, metavar="N",
         help="warps of a block of a .cubin, which does not say it (default: none)")
     add("--shared", type=int, default=0, metavar="BYTES",
@@ -46,6 +50,9 @@ def add_arguments(parser) -> None:
     add("--emulate", action="store_true",
         help="execute a program of each Triton kernel with matrix products in the emulator, on zeros, and take the bank "
              "conflicts that it counts in shared memory (default: none are assumed)")
+    add("--lines", type=int, default=0, metavar="N",
+        help="the N lines of a kernel's source that most instructions of its main loop come from, with those instructions; "
+             "kernels are compiled anew for it (default: %(default)s)")
     add("--results", metavar="DIR",
         help="folder with a folder of sora-fast bench's rows for each GPU; measured figures of the same GPU and case stand "
              "beside the predicted ones (default: the results that the package ships)")
@@ -59,11 +66,14 @@ def run(arguments) -> int:
     Returns 1 if a kernel could not be predicted (it does not compile, or its blocks do not fit), else 0.
     """
     gpu = GPUS[arguments.gpu]
-    for flag, number, least in (("--tokens", arguments.tokens, 1), ("--turns", arguments.turns, 0)):
+    for flag, number, least in (("--tokens", arguments.tokens, 1), ("--turns", arguments.turns, 0),
+                                ("--lines", arguments.lines, 0)):
         if not least <= number < 2**31:
             raise ValueError(f"{flag}: expected a number from {least} to 2^31, got {number:g}; pass one")
     if arguments.turns and not arguments.impl:
         raise ValueError("--turns: expected it beside --impl, got none: of our kernels they are known; leave it out")
+    if arguments.model:
+        return _model(arguments, gpu)
     out = Path(arguments.out)
     check_folder("--out", out)
     if arguments.results and not Path(arguments.results).is_dir():
@@ -82,6 +92,8 @@ def run(arguments) -> int:
             continue
         if not arguments.json:
             print(predict_report.line(*found[-1]), flush=True)
+            for line in predict_report.source_lines(prediction, arguments.lines):
+                print(line, flush=True)
     if not found and not failed:
         raise ValueError(f"predict: expected --case to leave a kernel on {gpu.name}, got {arguments.case!r}; leave it out "
                          f"to see their names")
@@ -93,6 +105,21 @@ def run(arguments) -> int:
     save_text(out / "report.html", predict_report.html(found, gpu))
     print(f"wrote {out / 'report.html'}", file=sys.stderr if arguments.json else sys.stdout)
     return 1 if failed else 0
+
+
+def _model(arguments, gpu: GPU) -> int:
+    """Print a model's layers and their sum; writes nothing."""
+    if arguments.families or arguments.impl or arguments.case:
+        raise ValueError("--model: expected it alone, got kernels beside it; leave out FAMILY, --case and --impl")
+    from . import predict_models
+
+    tell = lambda line: print(f"predict: {line}", file=sys.stderr, flush=True)
+    found = predict_models.layers(predict_models.MODELS[arguments.model], gpu, tell)
+    if arguments.json:
+        print(json.dumps([asdict(layer) for layer in found], indent=1))
+    else:
+        print(*predict_models.report(arguments.model, gpu, found), sep="\n")
+    return 0
 
 
 def _work(arguments, gpu: GPU) -> Iterator[tuple[str, object, predict_measured.Call | None]]:
@@ -123,6 +150,8 @@ def _work(arguments, gpu: GPU) -> Iterator[tuple[str, object, predict_measured.C
 def _kernel(work, gpu: GPU, arguments) -> Kernel:
     """With what the flags say of it."""
     kernel = work.kernel(gpu, arguments.tokens, arguments.emulate)
+    if arguments.lines:
+        kernel = replace(kernel, lines=work.source_lines(gpu))
     return replace(kernel, turns=arguments.turns or None) if arguments.impl else kernel
 
 
@@ -153,4 +182,5 @@ def _cubin(arguments, gpu: GPU) -> Iterator[tuple[str, object, None]]:
                              f"{gpu.cc}; choose another")
         yield each.name, lambda each=each: Kernel(
             each.name, each.sass, each.registers, each.shared + arguments.shared, arguments.warps, case=path.name,
-            tile=f"w{arguments.warps}", turns=arguments.turns or None), None
+            tile=f"w{arguments.warps}", turns=arguments.turns or None,
+            lines=cubins.source_lines(path, each.name) if arguments.lines else {}), None

@@ -44,6 +44,10 @@ class Work:
             launch.kernel, found.sass, found.registers, found.shared + launch.shared, case=f"{self.family} {self.case}",
             direction="forward", memory=self.family in MEMORY, **PLANS[launch.kernel.partition("<")[0]](self))
 
+    def source_lines(self, gpu: GPU) -> dict[int, tuple[str, int]]:
+        """None: the extension is built without line information."""
+        return {}
+
 
 def _convolution(work: Work) -> dict:
     """A warpgroup copies and two multiply, so that eight warps compute; a turn has 64 channels, or all of 96 or 160."""

@@ -7,6 +7,7 @@ traffic) is read from their constants and tensors.
 import functools
 import importlib
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from unittest import mock
 import torch
 
 from .. import env
-from ..cyclemodel import GPU, Kernel
+from ..cyclemodel import GPU, Kernel, cubins
 from ..testing import aot, aot_cache
 from .predict_measured import Call, call_of
 
@@ -61,6 +62,15 @@ class Work:
                                          **case.options)
         return self.of(compiled, tokens, counted)
 
+    def source_lines(self, gpu: GPU) -> dict[int, tuple[str, int]]:
+        """(file, line) of each address of its machine code, for which it is compiled anew."""
+        case = self.case
+        made, _ = aot.build(case.fn, case.signature, case.constexprs, case.aligned, gpu.cc, case.options)
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "kernel.cubin")
+            cubin.write_bytes(made.asm["cubin"])
+            return cubins.source_lines(cubin, made.metadata.name)
+
     def of(self, compiled: aot.Compiled, tokens: int = 0, counted: dict[str, float] | None = None) -> Kernel:
         """``counted``: wavefronts, as the emulator found them."""
         case = self.case
@@ -103,9 +113,12 @@ def _useful(kernel: str, constants, signature) -> float:
         share = _share(value(made), value("BLOCK_C")) * _share(value(summed), value("BLOCK_K"))
     else:
         share = 1.0
-        for size in ("D", "C", "H", "P"):
-            if f"BLOCK_{size}" in constants and (size != "P" or "H" in constants) and isinstance(value(size), int):
-                share *= _share(value(size), value(f"BLOCK_{size}"))
+        sizes = {size: value(size) for size in ("D", "C", "H") if isinstance(value(size), int)}
+        if "H" in sizes:
+            sizes["P"] = (value("E") + 1) // 2  # of pairs that are not rotated a head has as many lanes
+        for size, count in sizes.items():
+            if f"BLOCK_{size}" in constants:
+                share *= _share(count, value(f"BLOCK_{size}"))
     whole = "*fp32" in signature.values() and not {"*bf16", "*fp16"} & set(signature.values())
     return share / 3 if whole and value("PRECISION") == "tf32x3" else share  # three products of 10 bits for one
 
@@ -140,7 +153,7 @@ def _turns(kernel: str, constants, tokens: int) -> float | None:
 
 
 # -------------------------------------------------------------------------------------------------------- launches
-def _tensors(launch) -> dict[str, int]:
+def tensor_bytes(launch: aot.Launch) -> dict[str, int]:
     """Bytes of each tensor argument, by the parameter's name."""
     given = {**dict(zip(launch.fn.arg_names, launch.args, strict=False)), **launch.kwargs}
     return {name: each.numel() * each.element_size() for name, each in given.items() if isinstance(each, torch.Tensor)}
@@ -174,7 +187,7 @@ def ours(family: str, gpu: GPU, text: str = "", candidates: bool = False) -> Ite
                 key = case.fn.__name__, case.name, str(sorted(case.constexprs.items(), key=str)), str(case.options)
                 if gpu.cc in case.ccs and key not in seen:
                     seen.add(key)
-                    yield Work(family, case, _tensors(launch), made, place, made is not call)
+                    yield Work(family, case, tensor_bytes(launch), made, place, made is not call)
 
 
 def _with_candidates(family: str, call: Callable[[], object]) -> Iterator[Callable[[], object]]:
@@ -204,4 +217,4 @@ def _with_candidates(family: str, call: Callable[[], object]) -> Iterator[Callab
 def works_of(family: str, call: Callable[[], object], name: str) -> Iterator[Work]:
     """The kernels that a function launches, which are not launched here: "yours" are a user's, on tensors of "meta"."""
     for place, (case, launch) in enumerate(zip(aot.cases_of(name, call, {}), aot.launches(call), strict=True)):
-        yield Work(family, case, _tensors(launch), call, place)
+        yield Work(family, case, tensor_bytes(launch), call, place)

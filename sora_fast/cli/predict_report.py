@@ -5,7 +5,9 @@ The page is one file, in the style of the benchmark's report. Every figure is ca
 """
 
 import html as escaping
+import linecache
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..benchmarks.report import STYLE
 from ..cyclemodel import GPU, Prediction, calibration
@@ -185,3 +187,13 @@ def line(prediction: Prediction, measured: Sequence[Measured] = ()) -> str:
             f"{f'  {outside(prediction)}{chr(10)}' if prediction.outside else ''}"
             f"  {structure(prediction)}{'; FAULTS: ' + ', '.join(faults) if faults else ''}"
             + "".join(f"\n  {beside(each)}" for each in measured))
+
+
+def source_lines(prediction: Prediction, count: int) -> list[str]:
+    """The ``count`` lines that issue most, one each: instructions of a warp, their place, their opcodes, the source."""
+    found = []
+    for each in prediction.lines[:count]:
+        opcodes = " ".join(f"{opcode} {times}" for opcode, times in list(each.opcodes.items())[:4])
+        source = linecache.getline(each.file, each.line).strip()
+        found.append(f"  {each.instructions:6,}  {Path(each.file).name}:{each.line}  {opcodes}  | {source}")
+    return found

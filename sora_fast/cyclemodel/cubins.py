@@ -31,11 +31,11 @@ def tool(name: str = "cuobjdump") -> str:
         return found
 
 
-def _run(*arguments: str) -> str:
-    done = subprocess.run([tool(), *arguments], capture_output=True, text=True, encoding="utf-8")
+def _run(*arguments: str, by: str = "cuobjdump") -> str:
+    done = subprocess.run([tool(by), *arguments], capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise ValueError(f"cyclemodel: expected a cubin that cuobjdump reads, got {arguments[-1]}: {said[-1]}; pass a "
+        raise ValueError(f"cyclemodel: expected a cubin that {by} reads, got {arguments[-1]}: {said[-1]}; pass a "
                          f".cubin of one GPU architecture")
     return done.stdout
 
@@ -65,4 +65,20 @@ def functions(path: str | Path, pattern: str = "") -> list[Function]:
         # on sm_90 and later static shared memory includes the 1 KiB per block that the system reserves
         shared = number("SHARED") - (1024 if int(arch[1]) >= 90 else 0)
         found.append(Function(name, int(arch[1]), listing, number("REG"), max(0, shared), number("STACK")))
+    return found
+
+
+def source_lines(path: str | Path, name: str) -> dict[int, tuple[str, int]]:
+    """(file, line) of each address of a kernel in a cubin, the innermost where functions were inlined.
+
+    Empty where it was compiled without line information (nvcc needs -lineinfo).
+    """
+    listing = _run("-g", "-c", str(path), by="nvdisasm")
+    found, here = {}, None
+    section = listing.partition(f"\n.text.{name}:\n")[2].partition("\n.text.")[0]
+    for file, line, address in re.findall(r'## File "([^"]*)", line (\d+)|^\s+/\*([0-9a-f]{4,})\*/', section, re.MULTILINE):
+        if file:
+            here = file, int(line)
+        elif here:
+            found[int(address, 16)] = here
     return found

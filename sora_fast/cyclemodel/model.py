@@ -5,6 +5,7 @@ counted. Prologue and epilogue are included if the number of iterations of the m
 the model's error on kernels with published times (calibration.py), which is of their main loops alone.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -37,6 +38,17 @@ class Kernel:
     traffic: float | None = None  # DRAM bytes per byte stored; None: those of all its accesses
     turns: float | None = None  # iterations of a block's main loop; None: unknown, and prologue and epilogue are ignored
     wavefronts: Mapping[str, float] = field(default_factory=dict)  # of opcodes, where they were counted: units.smem_bytes
+    lines: Mapping[int, tuple[str, int]] = field(default_factory=dict)  # file and line of addresses, where asked for
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of source and what it becomes in one turn: instructions of a warp, by opcode, most first."""
+
+    file: str
+    line: int
+    instructions: int
+    opcodes: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,7 @@ class Prediction:
     wavefronts: Mapping[str, float]  # of shared memory over the ideal, by opcode; empty: none were counted
     facts: facts.Facts
     error: str  # the model's, on kernels like this one
+    lines: list[Line]  # most instructions first; empty: not asked for
 
     def to_dict(self) -> dict:
         return {"predicted": True, **asdict(self), "faults": self.facts.faults()}
@@ -138,6 +151,15 @@ def _streaming(code: list[Instruction]) -> tuple[list[Instruction], int]:
     return (max(paths, key=len), 0) if paths else (turns.through(code), BETWEEN)
 
 
+def _lines(path: Sequence[Instruction], kernel: Kernel) -> list[Line]:
+    opcodes = defaultdict(Counter)
+    for i in path:
+        if i.address in kernel.lines:
+            opcodes[kernel.lines[i.address]][i.base] += 1
+    found = [Line(*place, counted.total(), dict(counted.most_common())) for place, counted in opcodes.items()]
+    return sorted(found, key=lambda line: -line.instructions)
+
+
 def predict(kernel: Kernel, gpu: GPU) -> Prediction:
     """Predict one kernel; ValueError if its blocks do not fit, or it has neither an MMA loop nor memory accesses."""
     code = max(sass.functions(kernel.sass), key=len)
@@ -161,4 +183,4 @@ def predict(kernel: Kernel, gpu: GPU) -> Prediction:
         kernel.name, kernel.case, kernel.tile, kernel.direction, gpu.name, kernel.registers, kernel.shared, kernel.warps,
         len(path), wavefronts=dict(kernel.wavefronts), binding=binding, bound=found["units"][binding], lanes=kernel.useful,
         facts=facts.read(code, blocks, limit, kernel.warps, kernel.stages),
-        error=calibration.known_error(calibration.kind_of(path), gpu), **found)
+        error=calibration.known_error(calibration.kind_of(path), gpu), lines=_lines(path, kernel), **found)
