@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sora_fast import files, records
-from sora_fast.benchmarks.text import Table
 from sora_fast.explanation import all_ops
 from sora_fast.kernels.arch import SHARED
+
+from .tables import Table
 
 KERNELS = Path(records.__file__).parents[1] / "kernels"  # in a checkout; an installed package has no table to write
 FAMILIES = {"attention": "variable-length attention", "convolution": "causal 3-D convolution",
@@ -34,11 +35,10 @@ def keep(predictions: Iterable[dict], path: Path = KERNELS / "predicted.json") -
     return len(rows)
 
 
-def block(kernels: Path = KERNELS, results: Path | None = None) -> str:
-    """The table, from the files in ``kernels`` and the records in ``results`` (None: those of the package)."""
+def block(results: Path, kernels: Path = KERNELS) -> str:
+    """The table, from the files in ``kernels`` and the validation records in ``results``."""
     proven = list(files.json_lines(files.read_text(kernels / "proof.jsonl")))
     guessed = json.loads(files.read_text(kernels / "predicted.json") or "[]")
-    results = Path(__file__).parent / "results" if results is None else results
     judged = [record for path in sorted(results.glob("*/validate.jsonl"))
               for record in files.json_lines(files.read_text(path))]
     names = {name: {backend.kernel for backend in op.backends.values() if backend.kernel} for name, op in all_ops().items()}
@@ -51,7 +51,7 @@ def block(kernels: Path = KERNELS, results: Path | None = None) -> str:
         lines.append((title, ", ".join(str(capability) for capability in SHARED),
                       f"{len(passed):,} calls" + (f", {failed} fail" if failed else ""),
                       _spread([row for row in guessed if row["family"] == family]), ", ".join(gpus) or "no GPU yet"))
-    gpu = guessed[0]["gpu"] if guessed else "GPU"
+    gpu = guessed[0]["gpu"] if guessed else "H200"
     return Table(("kernels", "compile for sm_", "pass in the emulator", f"predicted on an {gpu}", "validated on"),
                  lines).markdown()
 

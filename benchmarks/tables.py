@@ -49,7 +49,6 @@ from .figures import (
 Run = tuple[str, Sequence[dict]]
 
 _STANDING = ("speed / torch.compile", "speed / fastest other", "share of the limit")
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 _ENVIRONMENT = ("device", "driver", "torch", "triton", "cuda", "cudnn", "commit", "changed", "time")
 _COLUMNS = ("suite", "family", "op", "case", "direction", "provider", "dtype", "shape", "status", "reason", "error",
@@ -357,18 +356,21 @@ def _readme_models(rows: Sequence[dict]) -> Table:
 
 
 def update_readme(path: str | Path, check: bool = False, results_folder: str | Path | None = None) -> None:
-    """Write readme_block between the two markers of ``path``; with ``check`` raise ValueError if it is not there already."""
-    path = Path(path)
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"bench readme: expected {BEGIN} and, after it, {END} in {path}, got neither or one; put them back")
-    block = readme_block(Path(__file__).parent / "results" if results_folder is None else results_folder)
-    wanted = f"{before}{BEGIN}\n{block}\n{END}{after}"
-    if wanted == text:
-        return
-    if check:
-        raise ValueError(f"bench readme: expected the measured tables of {path} to be those of the committed results, got "
-                         f"others; run sora-fast bench readme")
-    save_text(path, wanted)
+    """Write the tables between their markers in ``path``; with ``check`` raise ValueError if they are not there already."""
+    from . import evidence  # which makes a Table of this module
+
+    path, results = Path(path), Path(__file__).parent / "results" if results_folder is None else Path(results_folder)
+    text = wanted = path.read_text(encoding="utf-8")
+    for name, block in (("evidence", evidence.block(results)), ("measured", readme_block(results))):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, _, rest = wanted.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"bench readme: expected {begin} and, after it, {end} in {path}, got neither or one; put them "
+                             f"back")
+        wanted = f"{before}{begin}\n{block}\n{end}{after}"
+    if wanted != text and check:
+        raise ValueError(f"bench readme: expected the tables of {path} to be those of the committed results, got others; "
+                         f"run sora-fast bench readme")
+    if wanted != text:
+        save_text(path, wanted)

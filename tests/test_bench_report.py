@@ -468,8 +468,9 @@ def test_readme_tables_are_made_of_the_committed_rows(tmp_path):
 def test_a_readme_edited_by_hand_fails_the_check(tmp_path):
     results, path = tmp_path / "results", tmp_path / "README.md"
     write(results / "nvidia-h200" / "bench.jsonl", a_run())
-    path.write_text(f"# Title\n\n{tables.BEGIN}\nold\n{tables.END}\n\n## Limits\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="expected the measured tables .* run sora-fast bench readme$"):
+    blocks = "".join(f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\n\n" for name in ("evidence", "measured"))
+    path.write_text(f"# Title\n\n{blocks}## Limits\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="expected the tables .* run sora-fast bench readme$"):
         tables.update_readme(path, check=True, results_folder=results)
     tables.update_readme(path, results_folder=results)
     text = path.read_text(encoding="utf-8")
@@ -479,5 +480,5 @@ def test_a_readme_edited_by_hand_fails_the_check(tmp_path):
     with pytest.raises(ValueError, match="got others"):
         tables.update_readme(path, check=True, results_folder=results)
     path.write_text("# Title\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="measured: begin"):
+    with pytest.raises(ValueError, match="evidence: begin"):
         tables.update_readme(path, results_folder=results)

@@ -36,7 +36,7 @@ COMMANDS = {
     "bench compare": "SAME, FAST, SLOW or UNDECIDED for every row of two runs",
     "bench report": "report.html, report.md and report.csv of one run, or of several side by side",
     "bench collect": "keep a GPU run's result files in benchmarks/results/<gpu>/",
-    "bench readme": "write README.md's measured tables from the committed results",
+    "bench readme": "write README.md's tables of evidence and of measured results from the committed files",
 }
 
 

@@ -1,17 +1,27 @@
 """sora-fast bench readme."""
 
+import json
 from pathlib import Path
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("--file", default="README.md", help="(default: %(default)s)")
+    parser.add_argument("--predictions", metavar="FILE",
+                        help="keep these, a predictions.json of sora-fast predict, for the table of evidence (default: those "
+                             "kept)")
     parser.add_argument("--check", action="store_true", help="fail if the tables differ (default: write them)")
 
 
 def run(arguments) -> int:
-    """Write README.md's measured tables from the committed results, or say that they differ."""
-    from ..benchmarks import tables
+    """Write README.md's tables from the committed results, or say that they differ."""
+    from ..benchmarks import evidence, tables
 
+    if arguments.predictions:
+        path = Path(arguments.predictions)
+        if not path.is_file():
+            raise ValueError(f"--predictions: expected a predictions.json of sora-fast predict, got no file at {path}; "
+                             f"check the path")
+        print(f"kept {evidence.keep(json.loads(path.read_text(encoding='utf-8')))} predictions")
     tables.update_readme(Path(arguments.file), check=arguments.check)
     print(f"{arguments.file} {'matches' if arguments.check else 'holds'} the committed results")
     return 0

@@ -14,6 +14,7 @@ TASKS = {
         "generate": "sora-fast generate runs/dit --prompt 'a rabbit' --size 9x96x160",
         "eval": "sora-fast eval runs/dit --data clips/"},
     "Use the kernels on this GPU": {
+        "setup": "sora-fast setup",
         "explain": "sora-fast explain dit",
         "info": "sora-fast info",
         "tune": "sora-fast tune --minutes 20"},
