@@ -7,8 +7,8 @@ from pathlib import Path
 def add_arguments(parser) -> None:
     parser.add_argument("--file", default="README.md", help="(default: %(default)s)")
     parser.add_argument("--predictions", metavar="FILE",
-                        help="keep these, a predictions.json of sora-fast predict, for the table of evidence (default: those "
-                             "kept)")
+                        help="keep these, a predictions.json of sora-fast predict, for the table of evidence (default: "
+                             "those kept)")
     parser.add_argument("--check", action="store_true", help="fail if the tables differ (default: write them)")
 
 
