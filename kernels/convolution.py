@@ -5,15 +5,20 @@ in convolution_forward.py and convolution_backward.py, those that load by TMA in
 convolution_config.py.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 
 from .convolution_backward import dgrad_kernel, wgrad_kernel
-from .convolution_box import box, can_load
-from .convolution_config import Config, WgradConfig
+from .convolution_box import box, can_load, wgrad_box
+from .convolution_config import Config, WgradConfig, box_sides
 from .convolution_forward import forward_kernel
 from .convolution_settings import ConvSettings
 from .launch import MAXNREG, dense, multiprocessors, on, precision
+
+# What a program of wgrad takes to fill its pipeline and to store its sums, in units (estimate).
+AROUND = 8
 
 
 # ----------------------------------------------------------------------------------------------------------- launches
@@ -137,16 +142,36 @@ def wgrad(dy, x, cache, weight, settings: ConvSettings, *, tf32, config: WgradCo
     outputs, inputs = weight.shape[:2]
     if dy.numel() == 0 or weight.numel() == 0:
         return empty(weight.shape, weight).zero_()
-    taps = settings.kernel[0] * settings.kernel[1] * settings.kernel[2]
-    tiles = triton.cdiv(outputs, config.outputs) * triton.cdiv(inputs, config.inputs + config.more) * taps
-    units = dy.shape[0] * dy.shape[2] * triton.cdiv(dy.shape[3] * dy.shape[4], config.pixels)
-    run = triton.cdiv(units, min(units, triton.cdiv(multiprocessors(dy.device) * config.programs, tiles)))
-    pieces = triton.cdiv(units, run)
+    by_tma = config.tma and can_load(settings, weight, x)
+    if not by_tma:
+        config = replace(config, more_outputs=0, taps=1)
+    kt, kh, kw = settings.kernel
+    tiles = (triton.cdiv(outputs, config.outputs + config.more_outputs) * triton.cdiv(inputs, config.inputs + config.more)
+             * kt * kh * triton.cdiv(kw, config.taps))
+    high, wide = box_sides(config.pixels)
+    units = dy.shape[0] * dy.shape[2] * triton.cdiv(dy.shape[3], high) * triton.cdiv(dy.shape[4], wide)
+    pieces, run = _pieces(units, tiles, multiprocessors(dy.device) * config.programs)
     sums = torch.empty((pieces, outputs, *settings.kernel, inputs), dtype=torch.float32, device=dy.device)
-    with on(dy.device):
-        wgrad_kernel[(pieces * tiles,)](
-            dy, x, cache, sums, *_sizes(settings, x, cache), units, run,
-            **_constants(settings, inputs, outputs, dy.dtype, tf32), SPACE=settings.space_pad, BLOCK_O=config.outputs,
-            BLOCK_I=config.inputs, MORE=config.more, BLOCK_P=config.pixels, num_warps=config.warps,
-            num_stages=config.stages, maxnreg=MAXNREG)
+    if by_tma:
+        wgrad_box(dy, x, cache, sums, settings, units=units, run=run, programs=pieces * tiles, config=config)
+    else:
+        with on(dy.device):
+            wgrad_kernel[(pieces * tiles,)](
+                dy, x, cache, sums, *_sizes(settings, x, cache), units, run,
+                **_constants(settings, inputs, outputs, dy.dtype, tf32), SPACE=settings.space_pad, BLOCK_O=config.outputs,
+                BLOCK_I=config.inputs, MORE=config.more, TH=high, TW=wide, num_warps=config.warps,
+                num_stages=config.stages, maxnreg=MAXNREG)
     return sums.sum(0).to(weight.dtype).permute(0, 4, 1, 2, 3)
+
+
+def _pieces(units: int, tiles: int, resident: int) -> tuple[int, int]:
+    """Into how many pieces ``units`` are cut, and how many are in each: pieces x tiles programs, ``resident`` at a time.
+
+    One to three full waves of programs, whichever ends first: one program more than a wave takes as long as another wave.
+    """
+    found = []
+    for waves in (1, 2, 3):
+        run = triton.cdiv(units, min(units, max(1, waves * resident // tiles)))
+        pieces = triton.cdiv(units, run)
+        found.append((triton.cdiv(pieces * tiles, resident) * (run + AROUND), pieces, run))
+    return min(found)[1:]

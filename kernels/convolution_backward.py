@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .convolution_forward import SIZES
-from .convolution_frames import frame_address, frame_seen, pixel_seen, sightings, source
+from .convolution_frames import frame_address, frame_seen, locate_box, next_box, pixel_seen, sightings, source
 
 
 @triton.jit(do_not_specialize=[*SIZES, "keep", "first_frame"])
@@ -65,9 +65,9 @@ def dgrad_kernel(dy, weight, added, dx, dcache, frames: tl.int64, cached: tl.int
             sees = inside & (from_h >= 0) & (h < out_height) & (from_w >= 0) & (w < out_width)
             dy_PK = tl.load(seeing + (h * out_width + w).to(tl.int64)[:, None] * COUT + k[None, :],
                             mask=sees[:, None] & (k < COUT)[None, :], other=0.0)
-            w_KC = tl.load(weight + (k.to(tl.int64) * (KT * KH * KW) + ((kt * KH + kh) * KW + kw))[:, None] * CIN
-                           + channel[None, :], mask=(k < COUT)[:, None] & (channel < CIN)[None, :], other=0.0)
-            acc = tl.dot(w_KC.T, dy_PK.T, acc, input_precision=PRECISION)
+            w_CK = tl.load(weight + (k.to(tl.int64) * (KT * KH * KW) + ((kt * KH + kh) * KW + kw))[None, :] * CIN
+                           + channel[:, None], mask=(k < COUT)[None, :] & (channel < CIN)[:, None], other=0.0)
+            acc = tl.dot(w_CK, dy_PK.T, acc, input_precision=PRECISION)
 
     dx_PC = acc.T
     at = (row * width + column).to(tl.int64)[:, None] * CIN + channel[None, :]
@@ -102,11 +102,11 @@ def wgrad_kernel(dy, x, cache, sums, frames: tl.int64, cached: tl.int64, height:
                  KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, ST: tl.constexpr, SH: tl.constexpr,
                  SW: tl.constexpr, UP: tl.constexpr, REPLICATE: tl.constexpr, SPACE: tl.constexpr,
                  PRECISION: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, MORE: tl.constexpr,
-                 BLOCK_P: tl.constexpr):
+                 TH: tl.constexpr, TW: tl.constexpr):
     """sums (pieces, COUT, KT, KH, KW, CIN): one tap, BLOCK_O output, BLOCK_I + MORE input channels, one piece's pixels.
 
-    A unit is BLOCK_P pixels of one output frame; a piece is ``run`` of them. All taps of a piece follow one another, so that
-    they find its pixels in the L2 cache.
+    A unit is a box of TH x TW pixels of one output frame; a piece is ``run`` of them. All taps of a piece follow one
+    another, so that they find its pixels in the L2 cache.
     """
     TAPS: tl.constexpr = KT * KH * KW
     tiles_i: tl.constexpr = (CIN + BLOCK_I + MORE - 1) // (BLOCK_I + MORE)
@@ -119,27 +119,30 @@ def wgrad_kernel(dy, x, cache, sums, frames: tl.int64, cached: tl.int64, height:
     out_channel = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
     first = tile % tiles_i * (BLOCK_I + MORE)
     channel = first + tl.arange(0, BLOCK_I)
-    blocks = tl.cdiv(out_height * out_width, BLOCK_P)
+    pixel = tl.arange(0, TH * TW)
+    sample, output, row, column = locate_box(piece * run, outputs, out_height, out_width, TH, TW)
 
     acc = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     if MORE > 0:
         more = tl.zeros([BLOCK_O, MORE], tl.float32)
         channel_more = first + BLOCK_I + tl.arange(0, MORE)
-    for unit in range(piece * run, tl.minimum(piece * run + run, units)):
-        pixel = (unit % blocks).to(tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
-        place = unit // blocks
-        sample, output = place // outputs, place % outputs
+    for _ in range(tl.minimum(run, units - piece * run)):
         there, frame = source(frame_seen(output, kt, phase, before, ST), frames, cached, REPLICATE)
         seen = frame_address(x, cache, sample, frame, frames, cached, height.to(tl.int64) * width * CIN)
-        inside = pixel < tl.where(there, out_height * out_width, 0)
-        row, column = pixel // out_width * SH - top + kh, pixel % out_width * SW - left + kw
-        dy_PO = tl.load(dy + (place * out_height * out_width + pixel)[:, None] * COUT + out_channel[None, :],
-                        mask=inside[:, None] & (out_channel < COUT)[None, :], other=0.0)
-        x_PI = _seen_pixels(seen, row, column, inside, channel, height, width, CIN, UP, SPACE)
-        acc = tl.dot(dy_PO.T, x_PI, acc, input_precision=PRECISION)
+        out_row, out_column = row + pixel // TW, column + pixel % TW
+        inside = (out_row < tl.where(there, out_height, 0)) & (out_column < out_width)
+        dy_at = (sample * outputs + output) * out_height * out_width * COUT
+        pixel_at = (out_row * out_width + out_column).to(tl.int64)
+        # channels x pixels, as a transposed load would be stored to shared memory by all threads
+        dy_OP = tl.load(dy + dy_at + pixel_at[None, :] * COUT + out_channel[:, None],
+                        mask=inside[None, :] & (out_channel < COUT)[:, None], other=0.0)
+        x_row, x_column = out_row * SH - top + kh, out_column * SW - left + kw
+        x_PI = _seen_pixels(seen, x_row, x_column, inside, channel, height, width, CIN, UP, SPACE)
+        acc = tl.dot(dy_OP, x_PI, acc, input_precision=PRECISION)
         if MORE > 0:
-            x_PI = _seen_pixels(seen, row, column, inside, channel_more, height, width, CIN, UP, SPACE)
-            more = tl.dot(dy_PO.T, x_PI, more, input_precision=PRECISION)
+            x_PI = _seen_pixels(seen, x_row, x_column, inside, channel_more, height, width, CIN, UP, SPACE)
+            more = tl.dot(dy_OP, x_PI, more, input_precision=PRECISION)
+        sample, output, row, column = next_box(sample, output, row, column, outputs, out_height, out_width, TH, TW)
 
     row_O = sums + ((piece * COUT + out_channel) * TAPS + tap)[:, None] * CIN
     here = (out_channel < COUT)[:, None]

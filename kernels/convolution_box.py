@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .convolution_frames import frame_seen, output_seeing, sightings
+from .convolution_config import box_sides
+from .convolution_frames import frame_seen, locate_box, next_box, output_seeing, sightings
 from .convolution_settings import ConvSettings
 from .launch import MAXNREG, on
 
@@ -125,6 +126,100 @@ def box_kernel(source, cache, weight0, weight1, bias, added, out, out_cache, fir
     _finish(acc0, bias, added, added_at, added_rows, out, out_at, row, column, channel, height, width, MADE, TH, TW, C0)
 
 
+@triton.jit
+def _store_sums(acc_OI, sums, o, i, rows, CIN: tl.constexpr, STRIDE: tl.constexpr):
+    """The first ``rows`` output channels, STRIDE from one to the next, from ``o`` on, input channels from ``i`` on."""
+    out_channel, channel = o + tl.arange(0, acc_OI.shape[0]), i + tl.arange(0, acc_OI.shape[1])
+    tl.store(sums + out_channel.to(tl.int64)[:, None] * STRIDE + channel[None, :], acc_OI,
+             mask=(out_channel < rows)[:, None] & (channel < CIN)[None, :])
+
+
+@triton.jit(do_not_specialize=["frames", "cached", "outputs", "height", "width", "phase", "before", "top", "left", "units",
+                               "run"])
+def wgrad_box_kernel(dy, x0, x1, cache0, cache1, sums, frames: tl.int32, cached: tl.int32, outputs: tl.int32,
+                     height: tl.int32, width: tl.int32, phase: tl.int32, before: tl.int32, top: tl.int32, left: tl.int32,
+                     units: tl.int64, run: tl.int64, CIN: tl.constexpr, COUT: tl.constexpr, KT: tl.constexpr,
+                     KH: tl.constexpr, KW: tl.constexpr, REPLICATE: tl.constexpr, NTAPS: tl.constexpr, O0: tl.constexpr,
+                     O1: tl.constexpr, I0: tl.constexpr, I1: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
+    """sums (pieces, COUT, KT, KH, KW, CIN): NTAPS taps of a row, O0 + O1 output, I0 + I1 input channels, one piece's pixels.
+
+    Units, pieces and order as in wgrad_kernel; ``height`` and ``width`` are dy's. x and cache, (B, T, H, W, CIN), are
+    descriptors of blocks of I0 and of I1 channels.
+
+    One box of dy is multiplied by the boxes of x that the taps see: at full rate, 128 x 128 channels take 64 bytes a clock
+    from L2 for one tap, 43 for three. dy comes by pointers, as a box of five axes is no operand A in shared memory.
+    """
+    TAPS: tl.constexpr = KT * KH * KW
+    PARTS: tl.constexpr = (KW + NTAPS - 1) // NTAPS  # of a row of taps
+    tiles_i: tl.constexpr = (CIN + I0 + I1 - 1) // (I0 + I1)
+    tiles_o: tl.constexpr = (COUT + O0 + O1 - 1) // (O0 + O1)
+    program = tl.program_id(0)
+    kt, kh, first_kw = program // (KH * PARTS) % KT, program // PARTS % KH, program % PARTS * NTAPS
+    tile = program // (KT * KH * PARTS) % (tiles_i * tiles_o)
+    piece = (program // (KT * KH * PARTS * tiles_i * tiles_o)).to(tl.int64)
+    o, i = tile // tiles_i * (O0 + O1), tile % tiles_i * (I0 + I1)
+    h, w = tl.arange(0, TH * TW) // TW, tl.arange(0, TH * TW) % TW
+    at_P = (h.to(tl.int64) * width + w) * COUT
+    out_channel0 = o + tl.arange(0, O0)
+    at_PO = at_P[:, None] + out_channel0[None, :]
+    if O1:
+        out_channel1 = o + O0 + tl.arange(0, O1)
+        at_PR = at_P[:, None] + out_channel1[None, :]
+    sample, output, row, column = locate_box(piece * run, outputs, height, width, TH, TW)
+
+    accs = ()  # of a tap (O0, I0), (O0, I1), (O1, I0), (O1, I1), then of the next one
+    for _ in tl.static_range(NTAPS):
+        accs += (tl.zeros([O0, I0], tl.float32),)
+        if I1:
+            accs += (tl.zeros([O0, I1], tl.float32),)
+        if O1:
+            accs += (tl.zeros([O1, I0], tl.float32),)
+            if I1:
+                accs += (tl.zeros([O1, I1], tl.float32),)
+    for _ in range(tl.minimum(run, units - piece * run)):
+        inside = (h < height - row) & (w < width - column)
+        box = dy + (((sample.to(tl.int64) * outputs + output) * height + row) * width + column) * COUT
+        dy_PO = tl.load(box + at_PO, mask=inside[:, None] & (out_channel0 < COUT)[None, :], other=0.0)
+        if O1:
+            dy_PR = tl.load(box + at_PR, mask=inside[:, None] & (out_channel1 < COUT)[None, :], other=0.0)
+        seen = frame_seen(output, kt, phase, before, 1)
+        if REPLICATE:
+            seen = tl.minimum(tl.maximum(seen, -cached), frames - 1)
+        clip0, clip1 = x0, x1
+        if cache0 is not None:
+            in_cache = seen < 0
+            seen = tl.where(in_cache, seen + cached, seen)
+            if in_cache:
+                clip0, clip1 = cache0, cache1
+        summed = ()
+        for number in tl.static_range(NTAPS):
+            from_w = column + first_kw + number - left
+            x_PI = clip0.load([sample, seen, row + kh - top, from_w, i]).reshape(TH * TW, I0)
+            summed += (tl.dot(dy_PO.T, x_PI, accs[len(summed)], input_precision="ieee"),)
+            if I1:
+                x_PJ = clip1.load([sample, seen, row + kh - top, from_w, i + I0]).reshape(TH * TW, I1)
+                summed += (tl.dot(dy_PO.T, x_PJ, accs[len(summed)], input_precision="ieee"),)
+            if O1:
+                summed += (tl.dot(dy_PR.T, x_PI, accs[len(summed)], input_precision="ieee"),)
+                if I1:
+                    summed += (tl.dot(dy_PR.T, x_PJ, accs[len(summed)], input_precision="ieee"),)
+        accs = summed
+        sample, output, row, column = next_box(sample, output, row, column, outputs, height, width, TH, TW)
+
+    EACH: tl.constexpr = len(accs) // NTAPS
+    for number in tl.static_range(NTAPS):
+        kw = first_kw + number
+        rows = tl.where(kw < KW, COUT, 0)
+        tap_sums = sums + (piece * (COUT * TAPS) + (kt * KH + kh) * KW + kw) * CIN
+        _store_sums(accs[number * EACH], tap_sums, o, i, rows, CIN, TAPS * CIN)
+        if I1:
+            _store_sums(accs[number * EACH + 1], tap_sums, o, i + I0, rows, CIN, TAPS * CIN)
+        if O1:
+            _store_sums(accs[number * EACH + EACH // 2], tap_sums, o + O0, i, rows, CIN, TAPS * CIN)
+            if I1:
+                _store_sums(accs[number * EACH + 3], tap_sums, o + O0, i + I0, rows, CIN, TAPS * CIN)
+
+
 # ------------------------------------------------------------------------------------------------------------- launch
 def can_load(settings: ConvSettings, weight, source) -> bool:
     """Whether TMA can load ``source`` and ``weight`` as the convolution needs them; addresses are multiples of 16 bytes.
@@ -136,15 +231,12 @@ def can_load(settings: ConvSettings, weight, source) -> bool:
             and (source.dtype.itemsize == 2 or source.device.type == "cpu"))
 
 
-def _sides(pixels: int) -> tuple[int, int]:
-    """Height and width of a box: 16 x 16, 8 x 16, 8 x 8."""
-    high = 16 if pixels >= 256 else 8
-    return high, pixels // high
+def _frames(tensor, pixels: int, block: int):
+    """Descriptor of a (B, C, T, H, W) tensor in channels_last_3d memory, whatever strides of axes of size 1 say.
 
-
-def _frames(tensor, config):
-    """Descriptor of a (B, C, T, H, W) tensor in channels_last_3d memory, whatever strides of axes of size 1 say."""
-    if tensor is None:
+    Of boxes of ``pixels`` by ``block`` channels; None for none.
+    """
+    if tensor is None or not block:
         return None
     if tensor.numel() == 0:  # nothing of it is read, but a descriptor needs an address
         tensor = tensor.new_empty(1, tensor.shape[1], 1, 1, 1)
@@ -152,7 +244,7 @@ def _frames(tensor, config):
     row = width * channels
     return TensorDescriptor(tensor, [batch, frames, height, width, channels],
                             [frames * height * row, height * row, row, channels, 1],
-                            [1, 1, *_sides(config.pixels), config.block_k])
+                            [1, 1, *box_sides(pixels), block])
 
 
 def box(source, cache, weight, bias, added, out, out_cache, settings: ConvSettings, *, frames: int, outputs: int, config,
@@ -170,7 +262,7 @@ def box(source, cache, weight, bias, added, out, out_cache, settings: ConvSettin
     cout, cin, kt, kh, kw = weight.shape
     taps, made, summed = kt * kh * kw, *((cin, cout) if transposed else (cout, cin))
     batch, _, _, height, width = out.shape
-    high, wide = _sides(config.pixels)
+    high, wide = box_sides(config.pixels)
     if not transposed:
         keep, cached = outputs, 0 if cache is None else cache.shape[2]
     first = -cached if out_cache is not None else 0
@@ -185,8 +277,28 @@ def box(source, cache, weight, bias, added, out, out_cache, settings: ConvSettin
     left, _, top, _ = settings.padding
     with on(out.device):
         box_kernel[(boxes * triton.cdiv(made, config.channels + config.more),)](
-            _frames(source, config), _frames(cache, config), weights(config.channels), weights(config.more), bias, added,
-            out, out_cache if first else None, first, frames, cached, outputs, height, width, settings.phase,
-            kt - 1 - settings.lookahead, top, left, keep, MADE=made, SUMMED=summed, KT=kt, KH=kh, KW=kw,
-            TRANSPOSED=transposed, REPLICATE=settings.time_pad == "replicate", C0=config.channels, C1=config.more, TH=high,
-            TW=wide, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages, maxnreg=MAXNREG)
+            *(_frames(clip, config.pixels, config.block_k) for clip in (source, cache)), weights(config.channels),
+            weights(config.more), bias, added, out, out_cache if first else None, first, frames, cached, outputs, height,
+            width, settings.phase, kt - 1 - settings.lookahead, top, left, keep, MADE=made, SUMMED=summed, KT=kt, KH=kh,
+            KW=kw, TRANSPOSED=transposed, REPLICATE=settings.time_pad == "replicate", C0=config.channels, C1=config.more,
+            TH=high, TW=wide, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages, maxnreg=MAXNREG)
+
+
+def wgrad_box(dy, x, cache, sums, settings: ConvSettings, *, units: int, run: int, programs: int, config) -> None:
+    """Write ``sums`` (pieces, Cout, KT, KH, KW, Cin), float32: ``run`` of ``units`` boxes of pixels to a piece.
+
+    dy (B, Cout, T', H', W'), x and cache as in ``box``.
+    """
+    outputs, height, width = dy.shape[2:]
+    kt, kh, kw = settings.kernel
+    high, wide = box_sides(config.pixels)
+    parts = (config.inputs, config.more)
+    left, _, top, _ = settings.padding
+    with on(dy.device):
+        wgrad_box_kernel[(programs,)](
+            dy, *(_frames(clip, config.pixels, part) for clip in (x, cache) for part in parts), sums, x.shape[2],
+            0 if cache is None else cache.shape[2], outputs, height, width, settings.phase, kt - 1 - settings.lookahead, top,
+            left, units, run, CIN=x.shape[1], COUT=dy.shape[1], KT=kt, KH=kh, KW=kw,
+            REPLICATE=settings.time_pad == "replicate", NTAPS=config.taps, O0=config.outputs, O1=config.more_outputs,
+            I0=config.inputs, I1=config.more, TH=high, TW=wide, num_warps=config.warps, num_stages=config.stages,
+            maxnreg=MAXNREG)

@@ -58,6 +58,29 @@ def pixel_seen(at, size, UP: tl.constexpr, SPACE: tl.constexpr):
 
 
 @triton.jit
+def locate_box(unit, outputs, height, width, TH: tl.constexpr, TW: tl.constexpr):
+    """``(sample, output, row, column)``, int32, of box number ``unit`` of TH x TW pixels among those of all outputs."""
+    columns = tl.cdiv(width, TW)
+    boxes = tl.cdiv(height, TH).to(tl.int64) * columns
+    frame, box = unit // boxes, unit % boxes
+    return ((frame // outputs).to(tl.int32), (frame % outputs).to(tl.int32), (box // columns).to(tl.int32) * TH,
+            (box % columns).to(tl.int32) * TW)
+
+
+@triton.jit
+def next_box(sample, output, row, column, outputs, height, width, TH: tl.constexpr, TW: tl.constexpr):
+    """The box behind this one. By carries: to divide its number in every turn of a loop takes longer than the MMAs."""
+    column += TW
+    row = tl.where(column < width, row, row + TH)
+    column = tl.where(column < width, column, 0)
+    output = tl.where(row < height, output, output + 1)
+    row = tl.where(row < height, row, 0)
+    sample = tl.where(output < outputs, sample, sample + 1)
+    output = tl.where(output < outputs, output, 0)
+    return sample, output, row, column
+
+
+@triton.jit
 def frame_address(x, cache, sample, frame, frames, cached, size):
     """Where ``frame`` of ``sample`` begins, in the clip x or, below 0, in its cache; a frame holds ``size`` numbers."""
     clip = x + (sample * frames + frame) * size

@@ -32,7 +32,7 @@ def padding(inputs, outputs, dtype, gpu, settings) -> float:
     forward, dgrad, wgrad = config["forward"], config["dgrad"], config["wgrad"]
     return max(padding_share(outputs, inputs, forward.channels + forward.more, forward.block_k),
                padding_share(inputs, outputs, dgrad.channels + dgrad.more, dgrad.block_k),
-               padding_share(outputs, inputs, wgrad.outputs, wgrad.inputs + wgrad.more))
+               padding_share(outputs, inputs, wgrad.outputs + wgrad.more_outputs, wgrad.inputs + wgrad.more))
 
 
 def run(inputs, outputs, dtype, gpu, cached=0, batch=1, size=(4, 32, 32), kernels=("forward", "dgrad", "wgrad"), **changes):
