@@ -1,7 +1,7 @@
 """Causal 3-D convolution of video in channels_last_3d memory, forward and backward: how its kernels are launched.
 
 B batch, T frames, H height, W width; Cin, Cout channels; KT, KH, KW kernel, ST, SH, SW stride, u upsampling. The kernels are
-in convolution_forward.py and convolution_backward.py, those that load by TMA in convolution_box.py, their tiles in
+in convolution_forward.py and convolution_backward.py, those that load by TMA in convolution_tma.py, their tiles in
 convolution_config.py.
 """
 
@@ -11,10 +11,10 @@ import torch
 import triton
 
 from .convolution_backward import dgrad_kernel, wgrad_kernel
-from .convolution_box import box, can_load, wgrad_box
 from .convolution_config import Config, WgradConfig, box_sides
 from .convolution_forward import forward_kernel
 from .convolution_settings import ConvSettings
+from .convolution_tma import can_load, conv_tma, wgrad_tma
 from .launch import MAXNREG, dense, multiprocessors, on, precision
 
 # What a program of wgrad takes to fill its pipeline and to store its sums, in units (estimate).
@@ -47,7 +47,7 @@ def forward(x, weight, bias, cache, residual, settings: ConvSettings, *, tf32, c
     """y (B, Cout, T', H', W') in x's dtype, channels_last_3d.
 
     x (B, Cin, T, H, W), weight (Cout, Cin, KT, KH, KW), cache (B, Cin, c, H, W) or None, residual like y or None, all of one
-    dtype; copied where they are not in channels_last_3d memory. tf32: may float32 products drop 13 bits of their factors.
+    dtype; copied where they are not in channels_last_3d memory. tf32: may float32 MMAs drop 13 bits of their operands.
     No workspace.
     """
     x, weight, cache, residual = dense(x), dense(weight), dense(cache), dense(residual)
@@ -58,7 +58,7 @@ def forward(x, weight, bias, cache, residual, settings: ConvSettings, *, tf32, c
         return y
     bias = None if bias is None else bias.contiguous()
     if config.tma and can_load(settings, weight, x):
-        box(x, cache, weight, bias, residual, y, None, settings, frames=x.shape[2], outputs=y.shape[2], config=config)
+        conv_tma(x, cache, weight, bias, residual, y, None, settings, frames=x.shape[2], outputs=y.shape[2], config=config)
         return y
     programs = y.shape[0] * y.shape[2] * triton.cdiv(y.shape[3] * y.shape[4], config.pixels)
     with on(x.device):
@@ -96,7 +96,7 @@ def dgrad(dy, weight, dcache_out, x_shape, cached, settings: ConvSettings, *, wa
         dx, dcache, start, origin, added, up = wide, None, -cached, (0, 0), None, 1
     (_, sh, sw), count = settings.stride, frames - start
     if config.tma and can_load(settings, weight, dy):
-        box(dy, None, weight, None, added, dx, dcache, settings, frames=frames, outputs=dy.shape[2], cached=cached,
+        conv_tma(dy, None, weight, None, added, dx, dcache, settings, frames=frames, outputs=dy.shape[2], cached=cached,
             keep=keep, transposed=True, config=config)
     elif dx.numel() or dcache is not None and dcache.numel():
         constants = _constants(settings, inputs, dy.shape[1], dy.dtype, tf32) | dict(UP=up, WIDE=folded)
@@ -135,7 +135,7 @@ def _folded(wide, settings: ConvSettings, height: int, width: int):
 def wgrad(dy, x, cache, weight, settings: ConvSettings, *, tf32, config: WgradConfig):
     """dweight like ``weight``, channels_last_3d; dy (B, Cout, T', H', W'), x and cache as in ``forward``.
 
-    Workspace: float32, (pieces, Cout, KT, KH, KW, Cin), as many pieces as fill the multiprocessors.
+    Workspace: float32, (pieces, Cout, KT, KH, KW, Cin), as many slices as fill the SMs.
     """
     dy, x, cache = dense(dy), dense(x), dense(cache)
     cache = None if cache is None or cache.shape[2] == 0 else cache
@@ -153,7 +153,7 @@ def wgrad(dy, x, cache, weight, settings: ConvSettings, *, tf32, config: WgradCo
     pieces, run = _pieces(units, tiles, multiprocessors(dy.device) * config.programs)
     sums = torch.empty((pieces, outputs, *settings.kernel, inputs), dtype=torch.float32, device=dy.device)
     if by_tma:
-        wgrad_box(dy, x, cache, sums, settings, units=units, run=run, programs=pieces * tiles, config=config)
+        wgrad_tma(dy, x, cache, sums, settings, units=units, run=run, programs=pieces * tiles, config=config)
     else:
         with on(dy.device):
             wgrad_kernel[(pieces * tiles,)](

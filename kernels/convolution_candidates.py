@@ -27,5 +27,5 @@ def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[Config | Wgrad
             for pixels in (256, 128, 64):
                 for block_k in dict.fromkeys((first.block_k, max(first.block_k // 2, 16))):
                     for warps, stages in ((8, 3), (8, 4), (8, 6), (4, 3), (4, 4)):
-                        if (channels + more) * pixels <= 32 * warps * 192:  # sums in three quarters of the registers
+                        if (channels + more) * pixels <= 32 * warps * 192:  # accumulators in three quarters of the registers
                             yield Config(pixels, channels, more, block_k, warps, stages, tma)

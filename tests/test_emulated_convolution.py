@@ -302,13 +302,13 @@ def test_under_autocast(op):
 
 
 # ----------------------------------------------------------------------------------------------------------- wrong
-@pytest.mark.parametrize("kernel", ("forward_kernel", "dgrad_kernel", "wgrad_kernel", "box_kernel", "wgrad_box_kernel"))
+@pytest.mark.parametrize("kernel", ("forward_kernel", "dgrad_kernel", "wgrad_kernel", "tma_kernel", "wgrad_tma_kernel"))
 def test_wrong_kernels_fail(kernel, monkeypatch):
     """Their last program left out."""
-    from sora_fast.kernels import convolution_box
+    from sora_fast.kernels import convolution_tma
 
-    tma = kernel.endswith("box_kernel")
-    module = convolution_box if tma else kernels
+    tma = kernel.endswith("tma_kernel")
+    module = convolution_tma if tma else kernels
     inputs = _small("causal_conv3d", weight=torch.randn(16, 8, 3, 3, 3), bias=torch.randn(16), residual=None)
     monkeypatch.setattr(kernels, "torch", Guarded())  # what was not written must not hold an earlier call's numbers
     with tiles(64, 16, 16, tma=tma):

@@ -20,7 +20,7 @@ from ..testing import aot, aot_cache
 from .predict_measured import Call, call_of
 
 MEMORY = ("modulation", "normalization", "patches", "rotary")  # families whose time is DRAM's
-PASSES = {"forward_kernel": "forward", "embed_kernel": "forward", "box_kernel": "forward or dgrad",
+PASSES = {"forward_kernel": "forward", "embed_kernel": "forward", "tma_kernel": "forward or dgrad",
           **dict.fromkeys(("schedule_kernel", "join_kernel", "join_stats_kernel", "join_sums_kernel"), "beside the others")}
 
 TILE = ("C0", "C1", "O0", "O1", "I0", "I1", "NTAPS", "TH", "TW", "MORE")  # of a kernel's constants, beside BLOCK_...

@@ -63,7 +63,7 @@ def call_of(family: str, kernel: str, constants: Mapping, signature: Mapping[str
             return made("causal_conv3d", "dgrad" if value("TRANSPOSED") else "forward", "out", kernel=kernel_size, **sizes)
         stride, upsample = ([1, 1, 1], 1) if "O0" in constants else ([value("ST"), value("SH"), value("SW")], value("UP"))
         direction, output = {"forward_kernel": ("forward", "y"), "dgrad_kernel": ("dgrad", "dx"),
-                             "wgrad_kernel": ("wgrad", "dy"), "wgrad_box_kernel": ("wgrad", "dy")}[kernel]
+                             "wgrad_kernel": ("wgrad", "dy"), "wgrad_tma_kernel": ("wgrad", "dy")}[kernel]
         return made("causal_conv3d", direction, output, kernel=kernel_size, Cin=value("CIN"), Cout=value("COUT"),
                     stride=stride, upsample=upsample)
     if family == "patches" and kernel == "embed_kernel":

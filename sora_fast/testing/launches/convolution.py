@@ -72,7 +72,7 @@ def aot_cases():
                 wants |= dict(expected_drains=0, wants_shared=True)
             if gpu == "sm120":
                 # ptxas 12.8 (Triton 3.6) stores a 0 beside each of the 6 loads by TMA and reads none again
-                wants |= dict(box_kernel=dict(allowed_spills=6))
+                wants |= dict(tma_kernel=dict(allowed_spills=6))
             options = [f"{name} {value}" for name, value in settings.items()]
             yield (", ".join([f"{inputs} to {outputs} {str(dtype).removeprefix('torch.')}", *options, gpu,
                               f"padding {padding(inputs, outputs, dtype, gpu, settings):.0%}"]),

@@ -1,4 +1,4 @@
-"""Which frames and pixels a causal convolution sees, for its forward and both of its backward's products.
+"""Which frames and pixels a causal convolution sees, for its forward and both of its backward's GEMMs.
 
 Frames are counted from the clip's first one: 0 .. frames - 1 are the clip's, -cached .. -1 the cache's. Output o stands at
 frame o * ST + phase and sees the KT frames from ``before`` = KT - 1 - lookahead earlier on.
@@ -9,14 +9,14 @@ import triton.language as tl
 
 
 @triton.jit
-def frame_seen(output, kt, phase, before, ST: tl.constexpr):
+def input_frame(output, kt, phase, before, ST: tl.constexpr):
     """The frame that time tap ``kt`` of ``output`` sees, which may be one of padding."""
     return output * ST + phase + kt - before
 
 
 @triton.jit
-def source(frame, frames, cached, REPLICATE: tl.constexpr):
-    """``(there, frame)``: whether anything stands at ``frame``, and the frame whose numbers those are."""
+def clamp_frame(frame, frames, cached, REPLICATE: tl.constexpr):
+    """``(in_bounds, frame)``: whether ``frame`` is the clip's or the cache's, and the frame whose elements are read."""
     if REPLICATE:
         return frame == frame, tl.minimum(tl.maximum(frame, -cached), frames - 1)
     else:
@@ -24,8 +24,9 @@ def source(frame, frames, cached, REPLICATE: tl.constexpr):
 
 
 @triton.jit
-def sightings(frame, frames, cached, outputs, phase, before, KT: tl.constexpr, ST: tl.constexpr, REPLICATE: tl.constexpr):
-    """``(first, count)``: the frames, of padding too, that show the numbers of ``frame``, the clip's or the cache's."""
+def aliased_frames(frame, frames, cached, outputs, phase, before, KT: tl.constexpr, ST: tl.constexpr,
+                   REPLICATE: tl.constexpr):
+    """``(first, count)``: the frames, of padding too, whose elements are those of ``frame``."""
     first, last = frame, frame
     if REPLICATE:
         first = tl.where(frame == -cached, tl.minimum(phase - before, frame), frame)
@@ -34,27 +35,27 @@ def sightings(frame, frames, cached, outputs, phase, before, KT: tl.constexpr, S
 
 
 @triton.jit
-def output_seeing(frame, kt, outputs, phase, before, ST: tl.constexpr):
-    """``(there, output)``: the output that sees ``frame`` through time tap ``kt``, if there is one."""
+def output_for_tap(frame, kt, outputs, phase, before, ST: tl.constexpr):
+    """``(in_bounds, output)``: the output that sees ``frame`` through time tap ``kt``, if there is one."""
     distance = frame + before - kt - phase
     output = distance // ST
     return (distance >= 0) & (output * ST == distance) & (output < outputs), output
 
 
 @triton.jit
-def pixel_seen(at, size, UP: tl.constexpr, SPACE: tl.constexpr):
-    """``(there, pixel)``: what stands at coordinate ``at`` of a row of ``size`` pixels, each UP times, padded by SPACE."""
+def input_pixel(at, size, UP: tl.constexpr, SPACE: tl.constexpr):
+    """``(in_bounds, pixel)``: what is at coordinate ``at`` of a row of ``size`` pixels, each UP times, padded by SPACE."""
     wide = size * UP
     if SPACE == "zeros":
-        there = (at >= 0) & (at < wide)
+        in_bounds = (at >= 0) & (at < wide)
     elif SPACE == "replicate":
-        there = at == at
+        in_bounds = at == at
         at = tl.minimum(tl.maximum(at, 0), wide - 1)
     else:
-        there = at == at
+        in_bounds = at == at
         at = tl.where(at < 0, -at, at)
         at = tl.where(at >= wide, 2 * (wide - 1) - at, at)
-    return there, at // UP
+    return in_bounds, at // UP
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def next_box(sample, output, row, column, outputs, height, width, TH: tl.constex
 
 @triton.jit
 def frame_address(x, cache, sample, frame, frames, cached, size):
-    """Where ``frame`` of ``sample`` begins, in the clip x or, below 0, in its cache; a frame holds ``size`` numbers."""
+    """Where ``frame`` of ``sample`` begins, in the clip x or, below 0, in its cache; a frame holds ``size`` elements."""
     clip = x + (sample * frames + frame) * size
     if cache is not None:
         # of 16 bytes, as both are: a choice between pointers would not be known to be, and loads would shrink

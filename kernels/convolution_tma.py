@@ -1,4 +1,4 @@
-"""The causal 3-D convolution of convolution.py where the tensor memory accelerator (TMA, sm_90 and later) can load it.
+"""The causal 3-D convolution of convolution.py by TMA (sm_90 and later), an implicit GEMM.
 
 B batch, T frames, H height, W width; Cin, Cout channels; KT, KH, KW kernel. Stride 1, zeros around space. One kernel is the
 forward and the gradient of what is convolved, dgrad: both sum weights times a shifted neighbourhood.
@@ -8,8 +8,8 @@ and no address for the others to work out, and what lies outside of the frame ar
 of CUTLASS' implicit GEMM convolutions with TMA, here with plain instead of im2col copies: a causal kernel chooses its frame
 itself, out of the clip or the cache.)
 
-The product is turned round, channels x pixels, as then the matrix unit reads both factors from shared memory. The other way
-Triton brings pixels into registers first, since a box of five axes is no factor that it can pass on.
+Operands are swapped, A = weights (M = channels), B = pixels (N), as then wgmma reads both from shared memory. The other way
+Triton brings pixels into registers first, since a box of five axes is no operand A that it can pass on.
 """
 
 import triton
@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .convolution_config import box_sides
-from .convolution_frames import frame_seen, locate_box, next_box, output_seeing, sightings
+from .convolution_indexing import aliased_frames, input_frame, locate_box, next_box, output_for_tap
 from .convolution_settings import ConvSettings
 from .launch import MAXNREG, on
 
@@ -33,26 +33,26 @@ def _weights(weight, tap, channel, k, TRANSPOSED: tl.constexpr, C: tl.constexpr,
 
 
 @triton.jit
-def _finish(acc_CP, bias, added, added_at, added_rows, out, out_at, row, column, first_channel, height, width,
+def _epilogue(acc_CP, bias, added, added_at, added_rows, out, out_at, row, column, first_channel, height, width,
             CHANNELS: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, C: tl.constexpr):
     """Add bias and, in the first ``added_rows`` rows, ``added``, and store; frames begin at ``added_at`` and ``out_at``."""
     channel = first_channel + tl.arange(0, C)
     pixel = tl.arange(0, TH * TW)
     h, w = row + pixel // TW, column + pixel % TW
     at = (h.to(tl.int64) * width + w)[:, None] * CHANNELS + channel[None, :]
-    inside = ((h < height) & (w < width))[:, None] & (channel < CHANNELS)[None, :]
+    in_bounds = ((h < height) & (w < width))[:, None] & (channel < CHANNELS)[None, :]
     if bias is not None:
         acc_CP += tl.load(bias + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[:, None]
     out_PC = acc_CP.T
     if added is not None:
-        out_PC += tl.load(added + added_at + at, mask=inside & (h < added_rows)[:, None], other=0.0).to(tl.float32)
-    tl.store(out + out_at + at, out_PC.to(out.dtype.element_ty), mask=inside)
+        out_PC += tl.load(added + added_at + at, mask=in_bounds & (h < added_rows)[:, None], other=0.0).to(tl.float32)
+    tl.store(out + out_at + at, out_PC.to(out.dtype.element_ty), mask=in_bounds)
 
 
 # Coordinates of TMA are of 32 bits, and so are sizes here; addresses are of 64.
 @triton.jit(do_not_specialize=["first", "frames", "cached", "outputs", "height", "width", "phase", "before", "top", "left",
                                "keep"])
-def box_kernel(source, cache, weight0, weight1, bias, added, out, out_cache, first: tl.int32, frames: tl.int32,
+def tma_kernel(source, cache, weight0, weight1, bias, added, out, out_cache, first: tl.int32, frames: tl.int32,
                cached: tl.int32, outputs: tl.int32, height: tl.int32, width: tl.int32, phase: tl.int32, before: tl.int32,
                top: tl.int32, left: tl.int32, keep: tl.int32, MADE: tl.constexpr, SUMMED: tl.constexpr, KT: tl.constexpr,
                KH: tl.constexpr, KW: tl.constexpr, TRANSPOSED: tl.constexpr, REPLICATE: tl.constexpr, C0: tl.constexpr,
@@ -77,17 +77,17 @@ def box_kernel(source, cache, weight0, weight1, bias, added, out, out_cache, fir
 
     seen_from, seen_count = frame, 1
     if TRANSPOSED:
-        seen_from, seen_count = sightings(frame, frames, cached, outputs, phase, before, KT, 1, REPLICATE)
+        seen_from, seen_count = aliased_frames(frame, frames, cached, outputs, phase, before, KT, 1, REPLICATE)
     acc0 = tl.zeros([C0, TH * TW], tl.float32)
     acc1 = tl.zeros([C1 if C1 else 16, TH * TW], tl.float32)
     for place in range(seen_from, seen_from + seen_count):
         # [lo, hi): the time taps behind which something stands. One loop over them, their pixels and channels: a loop for
         # each would fill the pipeline of loads again.
         if TRANSPOSED:
-            _, base = output_seeing(place, 0, outputs, phase, before, 1)
+            _, base = output_for_tap(place, 0, outputs, phase, before, 1)
             lo, hi = tl.maximum(base - outputs + 1, 0), tl.minimum(base + 1, KT)
         else:
-            base = frame_seen(place, 0, phase, before, 1)
+            base = input_frame(place, 0, phase, before, 1)
             lo, hi = tl.maximum(-cached - base, 0), tl.minimum(frames - base, KT)
             if REPLICATE:
                 lo, hi = 0, KT
@@ -102,7 +102,7 @@ def box_kernel(source, cache, weight0, weight1, bias, added, out, out_cache, fir
                     seen = tl.minimum(tl.maximum(seen, -cached), frames - 1)
                 clip = source
                 if cache is not None:
-                    if seen < 0:  # chooses an address; with a load in each branch, loads would wait for products
+                    if seen < 0:  # chooses an address; with a load in each branch, loads would wait for MMAs
                         clip = cache
                         seen += cached
                 x = clip.load([sample, seen, row + kh - top, column + kw - left, k])
@@ -121,9 +121,9 @@ def box_kernel(source, cache, weight0, weight1, bias, added, out, out_cache, fir
             out = out_cache
             out_at = (frame - first - sample * first) * size
     if C1:  # first, as the other's registers are the more: with both beside ``added`` there would be too few
-        _finish(acc1, bias, added, added_at, added_rows, out, out_at, row, column, channel + C0, height, width, MADE, TH, TW,
-                C1)
-    _finish(acc0, bias, added, added_at, added_rows, out, out_at, row, column, channel, height, width, MADE, TH, TW, C0)
+        _epilogue(acc1, bias, added, added_at, added_rows, out, out_at, row, column, channel + C0, height, width, MADE, TH,
+                  TW, C1)
+    _epilogue(acc0, bias, added, added_at, added_rows, out, out_at, row, column, channel, height, width, MADE, TH, TW, C0)
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def _store_sums(acc_OI, sums, o, i, rows, CIN: tl.constexpr, STRIDE: tl.constexp
 
 @triton.jit(do_not_specialize=["frames", "cached", "outputs", "height", "width", "phase", "before", "top", "left", "units",
                                "run"])
-def wgrad_box_kernel(dy, x0, x1, cache0, cache1, sums, frames: tl.int32, cached: tl.int32, outputs: tl.int32,
+def wgrad_tma_kernel(dy, x0, x1, cache0, cache1, sums, frames: tl.int32, cached: tl.int32, outputs: tl.int32,
                      height: tl.int32, width: tl.int32, phase: tl.int32, before: tl.int32, top: tl.int32, left: tl.int32,
                      units: tl.int64, run: tl.int64, CIN: tl.constexpr, COUT: tl.constexpr, KT: tl.constexpr,
                      KH: tl.constexpr, KW: tl.constexpr, REPLICATE: tl.constexpr, NTAPS: tl.constexpr, O0: tl.constexpr,
@@ -177,12 +177,12 @@ def wgrad_box_kernel(dy, x0, x1, cache0, cache1, sums, frames: tl.int32, cached:
             if I1:
                 accs += (tl.zeros([O1, I1], tl.float32),)
     for _ in range(tl.minimum(run, units - piece * run)):
-        inside = (h < height - row) & (w < width - column)
+        in_bounds = (h < height - row) & (w < width - column)
         box = dy + (((sample.to(tl.int64) * outputs + output) * height + row) * width + column) * COUT
-        dy_PO = tl.load(box + at_PO, mask=inside[:, None] & (out_channel0 < COUT)[None, :], other=0.0)
+        dy_PO = tl.load(box + at_PO, mask=in_bounds[:, None] & (out_channel0 < COUT)[None, :], other=0.0)
         if O1:
-            dy_PR = tl.load(box + at_PR, mask=inside[:, None] & (out_channel1 < COUT)[None, :], other=0.0)
-        seen = frame_seen(output, kt, phase, before, 1)
+            dy_PR = tl.load(box + at_PR, mask=in_bounds[:, None] & (out_channel1 < COUT)[None, :], other=0.0)
+        seen = input_frame(output, kt, phase, before, 1)
         if REPLICATE:
             seen = tl.minimum(tl.maximum(seen, -cached), frames - 1)
         clip0, clip1 = x0, x1
@@ -224,7 +224,7 @@ def wgrad_box_kernel(dy, x0, x1, cache0, cache1, sums, frames: tl.int32, cached:
 def can_load(settings: ConvSettings, weight, source) -> bool:
     """Whether TMA can load ``source`` and ``weight`` as the convolution needs them; addresses are multiples of 16 bytes.
 
-    The interpreter takes float32 too; a GPU transposes factors of 16 bits alone.
+    The interpreter takes float32 too; a GPU transposes operands of 16 bits alone.
     """
     plain = settings.stride == (1, 1, 1) and settings.upsample == 1 and settings.pads_with_zeros
     return (plain and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
@@ -247,8 +247,8 @@ def _frames(tensor, pixels: int, block: int):
                             [1, 1, *box_sides(pixels), block])
 
 
-def box(source, cache, weight, bias, added, out, out_cache, settings: ConvSettings, *, frames: int, outputs: int, config,
-        cached: int = 0, keep: int = 0, transposed: bool = False) -> None:
+def conv_tma(source, cache, weight, bias, added, out, out_cache, settings: ConvSettings, *, frames: int, outputs: int,
+             config, cached: int = 0, keep: int = 0, transposed: bool = False) -> None:
     """Write ``out``, and of a ``transposed`` convolution ``out_cache``. No workspace, no atomics; sums are rounded once.
 
     Forward: source x (B, Cin, T, H, W), cache (B, Cin, c, H, W) or None, bias (Cout,) or None, out y (B, Cout, outputs, H',
@@ -276,7 +276,7 @@ def box(source, cache, weight, bias, added, out, out_cache, settings: ConvSettin
 
     left, _, top, _ = settings.padding
     with on(out.device):
-        box_kernel[(boxes * triton.cdiv(made, config.channels + config.more),)](
+        tma_kernel[(boxes * triton.cdiv(made, config.channels + config.more),)](
             *(_frames(clip, config.pixels, config.block_k) for clip in (source, cache)), weights(config.channels),
             weights(config.more), bias, added, out, out_cache if first else None, first, frames, cached, outputs, height,
             width, settings.phase, kt - 1 - settings.lookahead, top, left, keep, MADE=made, SUMMED=summed, KT=kt, KH=kh,
@@ -284,10 +284,10 @@ def box(source, cache, weight, bias, added, out, out_cache, settings: ConvSettin
             TH=high, TW=wide, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages, maxnreg=MAXNREG)
 
 
-def wgrad_box(dy, x, cache, sums, settings: ConvSettings, *, units: int, run: int, programs: int, config) -> None:
+def wgrad_tma(dy, x, cache, sums, settings: ConvSettings, *, units: int, run: int, programs: int, config) -> None:
     """Write ``sums`` (pieces, Cout, KT, KH, KW, Cin), float32: ``run`` of ``units`` boxes of pixels to a piece.
 
-    dy (B, Cout, T', H', W'), x and cache as in ``box``.
+    dy (B, Cout, T', H', W'), x and cache as in ``conv_tma``.
     """
     outputs, height, width = dy.shape[2:]
     kt, kh, kw = settings.kernel
@@ -295,7 +295,7 @@ def wgrad_box(dy, x, cache, sums, settings: ConvSettings, *, units: int, run: in
     parts = (config.inputs, config.more)
     left, _, top, _ = settings.padding
     with on(dy.device):
-        wgrad_box_kernel[(programs,)](
+        wgrad_tma_kernel[(programs,)](
             dy, *(_frames(clip, config.pixels, part) for clip in (x, cache) for part in parts), sums, x.shape[2],
             0 if cache is None else cache.shape[2], outputs, height, width, settings.phase, kt - 1 - settings.lookahead, top,
             left, units, run, CIN=x.shape[1], COUT=dy.shape[1], KT=kt, KH=kh, KW=kw,
