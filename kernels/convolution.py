@@ -1,19 +1,24 @@
 """Causal 3-D convolution of video in channels_last_3d memory, forward and backward: how its kernels are launched.
 
 B batch, T frames, H height, W width; Cin, Cout channels; KT, KH, KW kernel, ST, SH, SW stride, u upsampling. The kernels are
-in convolution_forward.py and convolution_backward.py, those that load by TMA in convolution_box.py, their tiles in
+in convolution_forward.py and convolution_backward.py, those that load by TMA in convolution_tma.py, their tiles in
 convolution_config.py.
 """
+
+from dataclasses import replace
 
 import torch
 import triton
 
 from .convolution_backward import dgrad_kernel, wgrad_kernel
-from .convolution_box import box, can_load
-from .convolution_config import Config, WgradConfig
+from .convolution_config import Config, WgradConfig, box_sides
 from .convolution_forward import forward_kernel
 from .convolution_settings import ConvSettings
+from .convolution_tma import can_load, conv_tma, wgrad_tma
 from .launch import MAXNREG, dense, num_sms, on, precision
+
+# What a program of wgrad takes to fill its pipeline and to store its sums, in units (estimate).
+AROUND = 8
 
 
 # ----------------------------------------------------------------------------------------------------------- launches
@@ -42,7 +47,7 @@ def forward(x, weight, bias, cache, residual, settings: ConvSettings, *, tf32, c
     """y (B, Cout, T', H', W') in x's dtype, channels_last_3d.
 
     x (B, Cin, T, H, W), weight (Cout, Cin, KT, KH, KW), cache (B, Cin, c, H, W) or None, residual like y or None, all of one
-    dtype; copied where they are not in channels_last_3d memory. tf32: may float32 products drop 13 bits of their factors.
+    dtype; copied where they are not in channels_last_3d memory. tf32: may float32 MMAs drop 13 bits of their operands.
     No workspace.
     """
     x, weight, cache, residual = dense(x), dense(weight), dense(cache), dense(residual)
@@ -53,7 +58,7 @@ def forward(x, weight, bias, cache, residual, settings: ConvSettings, *, tf32, c
         return y
     bias = None if bias is None else bias.contiguous()
     if config.tma and can_load(settings, weight, x):
-        box(x, cache, weight, bias, residual, y, None, settings, frames=x.shape[2], outputs=y.shape[2], config=config)
+        conv_tma(x, cache, weight, bias, residual, y, None, settings, frames=x.shape[2], outputs=y.shape[2], config=config)
         return y
     programs = y.shape[0] * y.shape[2] * triton.cdiv(y.shape[3] * y.shape[4], config.pixels)
     with on(x.device):
@@ -91,7 +96,7 @@ def dgrad(dy, weight, dcache_out, x_shape, cached, settings: ConvSettings, *, wa
         dx, dcache, start, origin, added, up = wide, None, -cached, (0, 0), None, 1
     (_, sh, sw), count = settings.stride, frames - start
     if config.tma and can_load(settings, weight, dy):
-        box(dy, None, weight, None, added, dx, dcache, settings, frames=frames, outputs=dy.shape[2], cached=cached,
+        conv_tma(dy, None, weight, None, added, dx, dcache, settings, frames=frames, outputs=dy.shape[2], cached=cached,
             keep=keep, transposed=True, config=config)
     elif dx.numel() or dcache is not None and dcache.numel():
         constants = _constants(settings, inputs, dy.shape[1], dy.dtype, tf32) | dict(UP=up, WIDE=folded)
@@ -130,23 +135,43 @@ def _folded(wide, settings: ConvSettings, height: int, width: int):
 def wgrad(dy, x, cache, weight, settings: ConvSettings, *, tf32, config: WgradConfig):
     """dweight like ``weight``, channels_last_3d; dy (B, Cout, T', H', W'), x and cache as in ``forward``.
 
-    Workspace: float32, (pieces, Cout, KT, KH, KW, Cin), as many pieces as fill the multiprocessors.
+    Workspace: float32, (pieces, Cout, KT, KH, KW, Cin), as many slices as fill the SMs.
     """
     dy, x, cache = dense(dy), dense(x), dense(cache)
     cache = None if cache is None or cache.shape[2] == 0 else cache
     outputs, inputs = weight.shape[:2]
     if dy.numel() == 0 or weight.numel() == 0:
         return empty(weight.shape, weight).zero_()
-    taps = settings.kernel[0] * settings.kernel[1] * settings.kernel[2]
-    tiles = triton.cdiv(outputs, config.outputs) * triton.cdiv(inputs, config.inputs + config.more) * taps
-    units = dy.shape[0] * dy.shape[2] * triton.cdiv(dy.shape[3] * dy.shape[4], config.pixels)
-    run = triton.cdiv(units, min(units, triton.cdiv(num_sms(dy.device) * config.programs, tiles)))
-    pieces = triton.cdiv(units, run)
+    by_tma = config.tma and can_load(settings, weight, x)
+    if not by_tma:
+        config = replace(config, more_outputs=0, taps=1)
+    kt, kh, kw = settings.kernel
+    tiles = (triton.cdiv(outputs, config.outputs + config.more_outputs) * triton.cdiv(inputs, config.inputs + config.more)
+             * kt * kh * triton.cdiv(kw, config.taps))
+    high, wide = box_sides(config.pixels)
+    units = dy.shape[0] * dy.shape[2] * triton.cdiv(dy.shape[3], high) * triton.cdiv(dy.shape[4], wide)
+    pieces, run = _pieces(units, tiles, num_sms(dy.device) * config.programs)
     sums = torch.empty((pieces, outputs, *settings.kernel, inputs), dtype=torch.float32, device=dy.device)
-    with on(dy.device):
-        wgrad_kernel[(pieces * tiles,)](
-            dy, x, cache, sums, *_sizes(settings, x, cache), units, run,
-            **_constants(settings, inputs, outputs, dy.dtype, tf32), SPACE=settings.space_pad, BLOCK_O=config.outputs,
-            BLOCK_I=config.inputs, MORE=config.more, BLOCK_P=config.pixels, num_warps=config.warps,
-            num_stages=config.stages, maxnreg=MAXNREG)
+    if by_tma:
+        wgrad_tma(dy, x, cache, sums, settings, units=units, run=run, programs=pieces * tiles, config=config)
+    else:
+        with on(dy.device):
+            wgrad_kernel[(pieces * tiles,)](
+                dy, x, cache, sums, *_sizes(settings, x, cache), units, run,
+                **_constants(settings, inputs, outputs, dy.dtype, tf32), SPACE=settings.space_pad, BLOCK_O=config.outputs,
+                BLOCK_I=config.inputs, MORE=config.more, TH=high, TW=wide, num_warps=config.warps,
+                num_stages=config.stages, maxnreg=MAXNREG)
     return sums.sum(0).to(weight.dtype).permute(0, 4, 1, 2, 3)
+
+
+def _pieces(units: int, tiles: int, resident: int) -> tuple[int, int]:
+    """Into how many pieces ``units`` are cut, and how many are in each: pieces x tiles programs, ``resident`` at a time.
+
+    One to three full waves of programs, whichever ends first: one program more than a wave takes as long as another wave.
+    """
+    found = []
+    for waves in (1, 2, 3):
+        run = triton.cdiv(units, min(units, max(1, waves * resident // tiles)))
+        pieces = triton.cdiv(units, run)
+        found.append((triton.cdiv(pieces * tiles, resident) * (run + AROUND), pieces, run))
+    return min(found)[1:]

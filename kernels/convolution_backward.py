@@ -1,18 +1,18 @@
 """The backward of convolution.py: the gradient of what is convolved, dgrad, and of the weight, wgrad.
 
-dgrad is the convolution turned round: a frame of the clip or the cache collects from the outputs that saw it. With a stride,
-pixels of one remainder share their taps, so a program takes pixels of one remainder and no product is with a zero. Where the
+dgrad is the transposed convolution: a frame of the clip or the cache collects from the outputs that saw it. With a stride,
+pixels of one remainder share their taps, so a program takes pixels of one remainder and no MMA is with zeros. Where the
 edge of space is repeated, the gradients of padding and frame together go to a float32 workspace and are folded there.
 
-wgrad is a product over all output pixels, far longer than wide: it is cut in pieces, each summed in float32 to a slot of a
-workspace, and the slots are added in their order. No atomics: two runs give the same bits.
+wgrad is a GEMM whose K is all output pixels, far longer than wide: split-K. Each slice is summed in float32 in a workspace,
+and the slices are added in their order. No atomics: two runs give the same bits.
 """
 
 import triton
 import triton.language as tl
 
 from .convolution_forward import SIZES
-from .convolution_frames import frame_address, frame_seen, pixel_seen, sightings, source
+from .convolution_indexing import aliased_frames, clamp_frame, frame_address, input_frame, input_pixel, locate_box, next_box
 
 
 @triton.jit(do_not_specialize=[*SIZES, "keep", "first_frame"])
@@ -41,14 +41,14 @@ def dgrad_kernel(dy, weight, added, dx, dcache, frames: tl.int64, cached: tl.int
     count = frames - first_frame
     sample, frame = place // count, place % count + first_frame
     row, column = pixel // columns * SH + rest // SW, pixel % columns * SW + rest % SW
-    inside = (pixel < rows * columns) & (row < height) & (column < width)
+    in_bounds = (pixel < rows * columns) & (row < height) & (column < width)
     first_h, first_w = (top + rest // SW) % SH, (left + rest % SW) % SW  # the first taps that see this remainder
     taps_h, taps_w = tl.cdiv(tl.maximum(KH - first_h, 0), SH), tl.cdiv(tl.maximum(KW - first_w, 0), SW)
     steps = UP * UP * taps_h * taps_w * KC
 
     acc = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-    shown, times = sightings(frame, frames, cached, outputs, phase, before, KT, ST, REPLICATE)
-    for place in range(shown, shown + times):
+    first, times = aliased_frames(frame, frames, cached, outputs, phase, before, KT, ST, REPLICATE)
+    for place in range(first, first + times):
         # ``latest`` is the last output that sees this place, through tap ``first_t``; the next tap belongs to the one before
         distance = place + before - phase
         first_t, latest = (distance % ST).to(tl.int32), distance // ST
@@ -62,20 +62,20 @@ def dgrad_kernel(dy, weight, added, dx, dcache, frames: tl.int64, cached: tl.int
             seeing = dy + (sample * outputs + latest - turn) * out_height * out_width * COUT
             from_h, from_w = top + row * UP + twin // UP - kh, left + column * UP + twin % UP - kw
             h, w = from_h // SH, from_w // SW
-            sees = inside & (from_h >= 0) & (h < out_height) & (from_w >= 0) & (w < out_width)
+            sees = in_bounds & (from_h >= 0) & (h < out_height) & (from_w >= 0) & (w < out_width)
             dy_PK = tl.load(seeing + (h * out_width + w).to(tl.int64)[:, None] * COUT + k[None, :],
                             mask=sees[:, None] & (k < COUT)[None, :], other=0.0)
-            w_KC = tl.load(weight + (k.to(tl.int64) * (KT * KH * KW) + ((kt * KH + kh) * KW + kw))[:, None] * CIN
-                           + channel[None, :], mask=(k < COUT)[:, None] & (channel < CIN)[None, :], other=0.0)
-            acc = tl.dot(w_KC.T, dy_PK.T, acc, input_precision=PRECISION)
+            w_CK = tl.load(weight + (k.to(tl.int64) * (KT * KH * KW) + ((kt * KH + kh) * KW + kw))[None, :] * CIN
+                           + channel[:, None], mask=(k < COUT)[None, :] & (channel < CIN)[:, None], other=0.0)
+            acc = tl.dot(w_CK, dy_PK.T, acc, input_precision=PRECISION)
 
     dx_PC = acc.T
     at = (row * width + column).to(tl.int64)[:, None] * CIN + channel[None, :]
-    mask = inside[:, None] & (channel < CIN)[None, :]
+    mask = in_bounds[:, None] & (channel < CIN)[None, :]
     size = height.to(tl.int64) * width * CIN
     if added is not None:
         late = frame + keep - frames
-        is_late = inside[:, None] & (channel < tl.where(late >= 0, CIN, 0))[None, :]
+        is_late = in_bounds[:, None] & (channel < tl.where(late >= 0, CIN, 0))[None, :]
         dx_PC += tl.load(added + (sample * keep + late) * size + at, mask=is_late, other=0.0).to(tl.float32)
     if WIDE:
         dx += (sample * (cached + frames) + cached + frame) * size
@@ -87,12 +87,12 @@ def dgrad_kernel(dy, weight, added, dx, dcache, frames: tl.int64, cached: tl.int
 
 
 @triton.jit
-def _seen_pixels(seen, row, column, inside, channel, height, width, CIN: tl.constexpr, UP: tl.constexpr,
+def _seen_pixels(seen, row, column, in_bounds, channel, height, width, CIN: tl.constexpr, UP: tl.constexpr,
                  SPACE: tl.constexpr):
-    has_row, h = pixel_seen(row, height, UP, SPACE)
-    has_column, w = pixel_seen(column, width, UP, SPACE)
+    has_row, h = input_pixel(row, height, UP, SPACE)
+    has_column, w = input_pixel(column, width, UP, SPACE)
     return tl.load(seen + (h * width + w).to(tl.int64)[:, None] * CIN + channel[None, :],
-                   mask=(inside & has_row & has_column)[:, None] & (channel < CIN)[None, :], other=0.0)
+                   mask=(in_bounds & has_row & has_column)[:, None] & (channel < CIN)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "units", "run"])
@@ -102,11 +102,11 @@ def wgrad_kernel(dy, x, cache, sums, frames: tl.int64, cached: tl.int64, height:
                  KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, ST: tl.constexpr, SH: tl.constexpr,
                  SW: tl.constexpr, UP: tl.constexpr, REPLICATE: tl.constexpr, SPACE: tl.constexpr,
                  PRECISION: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, MORE: tl.constexpr,
-                 BLOCK_P: tl.constexpr):
+                 TH: tl.constexpr, TW: tl.constexpr):
     """sums (pieces, COUT, KT, KH, KW, CIN): one tap, BLOCK_O output, BLOCK_I + MORE input channels, one piece's pixels.
 
-    A unit is BLOCK_P pixels of one output frame; a piece is ``run`` of them. All taps of a piece follow one another, so that
-    they find its pixels in the L2 cache.
+    A unit is a box of TH x TW pixels of one output frame; a piece is ``run`` of them. All taps of a piece follow one
+    another, so that they find its pixels in the L2 cache.
     """
     TAPS: tl.constexpr = KT * KH * KW
     tiles_i: tl.constexpr = (CIN + BLOCK_I + MORE - 1) // (BLOCK_I + MORE)
@@ -119,27 +119,30 @@ def wgrad_kernel(dy, x, cache, sums, frames: tl.int64, cached: tl.int64, height:
     out_channel = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
     first = tile % tiles_i * (BLOCK_I + MORE)
     channel = first + tl.arange(0, BLOCK_I)
-    blocks = tl.cdiv(out_height * out_width, BLOCK_P)
+    pixel = tl.arange(0, TH * TW)
+    sample, output, row, column = locate_box(piece * run, outputs, out_height, out_width, TH, TW)
 
     acc = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     if MORE > 0:
         more = tl.zeros([BLOCK_O, MORE], tl.float32)
         channel_more = first + BLOCK_I + tl.arange(0, MORE)
-    for unit in range(piece * run, tl.minimum(piece * run + run, units)):
-        pixel = (unit % blocks).to(tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
-        place = unit // blocks
-        sample, output = place // outputs, place % outputs
-        there, frame = source(frame_seen(output, kt, phase, before, ST), frames, cached, REPLICATE)
+    for _ in range(tl.minimum(run, units - piece * run)):
+        valid, frame = clamp_frame(input_frame(output, kt, phase, before, ST), frames, cached, REPLICATE)
         seen = frame_address(x, cache, sample, frame, frames, cached, height.to(tl.int64) * width * CIN)
-        inside = pixel < tl.where(there, out_height * out_width, 0)
-        row, column = pixel // out_width * SH - top + kh, pixel % out_width * SW - left + kw
-        dy_PO = tl.load(dy + (place * out_height * out_width + pixel)[:, None] * COUT + out_channel[None, :],
-                        mask=inside[:, None] & (out_channel < COUT)[None, :], other=0.0)
-        x_PI = _seen_pixels(seen, row, column, inside, channel, height, width, CIN, UP, SPACE)
-        acc = tl.dot(dy_PO.T, x_PI, acc, input_precision=PRECISION)
+        out_row, out_column = row + pixel // TW, column + pixel % TW
+        in_bounds = (out_row < tl.where(valid, out_height, 0)) & (out_column < out_width)
+        dy_at = (sample * outputs + output) * out_height * out_width * COUT
+        pixel_at = (out_row * out_width + out_column).to(tl.int64)
+        # channels x pixels, as a transposed load would be stored to shared memory by all threads
+        dy_OP = tl.load(dy + dy_at + pixel_at[None, :] * COUT + out_channel[:, None],
+                        mask=in_bounds[None, :] & (out_channel < COUT)[:, None], other=0.0)
+        x_row, x_column = out_row * SH - top + kh, out_column * SW - left + kw
+        x_PI = _seen_pixels(seen, x_row, x_column, in_bounds, channel, height, width, CIN, UP, SPACE)
+        acc = tl.dot(dy_OP, x_PI, acc, input_precision=PRECISION)
         if MORE > 0:
-            x_PI = _seen_pixels(seen, row, column, inside, channel_more, height, width, CIN, UP, SPACE)
-            more = tl.dot(dy_PO.T, x_PI, more, input_precision=PRECISION)
+            x_PI = _seen_pixels(seen, x_row, x_column, in_bounds, channel_more, height, width, CIN, UP, SPACE)
+            more = tl.dot(dy_OP, x_PI, more, input_precision=PRECISION)
+        sample, output, row, column = next_box(sample, output, row, column, outputs, out_height, out_width, TH, TW)
 
     row_O = sums + ((piece * COUT + out_channel) * TAPS + tap)[:, None] * CIN
     here = (out_channel < COUT)[:, None]

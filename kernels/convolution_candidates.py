@@ -9,6 +9,13 @@ def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[Config | Wgrad
     """What the tuner tries beside the heuristic of ``kernel``, "forward", "dgrad" or "wgrad"; the likeliest first."""
     first = HEURISTICS[kernel](launch, gpu)
     if kernel == "wgrad":
+        if first.tma:
+            ours = (first.outputs, first.more_outputs, first.inputs, first.more, first.taps)
+            tiles = (ours, (128, 0, 128, 0, 3), (128, 64, 128, 64, 1), (128, 0, 64, 32, 3), (64, 0, 128, 0, 3))
+            for outputs, more_outputs, inputs, more, taps in dict.fromkeys(tiles):
+                for pixels, stages in ((64, 3), (64, 4), (32, 6)):
+                    if 2 * stages * pixels * (outputs + more_outputs + taps * (inputs + more)) <= 192 << 10:
+                        yield WgradConfig(outputs, inputs, more, pixels, 8, stages, 1, more_outputs, taps, True)
         for programs in (1, 2, 4):
             for warps, stages in ((4, 3), (8, 3), (4, 2), (4, 4), (8, 4)):
                 for outputs in sorted({first.outputs, 64, 128}):
@@ -20,5 +27,5 @@ def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[Config | Wgrad
             for pixels in (256, 128, 64):
                 for block_k in dict.fromkeys((first.block_k, max(first.block_k // 2, 16))):
                     for warps, stages in ((8, 3), (8, 4), (8, 6), (4, 3), (4, 4)):
-                        if (channels + more) * pixels <= 32 * warps * 192:  # sums in three quarters of the registers
+                        if (channels + more) * pixels <= 32 * warps * 192:  # accumulators in three quarters of the registers
                             yield Config(pixels, channels, more, block_k, warps, stages, tma)

@@ -25,7 +25,7 @@ class Launch:
 class Config:
     """A tile of ``pixels`` x ``channels`` (+ ``more``) from ``block_k`` channels of the other side at a time, by ``warps``.
 
-    ``stages``: so many of them on their way from memory. ``tma``: loaded by the tensor memory accelerator (sm_90 and later),
+    ``stages``: so many of them in flight. ``tma``: loaded by TMA (sm_90 and later),
     where the convolution is one that it can load, else by addresses. ``more``, with ``tma`` alone: a second power of two, so
     that 192 channels are 128 and 64 and not 256; 0: none.
     """
@@ -41,10 +41,10 @@ class Config:
 
 @dataclass(frozen=True)
 class WgradConfig:
-    """A tile of ``outputs`` x ``inputs`` (+ ``more``) channels, from ``pixels`` at a time, by ``warps``.
+    """A tile of ``outputs`` (+ ``more_outputs``) x ``inputs`` (+ ``more``) channels from ``pixels`` at a time, by ``warps``.
 
-    ``more``: as in Config, so that 96 is 64 and 32. ``programs``: for each multiprocessor, which decides into how many
-    pieces the pixels are cut.
+    ``more``: as in Config, so that 96 is 64 and 32. ``programs``: for each SM, which decides into how many
+    split-K slices the pixels are cut. ``tma``: as in Config; with it alone ``more_outputs``, and ``taps`` of a row at once.
     """
 
     outputs: int
@@ -54,6 +54,15 @@ class WgradConfig:
     warps: int
     stages: int
     programs: int
+    more_outputs: int = 0
+    taps: int = 1
+    tma: bool = False
+
+
+def box_sides(pixels: int) -> tuple[int, int]:
+    """Height and width of a box of ``pixels``, a power of two: 16 x 16, 8 x 16, 8 x 8."""
+    high = 1 << (pixels.bit_length() - 1) // 2
+    return high, pixels // high
 
 
 def covered(channels: int, tile: int) -> int:
@@ -75,9 +84,9 @@ def _tile(channels: int) -> int:
 
 
 def loads_by_tma(launch: Launch, gpu: str) -> bool:
-    """Whether ``gpu`` has a tensor memory accelerator and the convolution is one that it can load.
+    """Whether ``gpu`` has TMA and the convolution is one that it can load.
 
-    TMA wants strides of 16 bytes, steps by 1, and gives 0 outside of a frame; transposed weights are a factor of a product
+    TMA wants strides of 16 bytes, steps by 1, and gives 0 outside of a frame; transposed weights are an operand
     in 16 bits alone.
     """
     around = launch.space_pad == "zeros" or launch.kernel[1:] == (1, 1)
@@ -95,13 +104,17 @@ def _heuristic(launch: Launch, made: int, summed: int, gpu: str) -> Config:
     if launch.dtype == torch.float32:
         return Config(64, min(_tile(made), 64), 0, block_k, 4, 2, False)
     if not loads_by_tma(launch, gpu):
-        channels = _tile(made)
-        return Config(128 if small or channels == 128 else 256, channels, 0, block_k, 8, 3 if small else 4, False)
+        if arch.multiplies_registers(gpu):
+            # 4 warps: two blocks an SM, one of which multiplies while the other waits; 8 of one block take 1.4 times as long
+            channels = min(_tile(made), 128 if summed >= 32 else 64)  # of few channels every load has its own address
+            return Config(128, channels, 0, min(block_k, 32), 4, 3 if small else 4, False)
+        # 128 channels for 192 too: a quarter of them does not exist, but pixels come from L2 twice and not three times
+        return Config(256 if summed >= 32 else 128, 128 if made > 64 else _tile(made), 0, block_k, 8, 3, False)
     block_k = min((64, 32, 16), key=lambda block: (covered(summed, block), -block))
     if small:
-        return Config(128, min((128, 64), key=lambda tile: covered(made, tile)), 0, block_k, 8, 3, True)
-    # Clocks of an sm_90 multiprocessor for each channel of 256 pixels and 64 summed: 8 at the rate of the matrix unit, 11
-    # with 64 channels alone, where reading shared memory takes longest.
+        return Config(128, min((128, 64), key=lambda tile: covered(made, tile)), 0, min(block_k, 32), 4, 3, True)
+    # Clocks of an sm_90 SM for each channel of 256 pixels and 64 summed: 8 at the Tensor Cores' rate, 11 with 64 channels
+    # alone, where reading shared memory takes longest.
     cost = {(128, 64): 8, (128, 0): 8, (64, 0): 11}
     channels, more = min(cost, key=lambda tile: covered(made, sum(tile)) * cost[tile])
     return Config(256, channels, more, block_k, 8, min(8, (192 if more else 256) // block_k), True)
@@ -112,11 +125,23 @@ def wgrad_heuristic(launch: Launch, gpu: str) -> WgradConfig:
     if gpu == "cpu":
         return WgradConfig(min(64, outputs), *_parts(launch.inputs, 96), 64, 4, 2, 1)
     if launch.dtype == torch.float32:
-        return WgradConfig(min(64, outputs), *_parts(launch.inputs, 64), 32, 4, 2, 2)
+        return WgradConfig(min(64, outputs), *_parts(launch.inputs, 64), 32, 4, 3, 2)
+    if arch.capability(gpu) in (90, 100) and loads_by_tma(launch, gpu) and min(launch.outputs, launch.inputs) > 64:
+        # 128 channels by those of three taps, or 192 by 192 of one: either takes 43 bytes a clock from L2 at full rate
+        wide = covered(launch.outputs, 192) < covered(launch.outputs, 128)
+        if not wide and covered(launch.inputs, 128) <= covered(launch.inputs, 192) and launch.kernel[2] == 3:
+            return WgradConfig(128, 128, 0, 64, 8, 3, 1, taps=3, tma=True)
+        return WgradConfig(128, *_parts(launch.inputs, 192), 64, 8, 4, 1, more_outputs=64 if wide else 0, tma=True)
     if arch.capability(gpu) == 90:
-        # 4 warps: of 8, ptxas 12.8 waits for every product of 128 x 128 or 64 x 192
+        # 4 warps: of 8, ptxas 12.8 waits for every MMA of 128 x 128 or 64 x 192
         return WgradConfig(outputs, *_parts(launch.inputs, 192 if outputs <= 64 else 128), 64, 4, 3, 2)
-    return WgradConfig(outputs, *_parts(launch.inputs, 128), 32 if arch.is_small(gpu) else 64, 8, 3, 1)
+    if arch.multiplies_registers(gpu):
+        # 16 rows are enough for mma.sync: 96 as three times 32. 4 warps: as in the forward.
+        if launch.outputs > 64:
+            outputs = min((128, 64, 32), key=lambda tile: covered(launch.outputs, tile))
+        parts = _parts(launch.inputs, {128: 128, 64: 96}.get(outputs, 160))
+        return WgradConfig(outputs, *parts, 32, 4, 3 if arch.is_small(gpu) else 4, 2 if outputs == 128 else 3)
+    return WgradConfig(outputs, *_parts(launch.inputs, 128), 64, 8, 3, 1)
 
 
 HEURISTICS = dict(forward=lambda launch, gpu: _heuristic(launch, launch.outputs, launch.inputs, gpu),

@@ -135,7 +135,7 @@ def convolution(backend: str):
 TARGETS = {
     "attention forward, E = 128": (lambda: attention(False), "forward_kernel"),
     "attention dk and dv, E = 128": (lambda: attention(True), "dkdv_kernel"),
-    "convolution, Triton with TMA": (lambda: convolution("triton"), "box_kernel"),
+    "convolution, Triton with TMA": (lambda: convolution("triton"), "tma_kernel"),
     "convolution, csrc": (lambda: convolution("cuda"), "causal_conv3d_kernel"),
 }
 

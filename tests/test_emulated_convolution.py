@@ -166,8 +166,9 @@ def test_small_integers_bit_for_bit(setting):
 
 
 BOXES = [
-    dict(cache=2, residual=True), dict(cache=1, time_pad="replicate"), dict(time_pad="replicate", frames=3, phase=1),
-    dict(lookahead=2, time_pad="replicate"), dict(frames=1, cache=2, residual=True), dict(frames=0, cache=2),
+    dict(cache=2, residual=True, batch=2), dict(cache=1, time_pad="replicate"),
+    dict(time_pad="replicate", frames=3, phase=1), dict(lookahead=2, time_pad="replicate"),
+    dict(frames=1, cache=2, residual=True), dict(frames=0, cache=2),
     dict(kernel=(1, 3, 3), padding=(2, 0, 1, 2), residual=True), dict(kernel=(3, 1, 1), cache=2), dict(kernel=(1, 1, 1)),
     dict(kernel=(2, 2, 4), padding=(1, 2, 0, 1)), dict(batch=0), dict(space_pad="replicate", padding=(0, 0, 0, 0)),
 ]
@@ -176,9 +177,9 @@ BOXES = [
 @pytest.mark.parametrize("setting", BOXES, ids=str)
 def test_boxes_of_integers(setting):
     """The form that TMA loads: tiles of one part and of two, more than one of them, the last not full."""
-    more = 16 * (BOXES.index(setting) % 2)
+    more, taps = 16 * (BOXES.index(setting) % 2), 1 + BOXES.index(setting) % 3
     inputs, want = integers(dict(channels=(24, 40), batch=1) | setting)
-    with tiles(64, 16 + more, 32, more, tma=True):
+    with tiles(64, 16 + more, 32, more, tma=True, wgrad=(16, 16, more, 16), more_outputs=more, taps=taps):
         got = backward("causal_conv3d", inputs, "triton")
     assert same_bits(got[0], want)
     assert_equal(got, backward("causal_conv3d", inputs, "reference"))
@@ -301,15 +302,16 @@ def test_under_autocast(op):
 
 
 # ----------------------------------------------------------------------------------------------------------- wrong
-@pytest.mark.parametrize("kernel", ("forward_kernel", "dgrad_kernel", "wgrad_kernel", "box_kernel"))
+@pytest.mark.parametrize("kernel", ("forward_kernel", "dgrad_kernel", "wgrad_kernel", "tma_kernel", "wgrad_tma_kernel"))
 def test_wrong_kernels_fail(kernel, monkeypatch):
     """Their last program left out."""
-    from sora_fast.kernels import convolution_box
+    from sora_fast.kernels import convolution_tma
 
-    module = convolution_box if kernel == "box_kernel" else kernels
+    tma = kernel.endswith("tma_kernel")
+    module = convolution_tma if tma else kernels
     inputs = _small("causal_conv3d", weight=torch.randn(16, 8, 3, 3, 3), bias=torch.randn(16), residual=None)
     monkeypatch.setattr(kernels, "torch", Guarded())  # what was not written must not hold an earlier call's numbers
-    with tiles(64, 16, 16, tma=kernel == "box_kernel"):
+    with tiles(64, 16, 16, tma=tma):
         assert_matches("causal_conv3d", on_kernel("causal_conv3d"), inputs)
         monkeypatch.setattr(module, kernel, Short(getattr(module, kernel)))
         with pytest.raises(AssertionError, match="causal_conv3d"):

@@ -182,8 +182,10 @@ def _fits_convolution(kernel, launch, config, gpu):
     """Powers of two that a product takes, and sums within the registers."""
     if kernel == "wgrad":
         sizes = config.outputs, config.inputs, config.pixels
-        return (powers(*sizes, config.warps) and min(sizes) >= 16 and (config.more == 0 or powers(config.more))
-                and config.outputs * (config.inputs + config.more) <= 32 * config.warps * 192)
+        sums = (config.outputs + config.more_outputs) * (config.inputs + config.more) * config.taps
+        return (powers(*sizes, config.warps) and min(sizes) >= 16 and sums <= 32 * config.warps * 192
+                and all(more == 0 or powers(more) for more in (config.more, config.more_outputs))
+                and (loads_by_tma(launch, gpu) if config.tma else config.more_outputs == 0 and config.taps == 1))
     return (powers(config.pixels, config.channels, config.block_k, config.warps) and config.block_k >= 16
             and (config.channels + config.more) * config.pixels <= 32 * config.warps * 192
             and (config.more == 0 or config.tma and powers(config.more)) and config.tma == loads_by_tma(launch, gpu))
@@ -316,6 +318,16 @@ def test_no_grid_is_too_large():
 
 
 # ---------------------------------------------------------------------------------------------- a family's own
+@pytest.mark.parametrize("units, tiles, resident", ((30_000, 9, 132), (30_000, 27, 132), (5000, 81, 132), (7, 9, 132),
+                                                    (1, 1, 4), (2**33, 36, 264)))
+def test_pieces_of_wgrad_fill_the_gpu(units, tiles, resident):
+    """All units are in one piece each, and no wave of programs is left for a few of them."""
+    pieces, run = convolution._pieces(units, tiles, resident)
+    assert (pieces - 1) * run < units <= pieces * run
+    waves = triton.cdiv(pieces * tiles, resident)
+    assert pieces == units or pieces * tiles > 0.9 * waves * resident
+
+
 def test_what_a_norm_launches():
     """One launch writes y and the cache; a group norm adds two for its statistics and two to its backward."""
     def names(*call, **more):

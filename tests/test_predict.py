@@ -230,7 +230,7 @@ def test_what_is_read_of_launches():
     assert (turns("forward_kernel"), turns("dkdv_kernel"), turns("dq_kernel", RIGHT=True)) == (64, 256, 32)
     assert turns("dq_kernel", LEFT=True) is None
     taps = dict(KT=3, KH=3, KW=3, BLOCK_K=64)
-    assert predict_kernels._turns("box_kernel", dict(MADE=96, SUMMED=160, **taps), 0) == 27 * 3
+    assert predict_kernels._turns("tma_kernel", dict(MADE=96, SUMMED=160, **taps), 0) == 27 * 3
     alone = list(predict_kernels.ours("attention", GPUS["h200"], "128 bfloat16, sm90"))
     tried = list(predict_kernels.ours("attention", GPUS["h200"], "128 bfloat16, sm90", candidates=True))
     tiles = {(each.case.constexprs["BLOCK_M"], each.case.constexprs["BLOCK_N"]) for each in tried}

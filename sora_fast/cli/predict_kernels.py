@@ -21,8 +21,10 @@ from ..testing import aot, aot_cache
 from .predict_measured import Call, call_of
 
 MEMORY = ("modulation", "normalization", "patches", "rotary")  # families whose time is DRAM's
-PASSES = {"forward_kernel": "forward", "embed_kernel": "forward", "box_kernel": "forward or dgrad",
+PASSES = {"forward_kernel": "forward", "embed_kernel": "forward", "tma_kernel": "forward or dgrad",
           **dict.fromkeys(("schedule_kernel", "join_kernel", "join_stats_kernel", "join_sums_kernel"), "beside the others")}
+
+TILE = ("C0", "C1", "O0", "O1", "I0", "I1", "NTAPS", "TH", "TW", "MORE")  # of a kernel's constants, beside BLOCK_...
 
 
 def cache() -> Path:
@@ -77,7 +79,7 @@ class Work:
         warps, stages = case.options.get("num_warps", 4), case.options.get("num_stages", 3)
         constants = case.constexprs
         blocks = [f"{name.removeprefix('BLOCK_')}{value}" for name, value in constants.items()
-                  if name.startswith("BLOCK_") or name in ("C0", "C1", "TH", "TW", "MORE")]
+                  if name.startswith("BLOCK_") or name in TILE]
         return Kernel(
             case.fn.__name__, compiled.sass, compiled.registers, compiled.shared, warps,
             case=f"{self.family} {case.name.partition(':')[0]}", tile=" ".join([*blocks, f"w{warps}", f"s{stages}"]),
@@ -106,6 +108,9 @@ def _useful(kernel: str, constants, signature) -> float:
         share = value("E") / (value("E0") + value("E1"))
     elif "MADE" in constants:
         share = _share(value("MADE"), value("C0") + value("C1")) * _share(value("SUMMED"), value("BLOCK_K"))
+    elif "O0" in constants:
+        share = (_share(value("COUT"), value("O0") + value("O1")) * _share(value("CIN"), value("I0") + value("I1"))
+                 * _share(value("KW"), value("NTAPS")))
     elif "BLOCK_O" in constants:
         share = _share(value("COUT"), value("BLOCK_O")) * _share(value("CIN"), value("BLOCK_I") + value("MORE"))
     elif "CIN" in constants:
@@ -131,6 +136,8 @@ def _bulk(kernel: str, constants) -> float:
         return 2 * passing * (value("E0") + value("E1")) * 2
     if "MADE" in constants:
         return (value("TH") * value("TW") + value("C0") + value("C1")) * value("BLOCK_K") * 2
+    if "O0" in constants:
+        return value("TH") * value("TW") * (value("I0") + value("I1")) * value("NTAPS") * 2
     return 0.0
 
 

@@ -61,10 +61,11 @@ def call_of(family: str, kernel: str, constants: Mapping, signature: Mapping[str
             ends = ("Cin", "Cout") if value("TRANSPOSED") else ("Cout", "Cin")
             sizes = dict(zip(ends, (value("MADE"), value("SUMMED")), strict=True)) | dict(stride=[1, 1, 1], upsample=1)
             return made("causal_conv3d", "dgrad" if value("TRANSPOSED") else "forward", "out", kernel=kernel_size, **sizes)
+        stride, upsample = ([1, 1, 1], 1) if "O0" in constants else ([value("ST"), value("SH"), value("SW")], value("UP"))
         direction, output = {"forward_kernel": ("forward", "y"), "dgrad_kernel": ("dgrad", "dx"),
-                             "wgrad_kernel": ("wgrad", "dy")}[kernel]
+                             "wgrad_kernel": ("wgrad", "dy"), "wgrad_tma_kernel": ("wgrad", "dy")}[kernel]
         return made("causal_conv3d", direction, output, kernel=kernel_size, Cin=value("CIN"), Cout=value("COUT"),
-                    stride=[value("ST"), value("SH"), value("SW")], upsample=value("UP"))
+                    stride=stride, upsample=upsample)
     if family == "patches" and kernel == "embed_kernel":
         return made("patch_embed", "forward", "out", width=value("D"), channels=value("C"),
                     patch=[value("PT"), value("PH"), value("PW")])

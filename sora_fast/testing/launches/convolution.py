@@ -32,7 +32,7 @@ def padding(inputs, outputs, dtype, gpu, settings) -> float:
     forward, dgrad, wgrad = config["forward"], config["dgrad"], config["wgrad"]
     return max(padding_share(outputs, inputs, forward.channels + forward.more, forward.block_k),
                padding_share(inputs, outputs, dgrad.channels + dgrad.more, dgrad.block_k),
-               padding_share(outputs, inputs, wgrad.outputs, wgrad.inputs + wgrad.more))
+               padding_share(outputs, inputs, wgrad.outputs + wgrad.more_outputs, wgrad.inputs + wgrad.more))
 
 
 def run(inputs, outputs, dtype, gpu, cached=0, batch=1, size=(4, 32, 32), kernels=("forward", "dgrad", "wgrad"), **changes):
@@ -72,7 +72,7 @@ def aot_cases():
                 wants |= dict(expected_drains=0, wants_shared=True)
             if gpu == "sm120":
                 # ptxas 12.8 (Triton 3.6) stores a 0 beside each of the 6 loads by TMA and reads none again
-                wants |= dict(box_kernel=dict(allowed_spills=6))
+                wants |= dict(tma_kernel=dict(allowed_spills=6))
             options = [f"{name} {value}" for name, value in settings.items()]
             yield (", ".join([f"{inputs} to {outputs} {str(dtype).removeprefix('torch.')}", *options, gpu,
                               f"padding {padding(inputs, outputs, dtype, gpu, settings):.0%}"]),
