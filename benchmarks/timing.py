@@ -155,13 +155,13 @@ def measure(timers: Mapping[str, object], effort: Effort) -> dict[str, Timing]:
     """Time every provider in ``timers`` (name -> timer), in turns.
 
     Returns:
-        A Timing per name: at least LEAST_SAMPLES samples where a call takes less than half of ``effort.timed_ms``.
+        A Timing per name: at least LEAST_SAMPLES samples of calls of less than 10 ms, or half of ``effort.timed_ms``.
     """
     each = {name: _warm_up(timer, effort.warm_up_ms) for name, timer in timers.items()}
     rounds: dict[str, list[tuple[float, ...]]] = {name: [] for name in timers}
     for _ in range(ROUNDS):
         for name, timer in timers.items():
-            least = LEAST_SAMPLES // ROUNDS if each[name] < effort.timed_ms / 2 else 1
+            least = LEAST_SAMPLES // ROUNDS if each[name] < max(10.0, effort.timed_ms / 2) else 1
             count = max(least, min(200, round(effort.timed_ms / ROUNDS / max(each[name], 1e-3))))
             rounds[name].append(tuple(timer.sample() for _ in range(count)))
     return {name: Timing(tuple(samples), timers[name].name, timers[name].not_captured) for name, samples in rounds.items()}

@@ -353,5 +353,7 @@ def test_providers_take_turns():
             turns.append(self.letter)
             return 50.0
 
-    found = timing.measure({"a": Fake("a"), "b": Fake("b")}, timing.Effort(0.0, 0.0))
+    found = timing.measure({"a": Fake("a"), "b": Fake("b")}, timing.Effort(0.0, 200.0))
     assert "".join(turns[4:]) == "aaaabbbb" * timing.ROUNDS and found["a"].statistics()["n"] == 20
+    long = timing.measure({"a": Fake("a")}, timing.Effort(0.0, 50.0))  # one call takes as long as all samples should
+    assert long["a"].statistics()["n"] == timing.ROUNDS
