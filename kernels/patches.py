@@ -31,13 +31,16 @@ from .patches_config import PermuteConfig, ProductConfig
 # ------------------------------------------------------------------------------------------------------------- places
 @triton.jit
 def _places(token, grids, cu_seqlens, samples, steps, C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr,
-            PW: tl.constexpr):
+            PW: tl.constexpr, AHEAD: tl.constexpr = True):
     """Of each token: whether a sample has it, where its patch begins, and the strides of ph, pt and C there.
 
     ``steps``: halvings that leave one of ``samples`` + 1 places. Tokens of samples are counted in 32 bits, numbers in 64.
     """
     belongs = token < tl.load(cu_seqlens + samples)
-    inside = tl.minimum(token, 2147483647).to(tl.int32)  # the search does not wait for ``belongs``
+    if AHEAD:  # the search does not wait for ``belongs``
+        inside = tl.minimum(token, 2147483647).to(tl.int32)
+    else:  # fewer instructions
+        inside = tl.where(belongs, token, 0).to(tl.int32)
     low = tl.zeros_like(inside)  # the last sample that begins at or before the token: empty ones before it are passed over
     high = low + samples.to(tl.int32)
     for _ in range(steps):
@@ -45,10 +48,9 @@ def _places(token, grids, cu_seqlens, samples, steps, C: tl.constexpr, PT: tl.co
         right = tl.load(cu_seqlens + middle) <= inside
         low = tl.where(right, middle, low)
         high = tl.where(right, high, middle)
-    known = low < samples
-    t = tl.where(belongs, tl.load(grids + 3 * low, mask=known, other=1), 1)
-    h = tl.where(belongs, tl.load(grids + 3 * low + 1, mask=known, other=1), 1)
-    w = tl.where(belongs, tl.load(grids + 3 * low + 2, mask=known, other=1), 1)
+    t = tl.load(grids + 3 * low, mask=belongs, other=1)
+    h = tl.load(grids + 3 * low + 1, mask=belongs, other=1)
+    w = tl.load(grids + 3 * low + 2, mask=belongs, other=1)
     first = tl.load(cu_seqlens + low)
     inner = tl.where(belongs, inside - first, 0)
     row = w.to(tl.int64) * PW
@@ -184,7 +186,8 @@ def latents_kernel(d_out, weight, grids, cu_seqlens, d_latents, tokens: tl.int64
     program = tl.program_id(0).to(tl.int64)
     first_row = (program % PARTS).to(tl.int32) * BLOCK_R
     token = program // PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
-    belongs, corner, row, plane, volume = _places(token, grids, cu_seqlens, samples, steps, C, PT, PH, PW)
+    belongs, corner, row, plane, volume = _places(token, grids, cu_seqlens, samples, steps, C, PT, PH, PW,
+                                                  AHEAD=False)
 
     number, there = _numbers_of(first_row, ROWS, PW, BLOCK_R, BLOCK_W)
     acc = tl.zeros([BLOCK_N, BLOCK_R * BLOCK_W], tl.float32)
