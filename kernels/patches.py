@@ -2,19 +2,19 @@
 
 N tokens, S samples, C channels, D width; a patch is pt x ph x pw pixels. A sample (C, t * pt, h * ph, w * pw) stands in the
 flat buffer with its t x h x w tokens in this order, after the samples before it; ``cu_seqlens`` (S + 1,) counts the tokens
-before each. The K = C * pt * ph * pw numbers of a patch are rows (C, pt, ph) of pw numbers each, one after the other in the
-buffer; a token finds its sample by binary search, and where its patch lies is four numbers (``_places``).
+before each. The K = C * pt * ph * pw elements of a patch are rows (C, pt, ph) of pw elements, one after the other in the
+buffer; a token finds its sample by binary search, and where its patch lies is four integers (``_places``).
 
-What is coalesced. The numbers of one row of a patch are pw * 2 to pw * 4 bytes in a row, and the next token's follow them at
+What is coalesced. The elements of a row of a patch are pw * 2 to pw * 4 bytes in a row, and the next token's follow them at
 once. So the buffer is read and written in tiles (row of the patch, token, place in the row), whose last two axes run through
-memory: the lanes of a warp run along the tokens, each with the pw numbers of its own. Tokens and weights are (N, D) and
+memory: the lanes of a warp run along the tokens, each with the pw elements of its own. Tokens and weights are (N, D) and
 (D, K): 16 bytes a lane.
 
 The embedding of a token is D / K times larger than its patch (24 times with K = 64, D = 1536), so a program gathers a tile
 of patches once and walks over the columns of the weight, which it finds in L2.
 
 Tokens past the last sample (the tail) are patches of 1 x 1 x 1 that nothing is read of: 0 in every output. No atomics: two
-runs give the same bits. Products of 16-bit numbers are summed in float32; those of float32 are tf32x3, three products of
+runs give the same bits. MMAs of 16-bit operands accumulate in float32; those of float32 are tf32x3, three products of
 TF32 whose error is float32's own, unless torch.backends.cuda.matmul allows plain TF32.
 """
 
@@ -31,13 +31,16 @@ from .patches_config import PermuteConfig, ProductConfig
 # ------------------------------------------------------------------------------------------------------------- places
 @triton.jit
 def _places(token, grids, cu_seqlens, samples, steps, C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr,
-            PW: tl.constexpr):
+            PW: tl.constexpr, AHEAD: tl.constexpr = True):
     """Of each token: whether a sample has it, where its patch begins, and the strides of ph, pt and C there.
 
-    ``steps``: halvings that leave one of ``samples`` + 1 places. Tokens of samples are counted in 32 bits, numbers in 64.
+    ``steps``: halvings that leave one of ``samples`` + 1 places. Tokens of samples are counted in 32 bits, elements in 64.
     """
     belongs = token < tl.load(cu_seqlens + samples)
-    inside = tl.minimum(token, 2147483647).to(tl.int32)  # the search does not wait for ``belongs``
+    if AHEAD:  # the search does not wait for ``belongs``
+        inside = tl.minimum(token, 2147483647).to(tl.int32)
+    else:  # fewer instructions
+        inside = tl.where(belongs, token, 0).to(tl.int32)
     low = tl.zeros_like(inside)  # the last sample that begins at or before the token: empty ones before it are passed over
     high = low + samples.to(tl.int32)
     for _ in range(steps):
@@ -45,10 +48,9 @@ def _places(token, grids, cu_seqlens, samples, steps, C: tl.constexpr, PT: tl.co
         right = tl.load(cu_seqlens + middle) <= inside
         low = tl.where(right, middle, low)
         high = tl.where(right, high, middle)
-    known = low < samples
-    t = tl.where(belongs, tl.load(grids + 3 * low, mask=known, other=1), 1)
-    h = tl.where(belongs, tl.load(grids + 3 * low + 1, mask=known, other=1), 1)
-    w = tl.where(belongs, tl.load(grids + 3 * low + 2, mask=known, other=1), 1)
+    t = tl.load(grids + 3 * low, mask=belongs, other=1)
+    h = tl.load(grids + 3 * low + 1, mask=belongs, other=1)
+    w = tl.load(grids + 3 * low + 2, mask=belongs, other=1)
     first = tl.load(cu_seqlens + low)
     inner = tl.where(belongs, inside - first, 0)
     row = w.to(tl.int64) * PW
@@ -67,7 +69,7 @@ def _rows_at(first_row, corner, row, plane, volume, PT: tl.constexpr, PH: tl.con
 
 @triton.jit
 def _row_mask(first_row, belongs, ROWS: tl.constexpr, PW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Which numbers of a tile (row, token, place in the row) are there; ``belongs`` of the tokens."""
+    """Which elements of a tile (row, token, place in the row) are there; ``belongs`` of the tokens."""
     mask = (first_row + tl.arange(0, BLOCK_R) < ROWS)[:, None, None] & belongs[None, :, None]
     if BLOCK_W == PW:
         return tl.broadcast_to(mask, [BLOCK_R, belongs.shape[0], BLOCK_W])
@@ -76,13 +78,13 @@ def _row_mask(first_row, belongs, ROWS: tl.constexpr, PW: tl.constexpr, BLOCK_R:
 
 
 @triton.jit
-def _numbers_of(first_row, ROWS: tl.constexpr, PW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Place in a row of the weight of each number that ``_patches`` gathers, and which are there."""
-    number = tl.arange(0, BLOCK_R * BLOCK_W)
+def _elements_of(first_row, ROWS: tl.constexpr, PW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Place in a row of the weight of each element that ``_patches`` gathers, and which are there."""
+    element = tl.arange(0, BLOCK_R * BLOCK_W)
     if BLOCK_W == PW:
-        return first_row * PW + number, first_row * PW + number < ROWS * PW
+        return first_row * PW + element, first_row * PW + element < ROWS * PW
     else:
-        row, place = first_row + number // BLOCK_W, number % BLOCK_W
+        row, place = first_row + element // BLOCK_W, element % BLOCK_W
         return row * PW + place, (row < ROWS) & (place < PW)
 
 
@@ -99,10 +101,10 @@ def _patches(latents, first_row, belongs, corner, row, plane, volume, ROWS: tl.c
 @triton.jit
 def _weights(weight, columns, first_row, D: tl.constexpr, ROWS: tl.constexpr, PW: tl.constexpr, BLOCK_R: tl.constexpr,
              BLOCK_W: tl.constexpr):
-    """Of ``columns`` and the numbers that ``_patches`` gathers, (columns, BLOCK_R * BLOCK_W); 0 where nothing is."""
-    number, there = _numbers_of(first_row, ROWS, PW, BLOCK_R, BLOCK_W)
-    return tl.load(weight + columns[:, None] * (ROWS * PW) + number[None, :],
-                   mask=(columns < D)[:, None] & there[None, :], other=0.0)
+    """Of ``columns`` and the elements that ``_patches`` gathers, (columns, BLOCK_R * BLOCK_W); 0 where nothing is."""
+    element, valid = _elements_of(first_row, ROWS, PW, BLOCK_R, BLOCK_W)
+    return tl.load(weight + columns[:, None] * (ROWS * PW) + element[None, :],
+                   mask=(columns < D)[:, None] & valid[None, :], other=0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -177,22 +179,23 @@ def latents_kernel(d_out, weight, grids, cu_seqlens, d_latents, tokens: tl.int64
                    D: tl.constexpr, C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
                    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
                    BLOCK_W: tl.constexpr):
-    """``d_latents`` = d_out times weight, each patch stored where it lies: every number of the buffer is of one patch."""
+    """``d_latents`` = d_out times weight, each patch stored where it lies: every element of the buffer is of one patch."""
     ROWS: tl.constexpr = C * PT * PH
     K: tl.constexpr = ROWS * PW
     PARTS: tl.constexpr = (ROWS + BLOCK_R - 1) // BLOCK_R
     program = tl.program_id(0).to(tl.int64)
     first_row = (program % PARTS).to(tl.int32) * BLOCK_R
     token = program // PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
-    belongs, corner, row, plane, volume = _places(token, grids, cu_seqlens, samples, steps, C, PT, PH, PW)
+    belongs, corner, row, plane, volume = _places(token, grids, cu_seqlens, samples, steps, C, PT, PH, PW,
+                                                  AHEAD=False)
 
-    number, there = _numbers_of(first_row, ROWS, PW, BLOCK_R, BLOCK_W)
+    element, valid = _elements_of(first_row, ROWS, PW, BLOCK_R, BLOCK_W)
     acc = tl.zeros([BLOCK_N, BLOCK_R * BLOCK_W], tl.float32)
     for first in range(0, D, BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
         a_ND = tl.load(d_out + token[:, None] * D + columns[None, :], mask=belongs[:, None] & (columns < D)[None, :],
                        other=0.0)
-        b_DK = tl.load(weight + columns[:, None] * K + number[None, :], mask=(columns < D)[:, None] & there[None, :],
+        b_DK = tl.load(weight + columns[:, None] * K + element[None, :], mask=(columns < D)[:, None] & valid[None, :],
                        other=0.0)
         acc = tl.dot(a_ND, b_DK, acc, input_precision=PRECISION)
     d_RNW = tl.permute(tl.reshape(acc.to(d_latents.dtype.element_ty), [BLOCK_N, BLOCK_R, BLOCK_W]), (1, 0, 2))
@@ -234,18 +237,18 @@ def weight_kernel(d_out, latents, grids, cu_seqlens, weight_sums, bias_sums, sam
     if bias_sums is not None:
         tl.store(bias_sums + share * D + columns, bias_acc, mask=columns < tl.where(first_row == 0, D, 0))
     if weight_sums is not None:
-        number, there = _numbers_of(first_row, ROWS, PW, BLOCK_R, BLOCK_W)
-        at = (share * D + columns)[:, None] * K + number[None, :]
-        tl.store(weight_sums + at, acc, mask=(columns < D)[:, None] & there[None, :])
+        element, valid = _elements_of(first_row, ROWS, PW, BLOCK_R, BLOCK_W)
+        at = (share * D + columns)[:, None] * K + element[None, :]
+        tl.store(weight_sums + at, acc, mask=(columns < D)[:, None] & valid[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "samples", "steps"], do_not_specialize_on_alignment=["grids", "cu_seqlens"])
 def permute_kernel(source, grids, cu_seqlens, out, tokens: tl.int64, samples: tl.int64, steps: tl.int64, BACK: tl.constexpr,
                    C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Tokens (N, pt * ph * pw * C) to the flat buffer, or BACK: numbers are moved, not computed with.
+    """Tokens (N, pt * ph * pw * C) to the flat buffer, or BACK: elements are moved, not computed with.
 
-    On the tokens' side a lane has 16 bytes along C, on the buffer's pw numbers, and lanes run along the tokens; between the
+    On the tokens' side a lane has 16 bytes along C, on the buffer's pw elements, and lanes run along the tokens; between the
     two the tile goes through shared memory.
     """
     ROWS: tl.constexpr = PT * PH
@@ -264,16 +267,16 @@ def permute_kernel(source, grids, cu_seqlens, out, tokens: tl.int64, samples: tl
     at_RCNW = at_RCN[:, :, :, None] + place[None, None, None, :]
     at_RWC = (r[:, None, None] * PW + place[None, :, None]) * C + c[None, None, :]
     at_NRWC = token[:, None, None, None] * (ROWS * PW * C) + at_RWC[None, :, :, :]
-    there_RCW = ((r < ROWS)[:, None] & (c < C)[None, :])[:, :, None] & (place < PW)[None, None, :]
-    there_RWC = ((r < ROWS)[:, None] & (place < PW)[None, :])[:, :, None] & (c < C)[None, None, :]
+    mask_RCW = ((r < ROWS)[:, None] & (c < C)[None, :])[:, :, None] & (place < PW)[None, None, :]
+    mask_RWC = ((r < ROWS)[:, None] & (place < PW)[None, :])[:, :, None] & (c < C)[None, None, :]
     if BACK:
-        x_RCNW = tl.load(source + at_RCNW, mask=there_RCW[:, :, None, :] & belongs[None, None, :, None], other=0.0)
+        x_RCNW = tl.load(source + at_RCNW, mask=mask_RCW[:, :, None, :] & belongs[None, None, :, None], other=0.0)
         tl.store(out + at_NRWC, tl.permute(x_RCNW, (2, 0, 3, 1)),
-                 mask=there_RWC[None, :, :, :] & (token < tokens)[:, None, None, None])
+                 mask=mask_RWC[None, :, :, :] & (token < tokens)[:, None, None, None])
     else:
-        x_NRWC = tl.load(source + at_NRWC, mask=there_RWC[None, :, :, :] & belongs[:, None, None, None], other=0.0)
+        x_NRWC = tl.load(source + at_NRWC, mask=mask_RWC[None, :, :, :] & belongs[:, None, None, None], other=0.0)
         tl.store(out + at_RCNW, tl.permute(x_NRWC, (1, 3, 0, 2)),
-                 mask=there_RCW[:, :, None, :] & (token < tokens)[None, None, :, None])
+                 mask=mask_RCW[:, :, None, :] & (token < tokens)[None, None, :, None])
 
 
 # ----------------------------------------------------------------------------------------------------------- launches
@@ -312,7 +315,7 @@ def embed(latents, weight, bias, grids, cu_seqlens, *, config: ProductConfig):
     if tokens and width:
         constants = _constants(weight, config)
         tiles, columns = triton.cdiv(tokens, config.block_n), triton.cdiv(width, config.block_d)
-        # all columns of a tile of tokens, but for few tokens, which would leave multiprocessors idle, and large patches,
+        # all columns of a tile of tokens, but for few tokens, which would leave SMs idle, and large patches,
         # which each block of columns reads again
         blocks = triton.cdiv(columns, triton.cdiv(4 * num_sms(latents.device), tiles))
         rest = triton.next_power_of_2(max(prod(patch[:-1]) - constants["BLOCK_R"], 0))
@@ -345,10 +348,10 @@ def embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, *, want_wei
     """Gradients of weight and bias in their dtype, None where not wanted; of ``weight`` only shape and dtype are used.
 
     Workspace, float32: P shares of the tokens, each (D, K) for the weight and (D,) for the bias; P is such that there are
-    no more than 4 programs for each multiprocessor, or one.
+    no more than 4 programs for each SM, or one.
     """
     tokens, width = d_out.shape
-    rows, numbers = prod(weight.shape[1:4]), prod(weight.shape[1:])
+    rows, elements = prod(weight.shape[1:4]), prod(weight.shape[1:])
     d_out, latents = d_out.contiguous(), latents.contiguous()
     constants = _constants(weight, config)
     tiles = triton.cdiv(width, config.block_d) * (triton.cdiv(rows, constants["BLOCK_R"]) if want_weight else 1)
@@ -356,7 +359,7 @@ def embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, *, want_wei
     length = max(triton.cdiv(triton.cdiv(tokens, shares), config.block_n), 1) * config.block_n
     shares = triton.cdiv(tokens, length)
     sums = lambda *shape: torch.empty((shares, *shape), dtype=torch.float32, device=d_out.device)
-    weight_sums = sums(width, numbers) if want_weight else None
+    weight_sums = sums(width, elements) if want_weight else None
     bias_sums = sums(width) if want_bias else None
     if tokens and width:
         with on(d_out.device):
@@ -370,10 +373,10 @@ def embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, *, want_wei
 
 def permute(source, grids, cu_seqlens, patch, channels, *, back, config: PermuteConfig):
     """Tokens (N, pt * ph * pw * C) to the flat buffer (N * pt * ph * pw * C,), tail 0; ``back``: the buffer to tokens."""
-    numbers = channels * prod(patch)
-    tokens = source.numel() // numbers
+    elements = channels * prod(patch)
+    tokens = source.numel() // elements
     source = source.contiguous()
-    out = torch.empty((tokens, numbers) if back else tokens * numbers, dtype=source.dtype, device=source.device)
+    out = torch.empty((tokens, elements) if back else tokens * elements, dtype=source.dtype, device=source.device)
     if tokens:
         pt, ph, pw = patch
         parts = triton.cdiv(pt * ph, config.block_r) * triton.cdiv(channels, config.block_c)

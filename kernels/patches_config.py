@@ -11,7 +11,7 @@ from .rows import pieces
 
 @dataclass(frozen=True)
 class Launch:
-    """What the best Config depends on: ``rows`` of a patch, ``run`` numbers in each; ``width`` D, or C of unpatchify.
+    """What the best Config depends on: ``rows`` of a patch, ``run`` elements in each; ``width`` D, or C of unpatchify.
 
     ``tokens`` is a bucket.
     """
@@ -25,7 +25,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """Tile of tokens (``block_n``), columns of the width (``block_d``) and numbers of a patch (``block_k``)."""
+    """Tile of tokens (``block_n``), columns of the width (``block_d``) and elements of a patch (``block_k``)."""
 
     block_n: int
     block_d: int
@@ -44,7 +44,7 @@ class PermuteConfig:
     warps: int
 
 
-LONGEST_RUN = 64  # numbers of a patch along w; all of them are in a tile
+LONGEST_RUN = 64  # elements of a patch along w; all of them are in a tile
 
 
 def _padded(launch: Launch) -> int:
@@ -71,7 +71,7 @@ def embed_heuristic(launch: Launch, gpu: str) -> ProductConfig:
     if padded <= 256:
         fits = not small or launch.rows * triton.next_power_of_2(launch.run) <= 192
         return ProductConfig(64, 64, 128, warps=4, stages=3 if fits else 2)
-    if launch.run < 8:  # the addresses of 64 numbers in shorter runs, or of more tokens, spill
+    if launch.run < 8:  # the addresses of 64 elements in shorter runs, or of more tokens, spill
         return ProductConfig(64, 64 if small else 128, 32, warps=8, stages=3)
     return ProductConfig(64 if small else 128, 128, 64, warps=8, stages=2 if small else 3)
 

@@ -1,7 +1,7 @@
 """Norm of queries and keys and their rotation in one pass, forward and backward.
 
 N tokens, H heads of q and HK of k, E head dim, P rotated pairs of a head. A program has all heads of a token (or of a few
-narrow ones) in registers, so that each number is read and written once, and the forward takes k after q with the
+narrow ones) in registers, so that each element is read and written once, and the forward takes k after q with the
 same cosines and sines. Everything is computed in float32.
 
 The backward takes q and k as they are and computes the norm's statistics anew, which costs no bytes.
@@ -24,7 +24,7 @@ from .rotary_tiles import (
     affine_heads,
     coordinates,
     heads,
-    is_used,
+    is_valid,
     load_affine,
     load_heads,
     normalise,
@@ -38,7 +38,7 @@ from .rotary_tiles import (
 
 # ------------------------------------------------------------------------------------------------------------ kernels
 @triton.jit
-def _finish(firsts, seconds, out, weight, bias, cos, sin, token, used, tokens, eps, H: tl.constexpr, E: tl.constexpr,
+def _epilogue(firsts, seconds, out, weight, bias, cos, sin, token, valid, tokens, eps, H: tl.constexpr, E: tl.constexpr,
             P: tl.constexpr, NORM: tl.constexpr, PAIRING: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_H: tl.constexpr,
             BLOCK_P: tl.constexpr):
     """Norm and rotation of the pairs that were loaded, and their store."""
@@ -53,14 +53,14 @@ def _finish(firsts, seconds, out, weight, bias, cos, sin, token, used, tokens, e
     for piece in tl.static_range(PIECES):
         a, b, head = firsts[piece], seconds[piece], heads(piece, BLOCK_H)
         if NORM is not None:
-            a, b, _ = normalise(a, b, squares, used & (head < H), eps, H, E, P, NORM, PAIRING, BLOCK_P)
+            a, b, _ = normalise(a, b, squares, valid & (head < H), eps, H, E, P, NORM, PAIRING, BLOCK_P)
         if weight is not None:
             a, b = a * weight_a[piece % AFFINE], b * weight_b[piece % AFFINE]
         if bias is not None:
             a, b = a + bias_a[piece % AFFINE], b + bias_b[piece % AFFINE]
         if P > 0:
             a, b = a * cos[piece % TURNS] - b * sin[piece % TURNS], a * sin[piece % TURNS] + b * cos[piece % TURNS]
-        store_pairs(out + (token * H + head) * E, tl.where(used, a, 0.0), tl.where(used, b, 0.0),
+        store_pairs(out + (token * H + head) * E, tl.where(valid, a, 0.0), tl.where(valid, b, 0.0),
                      (token < tokens) & (head < H), E, P, PAIRING, BLOCK_P)
 
 
@@ -72,20 +72,20 @@ def forward_kernel(q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, coord
                    BLOCK_H: tl.constexpr, BLOCK_HK: tl.constexpr, BLOCK_P: tl.constexpr):
     """Program p: tokens p * BLOCK_N .. of q and, where there is one, of k. Strides of tokens and heads are in units."""
     token = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
-    used = is_used(rows, token, tokens)  # of a token of no sample nothing is read
-    a, b = load_heads(q + token * q_token * Q_UNIT, q_head * Q_UNIT, used, H, E, P, PAIRING, BLOCK_H, BLOCK_P)
+    valid = is_valid(rows, token, tokens)  # of a token of no sample nothing is read
+    a, b = load_heads(q + token * q_token * Q_UNIT, q_head * Q_UNIT, valid, H, E, P, PAIRING, BLOCK_H, BLOCK_P)
     if k is not None:  # on its way while q is worked on
-        c, d = load_heads(k + token * k_token * K_UNIT, k_head * K_UNIT, used, HK, E, P, PAIRING, BLOCK_HK, BLOCK_P)
+        c, d = load_heads(k + token * k_token * K_UNIT, k_head * K_UNIT, valid, HK, E, P, PAIRING, BLOCK_HK, BLOCK_P)
     cos, sin = (), ()
     if P > 0:
-        at_t, at_h, at_w = coordinates(coords, token, used)
+        at_t, at_h, at_w = coordinates(coords, token, valid)
         for piece in tl.static_range((H + BLOCK_H - 1) // BLOCK_H if PER_HEAD else 1):
             c_, s_ = rotation(at_t, at_h, at_w, freqs, heads(piece, BLOCK_H), H, P, PER_HEAD, BLOCK_P)
             cos, sin = cos + (c_,), sin + (s_,)
-    _finish(a, b, q_out, q_weight, q_bias, cos, sin, token, used, tokens, eps, H, E, P, NORM, PAIRING, PER_HEAD, BLOCK_H,
+    _epilogue(a, b, q_out, q_weight, q_bias, cos, sin, token, valid, tokens, eps, H, E, P, NORM, PAIRING, PER_HEAD, BLOCK_H,
             BLOCK_P)
     if k is not None:
-        _finish(c, d, k_out, k_weight, k_bias, cos, sin, token, used, tokens, eps, HK, E, P, NORM, PAIRING, PER_HEAD,
+        _epilogue(c, d, k_out, k_weight, k_bias, cos, sin, token, valid, tokens, eps, HK, E, P, NORM, PAIRING, PER_HEAD,
                 BLOCK_HK, BLOCK_P)
 
 
@@ -120,14 +120,14 @@ def _walk(d_out, x, dx, weight, bias, coords, freqs, rows, weight_sums, bias_sum
 
     for first in range(program * run, tl.minimum((program + 1) * run, tokens), BLOCK_N):
         token = (first + tl.arange(0, BLOCK_N))[:, None, None]
-        used = is_used(rows, token, tokens)
-        ga, gb = load_heads(d_out + token * d_out_token * D_OUT_UNIT, d_out_head * D_OUT_UNIT, used, H, E, P, PAIRING,
+        valid = is_valid(rows, token, tokens)
+        ga, gb = load_heads(d_out + token * d_out_token * D_OUT_UNIT, d_out_head * D_OUT_UNIT, valid, H, E, P, PAIRING,
                             BLOCK_H, BLOCK_P)
         if x is not None:
-            a, b = load_heads(x + token * x_token * X_UNIT, x_head * X_UNIT, used, H, E, P, PAIRING, BLOCK_H, BLOCK_P)
+            a, b = load_heads(x + token * x_token * X_UNIT, x_head * X_UNIT, valid, H, E, P, PAIRING, BLOCK_H, BLOCK_P)
             squares = squares_of_all(a, b, NORM, PIECES)
         if P > 0:
-            t, h, w = coordinates(coords, token, used)
+            t, h, w = coordinates(coords, token, valid)
             if not PER_HEAD:
                 cos, sin = rotation(t, h, w, freqs, token, H, P, PER_HEAD, BLOCK_P)
         if weight is not None:
@@ -144,7 +144,7 @@ def _walk(d_out, x, dx, weight, bias, coords, freqs, rows, weight_sums, bias_sum
             if x is not None:
                 c, d = a[piece], b[piece]
                 if NORM is not None:
-                    c, d, rstd = normalise(c, d, squares, used & (head < H), eps, H, E, P, NORM, PAIRING, BLOCK_P)
+                    c, d, rstd = normalise(c, d, squares, valid & (head < H), eps, H, E, P, NORM, PAIRING, BLOCK_P)
                     rstds = rstds + (rstd,)
                 normed_a, normed_b = normed_a + (c,), normed_b + (d,)
             if freq_sums is not None:
@@ -197,10 +197,10 @@ def _walk(d_out, x, dx, weight, bias, coords, freqs, rows, weight_sums, bias_sum
         for piece in tl.static_range(TURNS):
             head = heads(piece, BLOCK_H)
             at = freq_sums + program * SUMS + (head * P if PER_HEAD else 0) + pair
-            there = (pair < P) & (head < H) if PER_HEAD else pair < P
-            tl.store(at, tl.sum(sum_t[piece], 0, keep_dims=True), mask=there)
-            tl.store(at + HEADS * P, tl.sum(sum_h[piece], 0, keep_dims=True), mask=there)
-            tl.store(at + 2 * HEADS * P, tl.sum(sum_w[piece], 0, keep_dims=True), mask=there)
+            mask = (pair < P) & (head < H) if PER_HEAD else pair < P
+            tl.store(at, tl.sum(sum_t[piece], 0, keep_dims=True), mask=mask)
+            tl.store(at + HEADS * P, tl.sum(sum_h[piece], 0, keep_dims=True), mask=mask)
+            tl.store(at + 2 * HEADS * P, tl.sum(sum_w[piece], 0, keep_dims=True), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "run", "d_q_out_token", "d_q_out_head", "d_k_out_token", "d_k_out_head", "q_token",
@@ -213,10 +213,10 @@ def backward_kernel(d_q_out, d_k_out, q, k, d_q, d_k, q_weight, k_weight, q_bias
                     H: tl.constexpr, HK: tl.constexpr, E: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr,
                     PAIRING: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
                     BLOCK_HK: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Programs (p, 0) of q and (p, 1) of k: gradients at tokens p * run .., and sums in row p, SUMS numbers, of a workspace.
+    """Programs (p, 0) of q and (p, 1) of k: gradients at tokens p * run .., and sums in row p, SUMS elements, of a buffer.
 
     What is None is not there or not wanted. One program for both would share cosines, and with twice the sums take 55 to
-    75 registers more, which is half of the programs that a multiprocessor can hold.
+    75 registers more, which is half of the programs that an SM can hold.
     """
     if tl.program_id(1) == 0:
         _walk(d_q_out, q, d_q, q_weight, q_bias, coords, freqs, rows, q_weight_sums, q_bias_sums, q_freq_sums, tokens,
@@ -242,7 +242,7 @@ def frequencies(axes: tuple[int, ...], theta: tuple[float, ...], device: torch.d
 
 
 def _strided(tensor):
-    """``tensor`` (N, H, E), the strides of its tokens and heads, and their unit; a copy if a head has its numbers apart.
+    """``tensor`` (N, H, E), the strides of its tokens and heads, and their unit; a copy if a head has its elements apart.
 
     The unit tells the compiler what the strides are multiples of, and loads can be wide; the strides themselves, which may
     hold a length, are no constants.
@@ -297,10 +297,10 @@ def backward(d_q_out, d_k_out, q, k, coords, q_weight, k_weight, q_bias, k_bias,
              config: BackwardConfig):
     """Gradients of (q, k, q_weight, k_weight, q_bias, k_bias, freqs), None for those that ``wanted``, 7 bools, leaves out.
 
-    d_q_out, d_k_out: gradients of forward's outputs, copied only if a head's numbers are not side by side; None: all 0, and
+    d_q_out, d_k_out: gradients of forward's outputs, copied only if a head's elements are not side by side; None: all 0, and
     nothing is wanted for that output alone. q, k: forward's inputs; None where there is no norm and freqs want no gradient.
 
-    Workspace, float32: (multiprocessors x config.programs at most, and half of that for q with k; numbers of the weights and
+    Workspace, float32: (SMs x config.programs at most, and half of that for q with k; elements of the weights and
     biases that are wanted, and of freqs once for q and once for k).
     """
     want_q, want_k, want_q_weight, want_k_weight, want_q_bias, want_k_bias, want_freqs = wanted

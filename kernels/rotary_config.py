@@ -36,7 +36,7 @@ class ForwardConfig:
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """``warps`` of a program, ``tokens`` it takes at once, and ``programs`` for each multiprocessor."""
+    """``warps`` of a program, ``tokens`` it takes at once, and ``programs`` for each SM."""
 
     warps: int
     tokens: int
@@ -53,41 +53,41 @@ def head_block(heads: int) -> int:
     return pieces(max(heads, 1), 16, 1)[0]
 
 
-def numbers_of(heads: int, head_dim: int) -> int:
+def elements_of(heads: int, head_dim: int) -> int:
     """Of one token in registers, all pieces together."""
     block = head_block(heads)
     return -(-heads // block) * tile(block, head_dim)
 
 
 def _tokens(launch: Launch) -> tuple[int, int]:
-    """(tokens, numbers): as many as make 1024 numbers of q a program, and its numbers of the larger of q and k."""
-    numbers = numbers_of(max(launch.heads, launch.key_heads), launch.head_dim)
-    tokens = min(1 << max(1024 // numbers, 1).bit_length() - 1, 16)
-    return tokens, tokens * numbers
+    """(tokens, elements): as many as make 1024 elements of q a program, and its elements of the larger of q and k."""
+    elements = elements_of(max(launch.heads, launch.key_heads), launch.head_dim)
+    tokens = min(1 << max(1024 // elements, 1).bit_length() - 1, 16)
+    return tokens, tokens * elements
 
 
 def forward_heuristic(launch: Launch, gpu: str) -> ForwardConfig:
-    """64 numbers of q and k a thread or more, 48 without norm: with fewer, more threads would compute the same cosine."""
+    """64 elements of q and k a thread or more, 48 without norm: with fewer, more threads would compute the same cosine."""
     tokens, _ = _tokens(launch)
-    numbers = tokens * sum(numbers_of(heads, launch.head_dim) for heads in (launch.heads, launch.key_heads) if heads)
-    share = numbers // (32 * (48 if launch.norm is None else 64))
+    elements = tokens * sum(elements_of(heads, launch.head_dim) for heads in (launch.heads, launch.key_heads) if heads)
+    share = elements // (32 * (48 if launch.norm is None else 64))
     return ForwardConfig(warps=min(1 << max(share, 1).bit_length() - 1, 8), tokens=tokens)
 
 
 def backward_heuristic(launch: Launch, gpu: str) -> BackwardConfig:
-    """16 numbers a thread or more, and as many programs as are resident, or the last would wait for a turn of their own.
+    """16 elements a thread or more, and as many programs as are resident, or the last would wait for a turn of their own.
 
     20 at most where all heads are normed together, and have sums for each.
     """
-    tokens, numbers = _tokens(launch)
+    tokens, elements = _tokens(launch)
     if launch.norm == "rms_all":
-        warps = min(triton.next_power_of_2(triton.cdiv(numbers, 32 * 20)), 16)
+        warps = min(triton.next_power_of_2(triton.cdiv(elements, 32 * 20)), 16)
     else:
-        warps = min(1 << max(numbers // (32 * 16), 1).bit_length() - 1, 16)
+        warps = min(1 << max(elements // (32 * 16), 1).bit_length() - 1, 16)
     # of 65,536 registers: up to 128 a thread, 55 where there is nothing to sum, 168 for 24 learned sums
     resident = 16
     if launch.freqs == "learned":
-        resident = 12 if numbers > 32 * 20 * warps else 16
+        resident = 12 if elements > 32 * 20 * warps else 16
     elif launch.norm is None:
         resident = 32
     return BackwardConfig(warps=warps, tokens=tokens, programs=max(resident // warps, 1))

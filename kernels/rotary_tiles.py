@@ -1,7 +1,7 @@
 """Tiles of heads as the rotary kernels hold them: pairs, their norm and their angles.
 
 N tokens, H heads, E head dim, P rotated pairs of a head. A tile (BLOCK_N, BLOCK_H, E) is held as two, the first and the
-second number of each pair: pairs (2i, 2i + 1) are loaded side by side and parted in registers, pairs (i, i + P) are two
+second element of each pair: pairs (2i, 2i + 1) are loaded side by side and parted in registers, pairs (i, i + P) are two
 loads. What is not rotated is paired likewise, with angle 0. All heads of a token are pieces of BLOCK_H heads, 3 of 8 for 24:
 a tuple of tiles, as rows are in rows.py.
 
@@ -17,7 +17,7 @@ from .rows import mean_of, rstd_of
 
 @triton.jit
 def columns(E: tl.constexpr, P: tl.constexpr, PAIRING: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Where the first and the second number of each pair stand in a head (1, 1, BLOCK_P), and whether they are there."""
+    """Where the first and the second element of each pair stand in a head (1, 1, BLOCK_P), and whether they are there."""
     pair = tl.arange(0, BLOCK_P)[None, None, :]
     if PAIRING == "interleaved":
         first, second = 2 * pair, 2 * pair + 1
@@ -88,13 +88,13 @@ def cos_sin(angle):
 
 
 @triton.jit
-def is_used(rows, token, tokens):
+def is_valid(rows, token, tokens):
     """Whether tokens belong to a sample."""
-    inside = token < tokens
+    in_bounds = token < tokens
     if rows is not None:
-        return inside & (tl.load(rows + token, mask=inside, other=-1) >= 0)
+        return in_bounds & (tl.load(rows + token, mask=in_bounds, other=-1) >= 0)
     else:
-        return inside
+        return in_bounds
 
 
 @triton.jit
@@ -109,11 +109,11 @@ def frequencies(freqs, axis: tl.constexpr, head, H: tl.constexpr, P: tl.constexp
 
 
 @triton.jit
-def coordinates(coords, token, used):
+def coordinates(coords, token, valid):
     """t, h and w of tokens (N, 1, 1); 0 for tokens of no sample."""
-    t = tl.load(coords + 3 * token, mask=used, other=0).to(tl.float32)
-    h = tl.load(coords + 3 * token + 1, mask=used, other=0).to(tl.float32)
-    return t, h, tl.load(coords + 3 * token + 2, mask=used, other=0).to(tl.float32)
+    t = tl.load(coords + 3 * token, mask=valid, other=0).to(tl.float32)
+    h = tl.load(coords + 3 * token + 1, mask=valid, other=0).to(tl.float32)
+    return t, h, tl.load(coords + 3 * token + 2, mask=valid, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -156,15 +156,15 @@ def heads(piece: tl.constexpr, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
-def load_heads(pointer, head_stride, used, H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, PAIRING: tl.constexpr,
+def load_heads(pointer, head_stride, valid, H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, PAIRING: tl.constexpr,
                 BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr):
-    """The pairs of all heads of the tokens that ``pointer`` (N, 1, 1) points to: a tuple of their first numbers by piece
+    """The pairs of all heads of the tokens that ``pointer`` (N, 1, 1) points to: a tuple of their first elements by piece
     of BLOCK_H heads, and one of their second.
     """
     firsts, seconds = (), ()
     for piece in tl.static_range((H + BLOCK_H - 1) // BLOCK_H):
         head = heads(piece, BLOCK_H)
-        a, b = load_pairs(pointer + head * head_stride, used & (head < H), E, P, PAIRING, BLOCK_P)
+        a, b = load_pairs(pointer + head * head_stride, valid & (head < H), E, P, PAIRING, BLOCK_P)
         firsts, seconds = firsts + (a,), seconds + (b,)
     return firsts, seconds
 

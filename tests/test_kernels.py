@@ -29,7 +29,7 @@ from sora_fast.kernels.modulation_candidates import candidates as candidates_of_
 from sora_fast.kernels.modulation_config import backward_tile as modulation_backward_tile  # noqa: E402
 from sora_fast.kernels.modulation_config import tile as modulation_tile  # noqa: E402
 from sora_fast.kernels.normalization_config import tile as normalization_tile  # noqa: E402
-from sora_fast.kernels.rotary_config import numbers_of  # noqa: E402
+from sora_fast.kernels.rotary_config import elements_of  # noqa: E402
 from sora_fast.testing import aot  # noqa: E402
 from sora_fast.testing.launches.convolution import padding, padding_share  # noqa: E402
 from sora_fast.testing.launches.patches import embedding  # noqa: E402
@@ -158,7 +158,7 @@ def _fits_modulation(kernel, launch, config, gpu):
 
 def _fits_rotary(kernel, launch, config, gpu):
     most = 64 if kernel == "forward" else 32
-    numbers = config.tokens * numbers_of(launch.heads, launch.head_dim)
+    numbers = config.tokens * elements_of(launch.heads, launch.head_dim)
     return (powers(config.warps, config.tokens) and numbers <= most * 32 * config.warps and config.warps <= 16
             and (kernel == "forward" or 1 <= config.programs * config.warps <= 32))
 
