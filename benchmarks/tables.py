@@ -262,15 +262,19 @@ def as_csv(runs: Sequence[Run]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- README
-def readme_block(results_folder: str | Path) -> str:
-    """README's measured tables, from ``results_folder``/<gpu>/bench*.jsonl and its cpu.jsonl; equal for equal files."""
+def readme_block(results_folder: str | Path, brief: bool = False) -> str:
+    """The measured tables, from ``results_folder``/<gpu>/bench*.jsonl and its cpu.jsonl; equal for equal files.
+
+    ``brief``: of a CPU's only those in _BRIEF.
+    """
     parts = []
     for folder in sorted(path for path in Path(results_folder).glob("*") if path.is_dir()):
         rows = [row for path in sorted(folder.glob("bench*.jsonl")) for row in schema.read(path)]
         if measurements(rows):
             parts += _readme_gpu(folder.name, rows)
     on_cpu = Path(results_folder) / "cpu.jsonl"
-    parts += _readme_cpu(schema.read(on_cpu)) if on_cpu.exists() else []
+    if on_cpu.exists():
+        parts += _readme_cpu([row for row in schema.read(on_cpu) if not brief or row["group"] in _BRIEF])
     return "\n\n".join(parts) if parts else "No measured results are committed yet."
 
 
@@ -301,6 +305,7 @@ _ON_A_CPU = {
     "packing": "A DiT trained on mixed sizes: one pack, a batch of each size, one batch padded to the longest",
     "transformers": "diffusers' transformers, accelerated and as they are",
 }
+_BRIEF = ("vae", "packing")
 
 
 def _readme_cpu(rows: Sequence[dict]) -> list[str]:
@@ -355,20 +360,25 @@ def _readme_models(rows: Sequence[dict]) -> Table:
     return Table(("model", "case", "provider", "ms", "throughput", "peak memory", "MFU"), lines, frozenset((3, 4, 5, 6)))
 
 
-def update_readme(path: str | Path, check: bool = False, results_folder: str | Path | None = None) -> None:
-    """Write the tables between their markers in ``path``; with ``check`` raise ValueError if they are not there already."""
+def update(path: str | Path, check: bool = False, results_folder: str | Path | None = None) -> None:
+    """Write the tables between their markers in ``path``, a page; with ``check`` raise ValueError if they are not there."""
     from . import evidence  # which makes a Table of this module
 
     path, results = Path(path), Path(__file__).parent / "results" if results_folder is None else Path(results_folder)
+    makers = {"evidence": lambda: evidence.block(results), "measured": lambda: readme_block(results, brief=True),
+              "measured in full": lambda: readme_block(results)}
     text = wanted = path.read_text(encoding="utf-8")
-    for name, block in (("evidence", evidence.block(results)), ("measured", readme_block(results))):
+    names = [name for name in makers if f"<!-- {name}: begin -->" in text]
+    for name in names:
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         before, _, rest = wanted.partition(begin)
         _, found, after = rest.partition(end)
         if not found:
-            raise ValueError(f"bench readme: expected {begin} and, after it, {end} in {path}, got neither or one; put them "
-                             f"back")
-        wanted = f"{before}{begin}\n{block}\n{end}{after}"
+            raise ValueError(f"bench readme: expected {end} after {begin} in {path}, got none; put it back")
+        wanted = f"{before}{begin}\n{makers[name]()}\n{end}{after}"
+    if not names:
+        raise ValueError(f"bench readme: expected <!-- measured: begin --> or another marker in {path}, got none; put it "
+                         f"back")
     if wanted != text and check:
         raise ValueError(f"bench readme: expected the tables of {path} to be those of the committed results, got others; "
                          f"run sora-fast bench readme")

@@ -104,7 +104,7 @@ def _heuristic(launch: Launch, made: int, summed: int, gpu: str) -> Config:
     if launch.dtype == torch.float32:
         return Config(64, min(_tile(made), 64), 0, block_k, 4, 2, False)
     if not loads_by_tma(launch, gpu):
-        if arch.multiplies_registers(gpu):
+        if arch.uses_mma_sync(gpu):
             # 4 warps: two blocks an SM, one of which multiplies while the other waits; 8 of one block take 1.4 times as long
             channels = min(_tile(made), 128 if summed >= 32 else 64)  # of few channels every load has its own address
             return Config(128, channels, 0, min(block_k, 32), 4, 3 if small else 4, False)
@@ -135,7 +135,7 @@ def wgrad_heuristic(launch: Launch, gpu: str) -> WgradConfig:
     if arch.capability(gpu) == 90:
         # 4 warps: of 8, ptxas 12.8 waits for every MMA of 128 x 128 or 64 x 192
         return WgradConfig(outputs, *_parts(launch.inputs, 192 if outputs <= 64 else 128), 64, 4, 3, 2)
-    if arch.multiplies_registers(gpu):
+    if arch.uses_mma_sync(gpu):
         # 16 rows are enough for mma.sync: 96 as three times 32. 4 warps: as in the forward.
         if launch.outputs > 64:
             outputs = min((128, 64, 32), key=lambda tile: covered(launch.outputs, tile))

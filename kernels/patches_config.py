@@ -62,7 +62,7 @@ def embed_heuristic(launch: Launch, gpu: str) -> ProductConfig:
     small = arch.is_small(gpu)
     if launch.dtype == torch.float32:
         if padded <= 64 and not small:
-            return ProductConfig(32 if arch.multiplies_registers(gpu) else 64, 64, max(padded, 32), warps=4, stages=3)
+            return ProductConfig(32 if arch.uses_mma_sync(gpu) else 64, 64, max(padded, 32), warps=4, stages=3)
         return ProductConfig(64, 64, max(triton.next_power_of_2(launch.run), 32), warps=8, stages=2)
     if launch.width % 8 != 0:
         return ProductConfig(64, 64, min(padded, 64), warps=4, stages=2)

@@ -127,7 +127,7 @@ def test_a_record_is_for_a_class_of_tensor_cores(op, units):
     records.save([record(arch=max(CLASSES[units]))])
     every = set.union(*CLASSES.values())
     assert {gpu for gpu in every if taken(op, device=f"cuda:{gpu}") == "triton"} == CLASSES[units]
-    assert all(arch.multiplies_registers(gpu) is (units == "mma.sync") for gpu in CLASSES[units])
+    assert all(arch.uses_mma_sync(gpu) is (units == "mma.sync") for gpu in CLASSES[units])
 
 
 def test_a_changed_kernel_has_no_record(op, room):

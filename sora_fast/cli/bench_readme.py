@@ -5,7 +5,8 @@ from pathlib import Path
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--file", default="README.md", help="(default: %(default)s)")
+    parser.add_argument("--file", action="append", metavar="PAGE",
+                        help="pages to bring up to date (default: README.md and docs/measured.md)")
     parser.add_argument("--predictions", metavar="FILE",
                         help="keep these, a predictions.json of sora-fast predict, for the table of evidence (default: "
                              "those kept)")
@@ -22,6 +23,7 @@ def run(arguments) -> int:
             raise ValueError(f"--predictions: expected a predictions.json of sora-fast predict, got no file at {path}; "
                              f"check the path")
         print(f"kept {evidence.keep(json.loads(path.read_text(encoding='utf-8')))} predictions")
-    tables.update_readme(Path(arguments.file), check=arguments.check)
-    print(f"{arguments.file} {'matches' if arguments.check else 'holds'} the committed results")
+    for page in arguments.file or ("README.md", "docs/measured.md"):
+        tables.update(page, check=arguments.check)
+        print(f"{page} {'matches' if arguments.check else 'holds'} the committed results")
     return 0
