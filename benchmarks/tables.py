@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sora_fast.files import save_text
-
 from . import rows as schema
 from .figures import (
     CELL,
@@ -358,29 +356,3 @@ def _readme_models(rows: Sequence[dict]) -> Table:
     lines = [(row["op"], f"{row['case']}, {row['dtype']}", row["provider"], number(row["median_ms"]) or row["status"],
               throughput(row), size(row["peak_bytes"]), mfu(row)) for row in sorted(rows, key=schema.key)]
     return Table(("model", "case", "provider", "ms", "throughput", "peak memory", "MFU"), lines, frozenset((3, 4, 5, 6)))
-
-
-def update(path: str | Path, check: bool = False, results_folder: str | Path | None = None) -> None:
-    """Write the tables between their markers in ``path``, a page; with ``check`` raise ValueError if they are not there."""
-    from . import evidence  # which makes a Table of this module
-
-    path, results = Path(path), Path(__file__).parent / "results" if results_folder is None else Path(results_folder)
-    makers = {"evidence": lambda: evidence.block(results), "measured": lambda: readme_block(results, brief=True),
-              "measured in full": lambda: readme_block(results)}
-    text = wanted = path.read_text(encoding="utf-8")
-    names = [name for name in makers if f"<!-- {name}: begin -->" in text]
-    for name in names:
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, _, rest = wanted.partition(begin)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"bench readme: expected {end} after {begin} in {path}, got none; put it back")
-        wanted = f"{before}{begin}\n{makers[name]()}\n{end}{after}"
-    if not names:
-        raise ValueError(f"bench readme: expected <!-- measured: begin --> or another marker in {path}, got none; put it "
-                         f"back")
-    if wanted != text and check:
-        raise ValueError(f"bench readme: expected the tables of {path} to be those of the committed results, got others; "
-                         f"run sora-fast bench readme")
-    if wanted != text:
-        save_text(path, wanted)

@@ -314,17 +314,19 @@ def embed(latents, weight, bias, grids, cu_seqlens, *, config: ProductConfig):
     out = torch.empty((tokens, width), dtype=latents.dtype, device=latents.device)
     if tokens and width:
         constants = _constants(weight, config)
-        tiles, columns = triton.cdiv(tokens, config.block_n), triton.cdiv(width, config.block_d)
+        # ceil(a / b) is -(-a // b): triton.cdiv on the host is five Python calls, each time
+        tiles, columns = -(-tokens // config.block_n), -(-width // config.block_d)
         # all columns of a tile of tokens, but for few tokens, which would leave SMs idle, and large patches,
         # which each block of columns reads again
-        blocks = triton.cdiv(columns, triton.cdiv(4 * num_sms(latents.device), tiles))
-        rest = triton.next_power_of_2(max(prod(patch[:-1]) - constants["BLOCK_R"], 0))
+        blocks = -(columns // (-4 * num_sms(latents.device) // tiles))
+        rest = prod(patch[:-1]) - constants["BLOCK_R"]
+        rest = 1 << (rest - 1).bit_length() if rest > 0 else 0  # a power of two
         if rest > constants["BLOCK_R"]:
             blocks, rest = 1, 0
         if weight.dtype.itemsize == 2 and width % 8 == 0 and config.warps == 4:  # three blocks on an SM; others would spill
             constants["maxnreg"] = registers(config.warps, 3)
         with on(latents.device):
-            embed_kernel[(tiles * triton.cdiv(columns, blocks),)](
+            embed_kernel[(tiles * -(-columns // blocks),)](
                 latents, weight, bias, grids, cu_seqlens, out, tokens, grids.shape[0], _steps(grids), blocks, REST_R=rest,
                 **constants)
     return out

@@ -41,9 +41,11 @@ def sizes(*shapes: tuple[int, ...], samples: int = 1) -> tuple[int, ...]:
     """
     if torch.compiler.is_compiling():
         return ()
-    counts = [prod(shape) for shape in shapes]
-    counts[-1] //= samples or 1
-    return tuple([4 ** ((max(int(n) - 1, 0).bit_length() + 1) // 2) for n in counts])
+    buckets = ()
+    for place, shape in enumerate(shapes, start=1 - len(shapes)):  # no comprehension: that is a call, before each launch
+        count = int(prod(shape)) // (samples or 1) if place == 0 else int(prod(shape))
+        buckets += (4 ** ((max(count - 1, 0).bit_length() + 1) // 2),)
+    return buckets
 
 
 def find(op: _Op, problem) -> dict | None:

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import struct
+import sys
 import tempfile
 import time
 import unicodedata
@@ -477,13 +478,14 @@ def test_names_in_any_letters_find_their_captions_and_are_shown_on_one_line(tmp_
         assert read_clip(item, frames=1).shape == (1, 48, 64, 3)
 
 
-def test_ten_thousand_files_are_scanned_with_progress(tmp_path, capsys):
+def test_ten_thousand_files_are_scanned_with_progress(tmp_path, capsys, monkeypatch):
     """Links to one small file: what the scan itself costs, 2 s on one slow core; the bound catches a quadratic one."""
     first = write_image(tmp_path / "00000.png", NOISE[0, :8, :8])
     for number in range(1, 9_990):
         os.link(first, tmp_path / f"{number:05}.png")
     for number in range(10):
         (tmp_path / f"empty{number}.png").touch()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     begin = time.perf_counter()
     library = scan(tmp_path)
     seconds = time.perf_counter() - begin

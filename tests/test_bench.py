@@ -238,7 +238,7 @@ def test_what_begins_to_cheat_once_timed_loses_its_time(tmp_path):
 
 def test_what_memory_has_no_room_for_is_timed_in_another_group(tmp_path):
     class Fake:
-        name = "wall"
+        name, not_captured = "wall", ""
 
         def sample(self):
             return 1.0
@@ -344,7 +344,7 @@ def test_providers_take_turns():
     turns = []
 
     class Fake:
-        name = "wall"
+        name, not_captured = "wall", ""
 
         def __init__(self, letter):
             self.letter = letter

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from sora_fast.benchmarks import charts, compare, figures, report, rows, tables
+from sora_fast.benchmarks import charts, compare, figures, pages, report, rows, tables
 from sora_fast.benchmarks.compare import verdict
 
 H200, H100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"
@@ -471,14 +471,14 @@ def test_a_readme_edited_by_hand_fails_the_check(tmp_path):
     blocks = "".join(f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\n\n" for name in ("evidence", "measured"))
     path.write_text(f"# Title\n\n{blocks}## Limits\n", encoding="utf-8")
     with pytest.raises(ValueError, match="expected the tables .* run sora-fast bench readme$"):
-        tables.update(path, check=True, results_folder=results)
-    tables.update(path, results_folder=results)
+        pages.update(path, check=True, results_folder=results)
+    pages.update(path, results_folder=results)
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# Title\n") and text.endswith("\n\n## Limits\n") and "0.2800 (triton)" in text
-    tables.update(path, check=True, results_folder=results)
+    pages.update(path, check=True, results_folder=results)
     path.write_text(text.replace("0.2800 (triton)", "0.1800 (triton)"), encoding="utf-8")
     with pytest.raises(ValueError, match="got others"):
-        tables.update(path, check=True, results_folder=results)
+        pages.update(path, check=True, results_folder=results)
     path.write_text("# Title\n", encoding="utf-8")
     with pytest.raises(ValueError, match="measured: begin"):
-        tables.update(path, results_folder=results)
+        pages.update(path, results_folder=results)

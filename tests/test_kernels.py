@@ -435,10 +435,12 @@ def test_tma_is_used_where_rows_are_aligned_and_there_is_one():
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_work_on_padding_of_a_convolution(gpu):
-    """Of K and N together: none at 128, 192, 256 and 384 channels, at most a quarter at 96 and 160."""
+    """Of K and N together: none at 128, 192, 256 and 384 channels, at most a quarter at 96 and 160. Where TMA loads, wgrad
+    has three taps of 128 x 128 in one tile: its bytes from L2 weigh more than its MMAs on zeros."""
+    by_tma = gpu.startswith(("sm90", "sm10"))
     share = lambda channels: padding(channels, channels, torch.bfloat16, gpu, {})
     assert [share(channels) for channels in (128, 192, 256, 384, 512, 640, 768, 1024)] == [0] * 8
-    assert 0 < share(96) <= 0.25 and 0 < share(160) <= 0.25
+    assert 0 < share(96) <= (padding_share(96, 96, 128, 128) if by_tma else 0.25) and 0 < share(160) <= 0.25
     assert padding_share(96, 96, 128, 64) == 1 - 96 * 96 / (128 * 128)
 
 

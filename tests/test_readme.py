@@ -43,7 +43,7 @@ def test_commands_named_in_the_text_exist():
 
 
 def test_measured_tables_are_those_of_the_committed_results():
-    from sora_fast.benchmarks.tables import update
+    from sora_fast.benchmarks.pages import update
 
     for page in ("README.md", "docs/measured.md"):
         update(Path(__file__).parents[1] / page, check=True)

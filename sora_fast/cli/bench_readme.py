@@ -15,7 +15,7 @@ def add_arguments(parser) -> None:
 
 def run(arguments) -> int:
     """Write README.md's tables from the committed results, or say that they differ."""
-    from ..benchmarks import evidence, tables
+    from ..benchmarks import evidence, pages
 
     if arguments.predictions:
         path = Path(arguments.predictions)
@@ -24,6 +24,6 @@ def run(arguments) -> int:
                              f"check the path")
         print(f"kept {evidence.keep(json.loads(path.read_text(encoding='utf-8')))} predictions")
     for page in arguments.file or ("README.md", "docs/measured.md"):
-        tables.update(page, check=arguments.check)
+        pages.update(page, check=arguments.check)
         print(f"{page} {'matches' if arguments.check else 'holds'} the committed results")
     return 0

@@ -29,7 +29,8 @@ def add_arguments(parser) -> None:
     add("--dtype", action="append", choices=DTYPES, help="repeat for several (default: the last three)")
     add("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT, those at models' sizes among them; "
                                                    "no records come of a part (default: all)")
-    add("--small", action="store_true", help="without the cases at models' sizes, which a GPU has; no records come of it")
+    add("--small", action="store_true", help="without the cases at models' sizes, which a GPU has; no records come of it "
+                                               "(default: with them)")
     add("--device", default="cpu", help="cpu, cuda, or a GPU that is emulated, as in emulated:sm90")
     add("--schedules", type=int, metavar="N", help="emulated: each launch under N schedules: asynchronous copies late, "
                                                    "early, at random times (default: late alone)")

@@ -46,6 +46,7 @@ class StreamState:
         return dict(self._slots)
 
     def put_back(self, held: dict[nn.Module, object]) -> None:
+        """Remember ``held``, of a moment before, and nothing else."""
         self._slots = dict(held)
 
     def tensors(self) -> Iterator[torch.Tensor]:

@@ -158,9 +158,10 @@ __all__ = ["patch_embed", "unpatchify"]
 # ------------------------------------------------------------------------------------------------- public ops
 def _sizes(op: str, grids):
     """Host triples; in a traced graph a Pack's ``grids_device`` or a CPU tensor, so that sizes do not become constants."""
-    if torch.compiler.is_compiling() and isinstance(grids, Pack):
+    compiling = torch.compiler.is_compiling()
+    if compiling and isinstance(grids, Pack):
         return grids.grids_device  # no copy to the device inside the graph
-    if torch.compiler.is_compiling() and isinstance(grids, torch.Tensor):
+    if compiling and isinstance(grids, torch.Tensor):
         checks.require(grids.device.type == "cpu", op, "grids as host data", grids.device.type,
                        "keep sizes on the host")
         checks.integers(op, "grids", grids, (torch.int64, torch.int32))
