@@ -281,4 +281,4 @@ def test_a_model_is_the_sum_of_its_launches():
     traces = (predict_models.trace(predict_models.MODELS[name], "sm90") for name in ("wan-block", "wan-vae"))
     block, vae = (Counter(launch.fn.__name__ for launch in each.launches) for each in traces)
     assert block["dkdv_kernel"] == 2 and block["schedule_kernel"] == 6 and block["backward_kernel"] == 6
-    assert vae.keys() == {"box_kernel", "forward_kernel"} and vae["box_kernel"] > 30
+    assert vae.keys() == {"tma_kernel", "forward_kernel"} and vae["tma_kernel"] > 30

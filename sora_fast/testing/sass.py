@@ -13,7 +13,7 @@ def main_loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def drains(code: list[Instruction]) -> tuple[int, ...]:
-    """For each main loop, how often an iteration waits until the matrix unit has nothing left to do."""
+    """For each main loop, how often an iteration waits until the Tensor Cores have nothing left to do."""
     return tuple(sum(i.body.startswith(DRAIN) for i in loop) for loop in main_loops(code))
 
 

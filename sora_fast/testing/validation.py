@@ -208,7 +208,7 @@ def _validate(op: str, fn: Callable, name: str, facts: dict, place: str, dtypes,
                 continue
             tracebacks.append("".join(traceback.format_exception(error)))
             if not _answers(device):
-                stopped = f"{device} answers no more after case {label!r}; mend that first, the rest was not run"
+                stopped = f"{device} answers no more after case {label!r}; fix that first, the rest was not run"
                 return Report(tuple(rows), tuple(tracebacks), stopped)
     return Report(tuple(rows), tuple(tracebacks))
 
