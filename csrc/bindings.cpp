@@ -1,7 +1,7 @@
 // sora_fast._C: every launcher as a Python function of keyword arguments. Pointers are addresses (Tensor.data_ptr()).
 //
 // Args list their own field names (`fields`), so that one line binds a launcher and every invalid argument is reported by
-// name. Shapes, dtypes, strides and devices of tensors are checked before, in sora_fast/ops/<family>.py.
+// name. Shapes, dtypes, strides and devices of tensors are checked earlier, in sora_fast/ops/<family>.py.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
@@ -63,7 +63,7 @@ Args collect(const std::string& op, const py::kwargs& given) {
   return args;
 }
 
-// Guards the current device of this extension's CUDA runtime, which is linked statically and has its own.
+// Sets, and then restores, the current device of this extension's CUDA runtime: linked statically, it has one of its own.
 class OnDevice {
  public:
   explicit OnDevice(int device) {

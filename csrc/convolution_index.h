@@ -1,5 +1,5 @@
 // Indexing of the causal convolution: tiles, taps, K iterations and coordinates of boxes. Integer functions shared by the
-// kernel's producer and consumers; a test on the host compares them with brute force.
+// kernel's producer and consumers; a host test checks them against brute force.
 //
 // Frame 0 is the clip's first: 0 .. frames - 1 are the clip's, -cached .. -1 the cache's.
 #pragma once
@@ -14,10 +14,10 @@ struct ConvolutionShape {
   int frames, cached;                  // of the clip and of its cache
   int out_frames, out_height, out_width, samples;
   int kt, kh, kw;                      // taps
-  int stride_t, phase, lookahead;      // output o is at frame o * stride_t + phase
+  int stride_t, phase, lookahead;      // output o is at frame o * stride_t + phase and sees `lookahead` frames after it
   int top, left;                       // zeros before the first row and column
   bool replicate;                      // pad in time by replicating the first and last frame, not with zeros
-  int slices;                          // of the input channels, per tap
+  int slices;                          // of 64 input channels, or fewer in a tail: K iterations per tap
   int out_tiles;                       // of the output channels
   int rows, columns;                   // of a tile's pixels; columns a power of two
 };
@@ -88,7 +88,7 @@ struct KIteration {
   bool from_cache;
   int channel, column, row, frame;  // of the input's box; rows and columns out of bounds are filled with 0
   int tap;                          // of kt * kh * kw; the weight's box is at (channel, tap, first output channel)
-  int slice, kx, ky, kz;            // slice is fastest, then kx, ky and kz
+  int slice, kx, ky, kz;            // slice is fastest, then kx, ky and kz (time)
 };
 
 SF_HOST_DEVICE constexpr int count_k_iterations(const ConvolutionShape& s, const Taps& taps) {

@@ -1,11 +1,11 @@
-// The emulator as a replacement of the CUDA runtime: the interface of sora_fast._C to sora_fast/emulator/csrc_launch.py.
+// The emulator as a replacement for the CUDA runtime: the interface of sora_fast._C to sora_fast/emulator/csrc_launch.py.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 namespace sf {
 
-// Adds `emulate(launch, encode, sms)`. Until `emulate(None, None, 0)` this thread's launches call
+// Adds `emulate(launch, encode, sms)`. From that call until `emulate(None, None, 0)`, this thread's launches call
 //   launch(name, grid, block, arguments, shared): `arguments` is the address of an array of addresses, one per parameter
 //   encode(type, address, sizes, strides, box, steps, interleave, swizzle, fill) -> the 128 bytes of a tensor map, or None
 //     where the driver would reject it

@@ -11,7 +11,7 @@ namespace sf {
 
 constexpr int kRefused = -1;
 
-// Formats an error message like printf and returns it; valid until this thread's next one.
+// Formats an error message like printf and returns it; valid until this thread's next call.
 [[gnu::format(printf, 1, 2)]] const char* message(const char* format, ...);
 
 // This thread's last error message.

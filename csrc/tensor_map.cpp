@@ -34,7 +34,7 @@ struct Entry {
   CUtensorMap map;
 };
 
-constexpr size_t kKept = 256;  // the allocator gives a model's layers the same addresses step after step
+constexpr size_t kKept = 256;  // of the cache; a caching allocator gives a model's layers the same addresses in each step
 
 }  // namespace
 

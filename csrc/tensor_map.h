@@ -11,7 +11,7 @@
 namespace sf {
 
 // A tensor of 16-bit elements, innermost dimension first, and the box that one TMA instruction copies. The innermost
-// dimension of a box is as wide as the swizzle: 64 elements for 128 bytes, 32 for 64.
+// dimension of a box is as wide as the swizzle: 64 elements for 128 bytes, 32 for 64; other widths have no swizzle.
 struct BoxedTensor {
   static constexpr int kMaxRank = 5;
   const void* base = nullptr;

@@ -1,8 +1,8 @@
 // A self-test of sm90.cuh and layout.h on Hopper: a small GEMM, one tile per CTA, that isolates the primitives of the
 // convolution. y = a b^T; a (rows, inner), b (columns, inner), y (rows, columns), bfloat16.
 //
-// It covers every instruction and layout of the convolution: TMA boxes with 128- and 64-byte rows, transaction barriers in
-// both phases, wgmma of every N, the accumulator layout; and TMA stores.
+// It covers every instruction and layout of the convolution: TMA boxes with 128- and 64-byte rows, mbarriers with
+// transaction counts in both phases, wgmma of every N that it uses, and the accumulator layout. It also covers TMA stores.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ struct WgmmaSelftestArgs {
 
 const char* why_invalid(const WgmmaSelftestArgs& args);
 
-// Shared memory for a 64 x N tile and K elements per stage: two stages, the output tile, mbarriers.
+// Shared memory for a 64 x N tile and K elements per stage: 1024 bytes to align, two stages, the output tile, mbarriers.
 template <int N, int K>
 struct WgmmaSelftestSharedStorage {
   static constexpr int kA = 64 * K * 2, kStageBytes = kA + N * K * 2, kStages = 2;

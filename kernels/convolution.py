@@ -17,7 +17,7 @@ from .convolution_settings import ConvSettings
 from .convolution_tma import can_load, conv_tma, wgrad_tma
 from .launch import MAXNREG, dense, num_sms, on, precision
 
-# What a program of wgrad takes to fill its pipeline and to store its sums, in units (estimate).
+# Prologue and epilogue of a wgrad program, in K iterations (estimate): it fills the pipeline and stores the accumulators.
 AROUND = 8
 
 
@@ -29,14 +29,17 @@ def empty(shape, like, dtype=None):
 
 
 def _constants(settings: ConvSettings, inputs: int, outputs: int, dtype: torch.dtype, tf32: bool) -> dict:
-    """Arguments by keyword that all gather kernels share."""
+    """Keyword arguments of the gather kernels, which load by pointers, not by TMA."""
     names = ("KT", "KH", "KW", "ST", "SH", "SW")
     return dict(zip(names, (*settings.kernel, *settings.stride), strict=True), CIN=inputs, COUT=outputs,
                 UP=settings.upsample, REPLICATE=settings.time_pad == "replicate", PRECISION=precision(dtype, tf32))
 
 
 def _sizes(settings: ConvSettings, x, cache) -> tuple:
-    """frames, cached, height, width, outputs, out_height, out_width, phase, before, top, left of the kernels."""
+    """The kernels' arguments frames, cached, height, width, outputs, out_height, out_width, phase, before, top, left.
+
+    ``outputs``: output frames. ``before``: frames that the kernel reaches back from an output's own frame.
+    """
     frames, height, width = x.shape[2:]
     left, _, top, _ = settings.padding
     return (frames, 0 if cache is None else cache.shape[2], height, width, *settings.out_sizes(frames, height, width),
@@ -47,7 +50,7 @@ def forward(x, weight, bias, cache, residual, settings: ConvSettings, *, tf32, c
     """y (B, Cout, T', H', W') in x's dtype, channels_last_3d.
 
     x (B, Cin, T, H, W), weight (Cout, Cin, KT, KH, KW), cache (B, Cin, c, H, W) or None, residual like y or None, all of one
-    dtype; copied where they are not in channels_last_3d memory. tf32: may float32 MMAs drop 13 bits of their operands.
+    dtype; copied if they are not in channels_last_3d memory. tf32: whether float32 operands may be rounded to TF32.
     No workspace.
     """
     x, weight, cache, residual = dense(x), dense(weight), dense(cache), dense(residual)
@@ -71,13 +74,13 @@ def forward(x, weight, bias, cache, residual, settings: ConvSettings, *, tf32, c
 
 
 def dgrad(dy, weight, dcache_out, x_shape, cached, settings: ConvSettings, *, want_x, want_cache, tf32, config: Config):
-    """``(dx, dcache)`` in dy's dtype, channels_last_3d; None for what is not wanted (dcache: or has no frame).
+    """``(dx, dcache)`` in dy's dtype, channels_last_3d; None for one that is not wanted, and for a cache without frames.
 
     dy (B, Cout, T', H', W'); dcache_out (B, Cin, n, H, W), the gradient of the last n frames, or None; x_shape (B, Cin, T,
-    H, W); ``cached`` frames stood before the clip.
+    H, W); ``cached``, c: frames in the cache.
 
-    Workspace: float32, (B, c + T, u H + top + bottom, u W + left + right, Cin), where space is padded with its own pixels,
-    or upsampled pixels are strided over; else none.
+    Workspace: float32, (B, c + T, u H + top + bottom, u W + left + right, Cin), if padding in space replicates or reflects
+    pixels, or if an upsampled input is convolved with a stride; else none.
     """
     dy, weight, dcache_out = dense(dy), dense(weight), dense(dcache_out)
     batch, inputs, frames, height, width = x_shape
@@ -117,7 +120,10 @@ def dgrad(dy, weight, dcache_out, x_shape, cached, settings: ConvSettings, *, wa
 
 
 def _folded(wide, settings: ConvSettings, height: int, width: int):
-    """Each pixel's sum, (B, T, H, W, C), from ``wide`` (B, T, u H + top + bottom, u W + left + right, C); it is changed."""
+    """Add the gradients of padding and of upsampled copies to those of the pixels that they repeat.
+
+    ``wide`` (B, T, u H + top + bottom, u W + left + right, C), modified in place -> (B, T, H, W, C).
+    """
     left, right, top, bottom = settings.padding
     for axis, low, high in ((2, top, bottom), (3, left, right)):
         size = wide.shape[axis] - low - high
@@ -135,7 +141,7 @@ def _folded(wide, settings: ConvSettings, height: int, width: int):
 def wgrad(dy, x, cache, weight, settings: ConvSettings, *, tf32, config: WgradConfig):
     """dweight like ``weight``, channels_last_3d; dy (B, Cout, T', H', W'), x and cache as in ``forward``.
 
-    Workspace: float32, (pieces, Cout, KT, KH, KW, Cin), as many slices as fill the SMs.
+    Workspace: float32, (pieces, Cout, KT, KH, KW, Cin): the split-K slices, as many as fill the SMs.
     """
     dy, x, cache = dense(dy), dense(x), dense(cache)
     cache = None if cache is None or cache.shape[2] == 0 else cache
@@ -165,9 +171,10 @@ def wgrad(dy, x, cache, weight, settings: ConvSettings, *, tf32, config: WgradCo
 
 
 def _pieces(units: int, tiles: int, resident: int) -> tuple[int, int]:
-    """Into how many pieces ``units`` are cut, and how many are in each: pieces x tiles programs, ``resident`` at a time.
+    """The number of split-K slices, and the units (boxes of pixels, K iterations) in each.
 
-    One to three full waves of programs, whichever ends first: one program more than a wave takes as long as another wave.
+    The grid has slices x tiles programs, of which ``resident`` run at a time. It fills one, two or three waves, whichever is
+    estimated to end first: a partial wave takes as long as a full one.
     """
     found = []
     for waves in (1, 2, 3):

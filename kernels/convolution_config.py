@@ -1,4 +1,4 @@
-"""Tiles of the convolution's kernels: what the best ones depend on, and what is taken where nothing is tuned."""
+"""Tiles of the convolution's kernels: what the best ones depend on, and the heuristics for shapes that are not tuned."""
 
 from dataclasses import dataclass
 

@@ -9,7 +9,7 @@ from .arch import REGISTERS, REGISTERS_OF_THREAD
 # float32 MMAs as three TF32 MMAs, accurate to float32 rounding. "ieee" does not use Tensor Cores, and its unrolled FMAs over
 # a head dim of 128 spill thousands of registers.
 TF32X3 = "tf32x3"
-# maxnreg for kernels that need all registers: without it ptxas spills to stay within 80, 128 or 168.
+# maxnreg for kernels that need all registers: without it ptxas spills to stay within 80, 128 or 168 per thread.
 MAXNREG = REGISTERS_OF_THREAD
 
 
@@ -23,7 +23,7 @@ def num_sms(device: torch.device) -> int:
 
 
 def registers(warps: int, programs: int, multiple_of: int = 1) -> int:
-    """maxnreg with which ``programs`` of ``warps`` are resident per SM."""
+    """maxnreg with which ``programs`` of ``warps`` warps each are resident per SM, rounded down to ``multiple_of``."""
     return min(REGISTERS // (32 * warps * programs) // multiple_of * multiple_of, MAXNREG)
 
 

@@ -1,8 +1,8 @@
 """adaLN in one pass: a gated residual, a norm and its modulation, forward and backward.
 
 N tokens, D width, R modulation rows. A program holds whole rows of D elements in registers, so that each element is loaded
-and stored once: 16 elements per thread, 32 in the backward of 4097 to 8192 columns, the widest supported. No model is wider
-than 6144, and a row that does not fit would be loaded twice. All arithmetic is in float32.
+and stored once: 16 elements per thread, 32 in the backward of 4097 to 8192 columns, the widest supported. No known model is
+wider than 6144; wider rows would have to be loaded twice. All arithmetic is in float32.
 
 The three ops share one forward and one backward kernel: without ``gate`` there is no residual, without ``NORM`` no norm.
 
@@ -10,7 +10,7 @@ The gradient of a modulation row is a sum over its tokens. A program of the back
 and accumulates the sums of the current row in registers. Row indices do not decrease over tokens, so only the first and the
 last row of a run can extend into another program. The gradients of all others are stored at once; partial sums of these two
 go to two slots of a workspace, which a reduction kernel adds in token order. There are no atomics: results are
-deterministic.
+bitwise deterministic. Tokens of no sample (tails, padding) have the row index -1.
 """
 
 import torch
@@ -156,11 +156,11 @@ def backward_kernel(x, y, gate, scale, rows, weight, bias, stats, dx_new, dh, dx
                     dhx_sums, dxy_sums, slot_rows, bias_sums, weight_sums, tokens: tl.int64, run: tl.int64, gate_stride,
                     scale_stride, D: tl.constexpr, NORM: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK_D: tl.constexpr,
                     PIECES: tl.constexpr):
-    """Program p: dx and dy of the ``run`` tokens from p * run, and the gradients of the modulation rows it owns alone.
+    """Program p: dx and dy of the ``run`` tokens from p * run, and the gradients of the modulation rows inside its run.
 
-    x is the norm's input; None is absent or not requested. Slots 2p and 2p + 1 of the workspace hold the partial sums of the
-    program's first and last modulation row, whose indices are in ``slot_rows`` (-1: none). Row p of ``bias_sums`` and
-    ``weight_sums``, zero-initialised, accumulates the contributions of all its tokens to dbias and dweight.
+    x is the norm's input; arguments are None if absent or not requested. Slots 2p and 2p + 1 of the workspace hold partial
+    sums of the program's first and last modulation row, whose indices are in ``slot_rows`` (-1: none). Row p of
+    ``bias_sums`` and ``weight_sums``, zero-initialised, accumulates what all its tokens contribute to dbias and dweight.
     """
     SUM_DH: tl.constexpr = dh_sums is not None or bias_sums is not None
     SUM_DHX: tl.constexpr = dhx_sums is not None or weight_sums is not None
@@ -243,7 +243,7 @@ def _sum_matching(sums, mine, slot, columns, D: tl.constexpr):
 @triton.jit(do_not_specialize=["slots"])
 def join_kernel(dh_sums, dhx_sums, dxy_sums, slot_rows, weight, bias, d_gate, d_shift, d_scale, slots, D: tl.constexpr,
                 SPAN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Reduce the slots to gradients: SPAN slots per program, and each modulation row where its first slot is."""
+    """Reduce the slots to gradients. A program reduces the modulation rows whose first slot is among its SPAN slots."""
     first = tl.program_id(0) * SPAN
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
 

@@ -1,4 +1,4 @@
-"""Configs of norm and activation: what the best ones depend on, and the heuristics for what is not tuned."""
+"""Configs of norm and activation: what the best ones depend on, and the heuristics for shapes that are not tuned."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,10 @@ from .rows import pieces
 
 @dataclass(frozen=True)
 class Launch:
-    """What the best Config depends on; ``pixels``: of all samples, a bucket; ``y_dtype``: of the output or its gradient."""
+    """What the best Config depends on.
+
+    ``pixels``: of all samples together, rounded up to a bucket. ``y_dtype``: of the output or its gradient.
+    """
 
     channels: int
     pixels: int
@@ -22,7 +25,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Config:
-    """``warps`` per program and ``pixels`` per tile, a power of two.
+    """``warps`` per program, and ``pixels`` per tile, a power of two.
 
     ``programs`` per SM, for kernels that loop over tiles: the backward and the group statistics.
     """
@@ -33,16 +36,16 @@ class Config:
 
 
 def tile(channels: int, norm: str) -> tuple[int, int]:
-    """Channels per piece, and pieces per pixel: few, so that a thread loads 16 bytes of each.
+    """Channels per piece, and pieces per pixel (see rows.py): few pieces, so that a thread loads 16 bytes of each.
 
-    Group norm has one piece: a thread holds statistics of each of its channels, and more of them would spill.
+    Group norm has one piece: a thread holds statistics of each of its channels, and those of more channels would spill.
     """
     whole = triton.next_power_of_2(max(channels, 1))
     return (whole, 1) if norm == "group" else pieces(max(channels, 1), max(whole // 2, 128))
 
 
 def config_of_threads(launch: Launch, elements: int, warps: int, resident: int, most: int = 512) -> Config:
-    """``elements`` per thread and ``resident`` warps per SM; at most ``most`` pixels, which binds for few channels."""
+    """``elements`` per thread and ``resident`` warps per SM; at most ``most`` pixels per tile, a limit for few channels."""
     block, count = tile(launch.channels, launch.norm)
     warps = max(warps, triton.next_power_of_2(block * count) // (32 * elements))
     pixels = triton.next_power_of_2(triton.cdiv(32 * warps * elements, block * count))
@@ -50,9 +53,9 @@ def config_of_threads(launch: Launch, elements: int, warps: int, resident: int, 
 
 
 def forward_heuristic(launch: Launch, gpu: str) -> Config:
-    """32 elements per thread, so that weights are loaded once for many; 16 for less video, which would not fill the GPU.
+    """32 elements per thread, so that a weight is loaded once for many; 16 for small inputs, or they would not fill the GPU.
 
-    16 for group norm, whose statistics hold three registers per element: 16 warps per SM then have enough.
+    16 for group norm too, whose statistics take three registers per element, with 16 warps per SM: 128 registers per thread.
     """
     if launch.norm == "group":
         return config_of_threads(launch, 16, 4, 16)
@@ -60,9 +63,9 @@ def forward_heuristic(launch: Launch, gpu: str) -> Config:
 
 
 def backward_heuristic(launch: Launch, gpu: str) -> Config:
-    """16 elements per thread, five registers each, and 16 warps per SM of 128 registers per thread.
+    """16 elements per thread, with five registers each, and 16 warps per SM, with 128 registers per thread.
 
-    8 warps for more than 1024 channels: a thread then holds weights and biases of 8 channels; those of 16 would spill.
+    8 warps for more than 1024 channels: a thread then holds weights and biases of 8 channels; with 4 warps, 16 would spill.
     """
     # the interpreter adds the pixels of a tile sequentially: with more, its error exceeds that of a GPU's tree reduction
     return config_of_threads(launch, 16, 8 if launch.channels > 1024 else 4, 16, 16 if gpu == "cpu" else 512)

@@ -1,4 +1,4 @@
-"""Configs of patch embedding and its way back: what the best ones depend on, and what is taken where nothing is tuned."""
+"""Configs of patch_embed and unpatchify: what the best ones depend on, and the heuristics for shapes that are not tuned."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,10 @@ from .rows import pieces
 
 @dataclass(frozen=True)
 class Launch:
-    """What the best Config depends on: ``rows`` of a patch, ``run`` elements in each; ``width`` D, or C of unpatchify.
+    """What the best Config depends on.
 
-    ``tokens`` is a bucket.
+    ``tokens``: rounded up to a bucket. ``width``: D, or C for unpatchify. ``rows`` of a patch: C * pt * ph, or pt * ph for
+    unpatchify, of ``run`` = pw elements each.
     """
 
     tokens: int
@@ -25,7 +26,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """Tile of tokens (``block_n``), columns of the width (``block_d``) and elements of a patch (``block_k``)."""
+    """The tile of a GEMM: ``block_n`` tokens, ``block_d`` columns of the width and ``block_k`` elements of a patch."""
 
     block_n: int
     block_d: int
@@ -36,7 +37,7 @@ class ProductConfig:
 
 @dataclass(frozen=True)
 class PermuteConfig:
-    """Tokens, rows (pt, ph) of a patch and channels of a tile: powers of two."""
+    """The tile of a permutation: tokens, rows (pt, ph) of a patch, and channels, powers of two."""
 
     block_n: int
     block_r: int
@@ -44,17 +45,17 @@ class PermuteConfig:
     warps: int
 
 
-LONGEST_RUN = 64  # elements of a patch along w; all of them are in a tile
+LONGEST_RUN = 64  # the largest pw: a tile holds all elements of a patch along w
 
 
 def _padded(launch: Launch) -> int:
-    """Numbers of a patch as tiles count them; a product of matrices takes 16 at least."""
+    """Elements of a patch, with rows and runs padded to powers of two; at least 16, the least that tl.dot supports."""
     return max(triton.next_power_of_2(launch.rows) * triton.next_power_of_2(launch.run), 16)
 
 
 def embed_heuristic(launch: Launch, gpu: str) -> ProductConfig:
-    """The whole patch up to 256 elements, gathered once for all columns. Tiles are small enough for several blocks on an SM:
-    one waits for its part of the weight while another stores.
+    """A patch of up to 256 elements is gathered whole, once for all columns. Tiles are small enough for several CTAs per SM:
+    one loads its part of the weight while another stores.
     """
     padded = _padded(launch)
     if gpu == "cpu":
@@ -77,9 +78,9 @@ def embed_heuristic(launch: Launch, gpu: str) -> ProductConfig:
 
 
 def latents_heuristic(launch: Launch, gpu: str) -> ProductConfig:
-    """The gradient of the latents: a sum over the width, in a pipeline.
+    """The gradient of the latents: a GEMM whose K is the width, pipelined.
 
-    One wgmma of 64 x 64 x 32 for each group of 4 warps: with larger ones ptxas waits for each instruction (C7514).
+    The MMA of a warpgroup is 64 x 64 x 32: with larger ones ptxas serialises the wgmma (warning C7514).
     """
     padded = _padded(launch)
     if gpu == "cpu":
@@ -90,7 +91,10 @@ def latents_heuristic(launch: Launch, gpu: str) -> ProductConfig:
 
 
 def weight_heuristic(launch: Launch, gpu: str) -> ProductConfig:
-    """The gradient of the weight: a sum over tokens. No pipeline: the gather of a tile waits, other programs do not."""
+    """The gradient of the weight: a GEMM whose K is the tokens.
+
+    It is not pipelined: while a program waits for the tile that it gathers, others on the SM run.
+    """
     padded = _padded(launch)
     if gpu == "cpu":
         return ProductConfig(16, 16, min(padded, LONGEST_RUN), warps=4, stages=1)
@@ -102,8 +106,8 @@ def weight_heuristic(launch: Launch, gpu: str) -> ProductConfig:
 
 
 def permute_heuristic(launch: Launch, gpu: str) -> PermuteConfig:
-    """Tiles of 4096 elements, 32 a thread: channels without padding (3 x 16 of 48), and 32 tokens or more where a patch has
-    no more than 128 elements.
+    """Tiles of 4096 elements, 32 per thread: channels without padding (3 x 16 for 48), and 32 tokens or more if a patch has
+    at most 128 elements.
     """
     run = triton.next_power_of_2(launch.run)
     channels = pieces(launch.width, 128)[0] if launch.width >= 8 else triton.next_power_of_2(launch.width)

@@ -1,4 +1,4 @@
-"""Configs of QK-norm and rotation: what the best ones depend on, and what is taken where nothing is tuned."""
+"""Configs of QK-norm and rotation: what the best ones depend on, and the heuristics for shapes that are not tuned."""
 
 from dataclasses import dataclass
 

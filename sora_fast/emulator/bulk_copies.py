@@ -14,7 +14,7 @@ _box = lru_cache(4096)(tma.Box)  # CTAs load the same boxes, and each is needed 
 
 
 class BulkCopies:
-    """TMA boxes in flight: loads complete on an mbarrier, stores in bulk groups of the issuing thread."""
+    """TMA boxes in flight: loads complete on an mbarrier, stores in bulk async-groups of the issuing thread."""
 
     # ---- loads
     def tma_load(self, i, k, to, tensor_map, coords, barrier, number):
@@ -117,7 +117,7 @@ class BulkCopies:
         self.tma_stores = [other for other in self.tma_stores if other is not e]
 
     def finish_bulk(self) -> None:
-        """At exit: complete stores without a wait; a load in flight may write to the next CTA's shared memory."""
+        """At exit: complete stores without a wait, and report loads in flight, which may write to the next CTA's memory."""
         for e in list(self.tma_stores):
             if e["data"] is None:
                 kind = "a TMA store may still read shared memory when its CTA ends"
@@ -161,7 +161,7 @@ class BulkCopies:
             memory.store(np.arange(a, a + 128, dtype=np.uint64), data, 1, 1)
 
     def tensormap_copy(self, i, k, to, source, number):
-        """tensormap.cp_fenceproxy, executed by a warp in convergence: from shared to global memory, with a release."""
+        """tensormap.cp_fenceproxy, executed by a converged warp: from shared to global memory, with a release."""
         done = set()
         for warp, a, s in self.lanes(i, k, to, source):
             if (warp, a) in done:

@@ -1,4 +1,4 @@
-"""Loads, stores, copies, barriers, matrix instructions and shuffles as calls of the machine (PTX ISA 9.7.9, 9.7.13 to
+"""Loads, stores, copies, barriers, matrix instructions and shuffles as calls to the machine (PTX ISA 9.7.9, 9.7.13 to
 9.7.15)."""
 
 from dataclasses import replace
@@ -10,7 +10,7 @@ from .ptx import Mem, Not, Reg, Sink, Sym, Vec
 
 
 def state_space(mods) -> str:
-    """Without one, addresses are generic (PTX ISA 5.1)."""
+    """The state space that an instruction names; without one, addresses are generic (PTX ISA 5.1)."""
     spaces = [m.partition("::")[0] for m in mods]
     return next((space for space in spaces if space in ("global", "shared", "param", "const", "local")), "generic")
 
@@ -28,7 +28,9 @@ def ordering(mods) -> tuple[str, ...]:
 
 
 class Memory:
-    """Emits calls of M, the machine; each passes the instruction's number, for error messages."""
+    """Emits calls to M, the machine. They pass ``i`` and ``k``, the warps and the active lanes (codegen.py), and the
+    instruction's number, for error messages.
+    """
 
     def op_cvta(self, instr, mods, args):
         if "param" in mods:
@@ -58,7 +60,7 @@ class Memory:
         if space == "param" and isinstance(mem.base, Sym):
             call = f"M.param({mem.base.name!r}, {mem.offset}, {t!r}, {count})"
         else:
-            space = "const" if space == "param" else space  # an address of the parameter space: read only
+            space = "const" if space == "param" else space  # ld.param through a register; read-only, as const
             address, order = self.address(mem, self.address_type(space, mem)), ordering(mods)
             call = f"M.ld({space!r}, i, {self.mask()}, {address}, {t.upper()}, {count}, {instr.number}, *{order})"
         if count == 1:
@@ -145,7 +147,7 @@ class Memory:
             self.put(item, "f4", f"t{self.temp}[{at}]")
 
     def fragment(self, of, items, depth, kind) -> str:
-        """An mma operand as a matrix, built once for all mma of the block that read the same registers."""
+        """An mma operand as a matrix, built once for all mma of the basic block that read the same registers."""
         key = (of, kind, depth, *((x, self.versions[x.name] if isinstance(x, Reg) else 0) for x in items))
         if key not in self.fragments:
             self.temp += 1
@@ -317,7 +319,7 @@ class Memory:
             a, rest = self.get(args[1], "u8"), args[3:]
         b = self.get(args[2], "u8")
         scale = self.get(rest[0], "b") if rest else "None"
-        flags = [x.bits for x in rest[1:]]  # scale a, scale b, then transposes
+        flags = [x.bits for x in rest[1:]]  # imm-scale-a, imm-scale-b, then imm-trans-a, imm-trans-b
         self.flush({r.name for r in d})
         target = self.program.accumulators(tuple(r.name for r in d))
         used = [self.program.wgmma_registers[r.name] for x in args[:2] for r in registers(x) if isinstance(x, Vec)]

@@ -2,7 +2,7 @@
 
 Warp w of CTA c has index w * ctas + c, so that one warp role (such as the consumers) of all CTAs is one slice. Asynchronous
 operations complete as late as the ISA allows, at their issue, or at a random time between (``Schedule.when``). Until then
-their destination in shared memory is NaN, as is uninitialised shared memory.
+their destination in shared memory reads as NaN, as does uninitialised shared memory.
 """
 
 import random
@@ -29,10 +29,10 @@ __all__ = ["Deadlock", "Launch", "Machine", "Schedule"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """In which order warps run and asynchronous work completes.
+    """The order in which warps run and asynchronous operations complete.
 
-    ``seed``: None runs the warps furthest behind, an int random ones. ``when``: copies and wgmma complete "late" (at their
-    wait), "early" (at their issue), or "random" (at either).
+    ``seed``: None runs the warps furthest behind first, an int random ones. ``when``: copies and wgmma complete "late" (at
+    their wait), "early" (at their issue), or "random" (at either; TMA loads also in between).
     """
 
     seed: int | None = None
@@ -43,7 +43,7 @@ class Launch:
     """One kernel launch, executed by the constructor; ``findings`` lists the errors.
 
     ``params``: the bytes of the parameter space. ``shared``: bytes of dynamic shared memory. ``checks``: look for
-    uninitialised shared memory. ``race``: look for races in shared and global memory too. ``batch``: CTAs that run at once.
+    uninitialised shared memory. ``race``: look for races in shared and global memory too. ``batch``: CTAs co-resident.
     Raises Fault if the kernel cannot continue, with the ``findings`` so far.
     """
 
@@ -82,7 +82,7 @@ class Launch:
         self.offsets = {p.name: p.offset for p in self.program.kernel.params}
 
     def variables(self, at: int) -> int:
-        """Place the module's variables; the end of static shared memory. Dynamic shared memory (no size) comes last."""
+        """Place the module's variables; returns the end of static shared memory. Dynamic shared memory (no size) is last."""
         self.symbols, self.module_memory, self.local_size = {}, [], 0
         for variable in sorted(self.program.kernel.variables.values(), key=lambda v: v.size == 0):
             align = max(variable.align, 1)
@@ -150,7 +150,7 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         self.functions: dict = {}
         self.constants = -1
         self.executed = np.zeros(len(self.program.blocks), np.int64)
-        # asynchronous work, and for each warp the number of the group it is filling
+        # operations in flight, and for each warp the index of its uncommitted group
         self.cp_asyncs: list[dict] = []
         self.copy_group = np.zeros(total, np.int64)
         self.wgmmas: list[dict] = []
@@ -162,15 +162,15 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         self.tma_loads: list[dict] = []
         self.tma_stores: list[dict] = []
         self.store_group = np.zeros(total, np.int64)
-        self.unfenced_maps: set[int] = set()  # addresses of tensor maps the kernel has made
+        self.unfenced_maps: set[int] = set()  # addresses of tensor maps that the kernel wrote and has not yet acquired
         # barriers
         self.barriers: dict[tuple[int, int], Mbarrier] = {}
-        self.changed = True  # an mbarrier, since blocked groups were tried
-        self.idle = 0  # blocks executed, all of loops that may wait for other CTAs, since memory has changed
+        self.changed = True  # whether an mbarrier has changed since the blocked groups were last tried
+        self.idle = 0  # consecutive blocks of spin loops executed since memory last changed
         self.arrived = np.zeros((16, total), bool)
         self.living = self.alive.any(1).reshape(self.warps, self.ctas).sum(0)  # of each CTA: warps that have not left
-        self.waiting: dict[int, list] = {}
-        self.wanted: dict[tuple[int, int], int] = {}
+        self.waiting: dict[int, list] = {}  # groups by named barrier, or by ("converge", block)
+        self.wanted: dict[tuple[int, int], int] = {}  # (barrier, CTA) -> the threads it expects
         self.ready: list[Group] = [Group(0, order, self.alive.copy())]
         self.blocked: list[Group] = []  # at an mbarrier
         self.races = Races(self) if launch.race else None
@@ -181,7 +181,7 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         return when == "early" or when == "random" and self.random.random() < 0.5
 
     def names(self, thread, launch) -> dict:
-        """What the sources of blocks name: arithmetic, registers (V_), accumulators (D_), special registers (S_)."""
+        """Globals of the generated functions: arithmetic, registers (V_), accumulators (D_), special registers (S_)."""
         total, block, grid = self.total, launch.block, launch.grid
         space = {name: value for name, value in vars(arith).items() if not name.startswith("__")}
         space |= {"np": np, "M": self, "P": put_masked, "SHARED_WINDOW": SHARED_WINDOW}

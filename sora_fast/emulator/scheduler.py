@@ -1,7 +1,7 @@
 """Warp scheduling and branches.
 
 Warps at the same basic block, with any active lanes, form a Group, which executes a block at a time. Within a warp the lanes
-furthest behind (in the smallest block) go first: compilers place reconvergence points there.
+furthest behind (at the lowest block index) go first: compilers place the reconvergence point after both sides of a branch.
 """
 
 import numpy as np
@@ -9,8 +9,8 @@ import numpy as np
 from .lanes import every, some, wide
 from .memory import Fault
 
-IDLE = 2000, 100  # and for each group: after so many blocks of loops without any effect, no warp will leave its loop
-FAIRNESS = 97  # picks between two of the longest waiting group; odd, so that it meets a loop of groups in every phase
+IDLE = 2000, 100  # base, and per ready group: after so many blocks of spin loops without effect, no warp will leave its loop
+FAIRNESS = 97  # the longest waiting group runs at each 97th pick; odd, so that it meets a loop of groups in every phase
 
 
 class Deadlock(Fault):
@@ -71,7 +71,7 @@ class Scheduler:
                     raise Deadlock(self.stuck())
                 if self.ready:
                     self.step()
-                if self.idle > IDLE[0] + IDLE[1] * len(self.ready):  # more than FAIRNESS: each group has had its turn
+                if self.idle > IDLE[0] + IDLE[1] * len(self.ready):  # IDLE[1] > FAIRNESS: each group has had its turn
                     raise Deadlock(self.stuck())
                 if self.tma_loads and self.schedule.when == "random" and self.random.random() < 0.1:
                     self.complete_load(self.random.randrange(len(self.tma_loads)))
@@ -83,9 +83,9 @@ class Scheduler:
             self.counters.add_blocks(self.program, self.executed)
 
     def pick(self) -> Group:
-        """The next group, merged with all others at its block: the one furthest behind, or with a seed any.
+        """The next group, merged with all others at its block: the one furthest behind or, with a seed, a random one.
 
-        Without a seed too, the group that has waited longest is picked from time to time: a spinning warp (on a lock in
+        Even without a seed, the group that has waited longest is picked from time to time: a spinning warp (on a lock in
         global memory) must not starve the one that it waits for.
         """
         ready = self.ready
@@ -135,9 +135,9 @@ class Scheduler:
 
     def step(self) -> None:
         group = self.pick()
-        for _ in range(64):  # on and on where nobody else could join
+        for _ in range(64):  # without another pick while no other group is ready
             self.idle = self.idle + 1 if group.block in self.program.spins else 0
-            if self.idle % 1000 == 999:  # those that wait for copies or mbarriers, while others wait in a loop
+            if self.idle % 1000 == 999:  # let copies complete, and groups at mbarriers go on, while others spin
                 self.progress()
             group = self.execute(group)
             if group is None:
@@ -206,7 +206,7 @@ class Scheduler:
         return None
 
     def leave(self, warps, mask) -> None:
-        """Exit. Barriers of all threads do not wait for exited ones."""
+        """Exit. A barrier of all threads does not wait for exited threads."""
         self.alive[warps] &= ~mask
         self.living = self.alive.any(1).reshape(self.warps, self.ctas).sum(0)
         if self.waiting:

@@ -9,7 +9,7 @@ from . import matrix, memory
 from .arith import F4, U2, U4
 from .lanes import every, some, wide
 
-NO, NEVER_FENCED = -1, -2
+NO, NEVER_FENCED = -1, -2  # in ``touched``: no access since the last wgmma.fence; no wgmma.fence yet
 
 
 class TensorCores:
@@ -64,7 +64,7 @@ class TensorCores:
         self.mark_initialized(place, 16)
 
     def fragment(self, of, regs, depth, kind):
-        """The operand ``of`` an mma, "a" or "b", from its registers: a matrix per warp."""
+        """Operand ``of`` ("a" or "b") of an mma, from its registers: a matrix per warp."""
         return (matrix.matrix_a if of == "a" else matrix.matrix_b)(regs, len(self.group.warps), depth, kind)
 
     def mma(self, left, right, c, k, number):
@@ -75,7 +75,7 @@ class TensorCores:
 
     # ---- warpgroup level
     def wgmma(self, shape, kind, i, k, accumulators, registers, a, b, scale, flags, number):
-        """``accumulators``: an array (warps, N / 8, 16, 8); ``registers``: their indices and A's in ``touched``."""
+        """``accumulators``: (warps, N / 8, 16, 8). ``registers``: rows of ``touched`` for D, and for A in registers."""
         self.whole_warps(k, number)
         warps = self.group.warps.copy()
         n = len(warps)
@@ -101,7 +101,7 @@ class TensorCores:
 
     @staticmethod
     def both(registers, i):
-        """An index of registers and warps; each a slice or a list."""
+        """An index into arrays (registers, warps), from two that are each a slice or a list."""
         return (registers, i) if isinstance(registers, slice) or isinstance(i, slice) else np.ix_(registers, i)
 
     def check_fenced(self, i, registers, warps, number):
@@ -117,7 +117,10 @@ class TensorCores:
         self.in_flight[where] = self.wgmma_group[warps]
 
     def touch(self, i, registers, number, fenced):
-        """Other instructions access registers of wgmma: not while it is in flight, and with a fence before the next one."""
+        """Other instructions access registers of a wgmma, which must not be in flight.
+
+        Unless ``fenced``, a wgmma.fence must follow before the next wgmma on these registers.
+        """
         warps = self.group.warps
         where = self.both(registers, i)
         bad = self.in_flight[where] >= self.wgmma_done[warps]
@@ -223,7 +226,7 @@ class TensorCores:
         if low < self.launch.shared_base or high > self.launch.shared_end:
             raise self.fault("shared", e["number"], low, layout[-1], self.thread_of(int(e["warps"][0])))
         start = cta * self.size
-        if self.initialized is not None and not every(self.initialized[start + low : start + high]):  # or what lies between
+        if self.initialized is not None and not every(self.initialized[start + low : start + high]):  # maybe gaps only
             missing = int((~self.initialized[matrix.places(descriptor, *layout) + start]).sum())
             if missing:
                 thread, detail = self.thread_of(int(e["warps"][0])), f"{missing} elements of an operand"

@@ -17,7 +17,7 @@ def register_attention_backend() -> None:
     Padded text then costs nothing: its keys are excluded by sequence lengths, not by a dense mask.
 
     Raises:
-        ImportError: no diffusers with attention backends.
+        ImportError: diffusers is not installed, or has no attention backends.
     """
     try:
         from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry

@@ -64,7 +64,7 @@ class Attention(Fast):
         return [layer(x).unflatten(2, (self.heads, -1)) for layer in layers]
 
     def _hunyuan(self, video, text, mask, rope):
-        """Video first, then text, which has its own projections in the double-stream blocks and shares the video's later."""
+        """Video first, then text, with its own projections in double-stream blocks, the video's in single-stream blocks."""
         own, length = self.add_q_proj is not None, text.shape[1]
         x = video if own else torch.cat([video, text], dim=1)
         q, k, v = self._project(x, self.to_q, self.to_k, self.to_v)
@@ -102,12 +102,12 @@ class Attention(Fast):
 
 
 def _rotate(q, k, rope, text: tuple[int, int], norm: dict, only_q: bool = False):
-    """Norm, and rotation of the video's tokens by places or tables; ``text``: tokens before and behind them."""
+    """Norm, and rotation of the video tokens by Positions or tables; ``text``: numbers of text tokens before and after."""
     if rope is None or isinstance(rope, Positions):
         return norm_rotate(q, k, rope, front=text[0], **norm)
     q, k = norm_rotate(q, k, None, **norm)
     cos, sin = (F.pad(table.to(q.device)[:, None], (0, 0, 0, 0, *text), value=value)
-                for table, value in zip(rope, (1.0, 0.0), strict=True))  # no turn for text
+                for table, value in zip(rope, (1.0, 0.0), strict=True))  # text is not rotated
     return rotate_by_tables(q, cos, sin), k if only_q else rotate_by_tables(k, cos, sin)
 
 
@@ -180,7 +180,7 @@ class CogVideoXBlock(Fast):
 
 
 def _mark_readers(model: nn.Module) -> None:
-    """Drop the tables if no attention will read them."""
+    """Let the rotary embedding return Positions, not tables, if all attentions that read them can be swapped."""
     lists = [model.transformer_blocks, model.single_transformer_blocks]
     suited = all(original_of(type(block)).__module__ == _HUNYUAN and _ATTENTION.built(block.attn)
                  and (is_fast(block.attn) or not has_own_forward(block.attn)) and Attention.why_not(block.attn) is None

@@ -14,7 +14,7 @@ from ..nn import StreamState
 from ..nn.streaming import renew
 
 _MAX_CACHES = 64  # more than any encoder has causal convolutions (Wan 2.1: 33)
-# At most so many latent frames per chunk on a GPU; see models/vae_stream.py.
+# The most latent frames per chunk on a GPU; see models/vae_stream.py.
 LONGEST_CHUNK = 4
 
 
@@ -64,7 +64,7 @@ def with_own_caches(key: nn.Module, forward: Callable, x, state: StreamState | N
 
 
 def in_chunks(module: nn.Module, clip, step: Callable, first: int, size: int, frames: int, per_frame: int) -> torch.Tensor:
-    """``step(chunk, state)`` over ``clip`` in time, stored to one tensor: takes the memory of one chunk and the result.
+    """Apply ``step(chunk, state)`` to ``clip``, chunk by chunk, into one tensor; memory: one chunk and the result.
 
     Args:
         first, size: frames of the first chunk, and frames per latent frame after it.

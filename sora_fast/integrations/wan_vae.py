@@ -26,7 +26,7 @@ def _kind(name: str, **settings) -> Kind:
 
 
 def _padded_as_causal(conv) -> bool:
-    """Whether it pads in time as a causal convolution, or not at all: in front only, by the kernel size - 1."""
+    """Whether it pads in time as a causal convolution (in front only, by the kernel size - 1) or not at all."""
     return len(conv._padding) == 6 and conv._padding[4] in (0, held(conv, "weight").shape[2] - 1) and conv._padding[5] == 0
 
 
@@ -56,8 +56,8 @@ _FRAMEWISE = Kind("torch.nn.modules.container.ModuleList", "torch.nn.modules.con
 
 
 def _streams(part) -> bool:
-    """Whether the results of ``part`` do not depend on how a clip is chunked. Changed modules may depend on it and get the
-    chunks of diffusers. FSDP2's hooks only gather weights."""
+    """Whether the results of ``part`` do not depend on how a clip is chunked. Those of modified modules may, so they get
+    the chunks of diffusers. FSDP2's hooks only gather weights."""
     if not accepts_our_arguments(part):
         return _FRAMEWISE(part) and all(_streams(child) for child in part._modules.values() if child is not None)
     if part.why_not(part) or has_hooks(part) and not is_sharded(part):
@@ -253,7 +253,7 @@ class Decoder(Fast):
     def forward(self, x, feat_cache=None, feat_idx=[0], first_chunk=False):  # noqa: B006
         state = _state(feat_cache)
         if state is not None:
-            first_chunk = starts(self.up_blocks, x, state)  # the state's entry of the decoder may hold its list of caches
+            first_chunk = starts(self.up_blocks, x, state)  # not of self, whose entry may be its list of caches
         if Decoder.why_not(self):
             more = dict(first_chunk=first_chunk) if original_of(type(self)).__module__ == _WAN else {}
             return with_own_caches(self, super().forward, x, state, **more)
@@ -324,7 +324,7 @@ class Autoencoder(Fast):
         return self.use_tiling and (clip.shape[3] > lines or clip.shape[4] > columns)
 
     def _function(self, name: str):
-        """That name in diffusers' module; Qwen-Image has no patches."""
+        """The object of that name in diffusers' module, or None: Qwen-Image has no patchify."""
         return getattr(sys.modules[original_of(type(self)).__module__], name, None)
 
     def _bytes(self, clip, scale: int) -> int:

@@ -277,7 +277,7 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None
         deterministic: bitwise reproducible gradients.
 
     Returns:
-        out (Nq, H, E) in q's dtype (that of autocast inside it), 0 on rows without keys; with ``return_lse`` also the
+        out (Nq, H, E) in q's dtype (under autocast, in its dtype), 0 on rows without keys; with ``return_lse`` also the
         natural log-sum-exp (H, Nq), float32 (float64 for float64), -inf on rows without keys, differentiable.
     """
     op = "varlen_attention"

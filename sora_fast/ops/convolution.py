@@ -329,7 +329,7 @@ def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zer
         residual: added to the output, of its shape.
 
     Returns:
-        y (B, Cout, T', H', W') in x's dtype (that of autocast inside it); with ``return_cache`` also ``cache_out``,
+        y (B, Cout, T', H', W') in x's dtype (under autocast, in its dtype); with ``return_cache`` also ``cache_out``,
         the last kT - 1 frames (or all, if there were fewer), not a view, differentiable.
 
     Dilation and groups are not supported.

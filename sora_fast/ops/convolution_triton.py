@@ -83,7 +83,7 @@ operators.define(f"convolution_backward(Tensor dy, Tensor? dcache_out, {TENSORS}
 
 
 class _Convolution(torch.autograd.Function):
-    """Saves x, before the norm, the group statistics and the other inputs; nothing else of x's size."""
+    """Saves x as it is before the norm, the group statistics and the other inputs; nothing else of x's size."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, cache, residual, norm_weight, norm_bias, save, settings):

@@ -1,4 +1,4 @@
-"""kl_sample: the VAE's latent and its KL divergence in one pass. B batch, C latent channels."""
+"""kl_sample: the VAE's latent and its KL divergence in one call. B batch, C latent channels."""
 
 import torch
 
@@ -36,7 +36,7 @@ def kl_sample(moments, noise=None, *, backend="auto"):
         noise: (B, C, ...) standard normal samples of any floating dtype; None: z is the mean.
 
     Returns:
-        z (B, C, ...) in moments' dtype; kl (B,) in nats, summed over all of a sample, float32 (float64 for float64).
+        z (B, C, ...) in moments' dtype; kl (B,) in nats, summed over a sample's elements, float32 (float64 for float64).
 
     Source: arXiv 1312.6114, appendix B.
     """

@@ -21,7 +21,7 @@ from . import patches_triton
 class PatchesProblem(Problem):
     """``width``: D, or C for unpatchify; ``rows`` per patch, C * pt * ph or pt * ph, of ``run`` elements along w each.
 
-    ``sizes_hidden``: grids is a tensor in a traced graph. ``size``: of the numbers of all patches.
+    ``sizes_hidden``: grids is a tensor in a traced graph. ``size``: the bucket of the latents' elements, or of N.
     """
 
     width: int
@@ -114,7 +114,7 @@ def _torch_patch_embed(latents, weight, bias, *, grids, pack):
         inside = sum([t * h * w for t, h, w in grids])
         belongs = None if inside == patches.shape[0] else torch.arange(patches.shape[0], device=latents.device) < inside
     out = F.linear(patches, weight.flatten(1), bias)
-    # without a bias too: the gradient of a tail token, which may be NaN, must not reach the weight
+    # needed even without a bias: the gradient of a tail token, which may be NaN, must not reach the weight
     return out if belongs is None else torch.where(belongs[:, None], out, 0)
 
 
@@ -209,7 +209,7 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
             buffer only, where it is required. In a traced graph pass a Pack or a CPU tensor to keep sizes dynamic.
 
     Returns:
-        (N, D) in latents' dtype (that of autocast inside it), tokens in t, h, w order, samples concatenated; tail tokens
+        (N, D) in latents' dtype (under autocast, in its dtype), tokens in t, h, w order, samples concatenated; tail tokens
         are 0.
     """
     op = "patch_embed"

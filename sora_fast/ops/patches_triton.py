@@ -42,7 +42,7 @@ def _on_device(grids, pack, like) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _config(kernel: str, x, tokens: int, width: int, rows: int, run: int) -> configs.Found:
-    """``x``: a tensor or a problem."""
+    """``x``: a tensor or a PatchesProblem, for its device and dtype."""
     return triton_backend.config("patches", kernel, x.device, configs.bucket(tokens), width, rows, run, x.dtype)
 
 
@@ -109,7 +109,7 @@ operators.define("patches_permute(Tensor source, Tensor grids, Tensor cu_seqlens
 
 
 class _PatchEmbed(torch.autograd.Function):
-    """Saves the flat latents, the weight and the grids; no matrix of patches."""
+    """Saves the flat latents, the weight and the grids; no im2col matrix."""
 
     @staticmethod
     def forward(ctx, latents, weight, bias, grids, cu_seqlens):

@@ -10,7 +10,7 @@ from ..dispatch import Backend
 from ..to_device import outside_pools
 from . import operators, triton_backend
 
-WIDEST = 8192
+WIDEST = 8192  # elements of all heads of a token, which a program holds in registers
 _TENSORS = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias", "freqs")  # those with gradients, in the kernels' order
 
 
@@ -32,14 +32,14 @@ def _typical_config(problem) -> configs.Found:
 
 
 def _table(coords, freqs, axes, theta):
-    """Frequencies for the kernels: learned, or the table of fixed ones."""
+    """Frequencies for the kernels: the learned ones, or a table of fixed ones."""
     if coords is None or freqs is not None:
         return freqs
     return _fixed(tuple(axes), tuple(theta), coords.device)
 
 
 @functools.cache
-@torch.inference_mode(False)  # it is cached, and a later backward may use it
+@torch.inference_mode(False)  # an ordinary tensor: it is cached, and a later backward may use it
 def _fixed(axes: tuple[int, ...], theta: tuple[float, ...], device: torch.device) -> torch.Tensor:
     from ..kernels import rotary as kernels
 
@@ -90,7 +90,7 @@ operators.define(f"rotary_backward(Tensor? d_q, Tensor? d_k, Tensor? q, Tensor? 
 
 
 class _Rotary(torch.autograd.Function):
-    """Saves q and k, views included, and no statistics; without a norm or learned freqs not even q and k."""
+    """Saves q and k as given, strided views too, and no statistics; without norm and learned freqs not even q and k."""
 
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, q_bias, k_bias, freqs, coords, rows, norm, axes, theta, pairing, eps):
@@ -99,7 +99,7 @@ class _Rotary(torch.autograd.Function):
         needed = norm is not None or freqs is not None
         ctx.save_for_backward(*((q, k) if needed else (None, None)), coords, *affine, freqs, rows)
         ctx.settings = (norm, axes, theta, pairing, eps)
-        ctx.set_materialize_grads(False)  # unused outputs cost nothing
+        ctx.set_materialize_grads(False)  # no zeros are made for unused outputs
         return tuple(made)
 
     @staticmethod
