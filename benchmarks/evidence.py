@@ -5,6 +5,7 @@ validation records in benchmarks/results/.
 """
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -53,12 +54,22 @@ def block(results: Path, kernels: Path = KERNELS) -> str:
                       f"{len(passed):,} calls" + (f", {failed} fail" if failed else ""),
                       _spread([row for row in guessed if row["family"] == family]), ", ".join(gpus) or "no GPU yet"))
     gpu = guessed[0]["gpu"] if guessed else "H200"
-    return Table(("kernels", "compile for sm_", "pass in the emulator", f"predicted on an {gpu}, 16 bits", "validated on"),
-                 lines).markdown()
+    heads = ("kernels", "compile for sm_", "[pass in the emulator](kernels/PROOF.md)", f"predicted on an {gpu}, 16 bits",
+             "validated on")
+    return "\n\n".join(filter(None, (Table(heads, lines).markdown(), _errors(guessed))))
+
+
+def _errors(rows: Sequence[dict]) -> str:
+    """How far the model was off, for each kind of kernel: no predicted figure stands without it."""
+    kinds: dict[str, list[str]] = {}
+    for row in rows:
+        kinds.setdefault(row["error"], []).append(f"{row['family']} {row['direction']}")
+    told = "; ".join(f"{', '.join(dict.fromkeys(names))}: {error}" for error, names in kinds.items())
+    return f"Predicted: the median of the cases (least to most). The model's error: {told}." if told else ""
 
 
 def _spread(rows: Sequence[dict]) -> str:
-    """Least to most of each direction in 16 bits: TFLOP/s, or the share of the copy rate."""
+    """Median of the cases of each direction in 16 bits, and least to most: TFLOP/s, or the share of the copy rate."""
     if any(row["kernel_hash"] != records.kernel_hash(row["family"]) for row in rows):
         return "of other kernels: run sora-fast predict"
     told = []
@@ -74,5 +85,5 @@ def _spread(rows: Sequence[dict]) -> str:
 
 
 def _range(values: Sequence[float], form: str) -> str:
-    low, high = form.format(min(values)), form.format(max(values))
-    return low if low == high else f"{low} to {high}"
+    low, middle, high = (form.format(of(values)) for of in (min, statistics.median, max))
+    return low if low == high else f"{middle} ({low} to {high})"

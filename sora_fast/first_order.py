@@ -6,7 +6,7 @@ from .precision import transformed
 
 
 class _FirstOrder(torch.autograd.Function):
-    """The identity of tensors, differentiable once: kernels have no second derivative, so no backend pretends to have one.
+    """The identity of tensors, differentiable once.
 
     The last output, which holds nothing, ties gradients to the inputs: a backend's gradient may look constant to
     autograd, which would then say no more than that nothing requires a gradient.

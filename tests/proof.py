@@ -165,14 +165,14 @@ def is_current(row: dict) -> bool:
 
 def renewed(found: list[dict]) -> list[dict]:
     """``found`` without rows of kernels that launch something else now; of others the hash is the present one."""
-    without_hash = lambda key: (*key[:6], key[7])
+    without_hash = lambda key: tuple(part for name, part in zip(KEY, key, strict=True) if name != "kernel_hash")
     known = {without_hash(call.key()): call for call in calls()}
     kept = []
     for row in found:
         call = known.get(without_hash(key_of(row)))
         if not is_current(row):
             if call is None or not launches_alike(row, call):
-                print("dropped:", ", ".join(row[name] for name in KEY[:6]), flush=True)
+                print("dropped:", ", ".join(row[name] for name in KEY if isinstance(row[name], str)), flush=True)
                 continue
             row = row | dict(zip(KEY, call.key(), strict=True))
         kept.append(row)

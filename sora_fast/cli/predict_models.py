@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -21,7 +20,6 @@ from torch.utils.flop_counter import flop_registry
 from ..cyclemodel import GPU, predict
 from ..cyclemodel.model import PEAK
 from ..dispatch import use_backend, use_emulated_gpu
-from ..ops import triton_backend
 from ..testing import aot
 from .predict_kernels import MEMORY, Work, tensor_bytes
 
@@ -85,8 +83,7 @@ def _bare(tensor: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def _fake_gpu(arch: str) -> Iterator[None]:
     """Ops take the backend "triton" for CPU tensors, with the configs of ``arch``."""
-    with (use_emulated_gpu(SimpleNamespace(arch=arch)), use_backend("triton"),
-          mock.patch.object(triton_backend, "_gpu_name", lambda device: arch)):
+    with use_emulated_gpu(SimpleNamespace(arch=arch)), use_backend("triton"):
         yield
 
 

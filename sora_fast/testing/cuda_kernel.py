@@ -75,7 +75,8 @@ class CudaKernel:
         from ..emulator import csrc_launch, ptx
 
         text = self.source
-        path = Path(text) if "\n" not in str(text) and "{" not in str(text) else None
+        names_a_file = isinstance(text, Path) or "\n" not in text and "{" not in text
+        path = Path(text) if names_a_file else None
         if path is not None:
             try:
                 text = path.read_text(encoding="utf-8")
