@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 
 import torch
 from torch import nn
@@ -102,12 +102,10 @@ def setup(model: nn.Module | None = None, *, call: Callable | None = None, devic
     start = time.monotonic()
     work = walk.common(name, suite) if model is None else walk.of_model(model, name, call)
     failed: list[str] = []
-    try:
-        if not _is_other_rank():
+    with _ranks_meet() as measures:
+        if measures:
             with _alone(tell):
                 _measure(work, place, jobs, tell, failed)
-    finally:
-        _meet()
     measured.forget()
     return Setup(tuple(_lines(work)), tuple(failed), time.monotonic() - start)
 
@@ -296,14 +294,21 @@ def _alone(tell) -> Iterator[None]:
         yield
 
 
-def _is_other_rank() -> bool:
-    """Whether torch.distributed runs and rank 0, which measures, is another process."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+@contextmanager
+def _ranks_meet() -> Iterator[bool]:
+    """Whether this process is the one that measures; all leave together.
 
-
-def _meet() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    They wait over the CPU, as long as it takes: NCCL's barrier would give up after ten minutes.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield True
+        return
+    everybody = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=12))
+    try:
+        yield torch.distributed.get_rank() == 0
+    finally:
+        torch.distributed.barrier(everybody)
+        torch.distributed.destroy_process_group(everybody)
 
 
 class _Clock:
