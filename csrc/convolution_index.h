@@ -58,14 +58,14 @@ SF_HOST_DEVICE constexpr int64_t count_tiles(const ConvolutionShape& s) {
 
 // Rasterised with output channels fastest, then neighbouring pixels: tiles in flight share their inputs in L2.
 SF_HOST_DEVICE constexpr Tile tile_at(const ConvolutionShape& s, int64_t index) {
-  const int across = (s.out_width + s.columns - 1) / s.columns, down = (s.out_height + s.rows - 1) / s.rows;
+  const int tiles_w = (s.out_width + s.columns - 1) / s.columns, tiles_h = (s.out_height + s.rows - 1) / s.rows;
   Tile tile{};
   tile.out_tile = int(index % s.out_tiles);
   index /= s.out_tiles;
-  tile.column = int(index % across) * s.columns;
-  index /= across;
-  tile.row = int(index % down) * s.rows;
-  index /= down;
+  tile.column = int(index % tiles_w) * s.columns;
+  index /= tiles_w;
+  tile.row = int(index % tiles_h) * s.rows;
+  index /= tiles_h;
   tile.frame = int(index % s.out_frames);
   tile.sample = int(index / s.out_frames);
   return tile;
@@ -88,7 +88,7 @@ struct KIteration {
   bool from_cache;
   int channel, column, row, frame;  // of the input's box; rows and columns out of bounds are filled with 0
   int tap;                          // of kt * kh * kw; the weight's box is at (channel, tap, first output channel)
-  int slice, kx, ky, kz;            // slice is fastest, then kx, ky and kz (time)
+  int slice, tap_w, tap_h, tap_t;            // slice is fastest, then tap_w, tap_h and tap_t (time)
 };
 
 SF_HOST_DEVICE constexpr int count_k_iterations(const ConvolutionShape& s, const Taps& taps) {
@@ -96,7 +96,7 @@ SF_HOST_DEVICE constexpr int count_k_iterations(const ConvolutionShape& s, const
 }
 
 SF_HOST_DEVICE constexpr void set_frame(const ConvolutionShape& s, const Tile& tile, KIteration* k) {
-  const int frame = input_frame(s, tile.frame, k->kz);
+  const int frame = input_frame(s, tile.frame, k->tap_t);
   k->from_cache = frame < 0;
   k->frame = frame < 0 ? frame + s.cached : frame;
 }
@@ -105,7 +105,7 @@ SF_HOST_DEVICE constexpr KIteration first_k_iteration(const ConvolutionShape& s,
   KIteration k{};
   k.column = tile.column - s.left;
   k.row = tile.row - s.top;
-  k.kz = taps.first;
+  k.tap_t = taps.first;
   k.tap = taps.first * s.kh * s.kw;
   set_frame(s, tile, &k);
   return k;
@@ -118,14 +118,14 @@ SF_HOST_DEVICE constexpr void next_k_iteration(const ConvolutionShape& s, const 
   k->slice = k->channel = 0;
   ++k->tap;
   ++k->column;
-  if (++k->kx < s.kw) return;
-  k->kx = 0;
+  if (++k->tap_w < s.kw) return;
+  k->tap_w = 0;
   k->column -= s.kw;
   ++k->row;
-  if (++k->ky < s.kh) return;
-  k->ky = 0;
+  if (++k->tap_h < s.kh) return;
+  k->tap_h = 0;
   k->row -= s.kh;
-  ++k->kz;
+  ++k->tap_t;
   set_frame(s, tile, k);
 }
 

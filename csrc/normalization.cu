@@ -35,8 +35,8 @@ const char* why_invalid(const NormActArgs& a) {
     return message("expected front to be 0 or the %d cached frames, got %d; pass one of them", a.cached, a.front);
   if (!a.rms && (a.weight != nullptr || a.bias != nullptr || a.silu))
     return message("expected no weight, bias or silu of a copy, got one; set rms, or leave them out");
-  const bool across = a.left + a.right > 0, down = a.top + a.bottom > 0;
-  if (a.space_pad != kZeros && ((across && a.width == 0) || (down && a.height == 0)))
+  const bool pads_width = a.left + a.right > 0, pads_height = a.top + a.bottom > 0;
+  if (a.space_pad != kZeros && ((pads_width && a.width == 0) || (pads_height && a.height == 0)))
     return message("expected pixels to pad with, got frames of %d x %d; pad with zeros", a.height, a.width);
   if (a.space_pad == kReflect && (std::max(a.left, a.right) > std::max(a.width - 1, 0) ||
                                   std::max(a.top, a.bottom) > std::max(a.height - 1, 0)))

@@ -18,7 +18,7 @@ from .convolution_tma import can_load, conv_tma, wgrad_tma
 from .launch import MAXNREG, dense, num_sms, on, precision
 
 # Prologue and epilogue of a wgrad program, in K iterations (estimate): it fills the pipeline and stores the accumulators.
-AROUND = 8
+EDGE_ITERATIONS = 8
 
 
 # ----------------------------------------------------------------------------------------------------------- launches
@@ -28,17 +28,17 @@ def empty(shape, like, dtype=None):
     return torch.empty((batch, *sizes, channels), dtype=dtype or like.dtype, device=like.device).permute(0, 4, 1, 2, 3)
 
 
-def _constants(settings: ConvSettings, inputs: int, outputs: int, dtype: torch.dtype, tf32: bool) -> dict:
+def _constants(settings: ConvSettings, in_channels: int, out_channels: int, dtype: torch.dtype, tf32: bool) -> dict:
     """Keyword arguments of the gather kernels, which load by pointers, not by TMA."""
     names = ("KT", "KH", "KW", "ST", "SH", "SW")
-    return dict(zip(names, (*settings.kernel, *settings.stride), strict=True), CIN=inputs, COUT=outputs,
+    return dict(zip(names, (*settings.kernel, *settings.stride), strict=True), CIN=in_channels, COUT=out_channels,
                 UP=settings.upsample, REPLICATE=settings.time_pad == "replicate", PRECISION=precision(dtype, tf32))
 
 
 def _sizes(settings: ConvSettings, x, cache) -> tuple:
-    """The kernels' arguments frames, cached, height, width, outputs, out_height, out_width, phase, before, top, left.
+    """The kernels' arguments frames, cached, height, width, out_frames, out_height, out_width, phase, before, top, left.
 
-    ``outputs``: output frames. ``before``: frames that the kernel reaches back from an output's own frame.
+    ``out_frames``: of the output. ``before``: frames that the kernel reaches back from an output's own frame.
     """
     frames, height, width = x.shape[2:]
     left, _, top, _ = settings.padding
@@ -55,21 +55,22 @@ def forward(x, weight, bias, cache, residual, settings: ConvSettings, *, tf32, c
     """
     x, weight, cache, residual = dense(x), dense(weight), dense(cache), dense(residual)
     cache = None if cache is None or cache.shape[2] == 0 else cache
-    inputs, outputs = weight.shape[1], weight.shape[0]
-    y = empty((x.shape[0], outputs, *settings.out_sizes(*x.shape[2:])), x)
+    in_channels, out_channels = weight.shape[1], weight.shape[0]
+    y = empty((x.shape[0], out_channels, *settings.out_sizes(*x.shape[2:])), x)
     if y.numel() == 0:
         return y
     bias = None if bias is None else bias.contiguous()
     if config.tma and can_load(settings, weight, x):
-        conv_tma(x, cache, weight, bias, residual, y, None, settings, frames=x.shape[2], outputs=y.shape[2], config=config)
+        conv_tma(x, cache, weight, bias, residual, y, None, settings, frames=x.shape[2], out_frames=y.shape[2],
+                 config=config)
         return y
     programs = y.shape[0] * y.shape[2] * triton.cdiv(y.shape[3] * y.shape[4], config.pixels)
     with on(x.device):
-        forward_kernel[(programs * triton.cdiv(outputs, config.channels),)](
+        forward_kernel[(programs * triton.cdiv(out_channels, config.channels),)](
             x, cache, weight, bias, residual, y, *_sizes(settings, x, cache),
-            **_constants(settings, inputs, outputs, x.dtype, tf32), SPACE=settings.space_pad, BLOCK_P=config.pixels,
-            BLOCK_C=config.channels, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages,
-            maxnreg=MAXNREG)
+            **_constants(settings, in_channels, out_channels, x.dtype, tf32), SPACE=settings.space_pad,
+            BLOCK_P=config.pixels, BLOCK_C=config.channels, BLOCK_K=config.block_k, num_warps=config.warps,
+            num_stages=config.stages, maxnreg=MAXNREG)
     return y
 
 
@@ -83,8 +84,8 @@ def dgrad(dy, weight, dcache_out, x_shape, cached, settings: ConvSettings, *, wa
     pixels, or if an upsampled input is convolved with a stride; else none.
     """
     dy, weight, dcache_out = dense(dy), dense(weight), dense(dcache_out)
-    batch, inputs, frames, height, width = x_shape
-    make = lambda count: empty((batch, inputs, count, height, width), dy)
+    batch, in_channels, frames, height, width = x_shape
+    make = lambda count: empty((batch, in_channels, count, height, width), dy)
     keep = 0 if dcache_out is None else dcache_out.shape[2]
     folded = settings.repeats_pixels
     want_cache = want_cache and cached > 0
@@ -95,17 +96,17 @@ def dgrad(dy, weight, dcache_out, x_shape, cached, settings: ConvSettings, *, wa
         sizes, start, origin, added, up = (height, width), -cached if want_cache else 0, (top, left), dcache_out, u
     else:
         sizes = (u * height + top + bottom, u * width + left + right)
-        wide = torch.empty((batch, cached + frames, *sizes, inputs), dtype=torch.float32, device=dy.device)
+        wide = torch.empty((batch, cached + frames, *sizes, in_channels), dtype=torch.float32, device=dy.device)
         dx, dcache, start, origin, added, up = wide, None, -cached, (0, 0), None, 1
     (_, sh, sw), count = settings.stride, frames - start
     if config.tma and can_load(settings, weight, dy):
-        conv_tma(dy, None, weight, None, added, dx, dcache, settings, frames=frames, outputs=dy.shape[2], cached=cached,
+        conv_tma(dy, None, weight, None, added, dx, dcache, settings, frames=frames, out_frames=dy.shape[2], cached=cached,
             keep=keep, transposed=True, config=config)
     elif dx.numel() or dcache is not None and dcache.numel():
-        constants = _constants(settings, inputs, dy.shape[1], dy.dtype, tf32) | dict(UP=up, WIDE=folded)
+        constants = _constants(settings, in_channels, dy.shape[1], dy.dtype, tf32) | dict(UP=up, WIDE=folded)
         tiles = triton.cdiv(triton.cdiv(sizes[0], sh) * triton.cdiv(sizes[1], sw), config.pixels) * sh * sw
         with on(dy.device):
-            dgrad_kernel[(batch * count * tiles * triton.cdiv(inputs, config.channels),)](
+            dgrad_kernel[(batch * count * tiles * triton.cdiv(in_channels, config.channels),)](
                 dy, weight, added, dx, dcache, frames, cached, *sizes, *dy.shape[2:], settings.phase,
                 settings.kernel[0] - 1 - settings.lookahead, *origin, keep, start, **constants, BLOCK_P=config.pixels,
                 BLOCK_C=config.channels, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages,
@@ -141,36 +142,36 @@ def _folded(wide, settings: ConvSettings, height: int, width: int):
 def wgrad(dy, x, cache, weight, settings: ConvSettings, *, tf32, config: WgradConfig):
     """dweight like ``weight``, channels_last_3d; dy (B, Cout, T', H', W'), x and cache as in ``forward``.
 
-    Workspace: float32, (pieces, Cout, KT, KH, KW, Cin): the split-K slices, as many as fill the SMs.
+    Workspace: float32, (splits, Cout, KT, KH, KW, Cin): the split-K slices, as many as fill the SMs.
     """
     dy, x, cache = dense(dy), dense(x), dense(cache)
     cache = None if cache is None or cache.shape[2] == 0 else cache
-    outputs, inputs = weight.shape[:2]
+    out_channels, in_channels = weight.shape[:2]
     if dy.numel() == 0 or weight.numel() == 0:
         return empty(weight.shape, weight).zero_()
     by_tma = config.tma and can_load(settings, weight, x)
     if not by_tma:
-        config = replace(config, more_outputs=0, taps=1)
+        config = replace(config, extra_out=0, taps=1)
     kt, kh, kw = settings.kernel
-    tiles = (triton.cdiv(outputs, config.outputs + config.more_outputs) * triton.cdiv(inputs, config.inputs + config.more)
-             * kt * kh * triton.cdiv(kw, config.taps))
+    tiles = (triton.cdiv(out_channels, config.out_channels + config.extra_out)
+             * triton.cdiv(in_channels, config.in_channels + config.extra_in) * kt * kh * triton.cdiv(kw, config.taps))
     high, wide = box_sides(config.pixels)
     units = dy.shape[0] * dy.shape[2] * triton.cdiv(dy.shape[3], high) * triton.cdiv(dy.shape[4], wide)
-    pieces, run = _pieces(units, tiles, num_sms(dy.device) * config.programs)
-    sums = torch.empty((pieces, outputs, *settings.kernel, inputs), dtype=torch.float32, device=dy.device)
+    splits, run = _split_k(units, tiles, num_sms(dy.device) * config.programs)
+    sums = torch.empty((splits, out_channels, *settings.kernel, in_channels), dtype=torch.float32, device=dy.device)
     if by_tma:
-        wgrad_tma(dy, x, cache, sums, settings, units=units, run=run, programs=pieces * tiles, config=config)
+        wgrad_tma(dy, x, cache, sums, settings, units=units, run=run, programs=splits * tiles, config=config)
     else:
         with on(dy.device):
-            wgrad_kernel[(pieces * tiles,)](
+            wgrad_kernel[(splits * tiles,)](
                 dy, x, cache, sums, *_sizes(settings, x, cache), units, run,
-                **_constants(settings, inputs, outputs, dy.dtype, tf32), SPACE=settings.space_pad, BLOCK_O=config.outputs,
-                BLOCK_I=config.inputs, MORE=config.more, TH=high, TW=wide, num_warps=config.warps,
-                num_stages=config.stages, maxnreg=MAXNREG)
+                **_constants(settings, in_channels, out_channels, dy.dtype, tf32), SPACE=settings.space_pad,
+                BLOCK_O=config.out_channels, BLOCK_I=config.in_channels, EXTRA_I=config.extra_in, TH=high, TW=wide,
+                num_warps=config.warps, num_stages=config.stages, maxnreg=MAXNREG)
     return sums.sum(0).to(weight.dtype).permute(0, 4, 1, 2, 3)
 
 
-def _pieces(units: int, tiles: int, resident: int) -> tuple[int, int]:
+def _split_k(units: int, tiles: int, resident: int) -> tuple[int, int]:
     """The number of split-K slices, and the units (boxes of pixels, K iterations) in each.
 
     The grid has slices x tiles programs, of which ``resident`` run at a time. It fills one, two or three waves, whichever is
@@ -179,6 +180,6 @@ def _pieces(units: int, tiles: int, resident: int) -> tuple[int, int]:
     found = []
     for waves in (1, 2, 3):
         run = triton.cdiv(units, min(units, max(1, waves * resident // tiles)))
-        pieces = triton.cdiv(units, run)
-        found.append((triton.cdiv(pieces * tiles, resident) * (run + AROUND), pieces, run))
+        splits = triton.cdiv(units, run)
+        found.append((triton.cdiv(splits * tiles, resident) * (run + EDGE_ITERATIONS), splits, run))
     return min(found)[1:]

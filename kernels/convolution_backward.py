@@ -17,7 +17,7 @@ from .convolution_indexing import aliased_frames, clamp_frame, frame_address, in
 
 @triton.jit(do_not_specialize=[*SIZES, "keep", "first_frame"])
 def dgrad_kernel(dy, weight, added, dx, dcache, frames: tl.int64, cached: tl.int64, height: tl.int32, width: tl.int32,
-                 outputs: tl.int64, out_height: tl.int32, out_width: tl.int32, phase: tl.int64, before: tl.int64,
+                 out_frames: tl.int64, out_height: tl.int32, out_width: tl.int32, phase: tl.int64, before: tl.int64,
                  top: tl.int32, left: tl.int32, keep: tl.int64, first_frame: tl.int64, CIN: tl.constexpr,
                  COUT: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, ST: tl.constexpr,
                  SH: tl.constexpr, SW: tl.constexpr, UP: tl.constexpr, REPLICATE: tl.constexpr, PRECISION: tl.constexpr,
@@ -47,19 +47,19 @@ def dgrad_kernel(dy, weight, added, dx, dcache, frames: tl.int64, cached: tl.int
     steps = UP * UP * taps_h * taps_w * KC
 
     acc = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-    first, times = aliased_frames(frame, frames, cached, outputs, phase, before, KT, ST, REPLICATE)
+    first, times = aliased_frames(frame, frames, cached, out_frames, phase, before, KT, ST, REPLICATE)
     for place in range(first, first + times):
         # ``latest`` is the last output that sees this place, through tap ``first_t``; the next tap belongs to the one before
         distance = place + before - phase
         first_t, latest = (distance % ST).to(tl.int32), distance // ST
-        lo = tl.maximum(latest - outputs + 1, 0).to(tl.int32)
+        lo = tl.maximum(latest - out_frames + 1, 0).to(tl.int32)
         hi = tl.where(distance < 0, 0, tl.minimum(latest + 1, tl.cdiv(KT - first_t, ST))).to(tl.int32)
         for step in range(lo * steps, hi * steps):
             turn, tap = step // steps, step % steps // KC
             k = step % KC * BLOCK_K + tl.arange(0, BLOCK_K)
             twin = tap // (taps_h * taps_w)
             kt, kh, kw = first_t + turn * ST, first_h + tap // taps_w % taps_h * SH, first_w + tap % taps_w * SW
-            seeing = dy + (sample * outputs + latest - turn) * out_height * out_width * COUT
+            seeing = dy + (sample * out_frames + latest - turn) * out_height * out_width * COUT
             from_h, from_w = top + row * UP + twin // UP - kh, left + column * UP + twin % UP - kw
             h, w = from_h // SH, from_w // SW
             sees = in_bounds & (from_h >= 0) & (h < out_height) & (from_w >= 0) & (w < out_width)
@@ -97,41 +97,41 @@ def _seen_pixels(seen, row, column, in_bounds, channel, height, width, CIN: tl.c
 
 @triton.jit(do_not_specialize=[*SIZES, "units", "run"])
 def wgrad_kernel(dy, x, cache, sums, frames: tl.int64, cached: tl.int64, height: tl.int32, width: tl.int32,
-                 outputs: tl.int64, out_height: tl.int32, out_width: tl.int32, phase: tl.int64, before: tl.int64,
+                 out_frames: tl.int64, out_height: tl.int32, out_width: tl.int32, phase: tl.int64, before: tl.int64,
                  top: tl.int32, left: tl.int32, units: tl.int64, run: tl.int64, CIN: tl.constexpr, COUT: tl.constexpr,
                  KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, ST: tl.constexpr, SH: tl.constexpr,
                  SW: tl.constexpr, UP: tl.constexpr, REPLICATE: tl.constexpr, SPACE: tl.constexpr,
-                 PRECISION: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, MORE: tl.constexpr,
+                 PRECISION: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, EXTRA_I: tl.constexpr,
                  TH: tl.constexpr, TW: tl.constexpr):
-    """sums (pieces, COUT, KT, KH, KW, CIN): one tap, BLOCK_O output, BLOCK_I + MORE input channels, one piece's pixels.
+    """sums (splits, COUT, KT, KH, KW, CIN): one tap, BLOCK_O output, BLOCK_I + EXTRA_I input channels, one split's pixels.
 
-    A unit is a box of TH x TW pixels of one output frame; a piece is ``run`` of them. All taps of a piece follow one
+    A unit is a box of TH x TW pixels of one output frame; a split is ``run`` of them. All taps of a split follow one
     another, so that they find its pixels in the L2 cache.
     """
     TAPS: tl.constexpr = KT * KH * KW
-    tiles_i: tl.constexpr = (CIN + BLOCK_I + MORE - 1) // (BLOCK_I + MORE)
+    tiles_i: tl.constexpr = (CIN + BLOCK_I + EXTRA_I - 1) // (BLOCK_I + EXTRA_I)
     tiles_o: tl.constexpr = (COUT + BLOCK_O - 1) // BLOCK_O
     program = tl.program_id(0)
     tap = program % TAPS
     tile = program // TAPS % (tiles_i * tiles_o)
-    piece = (program // (TAPS * tiles_i * tiles_o)).to(tl.int64)
+    split = (program // (TAPS * tiles_i * tiles_o)).to(tl.int64)
     kt, kh, kw = tap // (KH * KW), tap // KW % KH, tap % KW
     out_channel = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
-    first = tile % tiles_i * (BLOCK_I + MORE)
+    first = tile % tiles_i * (BLOCK_I + EXTRA_I)
     channel = first + tl.arange(0, BLOCK_I)
     pixel = tl.arange(0, TH * TW)
-    sample, output, row, column = locate_box(piece * run, outputs, out_height, out_width, TH, TW)
+    sample, output, row, column = locate_box(split * run, out_frames, out_height, out_width, TH, TW)
 
     acc = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-    if MORE > 0:
-        more = tl.zeros([BLOCK_O, MORE], tl.float32)
-        channel_more = first + BLOCK_I + tl.arange(0, MORE)
-    for _ in range(tl.minimum(run, units - piece * run)):
+    if EXTRA_I > 0:
+        extra = tl.zeros([BLOCK_O, EXTRA_I], tl.float32)
+        extra_channel = first + BLOCK_I + tl.arange(0, EXTRA_I)
+    for _ in range(tl.minimum(run, units - split * run)):
         valid, frame = clamp_frame(input_frame(output, kt, phase, before, ST), frames, cached, REPLICATE)
         seen = frame_address(x, cache, sample, frame, frames, cached, height.to(tl.int64) * width * CIN)
         out_row, out_column = row + pixel // TW, column + pixel % TW
         in_bounds = (out_row < tl.where(valid, out_height, 0)) & (out_column < out_width)
-        dy_at = (sample * outputs + output) * out_height * out_width * COUT
+        dy_at = (sample * out_frames + output) * out_height * out_width * COUT
         pixel_at = (out_row * out_width + out_column).to(tl.int64)
         # channels x pixels, as a transposed load would be stored to shared memory by all threads
         dy_OP = tl.load(dy + dy_at + pixel_at[None, :] * COUT + out_channel[:, None],
@@ -139,13 +139,13 @@ def wgrad_kernel(dy, x, cache, sums, frames: tl.int64, cached: tl.int64, height:
         x_row, x_column = out_row * SH - top + kh, out_column * SW - left + kw
         x_PI = _seen_pixels(seen, x_row, x_column, in_bounds, channel, height, width, CIN, UP, SPACE)
         acc = tl.dot(dy_OP, x_PI, acc, input_precision=PRECISION)
-        if MORE > 0:
-            x_PI = _seen_pixels(seen, x_row, x_column, in_bounds, channel_more, height, width, CIN, UP, SPACE)
-            more = tl.dot(dy_OP, x_PI, more, input_precision=PRECISION)
-        sample, output, row, column = next_box(sample, output, row, column, outputs, out_height, out_width, TH, TW)
+        if EXTRA_I > 0:
+            x_PI = _seen_pixels(seen, x_row, x_column, in_bounds, extra_channel, height, width, CIN, UP, SPACE)
+            extra = tl.dot(dy_OP, x_PI, extra, input_precision=PRECISION)
+        sample, output, row, column = next_box(sample, output, row, column, out_frames, out_height, out_width, TH, TW)
 
-    row_O = sums + ((piece * COUT + out_channel) * TAPS + tap)[:, None] * CIN
+    row_O = sums + ((split * COUT + out_channel) * TAPS + tap)[:, None] * CIN
     here = (out_channel < COUT)[:, None]
     tl.store(row_O + channel[None, :], acc, mask=here & (channel < CIN)[None, :])
-    if MORE > 0:
-        tl.store(row_O + channel_more[None, :], more, mask=here & (channel_more < CIN)[None, :])
+    if EXTRA_I > 0:
+        tl.store(row_O + extra_channel[None, :], extra, mask=here & (extra_channel < CIN)[None, :])

@@ -10,10 +10,10 @@ from . import arch
 
 @dataclass(frozen=True)
 class Launch:
-    """What the best Config depends on. ``inputs``, ``outputs``: channels; the kernel's own, whichever way it is run."""
+    """What the best Config depends on. ``in_channels``, ``out_channels``: the weight's, whichever kernel is run."""
 
-    inputs: int
-    outputs: int
+    in_channels: int
+    out_channels: int
     kernel: tuple[int, int, int]
     stride: tuple[int, int, int]
     upsample: int
@@ -23,16 +23,16 @@ class Launch:
 
 @dataclass(frozen=True)
 class Config:
-    """A tile of ``pixels`` x ``channels`` (+ ``more``) from ``block_k`` channels of the other side at a time, by ``warps``.
+    """A tile of ``pixels`` x ``channels`` (+ ``extra``) from ``block_k`` channels of the other side at a time, by ``warps``.
 
     ``stages``: so many of them in flight. ``tma``: loaded by TMA (sm_90 and later),
-    where the convolution is one that it can load, else by addresses. ``more``, with ``tma`` alone: a second power of two, so
-    that 192 channels are 128 and 64 and not 256; 0: none.
+    where the convolution is one that it can load, else by addresses. ``extra``, with ``tma`` alone: a second power of two,
+    so that 192 channels are 128 and 64 and not 256; 0: none.
     """
 
     pixels: int
     channels: int
-    more: int
+    extra: int
     block_k: int
     warps: int
     stages: int
@@ -41,20 +41,20 @@ class Config:
 
 @dataclass(frozen=True)
 class WgradConfig:
-    """A tile of ``outputs`` (+ ``more_outputs``) x ``inputs`` (+ ``more``) channels from ``pixels`` at a time, by ``warps``.
+    """A tile of ``out_channels`` (+ ``extra_out``) x ``in_channels`` (+ ``extra_in``) from ``pixels`` at once, by ``warps``.
 
-    ``more``: as in Config, so that 96 is 64 and 32. ``programs``: for each SM, which decides into how many
-    split-K slices the pixels are cut. ``tma``: as in Config; with it alone ``more_outputs``, and ``taps`` of a row at once.
+    ``extra_in``: as ``extra`` of Config, so that 96 is 64 and 32. ``programs``: for each SM, which decides into how many
+    split-K slices the pixels are cut. ``tma``: as in Config; with it alone ``extra_out``, and ``taps`` of a row at once.
     """
 
-    outputs: int
-    inputs: int
-    more: int
+    out_channels: int
+    in_channels: int
+    extra_in: int
     pixels: int
     warps: int
     stages: int
     programs: int
-    more_outputs: int = 0
+    extra_out: int = 0
     taps: int = 1
     tma: bool = False
 
@@ -91,7 +91,8 @@ def loads_by_tma(launch: Launch, gpu: str) -> bool:
     """
     around = launch.space_pad == "zeros" or launch.kernel[1:] == (1, 1)
     plain = launch.stride == (1, 1, 1) and launch.upsample == 1 and around
-    return arch.has_tma(gpu) and plain and launch.dtype.itemsize == 2 and launch.inputs % 8 == launch.outputs % 8 == 0
+    aligned = launch.in_channels % 8 == launch.out_channels % 8 == 0
+    return arch.has_tma(gpu) and plain and launch.dtype.itemsize == 2 and aligned
 
 
 def _heuristic(launch: Launch, made: int, summed: int, gpu: str) -> Config:
@@ -116,33 +117,34 @@ def _heuristic(launch: Launch, made: int, summed: int, gpu: str) -> Config:
     # Clocks of an sm_90 SM for each channel of 256 pixels and 64 summed: 8 at the Tensor Cores' rate, 11 with 64 channels
     # alone, where reading shared memory takes longest.
     cost = {(128, 64): 8, (128, 0): 8, (64, 0): 11}
-    channels, more = min(cost, key=lambda tile: covered(made, sum(tile)) * cost[tile])
-    return Config(256, channels, more, block_k, 8, min(8, (192 if more else 256) // block_k), True)
+    channels, extra = min(cost, key=lambda tile: covered(made, sum(tile)) * cost[tile])
+    return Config(256, channels, extra, block_k, 8, min(8, (192 if extra else 256) // block_k), True)
 
 
 def wgrad_heuristic(launch: Launch, gpu: str) -> WgradConfig:
-    outputs = _tile(launch.outputs)
+    out_channels = _tile(launch.out_channels)
     if gpu == "cpu":
-        return WgradConfig(min(64, outputs), *_parts(launch.inputs, 96), 64, 4, 2, 1)
+        return WgradConfig(min(64, out_channels), *_parts(launch.in_channels, 96), 64, 4, 2, 1)
     if launch.dtype == torch.float32:
-        return WgradConfig(min(64, outputs), *_parts(launch.inputs, 64), 32, 4, 3, 2)
-    if arch.capability(gpu) in (90, 100) and loads_by_tma(launch, gpu) and min(launch.outputs, launch.inputs) > 64:
+        return WgradConfig(min(64, out_channels), *_parts(launch.in_channels, 64), 32, 4, 3, 2)
+    if arch.capability(gpu) in (90, 100) and loads_by_tma(launch, gpu) and min(launch.out_channels, launch.in_channels) > 64:
         # 128 channels by those of three taps, or 192 by 192 of one: either takes 43 bytes a clock from L2 at full rate
-        wide = covered(launch.outputs, 192) < covered(launch.outputs, 128)
-        if not wide and covered(launch.inputs, 128) <= covered(launch.inputs, 192) and launch.kernel[2] == 3:
+        wide = covered(launch.out_channels, 192) < covered(launch.out_channels, 128)
+        if not wide and covered(launch.in_channels, 128) <= covered(launch.in_channels, 192) and launch.kernel[2] == 3:
             return WgradConfig(128, 128, 0, 64, 8, 3, 1, taps=3, tma=True)
-        return WgradConfig(128, *_parts(launch.inputs, 192), 64, 8, 4, 1, more_outputs=64 if wide else 0, tma=True)
+        return WgradConfig(128, *_parts(launch.in_channels, 192), 64, 8, 4, 1, extra_out=64 if wide else 0, tma=True)
     if arch.capability(gpu) == 90:
         # 4 warps: of 8, ptxas 12.8 waits for every MMA of 128 x 128 or 64 x 192
-        return WgradConfig(outputs, *_parts(launch.inputs, 192 if outputs <= 64 else 128), 64, 4, 3, 2)
+        return WgradConfig(out_channels, *_parts(launch.in_channels, 192 if out_channels <= 64 else 128), 64, 4, 3, 2)
     if arch.uses_mma_sync(gpu):
         # 16 rows are enough for mma.sync: 96 as three times 32. 4 warps: as in the forward.
-        if launch.outputs > 64:
-            outputs = min((128, 64, 32), key=lambda tile: covered(launch.outputs, tile))
-        parts = _parts(launch.inputs, {128: 128, 64: 96}.get(outputs, 160))
-        return WgradConfig(outputs, *parts, 32, 4, 3 if arch.is_small(gpu) else 4, 2 if outputs == 128 else 3)
-    return WgradConfig(outputs, *_parts(launch.inputs, 128), 64, 8, 3, 1)
+        if launch.out_channels > 64:
+            out_channels = min((128, 64, 32), key=lambda tile: covered(launch.out_channels, tile))
+        parts = _parts(launch.in_channels, {128: 128, 64: 96}.get(out_channels, 160))
+        return WgradConfig(out_channels, *parts, 32, 4, 3 if arch.is_small(gpu) else 4, 2 if out_channels == 128 else 3)
+    return WgradConfig(out_channels, *_parts(launch.in_channels, 128), 64, 8, 3, 1)
 
 
-HEURISTICS = dict(forward=lambda launch, gpu: _heuristic(launch, launch.outputs, launch.inputs, gpu),
-                  dgrad=lambda launch, gpu: _heuristic(launch, launch.inputs, launch.outputs, gpu), wgrad=wgrad_heuristic)
+HEURISTICS = dict(forward=lambda launch, gpu: _heuristic(launch, launch.out_channels, launch.in_channels, gpu),
+                  dgrad=lambda launch, gpu: _heuristic(launch, launch.in_channels, launch.out_channels, gpu),
+                  wgrad=wgrad_heuristic)

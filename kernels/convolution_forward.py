@@ -14,12 +14,12 @@ import triton.language as tl
 from .convolution_indexing import clamp_frame, frame_address, input_frame, input_pixel
 
 # of tensors: in no compile key
-SIZES = ["frames", "cached", "height", "width", "outputs", "out_height", "out_width", "phase", "before", "top", "left"]
+SIZES = ["frames", "cached", "height", "width", "out_frames", "out_height", "out_width", "phase", "before", "top", "left"]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(x, cache, weight, bias, residual, y, frames: tl.int64, cached: tl.int64, height: tl.int32,
-                   width: tl.int32, outputs: tl.int64, out_height: tl.int32, out_width: tl.int32, phase: tl.int64,
+                   width: tl.int32, out_frames: tl.int64, out_height: tl.int32, out_width: tl.int32, phase: tl.int64,
                    before: tl.int64, top: tl.int32, left: tl.int32, CIN: tl.constexpr, COUT: tl.constexpr,
                    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, ST: tl.constexpr, SH: tl.constexpr,
                    SW: tl.constexpr, UP: tl.constexpr, REPLICATE: tl.constexpr, SPACE: tl.constexpr,
@@ -31,8 +31,8 @@ def forward_kernel(x, cache, weight, bias, residual, y, frames: tl.int64, cached
     block = program // tl.cdiv(COUT, BLOCK_C)
     channel = program % tl.cdiv(COUT, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     pixel = block % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    place = (block // tiles).to(tl.int64)  # of the frame among all samples' outputs
-    sample, output = place // outputs, place % outputs
+    place = (block // tiles).to(tl.int64)  # of the frame among all samples' out_frames
+    sample, output = place // out_frames, place % out_frames
     in_bounds = pixel < out_height * out_width
     row, column = pixel // out_width * SH - top, pixel % out_width * SW - left
     weight_C = weight + channel.to(tl.int64) * (KT * KH * KW * CIN)

@@ -24,22 +24,22 @@ def clamp_frame(frame, frames, cached, REPLICATE: tl.constexpr):
 
 
 @triton.jit
-def aliased_frames(frame, frames, cached, outputs, phase, before, KT: tl.constexpr, ST: tl.constexpr,
+def aliased_frames(frame, frames, cached, out_frames, phase, before, KT: tl.constexpr, ST: tl.constexpr,
                    REPLICATE: tl.constexpr):
     """``(first, count)``: the frames, of padding too, whose elements are those of ``frame``."""
     first, last = frame, frame
     if REPLICATE:
         first = tl.where(frame == -cached, tl.minimum(phase - before, frame), frame)
-        last = tl.where(frame == frames - 1, tl.maximum((outputs - 1) * ST + phase + KT - 1 - before, frame), frame)
+        last = tl.where(frame == frames - 1, tl.maximum((out_frames - 1) * ST + phase + KT - 1 - before, frame), frame)
     return first, last - first + 1
 
 
 @triton.jit
-def output_for_tap(frame, kt, outputs, phase, before, ST: tl.constexpr):
+def output_for_tap(frame, kt, out_frames, phase, before, ST: tl.constexpr):
     """``(in_bounds, output)``: the output that sees ``frame`` through time tap ``kt``, if there is one."""
     distance = frame + before - kt - phase
     output = distance // ST
-    return (distance >= 0) & (output * ST == distance) & (output < outputs), output
+    return (distance >= 0) & (output * ST == distance) & (output < out_frames), output
 
 
 @triton.jit
@@ -59,25 +59,25 @@ def input_pixel(at, size, UP: tl.constexpr, SPACE: tl.constexpr):
 
 
 @triton.jit
-def locate_box(unit, outputs, height, width, TH: tl.constexpr, TW: tl.constexpr):
-    """``(sample, output, row, column)``, int32, of box number ``unit`` of TH x TW pixels among those of all outputs."""
+def locate_box(unit, out_frames, height, width, TH: tl.constexpr, TW: tl.constexpr):
+    """``(sample, output, row, column)``, int32, of box number ``unit`` of TH x TW pixels among those of all out_frames."""
     columns = tl.cdiv(width, TW)
     boxes = tl.cdiv(height, TH).to(tl.int64) * columns
     frame, box = unit // boxes, unit % boxes
-    return ((frame // outputs).to(tl.int32), (frame % outputs).to(tl.int32), (box // columns).to(tl.int32) * TH,
+    return ((frame // out_frames).to(tl.int32), (frame % out_frames).to(tl.int32), (box // columns).to(tl.int32) * TH,
             (box % columns).to(tl.int32) * TW)
 
 
 @triton.jit
-def next_box(sample, output, row, column, outputs, height, width, TH: tl.constexpr, TW: tl.constexpr):
+def next_box(sample, output, row, column, out_frames, height, width, TH: tl.constexpr, TW: tl.constexpr):
     """The box behind this one. By carries: to divide its number in every turn of a loop takes longer than the MMAs."""
     column += TW
     row = tl.where(column < width, row, row + TH)
     column = tl.where(column < width, column, 0)
     output = tl.where(row < height, output, output + 1)
     row = tl.where(row < height, row, 0)
-    sample = tl.where(output < outputs, sample, sample + 1)
-    output = tl.where(output < outputs, output, 0)
+    sample = tl.where(output < out_frames, sample, sample + 1)
+    output = tl.where(output < out_frames, output, 0)
     return sample, output, row, column
 
 

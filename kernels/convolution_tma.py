@@ -50,10 +50,10 @@ def _epilogue(acc_CP, bias, added, added_at, added_rows, out, out_at, row, colum
 
 
 # Coordinates of TMA are of 32 bits, and so are sizes here; addresses are of 64.
-@triton.jit(do_not_specialize=["first", "frames", "cached", "outputs", "height", "width", "phase", "before", "top", "left",
-                               "keep"])
+@triton.jit(do_not_specialize=["first", "frames", "cached", "out_frames", "height", "width", "phase", "before", "top",
+                               "left", "keep"])
 def tma_kernel(source, cache, weight0, weight1, bias, added, out, out_cache, first: tl.int32, frames: tl.int32,
-               cached: tl.int32, outputs: tl.int32, height: tl.int32, width: tl.int32, phase: tl.int32, before: tl.int32,
+               cached: tl.int32, out_frames: tl.int32, height: tl.int32, width: tl.int32, phase: tl.int32, before: tl.int32,
                top: tl.int32, left: tl.int32, keep: tl.int32, MADE: tl.constexpr, SUMMED: tl.constexpr, KT: tl.constexpr,
                KH: tl.constexpr, KW: tl.constexpr, TRANSPOSED: tl.constexpr, REPLICATE: tl.constexpr, C0: tl.constexpr,
                C1: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -66,7 +66,7 @@ def tma_kernel(source, cache, weight0, weight1, bias, added, out, out_cache, fir
     """
     CHUNKS: tl.constexpr = (SUMMED + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = KH * KW * CHUNKS
-    end = frames if TRANSPOSED else outputs
+    end = frames if TRANSPOSED else out_frames
     boxes = tl.num_programs(0) // ((MADE + C0 + C1 - 1) // (C0 + C1))
     channel = tl.program_id(0) // boxes * (C0 + C1)
     block = tl.program_id(0) % boxes
@@ -77,15 +77,15 @@ def tma_kernel(source, cache, weight0, weight1, bias, added, out, out_cache, fir
 
     seen_from, seen_count = frame, 1
     if TRANSPOSED:
-        seen_from, seen_count = aliased_frames(frame, frames, cached, outputs, phase, before, KT, 1, REPLICATE)
+        seen_from, seen_count = aliased_frames(frame, frames, cached, out_frames, phase, before, KT, 1, REPLICATE)
     acc0 = tl.zeros([C0, TH * TW], tl.float32)
     acc1 = tl.zeros([C1 if C1 else 16, TH * TW], tl.float32)
     for place in range(seen_from, seen_from + seen_count):
         # [lo, hi): the time taps behind which something stands. One loop over them, their pixels and channels: a loop for
         # each would fill the pipeline of loads again.
         if TRANSPOSED:
-            _, base = output_for_tap(place, 0, outputs, phase, before, 1)
-            lo, hi = tl.maximum(base - outputs + 1, 0), tl.minimum(base + 1, KT)
+            _, base = output_for_tap(place, 0, out_frames, phase, before, 1)
+            lo, hi = tl.maximum(base - out_frames + 1, 0), tl.minimum(base + 1, KT)
         else:
             base = input_frame(place, 0, phase, before, 1)
             lo, hi = tl.maximum(-cached - base, 0), tl.minimum(frames - base, KT)
@@ -134,16 +134,16 @@ def _store_sums(acc_OI, sums, o, i, rows, CIN: tl.constexpr, STRIDE: tl.constexp
              mask=(out_channel < rows)[:, None] & (channel < CIN)[None, :])
 
 
-@triton.jit(do_not_specialize=["frames", "cached", "outputs", "height", "width", "phase", "before", "top", "left", "units",
-                               "run"])
-def wgrad_tma_kernel(dy, x0, x1, cache0, cache1, sums, frames: tl.int32, cached: tl.int32, outputs: tl.int32,
+@triton.jit(do_not_specialize=["frames", "cached", "out_frames", "height", "width", "phase", "before", "top", "left",
+                               "units", "run"])
+def wgrad_tma_kernel(dy, x0, x1, cache0, cache1, sums, frames: tl.int32, cached: tl.int32, out_frames: tl.int32,
                      height: tl.int32, width: tl.int32, phase: tl.int32, before: tl.int32, top: tl.int32, left: tl.int32,
                      units: tl.int64, run: tl.int64, CIN: tl.constexpr, COUT: tl.constexpr, KT: tl.constexpr,
                      KH: tl.constexpr, KW: tl.constexpr, REPLICATE: tl.constexpr, NTAPS: tl.constexpr, O0: tl.constexpr,
                      O1: tl.constexpr, I0: tl.constexpr, I1: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
-    """sums (pieces, COUT, KT, KH, KW, CIN): NTAPS taps of a row, O0 + O1 output, I0 + I1 input channels, one piece's pixels.
+    """sums (splits, COUT, KT, KH, KW, CIN): NTAPS taps of a row, O0 + O1 output, I0 + I1 input channels, one split's pixels.
 
-    Units, pieces and order as in wgrad_kernel; ``height`` and ``width`` are dy's. x and cache, (B, T, H, W, CIN), are
+    Units, splits and order as in wgrad_kernel; ``height`` and ``width`` are dy's. x and cache, (B, T, H, W, CIN), are
     descriptors of blocks of I0 and of I1 channels.
 
     One box of dy is multiplied by the boxes of x that the taps see: at full rate, 128 x 128 channels take 64 bytes a clock
@@ -156,7 +156,7 @@ def wgrad_tma_kernel(dy, x0, x1, cache0, cache1, sums, frames: tl.int32, cached:
     program = tl.program_id(0)
     kt, kh, first_kw = program // (KH * PARTS) % KT, program // PARTS % KH, program % PARTS * NTAPS
     tile = program // (KT * KH * PARTS) % (tiles_i * tiles_o)
-    piece = (program // (KT * KH * PARTS * tiles_i * tiles_o)).to(tl.int64)
+    split = (program // (KT * KH * PARTS * tiles_i * tiles_o)).to(tl.int64)
     o, i = tile // tiles_i * (O0 + O1), tile % tiles_i * (I0 + I1)
     h, w = tl.arange(0, TH * TW) // TW, tl.arange(0, TH * TW) % TW
     at_P = (h.to(tl.int64) * width + w) * COUT
@@ -165,7 +165,7 @@ def wgrad_tma_kernel(dy, x0, x1, cache0, cache1, sums, frames: tl.int32, cached:
     if O1:
         out_channel1 = o + O0 + tl.arange(0, O1)
         at_PR = at_P[:, None] + out_channel1[None, :]
-    sample, output, row, column = locate_box(piece * run, outputs, height, width, TH, TW)
+    sample, output, row, column = locate_box(split * run, out_frames, height, width, TH, TW)
 
     accs = ()  # of a tap (O0, I0), (O0, I1), (O1, I0), (O1, I1), then of the next one
     for _ in tl.static_range(NTAPS):
@@ -176,9 +176,9 @@ def wgrad_tma_kernel(dy, x0, x1, cache0, cache1, sums, frames: tl.int32, cached:
             accs += (tl.zeros([O1, I0], tl.float32),)
             if I1:
                 accs += (tl.zeros([O1, I1], tl.float32),)
-    for _ in range(tl.minimum(run, units - piece * run)):
+    for _ in range(tl.minimum(run, units - split * run)):
         in_bounds = (h < height - row) & (w < width - column)
-        box = dy + (((sample.to(tl.int64) * outputs + output) * height + row) * width + column) * COUT
+        box = dy + (((sample.to(tl.int64) * out_frames + output) * height + row) * width + column) * COUT
         dy_PO = tl.load(box + at_PO, mask=in_bounds[:, None] & (out_channel0 < COUT)[None, :], other=0.0)
         if O1:
             dy_PR = tl.load(box + at_PR, mask=in_bounds[:, None] & (out_channel1 < COUT)[None, :], other=0.0)
@@ -204,13 +204,13 @@ def wgrad_tma_kernel(dy, x0, x1, cache0, cache1, sums, frames: tl.int32, cached:
                 if I1:
                     summed += (tl.dot(dy_PR.T, x_PJ, accs[len(summed)], input_precision="ieee"),)
         accs = summed
-        sample, output, row, column = next_box(sample, output, row, column, outputs, height, width, TH, TW)
+        sample, output, row, column = next_box(sample, output, row, column, out_frames, height, width, TH, TW)
 
     EACH: tl.constexpr = len(accs) // NTAPS
     for number in tl.static_range(NTAPS):
         kw = first_kw + number
         rows = tl.where(kw < KW, COUT, 0)
-        tap_sums = sums + (piece * (COUT * TAPS) + (kt * KH + kh) * KW + kw) * CIN
+        tap_sums = sums + (split * (COUT * TAPS) + (kt * KH + kh) * KW + kw) * CIN
         _store_sums(accs[number * EACH], tap_sums, o, i, rows, CIN, TAPS * CIN)
         if I1:
             _store_sums(accs[number * EACH + 1], tap_sums, o, i + I0, rows, CIN, TAPS * CIN)
@@ -247,16 +247,16 @@ def _frames(tensor, pixels: int, block: int):
                             [1, 1, *box_sides(pixels), block])
 
 
-def conv_tma(source, cache, weight, bias, added, out, out_cache, settings: ConvSettings, *, frames: int, outputs: int,
+def conv_tma(source, cache, weight, bias, added, out, out_cache, settings: ConvSettings, *, frames: int, out_frames: int,
              config, cached: int = 0, keep: int = 0, transposed: bool = False) -> None:
     """Write ``out``, and of a ``transposed`` convolution ``out_cache``. No workspace, no atomics; sums are rounded once.
 
-    Forward: source x (B, Cin, T, H, W), cache (B, Cin, c, H, W) or None, bias (Cout,) or None, out y (B, Cout, outputs, H',
-    W'), added, the residual, like y or None. ``transposed``: source dY, out dX, out_cache (B, Cin, cached, H, W) the cache's
-    or, where nobody asks, None; added (B, Cin, keep, H, W) or None goes to the last ``keep`` frames of cache and clip. What
-    only the other one takes is None.
+    Forward: source x (B, Cin, T, H, W), cache (B, Cin, c, H, W) or None, bias (Cout,) or None, out y (B, Cout, out_frames,
+    H', W'), added, the residual, like y or None. ``transposed``: source dY, out dX, out_cache (B, Cin, cached, H, W) the
+    cache's or, where nobody asks, None; added (B, Cin, keep, H, W) or None goes to the last ``keep`` frames of cache and
+    clip. What only the other one takes is None.
 
-    weight (Cout, Cin, KT, KH, KW). ``frames`` of the clip, ``outputs`` frames of y. All tensors are of one dtype, in
+    weight (Cout, Cin, KT, KH, KW). ``frames`` of the clip, ``out_frames`` frames of y. All tensors are of one dtype, in
     channels_last_3d memory, and such as ``can_load`` says.
     """
     cout, cin, kt, kh, kw = weight.shape
@@ -264,7 +264,7 @@ def conv_tma(source, cache, weight, bias, added, out, out_cache, settings: ConvS
     batch, _, _, height, width = out.shape
     high, wide = box_sides(config.pixels)
     if not transposed:
-        keep, cached = outputs, 0 if cache is None else cache.shape[2]
+        keep, cached = out_frames, 0 if cache is None else cache.shape[2]
     first = -cached if out_cache is not None else 0
     boxes = batch * (out.shape[2] - first) * triton.cdiv(height, high) * triton.cdiv(width, wide)
     if boxes == 0:
@@ -276,29 +276,29 @@ def conv_tma(source, cache, weight, bias, added, out, out_cache, settings: ConvS
 
     left, _, top, _ = settings.padding
     with on(out.device):
-        tma_kernel[(boxes * triton.cdiv(made, config.channels + config.more),)](
+        tma_kernel[(boxes * triton.cdiv(made, config.channels + config.extra),)](
             *(_frames(clip, config.pixels, config.block_k) for clip in (source, cache)), weights(config.channels),
-            weights(config.more), bias, added, out, out_cache if first else None, first, frames, cached, outputs, height,
+            weights(config.extra), bias, added, out, out_cache if first else None, first, frames, cached, out_frames, height,
             width, settings.phase, kt - 1 - settings.lookahead, top, left, keep, MADE=made, SUMMED=summed, KT=kt, KH=kh,
-            KW=kw, TRANSPOSED=transposed, REPLICATE=settings.time_pad == "replicate", C0=config.channels, C1=config.more,
+            KW=kw, TRANSPOSED=transposed, REPLICATE=settings.time_pad == "replicate", C0=config.channels, C1=config.extra,
             TH=high, TW=wide, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages, maxnreg=MAXNREG)
 
 
 def wgrad_tma(dy, x, cache, sums, settings: ConvSettings, *, units: int, run: int, programs: int, config) -> None:
-    """Write ``sums`` (pieces, Cout, KT, KH, KW, Cin), float32: ``run`` of ``units`` boxes of pixels to a piece.
+    """Write ``sums`` (splits, Cout, KT, KH, KW, Cin), float32: ``run`` of ``units`` boxes of pixels to a split.
 
     dy (B, Cout, T', H', W'), x and cache as in ``conv_tma``.
     """
-    outputs, height, width = dy.shape[2:]
+    out_frames, height, width = dy.shape[2:]
     kt, kh, kw = settings.kernel
     high, wide = box_sides(config.pixels)
-    parts = (config.inputs, config.more)
+    parts = (config.in_channels, config.extra_in)
     left, _, top, _ = settings.padding
     with on(dy.device):
         wgrad_tma_kernel[(programs,)](
             dy, *(_frames(clip, config.pixels, part) for clip in (x, cache) for part in parts), sums, x.shape[2],
-            0 if cache is None else cache.shape[2], outputs, height, width, settings.phase, kt - 1 - settings.lookahead, top,
-            left, units, run, CIN=x.shape[1], COUT=dy.shape[1], KT=kt, KH=kh, KW=kw,
-            REPLICATE=settings.time_pad == "replicate", NTAPS=config.taps, O0=config.outputs, O1=config.more_outputs,
-            I0=config.inputs, I1=config.more, TH=high, TW=wide, num_warps=config.warps, num_stages=config.stages,
+            0 if cache is None else cache.shape[2], out_frames, height, width, settings.phase, kt - 1 - settings.lookahead,
+            top, left, units, run, CIN=x.shape[1], COUT=dy.shape[1], KT=kt, KH=kh, KW=kw,
+            REPLICATE=settings.time_pad == "replicate", NTAPS=config.taps, O0=config.out_channels, O1=config.extra_out,
+            I0=config.in_channels, I1=config.extra_in, TH=high, TW=wide, num_warps=config.warps, num_stages=config.stages,
             maxnreg=MAXNREG)

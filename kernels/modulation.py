@@ -241,8 +241,8 @@ def _sum_matching(sums, mine, slot, columns, D: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["slots"])
-def join_kernel(dh_sums, dhx_sums, dxy_sums, slot_rows, weight, bias, d_gate, d_shift, d_scale, slots, D: tl.constexpr,
-                SPAN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+def reduce_slots_kernel(dh_sums, dhx_sums, dxy_sums, slot_rows, weight, bias, d_gate, d_shift, d_scale, slots,
+                        D: tl.constexpr, SPAN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
     """Reduce the slots to gradients. A program reduces the modulation rows whose first slot is among its SPAN slots."""
     first = tl.program_id(0) * SPAN
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -357,7 +357,7 @@ def backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, *,
                 maxnreg=registers(config.warps, config.programs, 8))
             if join:
                 span, block = 8, min(128, triton.next_power_of_2(width))
-                join_kernel[(triton.cdiv(2 * programs, span), triton.cdiv(width, block))](
+                reduce_slots_kernel[(triton.cdiv(2 * programs, span), triton.cdiv(width, block))](
                     dh_sums, dhx_sums, dxy_sums, slot_rows, weight, bias, d_gate, d_shift, d_scale, 2 * programs, D=width,
                     SPAN=span, BLOCK_S=16, BLOCK_D=block, num_warps=4)
     d_weight = weight_sums.sum(dim=0).to(weight.dtype) if want_weight else None

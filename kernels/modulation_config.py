@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .rows import pieces
+from .rows import split_row
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class BackwardConfig:
 
 def tile(width: int) -> tuple[int, int]:
     """Columns per piece, and pieces per row."""
-    return pieces(max(width, 1), 1024 if width <= 6144 else 2048)
+    return split_row(max(width, 1), 1024 if width <= 6144 else 2048)
 
 
 def backward_tile(width: int) -> tuple[int, int]:
     """The same for the backward, which processes one token at a time: pieces that fill 4 warps."""
-    return pieces(max(width, 1), 1024 if width <= 6144 else 2048, 1024)
+    return split_row(max(width, 1), 1024 if width <= 6144 else 2048, 1024)
 
 
 def forward_heuristic(launch: Launch, gpu: str) -> ForwardConfig:

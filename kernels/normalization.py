@@ -144,8 +144,8 @@ def _sum(sums_RG):
 
 
 @triton.jit(do_not_specialize=["samples", "size", "run", "runs"])
-def join_stats_kernel(means, squares, stats, samples: tl.int64, size: tl.int64, run: tl.int64, runs: tl.int64, eps,
-                      C: tl.constexpr, GROUP_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr):
+def merge_stats_kernel(means, squares, stats, samples: tl.int64, size: tl.int64, run: tl.int64, runs: tl.int64, eps,
+                       C: tl.constexpr, GROUP_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr):
     """Mean and rstd of one group of one sample, ``stats`` (2, samples, G), merged from its runs (Chan et al., 1983)."""
     GROUPS: tl.constexpr = C // GROUP_C
     program = tl.program_id(0).to(tl.int64)
@@ -243,8 +243,8 @@ def backward_kernel(dy, x, weight, bias, stats, means, dx, dz_sums, dzx_sums, sa
 
 
 @triton.jit(do_not_specialize=["samples", "size", "runs"])
-def join_sums_kernel(dz_sums, dzx_sums, weight, means, samples: tl.int64, size: tl.int64, runs: tl.int64, C: tl.constexpr,
-                     GROUP_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr):
+def reduce_sums_kernel(dz_sums, dzx_sums, weight, means, samples: tl.int64, size: tl.int64, runs: tl.int64, C: tl.constexpr,
+                       GROUP_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr):
     """``means`` (2, samples, G) of backward_kernel for one group of one sample, reduced from the sums of its runs."""
     GROUPS: tl.constexpr = C // GROUP_C
     program = tl.program_id(0).to(tl.int64)
@@ -300,7 +300,7 @@ def _group_stats(x, groups, eps, config):
         stats_kernel[(batch * runs,)](x, means, squares, size, run, runs, C=channels, BLOCK_P=config.pixels,
                                       BLOCK_C=triton.next_power_of_2(channels), num_warps=config.warps,
                                       maxnreg=registers(config.warps, config.programs, 8))
-        join_stats_kernel[(batch * groups,)](means, squares, stats, batch, size, run, runs, eps, C=channels,
+        merge_stats_kernel[(batch * groups,)](means, squares, stats, batch, size, run, runs, eps, C=channels,
                                              GROUP_C=channels // groups, **_join_tile(channels // groups))
     return stats
 
@@ -372,7 +372,7 @@ def backward(dy, x, weight, bias, stats, *, norm, groups, eps, act, wanted, conf
             launch(None, None if grouped else dx, dz_sums, dzx_sums)
             if group_dx:
                 means = torch.empty((2, batch, groups), dtype=torch.float32, device=device)
-                join_sums_kernel[(batch * groups,)](dz_sums, dzx_sums, vectors[0], means, batch, size, runs, C=channels,
+                reduce_sums_kernel[(batch * groups,)](dz_sums, dzx_sums, vectors[0], means, batch, size, runs, C=channels,
                                                     GROUP_C=group, **_join_tile(group))
                 launch(means, dx, None, None)
     d_weight = dzx_sums.sum(dim=0).to(weight.dtype) if want_weight else None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .rows import pieces
+from .rows import split_row
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def tile(channels: int, norm: str) -> tuple[int, int]:
     Group norm has one piece: a thread holds statistics of each of its channels, and those of more channels would spill.
     """
     whole = triton.next_power_of_2(max(channels, 1))
-    return (whole, 1) if norm == "group" else pieces(max(channels, 1), max(whole // 2, 128))
+    return (whole, 1) if norm == "group" else split_row(max(channels, 1), max(whole // 2, 128))
 
 
 def config_of_threads(launch: Launch, elements: int, warps: int, resident: int, most: int = 512) -> Config:

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .launch import MAXNREG, TF32X3, contiguous, num_sms, on, registers
-from .patches_config import PermuteConfig, ProductConfig
+from .patches_config import GemmConfig, PermuteConfig
 
 
 # ------------------------------------------------------------------------------------------------------------- places
@@ -243,10 +243,10 @@ def weight_kernel(d_out, latents, grids, cu_seqlens, weight_sums, bias_sums, sam
 
 
 @triton.jit(do_not_specialize=["tokens", "samples", "steps"], do_not_specialize_on_alignment=["grids", "cu_seqlens"])
-def permute_kernel(source, grids, cu_seqlens, out, tokens: tl.int64, samples: tl.int64, steps: tl.int64, BACK: tl.constexpr,
-                   C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Tokens (N, pt * ph * pw * C) to the flat buffer, or BACK: elements are moved, not computed with.
+def permute_kernel(source, grids, cu_seqlens, out, tokens: tl.int64, samples: tl.int64, steps: tl.int64,
+                   TO_TOKENS: tl.constexpr, C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+                   BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Tokens (N, pt * ph * pw * C) to the flat buffer, or TO_TOKENS: elements are moved, not computed with.
 
     On the tokens' side a lane has 16 bytes along C, on the buffer's pw elements, and lanes run along the tokens; between the
     two the tile goes through shared memory.
@@ -269,7 +269,7 @@ def permute_kernel(source, grids, cu_seqlens, out, tokens: tl.int64, samples: tl
     at_NRWC = token[:, None, None, None] * (ROWS * PW * C) + at_RWC[None, :, :, :]
     mask_RCW = ((r < ROWS)[:, None] & (c < C)[None, :])[:, :, None] & (place < PW)[None, None, :]
     mask_RWC = ((r < ROWS)[:, None] & (place < PW)[None, :])[:, :, None] & (c < C)[None, None, :]
-    if BACK:
+    if TO_TOKENS:
         x_RCNW = tl.load(source + at_RCNW, mask=mask_RCW[:, :, None, :] & belongs[None, None, :, None], other=0.0)
         tl.store(out + at_NRWC, tl.permute(x_RCNW, (2, 0, 3, 1)),
                  mask=mask_RWC[None, :, :, :] & (token < tokens)[:, None, None, None])
@@ -291,7 +291,7 @@ def _steps(grids) -> int:
     return max(grids.shape[0] - 1, 0).bit_length()
 
 
-def _constants(weight, config: ProductConfig) -> dict:
+def _constants(weight, config: GemmConfig) -> dict:
     """What the kernels of a product know when they are compiled."""
     width, channels, pt, ph, pw = weight.shape
     run = triton.next_power_of_2(pw)
@@ -302,7 +302,7 @@ def _constants(weight, config: ProductConfig) -> dict:
                 num_stages=config.stages, maxnreg=MAXNREG)
 
 
-def embed(latents, weight, bias, grids, cu_seqlens, *, config: ProductConfig):
+def embed(latents, weight, bias, grids, cu_seqlens, *, config: GemmConfig):
     """Tokens (N, D) in latents' dtype.
 
     latents (N * K,), weight (D, C, pt, ph, pw), bias (D,) or None, of one dtype; copied where they are not contiguous.
@@ -332,7 +332,7 @@ def embed(latents, weight, bias, grids, cu_seqlens, *, config: ProductConfig):
     return out
 
 
-def embed_latents_gradient(d_out, weight, grids, cu_seqlens, *, config: ProductConfig):
+def embed_latents_gradient(d_out, weight, grids, cu_seqlens, *, config: GemmConfig):
     """Gradient (N * K,) of the latents; d_out (N, D), the rest as in ``embed``. Contents of d_out's tail are not read."""
     tokens, width = d_out.shape
     rows = prod(weight.shape[1:4])
@@ -346,7 +346,7 @@ def embed_latents_gradient(d_out, weight, grids, cu_seqlens, *, config: ProductC
     return d_latents
 
 
-def embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, *, want_weight, want_bias, config: ProductConfig):
+def embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, *, want_weight, want_bias, config: GemmConfig):
     """Gradients of weight and bias in their dtype, None where not wanted; of ``weight`` only shape and dtype are used.
 
     Workspace, float32: P shares of the tokens, each (D, K) for the weight and (D,) for the bias; P is such that there are
@@ -373,18 +373,18 @@ def embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, *, want_wei
     return d_weight, d_bias
 
 
-def permute(source, grids, cu_seqlens, patch, channels, *, back, config: PermuteConfig):
-    """Tokens (N, pt * ph * pw * C) to the flat buffer (N * pt * ph * pw * C,), tail 0; ``back``: the buffer to tokens."""
+def permute(source, grids, cu_seqlens, patch, channels, *, to_tokens, config: PermuteConfig):
+    """Tokens (N, pt * ph * pw * C) to the flat buffer (N * pt * ph * pw * C,), tail 0, or ``to_tokens`` the reverse."""
     elements = channels * prod(patch)
     tokens = source.numel() // elements
     source = source.contiguous()
-    out = torch.empty((tokens, elements) if back else tokens * elements, dtype=source.dtype, device=source.device)
+    out = torch.empty((tokens, elements) if to_tokens else tokens * elements, dtype=source.dtype, device=source.device)
     if tokens:
         pt, ph, pw = patch
         parts = triton.cdiv(pt * ph, config.block_r) * triton.cdiv(channels, config.block_c)
         with on(source.device):
             permute_kernel[(triton.cdiv(tokens, config.block_n) * parts,)](
-                source, grids, cu_seqlens, out, tokens, grids.shape[0], _steps(grids), BACK=back, C=channels, PT=pt, PH=ph,
-                PW=pw, BLOCK_N=config.block_n, BLOCK_R=config.block_r, BLOCK_C=config.block_c,
+                source, grids, cu_seqlens, out, tokens, grids.shape[0], _steps(grids), TO_TOKENS=to_tokens, C=channels,
+                PT=pt, PH=ph, PW=pw, BLOCK_N=config.block_n, BLOCK_R=config.block_r, BLOCK_C=config.block_c,
                 BLOCK_W=triton.next_power_of_2(pw), num_warps=config.warps, maxnreg=128)  # ptxas' own 56 would spill
     return out

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .patches_config import HEURISTICS, Launch, PermuteConfig, ProductConfig
+from .patches_config import HEURISTICS, GemmConfig, Launch, PermuteConfig
 
 
-def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[ProductConfig | PermuteConfig]:
+def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[GemmConfig | PermuteConfig]:
     """What the tuner tries beside the heuristic of ``kernel``: tiles and pipelines around it."""
     start = HEURISTICS[kernel](launch, gpu)
     if kernel == "permute":
@@ -19,4 +19,4 @@ def candidates(kernel: str, launch: Launch, gpu: str) -> Iterator[ProductConfig 
             for warps in (start.warps, 12 - start.warps):  # 4 or 8
                 for stages in (start.stages, start.stages + 1, start.stages - 1):
                     if min(tokens, columns) >= 16 and stages >= 1:
-                        yield ProductConfig(tokens, columns, start.block_k, warps, stages)
+                        yield GemmConfig(tokens, columns, start.block_k, warps, stages)

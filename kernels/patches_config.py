@@ -6,7 +6,7 @@ import torch
 import triton
 
 from . import arch
-from .rows import pieces
+from .rows import split_row
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class ProductConfig:
+class GemmConfig:
     """The tile of a GEMM: ``block_n`` tokens, ``block_d`` columns of the width and ``block_k`` elements of a patch."""
 
     block_n: int
@@ -53,56 +53,56 @@ def _padded(launch: Launch) -> int:
     return max(triton.next_power_of_2(launch.rows) * triton.next_power_of_2(launch.run), 16)
 
 
-def embed_heuristic(launch: Launch, gpu: str) -> ProductConfig:
+def embed_heuristic(launch: Launch, gpu: str) -> GemmConfig:
     """A patch of up to 256 elements is gathered whole, once for all columns. Tiles are small enough for several CTAs per SM:
     one loads its part of the weight while another stores.
     """
     padded = _padded(launch)
     if gpu == "cpu":
-        return ProductConfig(32, 16, min(padded, LONGEST_RUN), warps=4, stages=1)
+        return GemmConfig(32, 16, min(padded, LONGEST_RUN), warps=4, stages=1)
     small = arch.is_small(gpu)
     if launch.dtype == torch.float32:
         if padded <= 64 and not small:
-            return ProductConfig(32 if arch.uses_mma_sync(gpu) else 64, 64, max(padded, 32), warps=4, stages=3)
-        return ProductConfig(64, 64, max(triton.next_power_of_2(launch.run), 32), warps=8, stages=2)
+            return GemmConfig(32 if arch.uses_mma_sync(gpu) else 64, 64, max(padded, 32), warps=4, stages=3)
+        return GemmConfig(64, 64, max(triton.next_power_of_2(launch.run), 32), warps=8, stages=2)
     if launch.width % 8 != 0:
-        return ProductConfig(64, 64, min(padded, 64), warps=4, stages=2)
+        return GemmConfig(64, 64, min(padded, 64), warps=4, stages=2)
     if padded <= 64:
-        return ProductConfig(64, 64, padded, warps=4, stages=3)
+        return GemmConfig(64, 64, padded, warps=4, stages=3)
     if padded <= 256:
         fits = not small or launch.rows * triton.next_power_of_2(launch.run) <= 192
-        return ProductConfig(64, 64, 128, warps=4, stages=3 if fits else 2)
+        return GemmConfig(64, 64, 128, warps=4, stages=3 if fits else 2)
     if launch.run < 8:  # the addresses of 64 elements in shorter runs, or of more tokens, spill
-        return ProductConfig(64, 64 if small else 128, 32, warps=8, stages=3)
-    return ProductConfig(64 if small else 128, 128, 64, warps=8, stages=2 if small else 3)
+        return GemmConfig(64, 64 if small else 128, 32, warps=8, stages=3)
+    return GemmConfig(64 if small else 128, 128, 64, warps=8, stages=2 if small else 3)
 
 
-def latents_heuristic(launch: Launch, gpu: str) -> ProductConfig:
+def latents_heuristic(launch: Launch, gpu: str) -> GemmConfig:
     """The gradient of the latents: a GEMM whose K is the width, pipelined.
 
     The MMA of a warpgroup is 64 x 64 x 32: with larger ones ptxas serialises the wgmma (warning C7514).
     """
     padded = _padded(launch)
     if gpu == "cpu":
-        return ProductConfig(32, 16, min(padded, LONGEST_RUN), warps=4, stages=1)
+        return GemmConfig(32, 16, min(padded, LONGEST_RUN), warps=4, stages=1)
     if launch.dtype == torch.float32:
-        return ProductConfig(64, 32, min(padded, 64), warps=4, stages=2)
-    return ProductConfig(128, 32, min(padded, 64), warps=8, stages=4)
+        return GemmConfig(64, 32, min(padded, 64), warps=4, stages=2)
+    return GemmConfig(128, 32, min(padded, 64), warps=8, stages=4)
 
 
-def weight_heuristic(launch: Launch, gpu: str) -> ProductConfig:
+def weight_heuristic(launch: Launch, gpu: str) -> GemmConfig:
     """The gradient of the weight: a GEMM whose K is the tokens.
 
     It is not pipelined: while a program waits for the tile that it gathers, others on the SM run.
     """
     padded = _padded(launch)
     if gpu == "cpu":
-        return ProductConfig(16, 16, min(padded, LONGEST_RUN), warps=4, stages=1)
+        return GemmConfig(16, 16, min(padded, LONGEST_RUN), warps=4, stages=1)
     if launch.dtype == torch.float32:
-        return ProductConfig(32, 64, min(padded, 64), warps=4, stages=1)
+        return GemmConfig(32, 64, min(padded, 64), warps=4, stages=1)
     if arch.is_small(gpu):
-        return ProductConfig(64, 64, min(padded, 64), warps=4, stages=1)
-    return ProductConfig(64, 128, min(padded, 128), warps=8 if padded > 64 else 4, stages=1)
+        return GemmConfig(64, 64, min(padded, 64), warps=4, stages=1)
+    return GemmConfig(64, 128, min(padded, 128), warps=8 if padded > 64 else 4, stages=1)
 
 
 def permute_heuristic(launch: Launch, gpu: str) -> PermuteConfig:
@@ -110,7 +110,7 @@ def permute_heuristic(launch: Launch, gpu: str) -> PermuteConfig:
     at most 128 elements.
     """
     run = triton.next_power_of_2(launch.run)
-    channels = pieces(launch.width, 128)[0] if launch.width >= 8 else triton.next_power_of_2(launch.width)
+    channels = split_row(launch.width, 128)[0] if launch.width >= 8 else triton.next_power_of_2(launch.width)
     channels = min(channels, 128, max(512 // run, 1))
     rows = min(triton.next_power_of_2(launch.rows), max(128 // (run * channels), 1))
     tokens = min(max(4096 // (run * channels * rows), 8), 16 if gpu == "cpu" else 256)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .rows import pieces
+from .rows import split_row
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def tile(heads: int, head_dim: int) -> int:
 
 def head_block(heads: int) -> int:
     """Heads of a piece: 8 of 24 or 40, 4 of 12, 16 of 32."""
-    return pieces(max(heads, 1), 16, 1)[0]
+    return split_row(max(heads, 1), 16, 1)[0]
 
 
 def elements_of(heads: int, head_dim: int) -> int:

@@ -14,7 +14,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as @triton.jit rea
 
 
 @functools.cache
-def pieces(size: int, target: int, min_block: int = 8) -> tuple[int, int]:
+def split_row(size: int, target: int, min_block: int = 8) -> tuple[int, int]:
     """(block, count) with the least padding; ties go to the block closest to ``target``.
 
     ``target``, ``min_block`` and block are powers of two; 8 16-bit elements are a 16-byte access.

@@ -124,10 +124,10 @@ def convolution(op, **more):
 
 
 @contextmanager
-def convolution_tiles(pixels=32, channels=32, block_k=32, more=0, tma=False, wgrad=(32, 32, 0, 32), programs=4,
+def convolution_tiles(pixels=32, channels=32, block_k=32, extra=0, tma=False, wgrad=(32, 32, 0, 32), programs=4,
                       **wgrad_options):
     """Small tiles: the PTX of a product of large ones takes longer to compile than many programs to run."""
-    config = convolution_config.Config(pixels, channels, more, block_k, 4, 2, tma)
+    config = convolution_config.Config(pixels, channels, extra, block_k, 4, 2, tma)
     with ExitStack() as stack:
         for kernel in ("forward", "dgrad"):
             stack.enter_context(configs.override("convolution", kernel, config))

@@ -109,7 +109,7 @@ def row_issue(family: str, direction: str) -> dict[str, int]:
         for case, launch in zip(aot.cases_of(name, call, {}), aot.launches(call), strict=True):
             kernel = case.fn.__name__
             forward = kernel in ("forward_kernel", "embed_kernel", "permute_kernel")
-            if kernel == "join_kernel" or forward != (direction == "forward"):
+            if kernel == "reduce_slots_kernel" or forward != (direction == "forward"):
                 continue
             ways = {True: " back", False: " there"}.get(case.constexprs.get("BACK"), "")
             work = Work(family, case, tensor_bytes(launch), lambda: None, 0)

@@ -31,7 +31,7 @@ class Tile(ctypes.Structure):
 
 class Step(ctypes.Structure):
     _fields_ = [("from_cache", ctypes.c_bool)]
-    _fields_ += [(name, ctypes.c_int) for name in "channel column row frame tap slice kx ky kz".split()]
+    _fields_ += [(name, ctypes.c_int) for name in "channel column row frame tap slice tap_w tap_h tap_t".split()]
 
 
 @pytest.fixture(scope="module")

@@ -177,9 +177,9 @@ BOXES = [
 @pytest.mark.parametrize("setting", BOXES, ids=str)
 def test_boxes_of_integers(setting):
     """The form that TMA loads: tiles of one part and of two, more than one of them, the last not full."""
-    more, taps = 16 * (BOXES.index(setting) % 2), 1 + BOXES.index(setting) % 3
+    extra, taps = 16 * (BOXES.index(setting) % 2), 1 + BOXES.index(setting) % 3
     inputs, want = integers(dict(channels=(24, 40), batch=1) | setting)
-    with tiles(64, 16 + more, 32, more, tma=True, wgrad=(16, 16, more, 16), more_outputs=more, taps=taps):
+    with tiles(64, 16 + extra, 32, extra, tma=True, wgrad=(16, 16, extra, 16), extra_out=extra, taps=taps):
         got = backward("causal_conv3d", inputs, "triton")
     assert same_bits(got[0], want)
     assert_equal(got, backward("causal_conv3d", inputs, "reference"))

@@ -22,11 +22,11 @@ KERNELS = {
     "patch_embed": (patches, "weight_kernel", 0, (0, 1, 2)), "unpatchify": (patches, "permute_kernel", 0, (0, 1)),
     "norm_modulate": (modulation, "forward_kernel", 0, (0, 1, 8)),
     "gate_residual": (modulation, "backward_kernel", 0, (0, 1)),
-    "gate_residual_norm_modulate": (modulation, "join_kernel", 0, (0, 1)),
+    "gate_residual_norm_modulate": (modulation, "reduce_slots_kernel", 0, (0, 1)),
     "qk_norm_rope": (rotary, "backward_kernel", 0, (0, 7)), "varlen_attention": (attention, "dkdv_kernel", 0, (0, 1, 3)),
     "causal_conv3d": (convolution, "dgrad_kernel", 5, (1, 3, 5)),
     "norm_act_conv3d": (convolution, "forward_kernel", 1, (1, 5)),
-    "norm_act": (normalization, "join_stats_kernel", 2, (0, 2)),
+    "norm_act": (normalization, "merge_stats_kernel", 2, (0, 2)),
 }
 
 
@@ -50,7 +50,7 @@ def test_a_program_left_out_fails(op, monkeypatch):
     assert_matches(op, on_kernel(op), inputs)
     memory.assert_whole()
     whole = getattr(module, kernel)
-    wrong = Misled(whole) if module is attention else Short(whole, 0 if kernel == "join_kernel" else None)
+    wrong = Misled(whole) if module is attention else Short(whole, 0 if kernel == "reduce_slots_kernel" else None)
     monkeypatch.setattr(module, kernel, wrong)
     with pytest.raises(AssertionError, match=op):
         assert_matches(op, on_kernel(op), inputs)

@@ -123,7 +123,7 @@ def test_without_rows_the_gradient_passes_through():
 
 # ----------------------------------------------------------------------------------------------------------- wrong
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("kernel, keep", (("forward_kernel", None), ("backward_kernel", None), ("join_kernel", 0)))
+@pytest.mark.parametrize("kernel, keep", (("forward_kernel", None), ("backward_kernel", None), ("reduce_slots_kernel", 0)))
 def test_wrong_kernels_fail(op, kernel, keep, monkeypatch):
     label, inputs = next(iter(cases(op, torch.float32)))
     monkeypatch.setattr(kernels, "torch", Guarded())  # what was not written must not hold an earlier call's numbers

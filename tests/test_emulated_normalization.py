@@ -231,8 +231,8 @@ def test_weight_and_bias_may_be_one_tensor():
 # ----------------------------------------------------------------------------------------------------------- wrong
 @pytest.mark.parametrize("norm, kernel, keep", [
     ("rms", "forward_kernel", None), ("rms", "backward_kernel", None), ("group", "stats_kernel", None),
-    ("group", "join_stats_kernel", None), ("group", "forward_kernel", None), ("group", "backward_kernel", None),
-    ("group", "join_sums_kernel", 0)])
+    ("group", "merge_stats_kernel", None), ("group", "forward_kernel", None), ("group", "backward_kernel", None),
+    ("group", "reduce_sums_kernel", 0)])
 def test_wrong_kernels_fail(norm, kernel, keep, monkeypatch):
     inputs = next(inputs for _, inputs in cases("norm_act", torch.float32) if inputs.get("norm", "rms") == norm)
     monkeypatch.setattr(kernels, "torch", Guarded())  # what was not written must not hold an earlier call's numbers

@@ -77,8 +77,8 @@ def test_layouts(label, op):
 
 def test_width_of_a_model():
     inputs = inputs_of("patch_embed", ((1, 2, 3), (2, 2, 1)), 2, 16, (1, 2, 2), 384, dtype=torch.float16)
-    with (configs.override("patches", "embed", kernels.ProductConfig(16, 128, 64, 4, 1)),
-          configs.override("patches", "weight", kernels.ProductConfig(16, 128, 64, 4, 1))):
+    with (configs.override("patches", "embed", kernels.GemmConfig(16, 128, 64, 4, 1)),
+          configs.override("patches", "weight", kernels.GemmConfig(16, 128, 64, 4, 1))):
         assert_matches("patch_embed", on_kernel("patch_embed"), inputs)
 
 
@@ -88,7 +88,7 @@ def test_width_of_a_model():
        bias=st.booleans(), dtype=st.sampled_from(DTYPES), block_k=st.sampled_from((16, 64)), op=st.sampled_from(OPS))
 def test_drawn(grids, tail, patch, channels, width, bias, dtype, block_k, op):
     """Whole patches in a tile and patches in pieces, blocks of tokens that begin and end anywhere in samples."""
-    config = kernels.ProductConfig(16, 16, block_k, 4, 1)
+    config = kernels.GemmConfig(16, 16, block_k, 4, 1)
     with (configs.override("patches", "embed", config), configs.override("patches", "latents", config),
           configs.override("patches", "weight", config),
           configs.override("patches", "permute", kernels.PermuteConfig(16, 2, 2, 4))):
@@ -151,7 +151,7 @@ def test_thousands_of_samples():
     """The search finds each among 3,000, a third of them without tokens."""
     grids = ((0, 1, 1), (1, 1, 1), (1, 1, 0)) * 999 + ((1, 1, 2),)
     latents = torch.arange(tokens_of(grids)).float()
-    with configs.override("patches", "embed", kernels.ProductConfig(128, 16, 16, 4, 1)):
+    with configs.override("patches", "embed", kernels.GemmConfig(128, 16, 16, 4, 1)):
         out = on_kernel("patch_embed")(latents, torch.ones(1, 1, 1, 1, 1), grids=grids)
     assert torch.equal(out[:, 0], latents)
 

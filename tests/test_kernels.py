@@ -181,14 +181,14 @@ def _fits_attention(kernel, launch, config, gpu):
 def _fits_convolution(kernel, launch, config, gpu):
     """Powers of two that a product takes, and sums within the registers."""
     if kernel == "wgrad":
-        sizes = config.outputs, config.inputs, config.pixels
-        sums = (config.outputs + config.more_outputs) * (config.inputs + config.more) * config.taps
+        sizes = config.out_channels, config.in_channels, config.pixels
+        sums = (config.out_channels + config.extra_out) * (config.in_channels + config.extra_in) * config.taps
         return (powers(*sizes, config.warps) and min(sizes) >= 16 and sums <= 32 * config.warps * 192
-                and all(more == 0 or powers(more) for more in (config.more, config.more_outputs))
-                and (loads_by_tma(launch, gpu) if config.tma else config.more_outputs == 0 and config.taps == 1))
+                and all(extra == 0 or powers(extra) for extra in (config.extra_in, config.extra_out))
+                and (loads_by_tma(launch, gpu) if config.tma else config.extra_out == 0 and config.taps == 1))
     return (powers(config.pixels, config.channels, config.block_k, config.warps) and config.block_k >= 16
-            and (config.channels + config.more) * config.pixels <= 32 * config.warps * 192
-            and (config.more == 0 or config.tma and powers(config.more)) and config.tma == loads_by_tma(launch, gpu))
+            and (config.channels + config.extra) * config.pixels <= 32 * config.warps * 192
+            and (config.extra == 0 or config.tma and powers(config.extra)) and config.tma == loads_by_tma(launch, gpu))
 
 
 FITS = {"patches": _fits_patches, "modulation": _fits_modulation, "rotary": _fits_rotary,
@@ -265,7 +265,7 @@ CACHES = [((1, 1, 3, 3), 1, 2), ((2, 1, 16, 16), 2, 2), ((1, 3, 5, 7), 16, 17), 
 def _uploaded(start):
     """Grids and cu_seqlens are parts of one upload: the second begins anywhere."""
     table = torch.empty(64, dtype=torch.int32)[start:]
-    latents, weight, config = torch.empty(32 * 16), torch.empty(8, 4, 1, 2, 2), patches.ProductConfig(32, 16, 16, 4, 1)
+    latents, weight, config = torch.empty(32 * 16), torch.empty(8, 4, 1, 2, 2), patches.GemmConfig(32, 16, 16, 4, 1)
     patches.embed(latents, weight, None, table[:6].view(2, 3), table[6:9], config=config)
 
 
@@ -322,10 +322,10 @@ def test_no_grid_is_too_large():
                                                     (1, 1, 4), (2**33, 36, 264)))
 def test_pieces_of_wgrad_fill_the_gpu(units, tiles, resident):
     """All units are in one piece each, and no wave of programs is left for a few of them."""
-    pieces, run = convolution._pieces(units, tiles, resident)
-    assert (pieces - 1) * run < units <= pieces * run
-    waves = triton.cdiv(pieces * tiles, resident)
-    assert pieces == units or pieces * tiles > 0.9 * waves * resident
+    splits, run = convolution._split_k(units, tiles, resident)
+    assert (splits - 1) * run < units <= splits * run
+    waves = triton.cdiv(splits * tiles, resident)
+    assert splits == units or splits * tiles > 0.9 * waves * resident
 
 
 def test_what_a_norm_launches():
@@ -335,8 +335,8 @@ def test_what_a_norm_launches():
         return [launch.fn.__name__ for launch in found]
 
     assert names("rms", 2, 2) == ["forward_kernel", "backward_kernel"]
-    statistics = ["stats_kernel", "join_stats_kernel", "forward_kernel", "backward_kernel"]
-    assert names("group", 2, 2) == [*statistics, "join_sums_kernel", "backward_kernel"]
+    statistics = ["stats_kernel", "merge_stats_kernel", "forward_kernel", "backward_kernel"]
+    assert names("group", 2, 2) == [*statistics, "reduce_sums_kernel", "backward_kernel"]
     assert names("group", wanted=(False, True, False)) == statistics
     assert names("rms", wanted=(False, False, False)) == ["forward_kernel"]
     # a frame of 60 x 104 with 384 channels: several programs for each of 132 SMs
@@ -427,8 +427,8 @@ def test_tma_is_used_where_rows_are_aligned_and_there_is_one():
     assert flags() == {True} and flags(pitch=260) == {False} and flags(gpu="sm80") == {False}
     launch = EXAMPLES["convolution"]
     assert [loads_by_tma(launch, gpu) for gpu in GPUS] == [False, False, False, True, True, True, True]
-    for change in (dict(inputs=12), dict(outputs=3), dict(stride=(1, 2, 2)), dict(upsample=2), dict(space_pad="reflect"),
-                   dict(dtype=torch.float32)):
+    for change in (dict(in_channels=12), dict(out_channels=3), dict(stride=(1, 2, 2)), dict(upsample=2),
+                   dict(space_pad="reflect"), dict(dtype=torch.float32)):
         assert not loads_by_tma(replace(launch, **change), "sm90")
     assert loads_by_tma(replace(launch, kernel=(3, 1, 1), space_pad="reflect"), "sm90")
 

@@ -217,7 +217,7 @@ def test_what_is_read_of_launches():
     from sora_fast.cyclemodel import GPUS
 
     work = list(predict_kernels.ours("modulation", GPUS["h200"], "1152, bfloat16"))
-    assert {each.case.fn.__name__ for each in work} == {"forward_kernel", "backward_kernel", "join_kernel"}
+    assert {each.case.fn.__name__ for each in work} == {"forward_kernel", "backward_kernel", "reduce_slots_kernel"}
     (forward,) = (each for each in work if each.case.fn.__name__ == "forward_kernel")
     # x and y are read, x_new and h written; a row of the table serves many tokens
     assert forward.kernel(GPUS["h200"]).traffic == 2.0

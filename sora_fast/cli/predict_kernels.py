@@ -22,9 +22,10 @@ from .predict_measured import Call, call_of
 
 MEMORY = ("modulation", "normalization", "patches", "rotary")  # families whose time is DRAM's
 PASSES = {"forward_kernel": "forward", "embed_kernel": "forward", "tma_kernel": "forward or dgrad",
-          **dict.fromkeys(("schedule_kernel", "join_kernel", "join_stats_kernel", "join_sums_kernel"), "beside the others")}
+          **dict.fromkeys(("schedule_kernel", "reduce_slots_kernel", "merge_stats_kernel", "reduce_sums_kernel"),
+                          "beside the others")}
 
-TILE = ("C0", "C1", "O0", "O1", "I0", "I1", "NTAPS", "TH", "TW", "MORE")  # of a kernel's constants, beside BLOCK_...
+TILE = ("C0", "C1", "O0", "O1", "I0", "I1", "NTAPS", "TH", "TW", "EXTRA_I")  # of a kernel's constants, beside BLOCK_...
 
 
 def cache() -> Path:
@@ -112,7 +113,7 @@ def _useful(kernel: str, constants, signature) -> float:
         share = (_share(value("COUT"), value("O0") + value("O1")) * _share(value("CIN"), value("I0") + value("I1"))
                  * _share(value("KW"), value("NTAPS")))
     elif "BLOCK_O" in constants:
-        share = _share(value("COUT"), value("BLOCK_O")) * _share(value("CIN"), value("BLOCK_I") + value("MORE"))
+        share = _share(value("COUT"), value("BLOCK_O")) * _share(value("CIN"), value("BLOCK_I") + value("EXTRA_I"))
     elif "CIN" in constants:
         made, summed = ("COUT", "CIN") if kernel == "forward_kernel" else ("CIN", "COUT")
         share = _share(value(made), value("BLOCK_C")) * _share(value(summed), value("BLOCK_K"))

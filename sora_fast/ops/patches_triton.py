@@ -46,7 +46,7 @@ def _config(kernel: str, x, tokens: int, width: int, rows: int, run: int) -> con
     return triton_backend.config("patches", kernel, x.device, configs.bucket(tokens), width, rows, run, x.dtype)
 
 
-def _config_of_product(kernel: str, x, tokens: int, weight):
+def _gemm_config(kernel: str, x, tokens: int, weight):
     return _config(kernel, x, tokens, weight.shape[0], prod(weight.shape[1:4]), weight.shape[4]).config
 
 
@@ -57,7 +57,7 @@ def _typical_config(kernel: str, problem) -> configs.Found:
 def _embed(latents, weight, bias, grids, cu_seqlens):
     from ..kernels import patches as kernels
 
-    config = _config_of_product("embed", latents, latents.shape[0] // prod(weight.shape[1:]), weight)
+    config = _gemm_config("embed", latents, latents.shape[0] // prod(weight.shape[1:]), weight)
     return kernels.embed(latents, weight, bias, grids, cu_seqlens, config=config)
 
 
@@ -71,10 +71,10 @@ def _embed_backward(d_out, latents, weight, grids, cu_seqlens, wanted):
     want_latents, want_weight, want_bias = wanted
     found = []
     if want_latents:
-        config = _config_of_product("latents", d_out, d_out.shape[0], weight)
+        config = _gemm_config("latents", d_out, d_out.shape[0], weight)
         found.append(kernels.embed_latents_gradient(d_out, weight, grids, cu_seqlens, config=config))
     if want_weight or want_bias:
-        config = _config_of_product("weight", d_out, d_out.shape[0], weight)
+        config = _gemm_config("weight", d_out, d_out.shape[0], weight)
         found += kernels.embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, want_weight=want_weight,
                                                want_bias=want_bias, config=config)
     return [t for t in found if t is not None]
@@ -85,17 +85,17 @@ def _fake_embed_backward(d_out, latents, weight, grids, cu_seqlens, wanted):
     return [latents.new_empty(shape) for shape, want in zip(shapes, wanted, strict=True) if want]
 
 
-def _permute(source, grids, cu_seqlens, patch, channels, back):
+def _permute(source, grids, cu_seqlens, patch, channels, to_tokens):
     from ..kernels import patches as kernels
 
     tokens = source.numel() // (channels * prod(patch))
     config = _config("permute", source, tokens, channels, patch[0] * patch[1], patch[2]).config
-    return kernels.permute(source, grids, cu_seqlens, patch, channels, back=back, config=config)
+    return kernels.permute(source, grids, cu_seqlens, patch, channels, to_tokens=to_tokens, config=config)
 
 
-def _fake_permute(source, grids, cu_seqlens, patch, channels, back):
+def _fake_permute(source, grids, cu_seqlens, patch, channels, to_tokens):
     numel = channels * prod(patch)
-    return source.new_empty((source.shape[0] // numel, numel) if back else (source.shape[0] * numel,))
+    return source.new_empty((source.shape[0] // numel, numel) if to_tokens else (source.shape[0] * numel,))
 
 
 # sizes: t, h, w of every sample, concatenated. Backward: the wanted gradients of latents, weight and bias.
@@ -105,7 +105,7 @@ operators.define("patch_embed_forward(Tensor latents, Tensor weight, Tensor? bia
 operators.define("patch_embed_backward(Tensor d_out, Tensor latents, Tensor weight, Tensor grids, Tensor cu_seqlens, "
                  "bool[] wanted) -> Tensor[]", _embed_backward, _fake_embed_backward)
 operators.define("patches_permute(Tensor source, Tensor grids, Tensor cu_seqlens, int[] patch, int channels, "
-                 "bool back) -> Tensor", _permute, _fake_permute)
+                 "bool to_tokens) -> Tensor", _permute, _fake_permute)
 
 
 class _PatchEmbed(torch.autograd.Function):

@@ -280,7 +280,8 @@ def violations(compiled: Compiled, cc: int, *, wants_matrix: bool = False, expec
 def cases_of(name: str, call: Callable[[], object], wants: Mapping[str, object]) -> list[AotCase]:
     """A case for each kernel that ``call`` launches; refuses a call that launches none.
 
-    ``wants`` are for all of them, but for what stands under a kernel's own name: {"join_kernel": {"wants_wide": False}}.
+    ``wants`` are for all of them, but for what stands under a kernel's own name:
+    {"reduce_slots_kernel": {"wants_wide": False}}.
     """
     found = launches(call)
     if not found:

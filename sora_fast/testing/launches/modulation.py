@@ -27,7 +27,7 @@ def both(width, x_dtype, y_dtype, table_dtype, norm, affine, tokens=64, count=2,
 def aot_cases():
     f32, bf16 = torch.float32, torch.bfloat16
     # the kernel that joins reads and writes a thousandth of what the others do
-    wants = dict(wants_wide=True, join_kernel=dict(wants_wide=False))
+    wants = dict(wants_wide=True, reduce_slots_kernel=dict(wants_wide=False))
     yield "384, float32", partial(both, 384, f32, f32, f32, "rms", False), wants
     yield "1152, bfloat16", partial(both, 1152, bf16, bf16, bf16, "layer", False), wants
     yield "1536, float32 tables", partial(both, 1536, bf16, None, f32, "layer", False), wants

@@ -31,7 +31,7 @@ def aot_cases():
     wants = dict(wants_wide=True)
     # sums are a thousandth of what is read; the grouped backward stores nothing else in the first of its two launches
     small = dict(wants_wide=False)
-    grouped = wants | dict(stats_kernel=small, join_stats_kernel=small, join_sums_kernel=small, backward_kernel=small)
+    grouped = wants | dict(stats_kernel=small, merge_stats_kernel=small, reduce_sums_kernel=small, backward_kernel=small)
     yield "96, bfloat16, keep 4", partial(both, 96, bf16, bf16, bf16, "rms", keep=4), wants
     yield "192, bfloat16", partial(both, 192, bf16, bf16, bf16, "rms"), wants
     yield "384, bfloat16", partial(both, 384, bf16, bf16, bf16, "rms"), wants

@@ -31,8 +31,8 @@ def permutations(channels, patch, dtype, tokens=4096, samples=3, ways=(False, Tr
     grids, cu_seqlens = _tables(samples)
     given = torch.empty((tokens, channels * prod(patch)), dtype=dtype, device="meta")
     config = HEURISTICS["permute"](Launch(4096, channels, prod(patch[:2]), patch[2], dtype), "sm90")
-    for back in ways:
-        permute(given, grids, cu_seqlens, patch, channels, back=back, config=config)
+    for to_tokens in ways:
+        permute(given, grids, cu_seqlens, patch, channels, to_tokens=to_tokens, config=config)
 
 
 def aot_cases():
