@@ -7,7 +7,7 @@ from torch import nn
 
 from .. import ops
 from ..ops.convolution import SPACE_PADS
-from .mixin import Fast, runs_alone
+from .mixin import Fast, runs_only_forward
 
 _PADS = {nn.ZeroPad3d: "zeros", nn.ConstantPad3d: "zeros", nn.ReplicationPad3d: "replicate"}
 
@@ -34,7 +34,7 @@ class Sequence(Fast):
     def report_of(cls, module):
         found = _pairs(module)
         names = dict.fromkeys("norm_act" if type(first) is nn.GroupNorm else "causal_conv3d" for first, _ in found)
-        return "; left in it: ".join([" and ".join(names), *filter(None, [_missing(module, found)])])
+        return "; left in it: ".join([" and ".join(names), *filter(None, [_why_others_not(module, found)])])
 
     @classmethod
     def absorbed(cls, module):
@@ -44,7 +44,7 @@ class Sequence(Fast):
     @staticmethod
     def why_not(module):
         found = _pairs(module)
-        return None if found else "; ".join(["a container", *filter(None, [_missing(module, found)])])
+        return None if found else "; ".join(["a container", *filter(None, [_why_others_not(module, found)])])
 
 
 def _pairs(module) -> list[tuple[nn.Module, nn.Module]]:
@@ -58,7 +58,7 @@ def _pairs(module) -> list[tuple[nn.Module, nn.Module]]:
     return found
 
 
-def _missing(module, found) -> str:
+def _why_others_not(module, found) -> str:
     """Why the other children are not fused, each reason once."""
     read = {child for pair in found for child in pair}
     reasons = {}
@@ -77,7 +77,7 @@ def _why_not(first, second) -> str | None:
     """
     norm, pad = type(first) is nn.GroupNorm, "Pad" in type(first).__name__
     if norm and type(second) is nn.SiLU or type(first) in _PADS and type(second) is nn.Conv3d:
-        if not (runs_alone(first) and runs_alone(second)):
+        if not (runs_only_forward(first) and runs_only_forward(second)):
             return "its {2} or {3} has a hook or a forward of its own"
         return None if norm else _why_not_causal(first, second)
     if norm:
