@@ -243,7 +243,7 @@ def _seeded_randn(name: str):
 @functools.cache
 def _recording_class(original: type) -> type:
     def get(self, name):
-        if name.startswith("__") or name == "_sora_fast_watch":
+        if name.startswith("__") or name == "_sora_fast_recorder":
             return object.__getattribute__(self, name)
         value = self._sora_fast_recorder.read(name)
         return object.__getattribute__(self, name) if value is _MISSING else value
