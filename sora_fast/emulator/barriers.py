@@ -32,7 +32,9 @@ class Mbarrier:
 
 
 class Barriers:
-    """Arrivals and waits."""
+    """Arrivals and waits. ``i``, ``k``: the warps and the active lanes (codegen.py); ``number``: the instruction's, but in
+    ``arrive`` and ``release`` the named barrier's.
+    """
 
     def active_lanes(self, i, k, *values):
         """For each active lane of the group: its warp and its values."""
@@ -50,6 +52,7 @@ class Barriers:
 
     # ---- named barriers
     def named_barrier(self, group: Group, block, values) -> Group | None:
+        """bar.sync or bar.arrive, which ends ``block``; ``values``: its operands. None: the group waits."""
         end = block.end
         number = int(values[0].flat[0])
         threads = int(values[1].flat[0]) if len(values) > 1 else None

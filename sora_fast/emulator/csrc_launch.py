@@ -51,7 +51,10 @@ def launch(emulator: Emulator, extension: ModuleType, op: str, tensors: Mapping[
 
 
 def encode(kind: int, address: int, sizes, strides, box, steps, interleave: int, swizzle: int, fill: int) -> bytes | None:
-    """cuTensorMapEncodeTiled of the CUDA driver API, in the emulator's encoding; None for what the driver rejects."""
+    """cuTensorMapEncodeTiled of the CUDA driver API, in the emulator's encoding; None for what the driver rejects.
+
+    ``kind``: a CUtensorMapDataType; ``steps``: the element strides.
+    """
     rank = len(sizes)
     legal = (1 <= rank <= 5 and address % 16 == 0 and all(1 <= size <= 1 << 32 for size in sizes)
              and all(stride % 16 == 0 and stride < 1 << 40 for stride in strides) and all(1 <= side <= 256 for side in box)
@@ -73,14 +76,14 @@ def kernel_ptx(path: str, kernel: str, compute_capability: int) -> str:
     It is of the newest architecture among those embedded that such a GPU can run.
     """
     texts = _embedded(path)
-    runs = [(number, special) for number, special in texts
-            if (number == compute_capability if special else number <= compute_capability)]
-    for key in sorted(runs, reverse=True):
+    usable = [(number, arch_specific) for number, arch_specific in texts
+            if (number == compute_capability if arch_specific else number <= compute_capability)]
+    for key in sorted(usable, reverse=True):
         for text in texts[key]:
             for name in re.findall(r"\.entry (\w+)\(", text):
                 if demangled(name) == kernel:
                     return isolate_kernel(text, name)
-    available = ", ".join(f"compute_{number}{'a' * special}" for number, special in sorted(texts)) or "none"
+    available = ", ".join(f"compute_{number}{'a' * arch_specific}" for number, arch_specific in sorted(texts)) or "none"
     raise RuntimeError(f"emulated_gpu: expected PTX of {kernel} for sm{compute_capability} in the CUDA extension, got "
                        f"{available}; rebuild it with SORA_FAST_BUILD_CUDA=1 pip install -e .")
 

@@ -129,7 +129,7 @@ UNSUPPORTED_FEATURES = {
     r"call.*": "tl.device_print and other calls of functions",
     r"mma\..*|wgmma\.mma_async.*": "this shape or these types of a matrix multiply",
 }
-SPECIALS = re.compile(
+SPECIAL_REGISTERS = re.compile(  # those that are emulated
     r"(tid|ntid|ctaid|nctaid)\.[xyz]|laneid|warpid|nwarpid|lanemask_(lt|le|eq|ge|gt)|cluster_n?ctarank|dynamic_smem_size"
 )
 
@@ -162,7 +162,7 @@ def check(kernel: Kernel) -> None:
         if instr.guard and blocking(instr):
             refuse(instr, "a predicate on a barrier or on a wait for an mbarrier is not emulated")
         for leaf in leaf_operands(instr.args):
-            if isinstance(leaf, Special) and not SPECIALS.fullmatch(leaf.name):
+            if isinstance(leaf, Special) and not SPECIAL_REGISTERS.fullmatch(leaf.name):
                 refuse(instr, f"the special register %{leaf.name} is not emulated")
             if isinstance(leaf, Sym) and leaf.name not in known and instr.parts[0] != "bra":
                 refuse(instr, f"{leaf.name} is not declared")

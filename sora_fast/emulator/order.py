@@ -9,7 +9,7 @@ and one per mbarrier for the TMA loads that complete on it. A warp's knowledge o
 
 import numpy as np
 
-MBARRIERS = 32
+MBARRIERS = 32  # columns for mbarriers; further mbarriers of a CTA share them
 
 
 def join_clocks(a: dict, b: dict) -> dict:
@@ -83,6 +83,7 @@ class VectorClocks:
         return join_clocks(self.foreign[warp], {self.m.cta_ids[self.m.cta_of[warp]]: self.clock[warp, : self.warps].copy()})
 
     def acquire_clocks(self, warp, known: dict) -> None:
+        """From now on this warp is ordered after what ``released_clocks`` has published."""
         own = self.m.cta_ids[self.m.cta_of[warp]]
         if own in known:
             self.clock[warp, : self.warps] = np.maximum(self.clock[warp, : self.warps], known[own])

@@ -284,10 +284,10 @@ def attempt(module: nn.Module, form: type) -> Proof:
 def _compare(theirs: Recorder, ours: Recorder) -> str | None:
     """Why the forward of ``theirs`` differs from the form's; None if outputs and gradients agree to 1e-10."""
     mode = "in training" if theirs.training else "in evaluation"
-    (wanted, drew), (got, _) = _run(theirs, theirs.original.forward), _run(ours, ours.form.compute)
+    (wanted, used_rng), (got, _) = _run(theirs, theirs.original.forward), _run(ours, ours.form.compute)
     if theirs.refused:
         return theirs.refused
-    if drew:
+    if used_rng:
         return f"its forward draws random numbers {mode}"
     if not _agree(wanted, got):
         return f"its forward is not that of the {theirs.original.__name__} known here ({mode})"
@@ -296,15 +296,15 @@ def _compare(theirs: Recorder, ours: Recorder) -> str | None:
 
 def _run(recorder: Recorder, forward):
     """The output and, by name, the gradients of a weighted sum of it; and whether random numbers were drawn."""
-    draw, before = _seeded_randn("inputs"), _states()
+    draw, before = _seeded_randn("inputs"), _rng_states()
     given = [draw(*shape).requires_grad_() for shape in recorder.form.shapes(recorder.module)]
     out = forward(recorder.twin, *(x.clone() for x in given))  # copies: it may write to them
-    drew = _states() != before
+    used_rng = _rng_states() != before
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"it returns a {type(out).__name__}")
     leaves = recorder.weights | dict(enumerate(given))
     gradients = torch.autograd.grad((out * draw(*out.shape)).sum(), list(leaves.values()), allow_unused=True)
-    return (out.detach(), dict(zip(leaves, gradients, strict=True))), drew
+    return (out.detach(), dict(zip(leaves, gradients, strict=True))), used_rng
 
 
 def _agree(wanted, got) -> bool:
@@ -319,7 +319,7 @@ def _agree(wanted, got) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ isolation
-def _states() -> tuple:
+def _rng_states() -> tuple:
     numpy = sys.modules.get("numpy")
     return (torch.default_generator.get_state().numpy().tobytes(), random.getstate(),
             pickle.dumps(numpy.random.get_state()) if numpy else None)
