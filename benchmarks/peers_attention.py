@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sora_fast.ops import attention_peers as libraries
 from sora_fast.ops.attention import AttentionProblem
-from sora_fast.ops.attention_peers import HALF, Limits, sides
+from sora_fast.ops.attention_peers import HALF, Limits, left_right
 
 from .case import Case, Provider
 
@@ -81,7 +81,7 @@ def layout(cu_seqlens_q, cu_seqlens_k, causal: bool, window) -> Layout:
     lengths_q, lengths_k = _lengths(cu_seqlens_q), _lengths(cu_seqlens_k)
     longest_q, longest_k = max(lengths_q), max(lengths_k)
     dense = len(set(lengths_q)) == len(set(lengths_k)) == 1
-    left, right = sides(causal, window)
+    left, right = left_right(causal, window)
     # SDPA aligns its own causal mask top-left: the same thing where queries and keys are equally many
     is_causal = dense and left < 0 and right == 0 and longest_q == longest_k
     banded = (left >= 0 or right >= 0) and not is_causal
@@ -175,7 +175,7 @@ def _varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     from torch.nn.attention import varlen
 
     # causal is the window (-1, 0) there, and only as a tuple
-    options = dict(window_size=sides(causal, window))
+    options = dict(window_size=left_right(causal, window))
     if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
         options["enable_gqa"] = True  # torch 2.11 has no such flag: there its kernel counts the heads itself
     if return_lse:
@@ -196,7 +196,7 @@ def _with_block_mask(inputs: dict) -> dict:
     from torch.nn.attention.flex_attention import create_block_mask
 
     q, k, cu_q, cu_k = (inputs[name] for name in ("q", "k", "cu_seqlens_q", "cu_seqlens_k"))
-    left, right = sides(inputs["causal"], inputs["window"])
+    left, right = left_right(inputs["causal"], inputs["window"])
     if cu_q.shape[0] == 2 and left < 0 and right < 0:  # one sample that sees all of itself
         return inputs | dict(block_mask=None)
     sample_q, sample_k = (torch.repeat_interleave(torch.arange(len(cu) - 1, device=cu.device), cu.diff())
@@ -239,7 +239,7 @@ def _cudnn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, l
 
     lengths_q, lengths_k = lengths
     # a bottom-right diagonal only where it differs from the plain one: fewer engines take it
-    is_causal = sides(causal, window)[1] == 0
+    is_causal = left_right(causal, window)[1] == 0
     bottom_right = is_causal and lengths_q != lengths_k
     if len(set(lengths_q)) == len(set(lengths_k)) == 1:
         batch = (_batch(x, len(n), n[0], None) for x, n in ((q, lengths_q), (k, lengths_k), (v, lengths_k)))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from . import env
-from .precision import holds_numbers
+from .precision import has_data
 
 
 def show_shape(shape: Sequence[object]) -> str:
@@ -168,7 +168,7 @@ def integers(op: str, name: str, value: torch.Tensor, dtypes: Sequence[torch.dty
 
 def looked_at(value: torch.Tensor) -> bool:
     """Whether values may be read for a warning: on a CPU outside a graph; nothing waits for a GPU to be warned."""
-    return value.device.type == "cpu" and holds_numbers(value)
+    return value.device.type == "cpu" and has_data(value)
 
 
 def warn_once(owner: object, of: str, sentence: str) -> None:
@@ -181,7 +181,7 @@ def warn_once(owner: object, of: str, sentence: str) -> None:
 
 def values_are_visible(value: torch.Tensor) -> bool:
     """Whether reading numbers out of ``value`` is allowed here: never while tracing, never by a silent GPU wait."""
-    if not holds_numbers(value):
+    if not has_data(value):
         return False
     if value.device.type == "cpu":
         return True

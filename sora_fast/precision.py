@@ -58,7 +58,7 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     )
 
 
-def holds_numbers(tensor: torch.Tensor) -> bool:
+def has_data(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` has values to read: not while a graph is traced, nor in fake and meta tensors, nor in
     those of a transform of torch.func.
     """

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from .precision import holds_numbers
+from .precision import has_data
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -18,7 +18,7 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     device = torch.device(device)
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
-    return (tensor.pin_memory() if holds_numbers(tensor) else tensor).to(device, non_blocking=True)
+    return (tensor.pin_memory() if has_data(tensor) else tensor).to(device, non_blocking=True)
 
 
 def outside_pools(make: Callable[[], object]) -> object:

@@ -74,17 +74,17 @@ class Study:
     """One launch of a kernel, to be repeated with other PTX while its tensors live."""
 
     def __init__(self, ptx: str, grid, block, params, allocations, shared):
-        from sora_fast.emulator.launches import _Memory
+        from sora_fast.emulator.launches import _Snapshot
 
         self.ptx, self.grid, self.block, self.params, self.shared = ptx, grid, block, params, shared
-        self.allocations, self.before, self.right = allocations, _Memory(allocations), None
+        self.allocations, self.before, self.right = allocations, _Snapshot(allocations), None
         if verdict := self.verdict(ptx):
             raise RuntimeError(f"emulator_removals: the kernel as it is: {verdict}")
 
     def verdict(self, ptx: str) -> str:
         """What is noticed: "" for nothing. The first run of all is what the results should be."""
         from sora_fast.emulator.codegen import Program
-        from sora_fast.emulator.launches import _Memory
+        from sora_fast.emulator.launches import _Snapshot
         from sora_fast.emulator.machine import Launch, Schedule
         from sora_fast.emulator.memory import Fault
         from sora_fast.emulator.ptx import parse
@@ -101,7 +101,7 @@ class Study:
                 return "; ".join(dict.fromkeys(kind for kind, _ in fault.findings)) or shorten(str(fault))
             if launch.findings:
                 return "; ".join(dict.fromkeys(kind for kind, _ in launch.findings))
-            after = _Memory(self.allocations)
+            after = _Snapshot(self.allocations)
             if self.right is None:
                 self.right = after
             elif self.right.difference(after):

@@ -139,7 +139,7 @@ def test_what_is_read_past_computes_with_nothing_else(name):
     """Every attribute that the forward of such a child looks at is read too, or has the one value that is right."""
     model, inputs = copy.deepcopy(changes.plain_model(name)), {}
     mixin.resolve()
-    kinds = {module: [kind for kind in mixin.KINDS if kind.read is not None and kind(module)]
+    kinds = {module: [kind for kind in mixin.KINDS if kind.reads is not None and kind(module)]
              for module in model.modules()}
     for module in {type(module): module for module, found in kinds.items() if found}.values():
         module.register_forward_pre_hook(lambda module, args, kwargs: inputs.setdefault(module, (args, kwargs)) and None,
@@ -163,7 +163,7 @@ def test_what_is_read_past_computes_with_nothing_else(name):
         used = {attribute for attribute in looked_at if attribute in state or attribute in own and attribute != "forward"
                 } - set(vars(nn.Module()))
         for kind in kinds[module]:
-            said = {*kind.read.split(), *kind.fixed, *kind.methods}
+            said = {*kind.reads.split(), *kind.required, *kind.methods}
             assert used <= said, f"{cls.__name__} also computes with {used - said}"
 
 

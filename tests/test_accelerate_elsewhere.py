@@ -50,7 +50,7 @@ def test_sharded_blocks():
         sora_fast.accelerate(module)
         fully_shard(module, mesh=mesh)
         close(module(*given()), wanted)
-        assert is_fast(module) and module._sora_fast_proofs.of(module).reason is None
+        assert is_fast(module) and module._sora_fast_proofs.current(module).reason is None
     finally:
         dist.destroy_process_group()
 

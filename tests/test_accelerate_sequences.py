@@ -95,7 +95,7 @@ LEFT = {
     "ConstantPad3d fills with 0.5, not with 0": causal(nn.ConstantPad3d(PAST, 0.5)),
     "ReflectionPad3d is not a pad this library knows": causal(nn.ReflectionPad3d(PAST)),
     "CircularPad3d is not a pad this library knows": causal(nn.CircularPad3d(PAST)),
-    "ZeroPad3d does not stand towards the past alone, before a kernel of 3 frames": causal(nn.ZeroPad3d(1)),
+    "ZeroPad3d does not pad the past alone, as a causal kernel of 3 frames needs": causal(nn.ZeroPad3d(1)),
     "ZeroPad3d cuts off what is at the border": causal(nn.ZeroPad3d((1, -1, 1, 1, 2, 0))),
     "its convolution has groups or dilation": causal(None, nn.Conv3d(4, 4, 3, groups=2)),
     "its convolution pads in time itself": causal(None, nn.Conv3d(4, 4, 3, padding=1)),

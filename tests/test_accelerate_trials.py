@@ -166,7 +166,7 @@ def test_a_change_is_noticed_and_so_is_its_end(monkeypatch):
         for mode in (True, False):
             close(fast.train(mode)(*given()), plain.train(mode)(*given()))
         assert len(tried) == times, scale
-        assert (fast._sora_fast_proofs.of(fast).reason is None) == (scale == 1.0)
+        assert (fast._sora_fast_proofs.current(fast).reason is None) == (scale == 1.0)
     for step in range(20):  # what changes with every call is not tried for ever
         fast.res_scale = plain.res_scale = 0.1 * step
         close(fast(*given()), plain(*given()))
@@ -268,7 +268,7 @@ def test_hooks_on_children_that_are_passed_by_are_called(kind, swapped):
                 got.sum().backward()
                 off()
                 assert len(calls) == 1, (kind, name)
-        assert fast._sora_fast_proofs.of(fast).alone(fast)
+        assert fast._sora_fast_proofs.current(fast).calls_plain_children(fast)
 
 
 # ------------------------------------------------------------------------------------------------ no trace
@@ -305,7 +305,7 @@ def test_a_trial_during_a_call_is_not_seen_by_hooks_on_all_modules():
     fast(*given())
     off.remove()
     inner = set(fast.modules())
-    assert fast._sora_fast_proofs.of(fast).reason and len(calls) == len(inner) and set(calls) == inner
+    assert fast._sora_fast_proofs.current(fast).reason and len(calls) == len(inner) and set(calls) == inner
 
 
 class Largest(TorchFunctionMode):
@@ -381,10 +381,10 @@ def test_a_norm_that_goes_and_comes_back():
     norm, proofs = fast.norm2, fast._sora_fast_proofs
     fast.norm2 = plain.norm2 = nn.Identity()
     close(fast(*given()), plain(*given()))
-    assert proofs.of(fast).reason
+    assert proofs.current(fast).reason
     fast.norm2 = plain.norm2 = norm
     close(fast(*given()), plain(*given()))
-    assert proofs.of(fast).reason is None
+    assert proofs.current(fast).reason is None
 
 
 def test_children_are_not_hidden_by_what_a_mixin_is_called():

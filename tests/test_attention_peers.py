@@ -132,7 +132,7 @@ def test_only_wanted_gradients(gpu, name):
     assert not peer(name)(**{**inputs, "k": inputs["k"].detach()}).requires_grad
 
 
-def test_rows_in_sight_are_those_the_definition_shows():
+def test_unmasked_rows_are_those_of_the_definition():
     draw = random.Random(0)
     for trial in range(200):
         lengths = [[draw.choice((0, 0, 1, 2, 3, 7)) for _ in range(draw.randint(0, 4))] for _ in "qk"]
@@ -141,12 +141,12 @@ def test_rows_in_sight_are_those_the_definition_shows():
         queries, keys = sum(lengths[0]) + draw.randint(0, 2), sum(lengths[1]) + draw.randint(0, 2)
         causal, window = draw.random() < 0.3, (draw.randint(-1, 3), draw.randint(-1, 3))
         shown = visible(cu_q, cu_k, queries, keys, causal, window, "cpu")
-        left, right = attention_peers.sides(causal, window)
-        sees = attention_peers._in_sight(cu_q, cu_k, queries, right)
-        seen = attention_peers._in_sight(cu_k, cu_q, keys, left)
-        assert torch.equal(sees, shown.any(1)) and torch.equal(seen, shown.any(0)), (trial, lengths, causal, window)
-        assert sum(attention_peers._kept(*lengths, right)) == int(sees.sum())
-        assert sum(attention_peers._kept(*lengths[::-1], left)) == int(seen.sum())
+        left, right = attention_peers.left_right(causal, window)
+        valid_q = attention_peers._unmasked_rows(cu_q, cu_k, queries, right)
+        valid_k = attention_peers._unmasked_rows(cu_k, cu_q, keys, left)
+        assert torch.equal(valid_q, shown.any(1)) and torch.equal(valid_k, shown.any(0)), (trial, lengths, causal, window)
+        assert sum(attention_peers._kept(*lengths, right)) == int(valid_q.sum())
+        assert sum(attention_peers._kept(*lengths[::-1], left)) == int(valid_k.sum())
 
 
 @pytest.mark.parametrize("name, function", [("flash_attn", "flash_attn.flash_attn_interface"),

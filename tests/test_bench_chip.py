@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from sora_fast.benchmarks import chip, rows  # noqa: E402
-from sora_fast.cyclemodel import GPUS, facts, sass, turns, units  # noqa: E402
+from sora_fast.cyclemodel import GPUS, facts, sass, units, warp_paths  # noqa: E402
 from sora_fast.testing import aot, emulated_gpu  # noqa: E402
 
 pytestmark = [pytest.mark.full, pytest.mark.ci]
@@ -44,7 +44,7 @@ def test_machine_code_is_what_is_meant(monkeypatch):
         seen.add(key)
         made = aot.compile_for(case.fn, case.signature, case.constexprs, case.aligned, 90, **case.options)
         code = max(sass.functions(made.sass), key=len)
-        inside = [turns.turn(loop, code) for loop in turns.main_loops(code)]
+        inside = [warp_paths.iteration(loop, code) for loop in warp_paths.main_loops(code)]
         assert not made.spills and not made.losses and inside
         for path in inside:
             bases = {i.base for i in path}

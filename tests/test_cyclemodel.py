@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sora_fast.cyclemodel import GPUS, Kernel, blocks_per_sm, calibration, facts, predict, sass, turns, units
+from sora_fast.cyclemodel import GPUS, Kernel, blocks_per_sm, calibration, facts, predict, sass, units, warp_paths
 from sora_fast.cyclemodel.issue import Simulation
 from sora_fast.kernels.arch import SHARED
 
@@ -43,7 +43,7 @@ def test_control_bits_are_read():
     # of a listing of ptxas: stall 4, scoreboard 0 set by the write and 1 held by the read, 2 waited for
     high = 4 << 41 | 0 << 46 | 1 << 49 | 0b100 << 52
     ((one,),) = sass.functions(f"Function : f\n/*0000*/ LDG.E.128 R4, [R2.64] ; /* 0x{0:016x} */\n /* 0x{high:016x} */")
-    assert (one.stall, one.sets, one.holds, one.waits, one.width) == (4, 0, 1, 4, 16)
+    assert (one.stall, one.write_scoreboard, one.read_scoreboard, one.wait_mask, one.width) == (4, 0, 1, 4, 16)
     assert dataclasses.replace(one, text="@!P0 CALL.REL.NOINC 0x40").target == 0x40  # sm_80's way out of a loop
     assert dataclasses.replace(one, text="CALL.REL.NOINC 0x40").target is None
 
@@ -69,12 +69,12 @@ def test_cycles_of_units():
 def test_a_turn_leaves_masks_out():
     one = code("MOV R1, RZ", "HMMA.16816.F32.BF16 R8, R4, R6, R8", "@P1 BRA 0x60", "FSEL R8, R8, R9, P2",
                "FSEL R9, R8, R9, P2", "FSEL R10, R8, R9, P2", "IADD3 R1, R1, 0x1, RZ", "@P0 BRA 0x10", "EXIT")
-    (loop,) = turns.main_loops(one)
-    assert len(loop) == 7 and [i.base for i in turns.turn(loop, one)] == ["HMMA", "BRA", "IADD3", "BRA"]
-    assert [i.base for i in turns.through(one)] == ["MOV", "HMMA", "BRA", "IADD3", "BRA", "EXIT"]
+    (loop,) = warp_paths.main_loops(one)
+    assert len(loop) == 7 and [i.base for i in warp_paths.iteration(loop, one)] == ["HMMA", "BRA", "IADD3", "BRA"]
+    assert [i.base for i in warp_paths.entry_to_exit(one)] == ["MOV", "HMMA", "BRA", "IADD3", "BRA", "EXIT"]
     # of two ways with as many bytes, the one with the norm that an argument may turn off
     norm = code("@P1 BRA 0x20", "MUFU.RSQ R1, R2", "STG.E.128 [R2.64], R4", "EXIT")
-    assert [i.base for i in turns.through(norm)] == ["BRA", "MUFU", "STG", "EXIT"]
+    assert [i.base for i in warp_paths.entry_to_exit(norm)] == ["BRA", "MUFU", "STG", "EXIT"]
 
 
 @pytest.mark.parametrize("gpu, registers, shared, warps, blocks", [

@@ -27,7 +27,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_fast import Pack, ops, use_backend
-from sora_fast.emulator.counters import READ, WRITTEN
+from sora_fast.emulator.counters import READ_KINDS, WRITE_KINDS
 from sora_fast.models.dit import Block, DiTConfig
 from sora_fast.nn import Residual
 from sora_fast.testing import emulated_gpu
@@ -63,7 +63,7 @@ class Traffic(TorchDispatchMode):
         for record in self.records[before:]:
             counters, ranges = record.counters, record.runs[-1].allocations.ranges
             self.bytes[name] += sum(counters.distinct(kinds, start, end) for start, (end, tensor, _) in ranges.items()
-                                    for kinds in (READ, WRITTEN) if not tensor.endswith("_sums"))
+                                    for kinds in (READ_KINDS, WRITE_KINDS) if not tensor.endswith("_sums"))
             for place, counts in enumerate((counters.sectors, counters.sector_ideal)):
                 self.sectors[place] += sum(counts.values())
         if len(self.records) == before and name not in VIEWS:

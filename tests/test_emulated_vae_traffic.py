@@ -26,7 +26,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_fast import use_backend
-from sora_fast.emulator.counters import READ, WRITTEN
+from sora_fast.emulator.counters import READ_KINDS, WRITE_KINDS
 from sora_fast.models.vae import ResidualBlock
 from sora_fast.ops import convolution_triton, normalization_triton
 from sora_fast.testing import emulated_gpu
@@ -55,7 +55,7 @@ def touched(record) -> int:
     """Bytes of the sectors of video that a launch reads, and of those that it writes."""
     ranges = record.runs[-1].allocations.ranges
     videos = [(start, end) for start, (end, _, size) in ranges.items() if (end - start) // size >= torch.Size(VIDEO).numel()]
-    return sum(record.counters.distinct(kinds, start, end) for kinds in (READ, WRITTEN) for start, end in videos)
+    return sum(record.counters.distinct(kinds, start, end) for kinds in (READ_KINDS, WRITE_KINDS) for start, end in videos)
 
 
 class Calls(TorchDispatchMode):

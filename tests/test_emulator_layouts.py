@@ -80,7 +80,7 @@ def test_boxes_beyond_the_tensor_are_filled():
     box = tma.Box(raw.tobytes(), (-8, 3), 1024)
     row, column = np.arange(4)[:, None] + 3, np.arange(16) - 8
     inside = (row < 5) & (column >= 0) & (column < 24)
-    assert (np.repeat(box.inside, box.size // 2).reshape(4, 16) == inside).all()
+    assert (np.repeat(box.in_bounds, box.size // 2).reshape(4, 16) == inside).all()
     assert (box.elements(box.addresses) == ((1 << 20) + 64 * row + 2 * column)[inside]).all()
 
 

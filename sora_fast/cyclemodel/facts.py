@@ -6,7 +6,7 @@ CI checks them for our kernels (tests/structure.py).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import turns
+from . import warp_paths
 from .sass import Instruction
 from .units import BULK, flops
 
@@ -62,11 +62,11 @@ def prefetch(path: Sequence[Instruction], stages: int | None = None) -> float | 
 
 def read(code: list[Instruction], blocks: int, limit: str, warps: int, stages: int | None = None) -> Facts:
     """``code``: one function; ``stages``: of its TMA pipeline, where known."""
-    loops = turns.main_loops(code)
+    loops = warp_paths.main_loops(code)
     inside = {i.address: i for loop in loops for i in loop}
-    distances = [prefetch(turns.turn(loop, code), stages) for loop in loops if any(map(flops, loop))]
+    distances = [prefetch(warp_paths.iteration(loop, code), stages) for loop in loops if any(map(flops, loop))]
     count = lambda wanted, those: sum(map(wanted, those))
-    is_local = lambda i: i.base in ("LDL", "STL") and not i.never
+    is_local = lambda i: i.base in ("LDL", "STL") and not i.predicated_off
     local = count(is_local, inside.values())
     return Facts(
         prefetch=min((each for each in distances if each is not None), default=None),

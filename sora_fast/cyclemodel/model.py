@@ -9,14 +9,15 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from . import calibration, facts, sass, turns, units
+from . import calibration, facts, sass, units, warp_paths
 from .gpus import GPU, blocks_per_sm
 from .issue import Simulation
 from .sass import Instruction
 
 PEAK = 4096  # FLOPs per clock of an sm_90 SM, 16-bit operands: the only one whose clock depends on them here
-BETWEEN = 250  # cycles from a block's end to its successor's first instruction (estimate)
-OUTSIDE = 500  # cycles of a load outside the main loop: tables come from L2, a block's own rows from DRAM (estimate)
+BLOCK_GAP = 250  # cycles from a block's end to its successor's first instruction (estimate)
+# Cycles of a load outside the main loop: tables come from L2, a block's own rows from DRAM (estimate).
+OUTER_LOAD_LATENCY = 500
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of source and what it becomes in one turn: instructions of a warp, by opcode, most first."""
+    """A line of source and what it becomes in one iteration: instructions of a warp, by opcode, most first."""
 
     file: str
     line: int
@@ -107,17 +108,18 @@ def _outside(code: list[Instruction], path: Sequence[Instruction], kernel: Kerne
     The blocks start together; in reality each would hide more behind the others' main loops. Of paths that depend on an
     argument the one with most bytes is taken: with a bias, a residual, a cache.
     """
-    whole = turns.through(code)
+    whole = warp_paths.entry_to_exit(code)
     loads = lambda those: sum(i.base in units.BULK for i in those)
     bulk = kernel.bulk * loads(whole) / loads(path) if loads(path) else 0.0
-    once = Simulation(whole, gpu, kernel.warps, blocks, bulk=bulk, distance=0, latency=OUTSIDE, stagger=0).run(4).cycles
+    once = Simulation(whole, gpu, kernel.warps, blocks, bulk=bulk, distance=0, latency=OUTER_LOAD_LATENCY,
+                      stagger=0).run(4).cycles
     within = sum(map(units.flops, whole)) / sum(map(units.flops, path)) * cycles
-    return max(0.0, once + BETWEEN - within)
+    return max(0.0, once + BLOCK_GAP - within)
 
 
 def _nbytes(path: Sequence[Instruction], kernel: Kernel) -> tuple[float, float]:
     """(moved by all accesses of a block, of them to or from DRAM)."""
-    accesses = [i for i in path if i.base in units.GLOBAL and not i.never]
+    accesses = [i for i in path if i.base in units.GLOBAL and not i.predicated_off]
     nbytes = lambda those: sum(32 * i.width * kernel.warps for i in those)
     moved, stored = nbytes(accesses), nbytes(i for i in accesses if i.base == "STG")
     return moved, max(1.0, kernel.useful * (stored * kernel.traffic if kernel.traffic else moved))
@@ -130,7 +132,7 @@ def issue_over_dram(kernel: Kernel, gpu: GPU) -> float:
     return units.cycles(path, gpu, kernel.warps)["issue"] * gpu.bytes_per_clock / dram
 
 
-def _stream(path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int, between: int) -> dict:
+def _stream(path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int, gap: int) -> dict:
     """An iteration, or a block, with all that are resident; DRAM is a queue of all accesses."""
     moved, dram = _nbytes(path, kernel)
     joined = max(1, 4 // kernel.warps)  # blocks with fewer warps than sub-partitions: enough of them for a warp each
@@ -139,7 +141,7 @@ def _stream(path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int, 
     busy = units.cycles(path, gpu, kernel.warps * blocks, wavefronts=kernel.wavefronts)
     busy["DRAM"] = dram * blocks / gpu.bytes_per_clock
     busy.pop("L2", None)
-    cycles = max(found.cycles + between, busy["DRAM"])
+    cycles = max(found.cycles + gap, busy["DRAM"])
     return dict(units=busy, cycles=cycles, waits=found.waits, turns=None, outside=None, tflops=None, loop_tflops=None,
                 bound_tflops=None, copy_share=busy["DRAM"] / cycles, issue_over_dram=busy["issue"] / busy["DRAM"])
 
@@ -147,8 +149,9 @@ def _stream(path: Sequence[Instruction], kernel: Kernel, gpu: GPU, blocks: int, 
 def _streaming(code: list[Instruction]) -> tuple[list[Instruction], int]:
     """The repeated part of a memory-bound kernel, a loop that loads and stores or a block, and the cycles between."""
     reads_and_writes = lambda path: {"LDG", "STG"} <= {i.base for i in path}
-    paths = [path for path in (turns.turn(loop, code) for loop in turns.main_loops(code)) if reads_and_writes(path)]
-    return (max(paths, key=len), 0) if paths else (turns.through(code), BETWEEN)
+    paths = [warp_paths.iteration(loop, code) for loop in warp_paths.main_loops(code)]
+    paths = [path for path in paths if reads_and_writes(path)]
+    return (max(paths, key=len), 0) if paths else (warp_paths.entry_to_exit(code), BLOCK_GAP)
 
 
 def _lines(path: Sequence[Instruction], kernel: Kernel) -> list[Line]:
@@ -167,17 +170,18 @@ def predict(kernel: Kernel, gpu: GPU) -> Prediction:
     if not blocks:
         raise ValueError(f"predict: expected blocks of {kernel.name} that fit on an SM of {gpu.name}, got one that has no "
                          f"room for its {limit}; use smaller tiles or fewer stages")
-    loops = [loop for loop in turns.main_loops(code) if any(map(units.flops, loop))]
+    loops = [loop for loop in warp_paths.main_loops(code) if any(map(units.flops, loop))]
     if loops and not kernel.memory:
         # of two loops with the same work one has masks: the shorter one is of interior tiles
-        path = max((turns.turn(loop, code) for loop in loops), key=lambda path: (sum(map(units.flops, path)), -len(path)))
+        paths = [warp_paths.iteration(loop, code) for loop in loops]
+        path = max(paths, key=lambda path: (sum(map(units.flops, path)), -len(path)))
         found = _matrix(code, path, kernel, gpu, blocks)
     else:
-        path, between = _streaming(code)
+        path, gap = _streaming(code)
         if not any(i.base == "STG" for i in path):
             raise ValueError(f"predict: expected a main loop with matrix products, or stores to global memory, in "
                              f"{kernel.name}, got neither; the model has nothing to count it by")
-        found = _stream(path, kernel, gpu, blocks, between)
+        found = _stream(path, kernel, gpu, blocks, gap)
     binding = max(found["units"], key=found["units"].get)
     return Prediction(
         kernel.name, kernel.case, kernel.tile, kernel.direction, gpu.name, kernel.registers, kernel.shared, kernel.warps,

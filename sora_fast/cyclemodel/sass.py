@@ -13,7 +13,7 @@ LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*(?:\?\S+\s*)*;"
                   r"(?:\s*/\* 0x[0-9a-f]{16} \*/\s*/\* 0x([0-9a-f]{16}) \*/)?")
 PREDICATE = re.compile(r"@!?U?P\w+\s+")
 WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # bytes; 4 where none is named
-NONE = 7  # no scoreboard
+NO_SCOREBOARD = 7
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Instruction:
     address: int  # bytes from the start of its function
     text: str  # with its predicate: "@!P0 BRA 0x24d0"
     stall: int = 1  # cycles before the warp's next instruction
-    sets: int = NONE  # scoreboard that is set until the result is written
-    holds: int = NONE  # scoreboard that is set until the operands are read
-    waits: int = 0  # mask of scoreboards that must be free
+    write_scoreboard: int = NO_SCOREBOARD  # held until the result is written
+    read_scoreboard: int = NO_SCOREBOARD  # held until the operands are read
+    wait_mask: int = 0  # mask of scoreboards that must be free
 
     @cached_property
     def body(self) -> str:
@@ -39,7 +39,7 @@ class Instruction:
         return self.opcode.split(".")[0]
 
     @cached_property
-    def never(self) -> bool:
+    def predicated_off(self) -> bool:
         """Whether its predicate is always false: it is issued and does nothing."""
         return self.text.startswith(("@!PT", "@!UPT"))
 
@@ -86,16 +86,16 @@ def graph(code: list[Instruction]) -> tuple[list[list[Instruction]], list[list[i
     """Basic blocks of one function, and the indices of each block's successors."""
     position = {instruction.address: index for index, instruction in enumerate(code)}
     targets = {position[i.target] for i in code if i.target in position}
-    behind = {index + 1 for index, i in enumerate(code) if i.target is not None or not i.falls_through}
-    starts = sorted(({0} | targets | behind) & set(range(len(code))))
+    branch_ends = {index + 1 for index, i in enumerate(code) if i.target is not None or not i.falls_through}
+    starts = sorted(({0} | targets | branch_ends) & set(range(len(code))))
     block_at = {start: block for block, start in enumerate(starts)}
     blocks = [code[start:end] for start, end in zip(starts, [*starts[1:], len(code)], strict=True)]
-    after = []
+    successors = []
     for number, block in enumerate(blocks):
         next_block = [number + 1] if block[-1].falls_through and number + 1 < len(blocks) else []
         jump = [block_at[position[block[-1].target]]] if block[-1].target in position else []
-        after.append(jump + next_block)
-    return blocks, after
+        successors.append(jump + next_block)
+    return blocks, successors
 
 
 def loops(code: list[Instruction]) -> list[list[Instruction]]:
@@ -104,9 +104,9 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
     A back edge goes to a block that dominates its source. A backward branch alone is not one: code that ptxas moves out of
     line (the retry of a barrier's wait) jumps back into the middle of a loop.
     """
-    blocks, after = graph(code)
+    blocks, successors = graph(code)
     predecessors = [set() for _ in blocks]
-    for number, following in enumerate(after):
+    for number, following in enumerate(successors):
         for each in following:
             predecessors[each].add(number)
 

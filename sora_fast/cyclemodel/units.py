@@ -81,7 +81,7 @@ def smem_bytes(i: Instruction, wavefronts: Mapping[str, float] = IDEAL) -> float
 
 
 def _ideal_bytes(i: Instruction) -> float:
-    if i.never:
+    if i.predicated_off:
         return 0
     shape = wgmma_shape(i)
     if shape:
@@ -96,7 +96,7 @@ def _ideal_bytes(i: Instruction) -> float:
 
 def l2_bytes(i: Instruction, gpu: GPU, copies: bool) -> float:
     """L2 bytes per warp; if tiles are ``copies``, plain loads are of rows that all warps share through L1."""
-    if i.never:
+    if i.predicated_off:
         return 0
     if i.base in ("LDG", "LDGSTS"):
         return 32 * i.width / (16 if copies and i.base == "LDG" else 1)
@@ -110,11 +110,11 @@ def copies_tiles(path: Sequence[Instruction]) -> bool:
 
 def barrier(i: Instruction) -> tuple[str, str, int | None] | None:
     """("SYNC" or "ARV", id, threads) of a block's barrier; None threads: all of the block's."""
-    found = None if i.never else re.match(r"BAR\.(SYNC|ARV)\S* (\w+)(?:, (0x\w+))?", i.body)
+    found = None if i.predicated_off else re.match(r"BAR\.(SYNC|ARV)\S* (\w+)(?:, (0x\w+))?", i.body)
     return (found[1], found[2], int(found[3], 16) if found[3] else None) if found else None
 
 
-def with_a_helper(barrier: tuple[str, str, int | None] | None) -> bool:
+def is_helper_barrier(barrier: tuple[str, str, int | None] | None) -> bool:
     """Whether a barrier is shared with one warp of another role, which reduces stored tiles to global memory."""
     return barrier is not None and barrier[2] is not None and barrier[2] % 128 == 32
 
@@ -126,7 +126,7 @@ def reduced_bytes(path: Sequence[Instruction]) -> float:
         if i.base in ("STS", "STSM"):
             stored += smem_bytes(i)
         found = barrier(i)
-        if with_a_helper(found):
+        if is_helper_barrier(found):
             total += stored if found[0] == "ARV" else 0.0
             stored = 0.0
     return total
@@ -141,7 +141,7 @@ def cycles(path: Sequence[Instruction], gpu: GPU, warps: int, bulk: float = 0.0,
     heavy, shared, moved, copies = 0.0, bulk + reduced, bulk + reduced / gpu.red, copies_tiles(path)
     for i in path:
         total["issue"] += share
-        if i.never:
+        if i.predicated_off:
             continue
         found, cost = kind(i), issue_cycles(i, gpu) * share
         if found == "matrix":  # a wgmma keeps the Tensor Cores of all four sub-partitions busy

@@ -3,10 +3,11 @@
 import numpy as np
 
 from . import memory
-from .arith import U1, UNWRITTEN
-from .lanes import every, some, wide
+from .arith import U1, UNINITIALIZED_BYTE
+from .lanes import all_true, any_true, per_lane
 
-NOT_WRITTEN, NOBODYS = memory.repeated(0), memory.repeated(UNWRITTEN)  # values for Machine.initialized and for shared memory
+NOT_INITIALIZED = memory.splat(0)  # of every byte, in Machine.initialized
+UNINITIALIZED = memory.splat(UNINITIALIZED_BYTE)  # what shared memory holds there
 
 
 class AsyncCopies:
@@ -15,7 +16,7 @@ class AsyncCopies:
     def async_copy(self, i, k, to, source, size, src_size, number):
         """Copy ``size`` bytes per lane; those past ``src_size`` are zero-filled and not read."""
         n = len(self.group.warps)
-        to, source, src_size = wide(to, n), wide(source, n), wide(src_size, n)
+        to, source, src_size = per_lane(to, n), per_lane(source, n), per_lane(src_size, n)
         mask = self.lane_mask(k, n)
         reads = mask & (src_size > 0)
         place = self.shared_addresses(i, k, to, size, number, n)
@@ -25,34 +26,34 @@ class AsyncCopies:
             self.counters.access("st.shared", mask, to, size, number, n)
         if self.races:
             self.races.copy_begins(mask, place, size, number)
-            self.races.globals.access(self, reads, source, size, number)
+            self.races.global_races.access(self, reads, source, size, number)
         entry = dict(warps=self.group.warps.copy(), group=self.copy_group[self.group.warps].copy(), mask=mask.copy(),
                      place=place, source=source, size=size, src_size=src_size.copy(), live=np.ones(n, bool), number=number)
         if self.completes_now():
             self.complete_copy(entry, entry["live"])
         else:
-            place = place if every(mask) else place[mask]
+            place = place if all_true(mask) else place[mask]
             if self.initialized is not None:  # until it completes, the destination must not be read
-                memory.scatter(self.marks, place, NOT_WRITTEN[size], size, 1)
-            memory.scatter(self.shared_views, place, NOBODYS[size], size, 1)
+                memory.scatter(self.initialized_views, place, NOT_INITIALIZED[size], size, 1)
+            memory.scatter(self.shared_views, place, UNINITIALIZED[size], size, 1)
             self.cp_asyncs.append(entry)
 
-    def complete_copy(self, e, which):
+    def complete_copy(self, e, selected):
         """Complete the copy of an entry for some of its warps."""
         size, parts = e["size"], [e["place"], e["source"], e["src_size"]]
-        mask = e["mask"] & which[:, None]
-        if some(mask):
-            place, source, src_size = parts if every(mask) else (part[mask] for part in parts)
+        mask = e["mask"] & selected[:, None]
+        if any_true(mask):
+            place, source, src_size = parts if all_true(mask) else (part[mask] for part in parts)
             data = memory.load(source, size, 1)
             short = src_size < size
-            if some(short):
+            if any_true(short):
                 rest = np.arange(size) >= src_size[short][:, None]
                 data[short] = np.where(rest, U1(0), data[short].view(U1).reshape(-1, size)).view(data.dtype)[:, 0]
             memory.scatter(self.shared_views, place, data, size, 1)
             self.mark_initialized(place, size)
             if self.races:
-                self.races.copy_lands(e, which)
-        e["live"] = e["live"] & ~which
+                self.races.copy_lands(e, selected)
+        e["live"] = e["live"] & ~selected
 
     def async_commit(self, i, k):
         self.copy_group[self.group.warps] += 1
@@ -64,12 +65,12 @@ class AsyncCopies:
     def complete_copies(self, warps, pending):
         if not self.cp_asyncs:
             return
-        mine = np.zeros(self.total, bool)
+        mine = np.zeros(self.total_warps, bool)
         mine[warps] = True
         for e in self.cp_asyncs:
-            which = e["live"] & mine[e["warps"]]
+            selected = e["live"] & mine[e["warps"]]
             if pending is not None:
-                which &= e["group"] < self.copy_group[e["warps"]] - pending
-            if some(which):
-                self.complete_copy(e, which)
-        self.cp_asyncs = [e for e in self.cp_asyncs if some(e["live"])]
+                selected &= e["group"] < self.copy_group[e["warps"]] - pending
+            if any_true(selected):
+                self.complete_copy(e, selected)
+        self.cp_asyncs = [e for e in self.cp_asyncs if any_true(e["live"])]

@@ -48,27 +48,27 @@ class Block:
     sources: dict = field(default_factory=dict)  # masked -> code object
 
 
-def cut(kernel: Kernel) -> list[Block]:
+def split_blocks(kernel: Kernel) -> list[Block]:
     """Blocks in program order. Labels without a branch to them ($L__tmp, from debug information) start no block."""
     targets = {item.args[0].name for item in kernel.code if isinstance(item, Instr) and item.parts[0] == "bra"}
     blocks, labels = [Block(0)], {}
 
-    def new():
+    def start_block():
         if blocks[-1].instrs or blocks[-1].end:
             blocks.append(Block(len(blocks)))
 
     for item in kernel.code:
         if isinstance(item, str):
             if item in targets:
-                new()
+                start_block()
                 labels[item] = blocks[-1].index
             continue
         if blocks[-1].end:
-            new()
+            start_block()
         if item.parts[0] in ("bra", "ret", "exit", "trap"):
             blocks[-1].end = item
         elif blocking(item):  # a block of its own, because it may be executed again
-            new()
+            start_block()
             blocks[-1].end = item
         else:
             blocks[-1].instrs.append(item)
@@ -83,10 +83,10 @@ def spin_loops(blocks: list[Block]) -> frozenset[int]:
     loops = [range(block.target, block.index + 1) for block in blocks if 0 <= block.target <= block.index]
     found: set[int] = set()
     for block in blocks:
-        around = [loop for loop in loops if block.index in loop]
-        if around and any(instr.parts[0] == "atom" or instr.parts[0] == "ld" and STRONG & {*instr.parts}
+        enclosing = [loop for loop in loops if block.index in loop]
+        if enclosing and any(instr.parts[0] == "atom" or instr.parts[0] == "ld" and STRONG & {*instr.parts}
                           for instr in block.instrs):
-            found |= set(min(around, key=len))
+            found |= set(min(enclosing, key=len))
     return frozenset(found)
 
 

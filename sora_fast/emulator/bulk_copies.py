@@ -5,12 +5,12 @@ from functools import lru_cache
 import numpy as np
 
 from . import memory, tma
-from .arith import UNWRITTEN
-from .lanes import LANES, every
+from .arith import UNINITIALIZED_BYTE
+from .lanes import LANES, all_true
 from .memory import Fault
-from .races import EVERYBODY
+from .races import WHOLE_WARP
 
-_box = lru_cache(4096)(tma.Box)  # CTAs load the same boxes, and each is needed at its issue and at its completion
+_cached_box = lru_cache(4096)(tma.Box)  # CTAs load the same boxes, and each is needed at its issue and at its completion
 
 
 class BulkCopies:
@@ -18,7 +18,7 @@ class BulkCopies:
 
     # ---- loads
     def tma_load(self, i, k, to, tensor_map, coords, barrier, number):
-        for warp, shared, where, bar, *at in self.lanes(i, k, to, tensor_map, barrier, *coords):
+        for warp, shared, where, bar, *at in self.active_lanes(i, k, to, tensor_map, barrier, *coords):
             cta = int(self.cta_of[warp])
             e = dict(warp=warp, cta=cta, shared=shared, map=where, barrier=bar, coords=at, number=number)
             self.tma_loads.append(e)
@@ -27,8 +27,8 @@ class BulkCopies:
             self.check_map(e)
             if self.races:
                 self.races.load_begins(warp, e, box)
-            start = cta * self.size + shared
-            self.shared[start : start + box.bytes] = UNWRITTEN
+            start = cta * self.smem_bytes + shared
+            self.shared[start : start + box.bytes] = UNINITIALIZED_BYTE
             if self.initialized is not None:
                 self.initialized[start : start + box.bytes] = False
             if self.counters is not None:
@@ -41,7 +41,7 @@ class BulkCopies:
         if e["map"] % 64 or self.allocations.check(np.array([e["map"]], np.uint64), 128) is not None:
             raise self.fault("global", e["number"], e["map"], 128, thread)
         try:
-            box = _box(memory.span(e["map"], e["map"] + 128).tobytes(), tuple(e["coords"]), e["shared"])
+            box = _cached_box(memory.span(e["map"], e["map"] + 128).tobytes(), tuple(e["coords"]), e["shared"])
         except tma.MapError as error:
             raise self.launch.fault(e["number"], str(error), thread) from None
         if e["shared"] < self.launch.shared_base or e["shared"] + box.bytes > self.launch.shared_end:
@@ -58,20 +58,20 @@ class BulkCopies:
         box = self.box(e)
         values = np.zeros(box.count, memory.UNITS[box.size])
         if len(box.addresses):
-            values[box.inside] = memory.load(box.addresses, box.size, 1)
-        memory.scatter(self.shared_views, box.shared + e["cta"] * self.size, values, box.size, 1)
+            values[box.in_bounds] = memory.load(box.addresses, box.size, 1)
+        memory.scatter(self.shared_views, box.shared + e["cta"] * self.smem_bytes, values, box.size, 1)
         if self.initialized is not None:
-            start = e["cta"] * self.size + e["shared"]
+            start = e["cta"] * self.smem_bytes + e["shared"]
             self.initialized[start : start + box.bytes] = True
         b = self.mbarrier_at(e["warp"], e["barrier"], e["number"])
         if self.races:
             self.races.load_lands(e, b)
-        b.bytes -= box.bytes
-        self.changed |= b.settle()
+        b.tx_count -= box.bytes
+        self.mbarrier_changed |= b.try_complete_phase()
 
     # ---- stores
     def tma_store(self, i, k, tensor_map, coords, shared, number):
-        for warp, where, source, *at in self.lanes(i, k, tensor_map, shared, *coords):
+        for warp, where, source, *at in self.active_lanes(i, k, tensor_map, shared, *coords):
             e = dict(warp=warp, cta=int(self.cta_of[warp]), shared=source, map=where, coords=at, number=number, data=None,
                      group=int(self.store_group[warp]))  # fmt: skip
             self.tma_stores.append(e)
@@ -101,8 +101,8 @@ class BulkCopies:
     def read_source(self, e, box) -> None:
         if e["data"] is not None:
             return
-        place = box.shared[box.inside] + e["cta"] * self.size
-        if self.initialized is not None and not every(self.initialized.take(box.elements(place))):
+        place = box.shared[box.in_bounds] + e["cta"] * self.smem_bytes
+        if self.initialized is not None and not all_true(self.initialized.take(box.elements(place))):
             thread = self.thread_of(e["warp"])
             self.launch.report("uninitialised shared memory", e["number"], thread, "part of the box that TMA stores")
         e["data"] = memory.gather(self.shared_views, place, box.size, 1)
@@ -129,8 +129,8 @@ class BulkCopies:
 
     # ---- tensor maps built on the device
     def tensormap_replace(self, i, k, space, address, field, ordinal, value, number):
-        name = tma.REPLACED[field]
-        for warp, lane, a, v in self.lanes(i, k, LANES, address, value):
+        name = tma.MAP_FIELDS[field]
+        for warp, lane, a, v in self.active_lanes(i, k, LANES, address, value):
             raw = self.map_at(space, warp, a)
             if field == "elemtype":
                 v = tma.ELEMTYPE.get(v, v)
@@ -146,14 +146,14 @@ class BulkCopies:
 
     def map_at(self, space, warp, a):
         if space == "shared":
-            start = int(self.cta_of[warp]) * self.size + a
+            start = int(self.cta_of[warp]) * self.smem_bytes + a
             return self.shared[start : start + 128].copy().view(tma.MAP)[0]
         return memory.load(np.arange(a, a + 128, dtype=np.uint64), 1, 1).view(tma.MAP)[0]
 
     def write_map(self, space, warp, a, raw):
         data = np.frombuffer(raw.tobytes(), np.uint8)
         if space == "shared":
-            start = int(self.cta_of[warp]) * self.size + a
+            start = int(self.cta_of[warp]) * self.smem_bytes + a
             self.shared[start : start + 128] = data
         else:
             if self.allocations.check(np.array([a], np.uint64), 128) is not None:
@@ -163,19 +163,19 @@ class BulkCopies:
     def tensormap_copy(self, i, k, to, source, number):
         """tensormap.cp_fenceproxy, executed by a converged warp: from shared to global memory, with a release."""
         done = set()
-        for warp, a, s in self.lanes(i, k, to, source):
+        for warp, a, s in self.active_lanes(i, k, to, source):
             if (warp, a) in done:
                 continue
             done.add((warp, a))
             if self.races:
-                self.races.map_accessed(warp, EVERYBODY, s, number, write=False)
-                self.races.globals.map_accessed(self, warp, a, number, write=True)
+                self.races.map_accessed(warp, WHOLE_WARP, s, number, write=False)
+                self.races.global_races.map_accessed(self, warp, a, number, write=True)
             self.write_map("global", warp, a, self.map_at("shared", warp, s))
             self.unfenced_maps.add(a)
 
     def tensormap_fence(self, i, k, address):
         """fence.proxy.tensormap::generic.acquire of the 128 bytes at ``address``."""
-        for _, a in self.lanes(i, k, address):
+        for _, a in self.active_lanes(i, k, address):
             self.unfenced_maps.discard(a)
 
     def check_map(self, e) -> None:
@@ -184,7 +184,7 @@ class BulkCopies:
             kind = "no fence.proxy.tensormap::generic.acquire behind the writes of a tensor map"
             self.launch.report(kind, e["number"], self.thread_of(e["warp"]), self.allocations.name(e["map"]))
         if self.races:
-            self.races.globals.map_accessed(self, e["warp"], e["map"], e["number"], write=False)
+            self.races.global_races.map_accessed(self, e["warp"], e["map"], e["number"], write=False)
 
     # ---- fences
     def memory_fence(self, i, k):

@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 
-from .blocks import TYPES, WIDTH, Block, cut, indices, reads_and_writes, registers, spin_loops
+from .blocks import TYPES, WIDTH, Block, indices, reads_and_writes, registers, spin_loops, split_blocks
 from .codegen_arithmetic import Arithmetic
 from .codegen_memory import Memory
 from .forms import Unsupported, check
@@ -23,34 +23,33 @@ class Program:
     def __init__(self, kernel: Kernel):
         check(kernel)
         self.kernel = kernel
-        self.blocks = cut(kernel)
-        self.spins = spin_loops(self.blocks)
+        self.blocks = split_blocks(kernel)
+        self.spin_blocks = spin_loops(self.blocks)
         self.constants: dict[tuple, str] = {}
         self.values: dict[str, np.ndarray] = {}
         self.instrs = [item for item in kernel.code if isinstance(item, Instr)]
-        self.async_regs = {r.name for x in self.instrs if x.op.startswith("wgmma.mma_async") for r in registers(x.args[0])}
-        self.lasting = set(self.async_regs)
-        self.pools: dict[tuple[str, ...], int] = {}
-        for x in self.instrs:
-            if x.op.startswith("wgmma.mma_async"):
-                self.pools.setdefault(tuple(r.name for r in registers(x.args[0])), len(self.pools))
-        if sum(map(len, self.pools)) != len(self.async_regs):
+        wgmmas = [x for x in self.instrs if x.op.startswith("wgmma.mma_async")]
+        self.accumulator_regs = {r.name for x in wgmmas for r in registers(x.args[0])}
+        self.cross_block_regs = set(self.accumulator_regs)  # live in more than one block
+        self.accumulator_arrays: dict[tuple[str, ...], int] = {}  # D of a wgmma -> index of its array
+        for x in wgmmas:
+            self.accumulator_arrays.setdefault(tuple(r.name for r in registers(x.args[0])), len(self.accumulator_arrays))
+        if sum(map(len, self.accumulator_arrays)) != len(self.accumulator_regs):
             raise Unsupported(f"{kernel.name}: accumulators of wgmma that overlap in part are not emulated")
-        products = [x for x in self.instrs if x.op.startswith("wgmma.mma_async")]
-        used = [r.name for x in products for a in x.args[:2] if isinstance(a, Vec) for r in registers(a)]
+        used = [r.name for x in wgmmas for a in x.args[:2] if isinstance(a, Vec) for r in registers(a)]
         self.wgmma_registers = {name: at for at, name in enumerate(dict.fromkeys(used))}  # accumulators and fragments of A
         for block in self.blocks:
             seen = set()
             for instr in [*block.instrs, *([block.end] if block.end else [])]:
                 reads, writes = reads_and_writes(instr)
-                self.lasting |= {r.name for r in reads if r.name not in seen}
+                self.cross_block_regs |= {r.name for r in reads if r.name not in seen}
                 seen |= {r.name for r in writes}
                 if instr is block.end:
-                    self.lasting |= {r.name for r in writes}  # written by the machine
+                    self.cross_block_regs |= {r.name for r in writes}  # written by the machine
 
     def accumulators(self, names: tuple[str, ...]) -> str:
         """The name of a wgmma's accumulators: one array (warps, N / 8, 16, 8) that holds all of them."""
-        return f"D_{self.pools[names]}"
+        return f"D_{self.accumulator_arrays[names]}"
 
     def constant(self, bits: int, kind: str, t: str) -> str:
         key = (bits, kind, t)
@@ -87,8 +86,8 @@ class BlockSource(Arithmetic, Memory):
     def __init__(self, program: Program, block: Block, masked: bool):
         self.program, self.block, self.masked = program, block, masked
         self.lines: list[str] = []
-        self.have: dict[str, set] = {}
-        self.loaded: set[str] = set()
+        self.typed_views: dict[str, set] = {}  # per register, the types under which this block has it as a local variable
+        self.loaded: set[str] = set()  # registers that are still views of their arrays
         self.dirty: dict[str, Reg] = {}
         self.guard: str | None = None
         self.temp = 0
@@ -97,13 +96,13 @@ class BlockSource(Arithmetic, Memory):
         self.carry = False  # whether a mad.cc of this block has set the carry
         self.instr: Instr | None = None
         self.ftz = False
-        self.touched: dict[int, None] = {}  # registers of wgmma that other instructions access, in order
-        self.toucher = -1  # the first of those instructions
+        self.accessed: dict[int, None] = {}  # registers of wgmma that other instructions access, in order
+        self.accessing_instr = -1  # the first of those instructions
         self.fenced = False  # between a wgmma.fence of this block and the end of its group
 
     def source(self) -> str:
         for instr in self.block.instrs:
-            self.one(instr)
+            self.emit_instr(instr)
         end, returned = self.block.end, "None"
         if end:
             self.begin(end)
@@ -116,7 +115,7 @@ class BlockSource(Arithmetic, Memory):
             else:
                 returned = f"({self.address(end.args[1], 'u4')}, {self.get(end.args[2], 'u4')})"
         self.flush()
-        self.flush_touched()
+        self.flush_accesses()
         body = "\n ".join([*self.lines, f"return {returned}"])
         return f"def f(i, k):\n {body}\n"
 
@@ -125,18 +124,18 @@ class BlockSource(Arithmetic, Memory):
 
     def flush(self, only=None) -> None:
         for name, reg in list(self.dirty.items()):
-            if name in self.program.lasting and (only is None or name in only):
-                t = self.any_variant(reg)
+            if name in self.program.cross_block_regs and (only is None or name in only):
+                t = self.any_view(reg)
                 target = f"V_{name}_{t}"
                 self.emit(f"P({target}, i, k, {name}_{t})" if self.masked else f"{target}[i] = {name}_{t}")
                 del self.dirty[name]
 
-    def any_variant(self, reg: Reg) -> str:
-        return next(iter(self.have[reg.name]))
+    def any_view(self, reg: Reg) -> str:
+        return next(iter(self.typed_views[reg.name]))
 
-    def forget(self, names) -> None:
+    def invalidate(self, names) -> None:
         for name in names:
-            self.have.pop(name, None)
+            self.typed_views.pop(name, None)
             self.loaded.discard(name)
             self.versions[name] += 1
 
@@ -146,9 +145,9 @@ class BlockSource(Arithmetic, Memory):
                 t = "b"
             elif WIDTH[t] != arg.size:
                 return self.resized(arg, t)
-            known = self.have.get(arg.name)
+            known = self.typed_views.get(arg.name)
             if known is None:
-                self.have[arg.name] = {t}
+                self.typed_views[arg.name] = {t}
                 self.loaded.add(arg.name)
                 self.emit(f"{arg.name}_{t} = V_{arg.name}_{t}[i]")
             elif t not in known:
@@ -208,7 +207,7 @@ class BlockSource(Arithmetic, Memory):
             expr = f"({expr}).copy()"
         self.emit(f"{arg.name}_{t} = {expr}")
         self.versions[arg.name] += 1
-        self.have[arg.name] = {t}
+        self.typed_views[arg.name] = {t}
         self.loaded.discard(arg.name)
         self.dirty[arg.name] = arg
 
@@ -232,7 +231,7 @@ class BlockSource(Arithmetic, Memory):
             name = self.get(instr.guard, "b")
             self.guard = f"(~{name})" if instr.negated else name
 
-    def one(self, instr: Instr) -> None:
+    def emit_instr(self, instr: Instr) -> None:
         self.begin(instr)
         getattr(self, "op_" + instr.parts[0])(instr, instr.parts[1:], instr.args)
 
@@ -240,12 +239,12 @@ class BlockSource(Arithmetic, Memory):
         self.instr, self.ftz = instr, "ftz" in instr.parts
         self.set_guard(instr)
         if instr.parts[0] == "wgmma":
-            self.flush_touched()
+            self.flush_accesses()
             self.fenced = instr.parts[1] == "fence" or self.fenced and instr.parts[1] == "mma_async"
         elif self.program.wgmma_registers:
-            self.touch(instr)
+            self.record_access(instr)
 
-    def touch(self, instr: Instr) -> None:
+    def record_access(self, instr: Instr) -> None:
         """Record accesses to registers of wgmma.
 
         Those between a wgmma.fence and the end of its group in one block need no other fence: PTX registers are virtual,
@@ -254,14 +253,15 @@ class BlockSource(Arithmetic, Memory):
         """
         known = self.program.wgmma_registers
         found = [known[r.name] for part in reads_and_writes(instr) for r in part if r.name in known]
-        if found and not self.touched:
-            self.toucher = instr.number
-        self.touched |= dict.fromkeys(found)
+        if found and not self.accessed:
+            self.accessing_instr = instr.number
+        self.accessed |= dict.fromkeys(found)
 
-    def flush_touched(self) -> None:
-        if self.touched:
-            self.emit(f"M.touch(i, {indices(sorted(self.touched))}, {self.toucher}, {self.fenced})")
-            self.touched = {}
+    def flush_accesses(self) -> None:
+        if self.accessed:
+            registers = indices(sorted(self.accessed))
+            self.emit(f"M.access_wgmma_registers(i, {registers}, {self.accessing_instr}, {self.fenced})")
+            self.accessed = {}
 
     def type_of(self, mods) -> str:
         for mod in reversed(mods):

@@ -26,7 +26,7 @@ class Arithmetic:
         if "f32x2" in mods:
             function = {"+": "np.add", "-": "np.subtract", "*": "np.multiply"}[operator]
             a, b = self.get(args[1], "u8"), self.get(args[2], "u8")
-            return self.put(args[0], "u8", f"pairs({function}, {self.ftz}, {a}, {b})")
+            return self.put(args[0], "u8", f"f32x2({function}, {self.ftz}, {a}, {b})")
         kind = self.type_of(mods)
         if kind in ("f16", "bf16") and "f32" in mods:  # mixed precision (PTX ISA 9.7.5): the first operand has 16 bits
             first = f"half_to_float({self.get(args[1], 'u2')}, {kind!r})"
@@ -92,7 +92,7 @@ class Arithmetic:
     def op_fma(self, instr, mods, args):
         if "f32x2" in mods:
             a, b, c = (self.get(arg, "u8") for arg in args[1:4])
-            return self.put(args[0], "u8", f"pairs(fma32, {self.ftz}, {a}, {b}, {c})")
+            return self.put(args[0], "u8", f"f32x2(fma32, {self.ftz}, {a}, {b}, {c})")
         kind = self.type_of(mods)
         if kind in ("f16", "bf16") and "f32" in mods:  # mixed precision: the multiplicands have 16 bits
             a, b = (f"half_to_float({self.get(arg, 'u2')}, {kind!r})" for arg in args[1:3])
@@ -206,7 +206,7 @@ class Arithmetic:
 
     def op_shf(self, instr, mods, args):
         a, b, c = (self.get(arg, "u4") for arg in args[1:4])
-        self.put(args[0], "u4", f"funnel({a}, {b}, {c}, {mods[0] == 'l'}, {'wrap' in mods})")
+        self.put(args[0], "u4", f"funnel_shift({a}, {b}, {c}, {mods[0] == 'l'}, {'wrap' in mods})")
 
     def op_bfe(self, instr, mods, args):
         t = TYPES[self.type_of(mods)]
@@ -221,7 +221,7 @@ class Arithmetic:
         if len(mods) > 1:
             raise Unsupported(instr.text)
         a, b, c = (self.get(arg, "u4") for arg in args[1:4])
-        self.put(args[0], "u4", f"permuted({a}, {b}, {c})")
+        self.put(args[0], "u4", f"byte_permute({a}, {b}, {c})")
 
     def op_popc(self, instr, mods, args):
         t = TYPES[self.type_of(mods)]
@@ -256,12 +256,12 @@ class Arithmetic:
                     self.put(item, part, f"{shifted}.astype({part.upper()})")
             return None
         t = TYPES[kind]
-        if isinstance(source, Reg) and not source.pred and source.name in self.have:
-            t = next(iter(self.have[source.name]))
+        if isinstance(source, Reg) and not source.pred and source.name in self.typed_views:
+            t = next(iter(self.typed_views[source.name]))
         fresh = (
             not isinstance(source, (Reg, Special))
             or isinstance(source, Reg)
-            and source.name in self.have
+            and source.name in self.typed_views
             and source.name not in self.loaded
         )
         if isinstance(source, Reg):

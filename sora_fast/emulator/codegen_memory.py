@@ -84,8 +84,8 @@ class Memory:
 
     @staticmethod
     def address_type(space, mem) -> str:
-        wide = space not in ("shared", "local") or isinstance(mem.base, Reg) and mem.base.size == 8
-        return "u8" if wide else "u4"
+        is_64bit = space not in ("shared", "local") or isinstance(mem.base, Reg) and mem.base.size == 8
+        return "u8" if is_64bit else "u4"
 
     def op_atom(self, instr, mods, args):
         self.atomic(instr, mods, args[0], args[1], args[2:])
@@ -146,23 +146,22 @@ class Memory:
         for at, item in enumerate(args[0].items):
             self.put(item, "f4", f"t{self.temp}[{at}]")
 
-    def fragment(self, of, items, depth, kind) -> str:
+    def fragment(self, operand, items, depth, kind) -> str:
         """An mma operand as a matrix, built once for all mma of the basic block that read the same registers."""
-        key = (of, kind, depth, *((x, self.versions[x.name] if isinstance(x, Reg) else 0) for x in items))
+        key = (operand, kind, depth, *((x, self.versions[x.name] if isinstance(x, Reg) else 0) for x in items))
         if key not in self.fragments:
             self.temp += 1
             registers = ", ".join(self.get(x, "u4") for x in items)
-            self.emit(f"t{self.temp} = M.fragment({of!r}, ({registers},), {depth}, {kind!r})")
+            self.emit(f"t{self.temp} = M.fragment({operand!r}, ({registers},), {depth}, {kind!r})")
             self.fragments[key] = f"t{self.temp}"
         return self.fragments[key]
 
-    def members(self, arg) -> str:
+    def check_membermask(self, arg) -> None:
         if self.masked:
-            self.emit(f"M.converged(i, k, {self.get(arg, 'u4')}, {self.instr.number})")
-        return ""
+            self.emit(f"M.check_converged(i, k, {self.get(arg, 'u4')}, {self.instr.number})")
 
     def op_shfl(self, instr, mods, args):
-        self.members(args[4])
+        self.check_membermask(args[4])
         to, p = args[0].items if isinstance(args[0], Vec) else (args[0], None)
         value = self.get(args[1], "u4")
         self.temp += 1
@@ -173,18 +172,18 @@ class Memory:
             self.put(p, "b", f"t{self.temp}[1]")
 
     def op_vote(self, instr, mods, args):
-        self.members(args[2])
+        self.check_membermask(args[2])
         t = "u4" if "ballot" in mods else "b"
         self.put(args[0], t, f"M.vote({mods[1]!r}, i, {self.mask()}, {self.get(args[1], 'b')}, {self.get(args[2], 'u4')})")
 
     def op_redux(self, instr, mods, args):
-        self.members(args[2])
+        self.check_membermask(args[2])
         t = TYPES[self.type_of(mods)]
         operation = next(m for m in mods if m in ("add", "min", "max", "and", "or", "xor"))
         self.put(args[0], t, f"M.redux({operation!r}, i, {self.mask()}, {self.get(args[1], t)}, {self.get(args[2], 'u4')})")
 
     def op_elect(self, instr, mods, args):
-        self.members(args[1])
+        self.check_membermask(args[1])
         to, p = args[0].items
         self.temp += 1
         self.emit(f"t{self.temp} = M.elect(i, {self.mask()}, {self.get(args[1], 'u4')})")
@@ -195,7 +194,7 @@ class Memory:
         self.put(args[0], "u4", f"M.activemask(i, {self.mask()})")
 
     def op_bar(self, instr, mods, args):  # bar.warp.sync
-        self.members(args[0])
+        self.check_membermask(args[0])
         self.emit(f"M.warp_barrier(i, {self.mask()})")
 
     def op_cp(self, instr, mods, args):
@@ -300,7 +299,7 @@ class Memory:
 
     def op_wgmma(self, instr, mods, args):
         what = mods[0]
-        names = self.program.async_regs
+        names = self.program.accumulator_regs
         if what == "fence":
             return self.emit(f"M.wgmma_fence(i, {self.mask()})")
         if what == "commit_group":
@@ -308,7 +307,7 @@ class Memory:
         if what == "wait_group":
             self.flush(names)
             self.emit(f"M.wgmma_wait(i, {self.mask()}, {args[0].bits})")
-            return self.forget(names)
+            return self.invalidate(names)
         shape = next(m for m in mods if m.startswith("m64n"))
         kinds = [m for m in mods if m in TYPES or m == "tf32"]
         d = args[0].items
@@ -327,4 +326,4 @@ class Memory:
             f"M.wgmma({shape!r}, {kinds[1]!r}, i, {self.mask()}, {target}, {indices(used)}, {a}, {b}, {scale}, {flags}, "
             f"{instr.number})"
         )
-        return self.forget({r.name for r in d})
+        return self.invalidate({r.name for r in d})

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import memory, tma
 from .launches import Emulator
-from .ptx import bare
+from .ptx import demangled
 
 
 def launch(emulator: Emulator, extension: ModuleType, op: str, tensors: Mapping[str, object], arguments: Mapping) -> None:
@@ -29,21 +29,21 @@ def launch(emulator: Emulator, extension: ModuleType, op: str, tensors: Mapping[
     for name, tensor in tensors.items():
         allocations.add_tensor(tensor, name)
 
-    def start(name: str, grid, block, addresses: int, shared: int) -> None:
+    def execute(name: str, grid, block, addresses: int, shared: int) -> None:
         kernel = re.search(r"Kernel = (.*)\]$", name)[1]
 
         def parameters(program) -> bytes:
-            places = (ctypes.c_void_p * len(program.kernel.params)).from_address(addresses)
+            pointers = (ctypes.c_void_p * len(program.kernel.params)).from_address(addresses)
             last = program.kernel.params[-1]
             raw = bytearray(last.offset + last.size)
-            for place, param in zip(places, program.kernel.params, strict=True):
-                raw[param.offset:param.offset + param.size] = ctypes.string_at(place, param.size)
+            for pointer, param in zip(pointers, program.kernel.params, strict=True):
+                raw[param.offset:param.offset + param.size] = ctypes.string_at(pointer, param.size)
             return bytes(raw)
 
         ptx = kernel_ptx(extension.__file__, kernel, emulator.compute_capability)
         emulator.execute(kernel, ptx, grid, block, parameters, allocations, shared)
 
-    extension.emulate(start, encode, emulator.sms)
+    extension.emulate(execute, encode, emulator.sms)
     try:
         getattr(extension, op)(device=0, stream=0, **arguments)
     finally:
@@ -51,19 +51,22 @@ def launch(emulator: Emulator, extension: ModuleType, op: str, tensors: Mapping[
 
 
 def encode(kind: int, address: int, sizes, strides, box, steps, interleave: int, swizzle: int, fill: int) -> bytes | None:
-    """cuTensorMapEncodeTiled of the CUDA driver API, in the emulator's encoding; None for what the driver rejects."""
+    """cuTensorMapEncodeTiled of the CUDA driver API, in the emulator's encoding; None for what the driver rejects.
+
+    ``kind``: a CUtensorMapDataType; ``steps``: the element strides.
+    """
     rank = len(sizes)
     legal = (1 <= rank <= 5 and address % 16 == 0 and all(1 <= size <= 1 << 32 for size in sizes)
              and all(stride % 16 == 0 and stride < 1 << 40 for stride in strides) and all(1 <= side <= 256 for side in box)
              and all(1 <= step <= 8 for step in steps))
     if not legal:
         return None
-    made = np.zeros(1, tma.MAP)
-    made["address"], made["rank"], made["type"] = address, rank, kind
-    made["interleave"], made["swizzle"], made["fill"] = interleave, swizzle, fill
-    made["dims"][0, :rank], made["box"][0, :rank], made["steps"][0, :rank] = sizes, box, steps
-    made["strides"][0, :rank - 1] = strides
-    return made.tobytes()
+    tensor_map = np.zeros(1, tma.MAP)
+    tensor_map["address"], tensor_map["rank"], tensor_map["type"] = address, rank, kind
+    tensor_map["interleave"], tensor_map["swizzle"], tensor_map["fill"] = interleave, swizzle, fill
+    tensor_map["dims"][0, :rank], tensor_map["box"][0, :rank], tensor_map["steps"][0, :rank] = sizes, box, steps
+    tensor_map["strides"][0, :rank - 1] = strides
+    return tensor_map.tobytes()
 
 
 @functools.cache
@@ -73,25 +76,25 @@ def kernel_ptx(path: str, kernel: str, compute_capability: int) -> str:
     It is of the newest architecture among those embedded that such a GPU can run.
     """
     texts = _embedded(path)
-    runs = [(number, special) for number, special in texts
-            if (number == compute_capability if special else number <= compute_capability)]
-    for key in sorted(runs, reverse=True):
+    usable = [(number, arch_specific) for number, arch_specific in texts
+            if (number == compute_capability if arch_specific else number <= compute_capability)]
+    for key in sorted(usable, reverse=True):
         for text in texts[key]:
             for name in re.findall(r"\.entry (\w+)\(", text):
-                if bare(name) == kernel:
-                    return alone(text, name)
-    there = ", ".join(f"compute_{number}{'a' * special}" for number, special in sorted(texts)) or "none"
+                if demangled(name) == kernel:
+                    return isolate_kernel(text, name)
+    available = ", ".join(f"compute_{number}{'a' * arch_specific}" for number, arch_specific in sorted(texts)) or "none"
     raise RuntimeError(f"emulated_gpu: expected PTX of {kernel} for sm{compute_capability} in the CUDA extension, got "
-                       f"{there}; rebuild it with SORA_FAST_BUILD_CUDA=1 pip install -e .")
+                       f"{available}; rebuild it with SORA_FAST_BUILD_CUDA=1 pip install -e .")
 
 
 @functools.cache
 def _embedded(path: str) -> dict[tuple[int, bool], list[str]]:
     """PTX by architecture: (90, True) is compute_90a."""
-    told = subprocess.run([_cuobjdump(), "--dump-ptx", path], capture_output=True, encoding="utf-8", errors="replace",
+    listing = subprocess.run([_cuobjdump(), "--dump-ptx", path], capture_output=True, encoding="utf-8", errors="replace",
                           check=True).stdout
     found: dict[tuple[int, bool], list[str]] = {}
-    for text in re.split(r"^Fatbin \w+ code:$", told, flags=re.MULTILINE):
+    for text in re.split(r"^Fatbin \w+ code:$", listing, flags=re.MULTILINE):
         target = re.search(r"^\.target sm_(\d+)(a?)", text, re.MULTILINE)
         if target:
             text = text[text.index(".version"):]
@@ -112,7 +115,7 @@ def _cuobjdump() -> str:
     return found
 
 
-def alone(text: str, name: str) -> str:
+def isolate_kernel(text: str, name: str) -> str:
     """A module with this kernel alone, its variables and files: parsing all kernels takes seconds."""
     at = text.index(f".entry {name}(")
     first, following = text.index(".entry "), text.find(".entry ", at + 1)

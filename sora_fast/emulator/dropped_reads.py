@@ -8,7 +8,7 @@ or by that warp if lanes exchange it. Dependences are followed through registers
 
 from .blocks import reads_and_writes
 
-LANES_EXCHANGE = ("shfl", "vote", "redux", "mma", "wgmma", "elect")
+CROSS_LANE = ("shfl", "vote", "redux", "mma", "wgmma", "elect")
 LOGGED = ("st", "atom", "red")  # effects that the log of global accesses records
 WITHOUT_EFFECT = ("prefetch", "prefetchu", "discard", "applypriority")
 
@@ -18,55 +18,55 @@ class DroppedReads:
 
     def __init__(self, program):
         self.blocks = program.blocks
-        self.known: dict[int, tuple[frozenset[int], bool] | None] = {}
+        self.cached: dict[int, tuple[frozenset[int], bool] | None] = {}
 
     def effects(self, number: int) -> tuple[frozenset[int], bool] | None:
         """(numbers of the global stores and atomics that depend on load ``number``, whether lanes exchange it between).
 
         None: it is not a load to registers, or it has another effect: on a branch, a predicate or shared memory.
         """
-        if number not in self.known:
-            self.known[number] = self._effects(number)
-        return self.known[number]
+        if number not in self.cached:
+            self.cached[number] = self._effects(number)
+        return self.cached[number]
 
     def _effects(self, number: int) -> tuple[frozenset[int], bool] | None:
         found, exchanged = set(), False
-        depend: dict[int, set[str]] = {}  # registers at the start of each block that is reached
-        start = next(block.index for block in self.blocks if any(i.number == number for i in self._all(block)))
-        waiting = [start]
-        while waiting:
-            block = self.blocks[waiting.pop()]
-            now = set(depend.get(block.index, ()))
-            for instr in self._all(block):
+        dependent_at: dict[int, set[str]] = {}  # registers at the start of each block that is reached
+        start = next(block.index for block in self.blocks if any(i.number == number for i in self._instrs(block)))
+        worklist = [start]
+        while worklist:
+            block = self.blocks[worklist.pop()]
+            dependent = set(dependent_at.get(block.index, ()))
+            for instr in self._instrs(block):
                 root = instr.parts[0]
                 reads, writes = ({reg.name for reg in part} for part in reads_and_writes(instr))
                 if instr.number == number:
                     if root not in ("ld", "ldu"):
                         return None
-                    now |= writes
-                elif not reads & now:
-                    now -= writes
+                    dependent |= writes
+                elif not reads & dependent:
+                    dependent -= writes
                 elif root not in WITHOUT_EFFECT:
-                    if root in LOGGED and "global" in instr.parts and not (instr.guard and instr.guard.name in now):
+                    if root in LOGGED and "global" in instr.parts and not (instr.guard and instr.guard.name in dependent):
                         found.add(instr.number)
                     elif not writes or root in LOGGED:
                         return None
-                    exchanged |= root in LANES_EXCHANGE
-                    now |= writes
-            for follower in self._followers(block):
-                known = depend.setdefault(follower, set())
-                if not now <= known:
-                    known |= now
-                    waiting.append(follower)
+                    exchanged |= root in CROSS_LANE
+                    dependent |= writes
+            for successor in self._successors(block):
+                known = dependent_at.setdefault(successor, set())
+                if not dependent <= known:
+                    known |= dependent
+                    worklist.append(successor)
         return frozenset(found), exchanged
 
     @staticmethod
-    def _all(block) -> list:
+    def _instrs(block) -> list:
         return [*block.instrs, *([block.end] if block.end else [])]
 
-    def _followers(self, block) -> list[int]:
+    def _successors(self, block) -> list[int]:
         root = block.end.parts[0] if block.end else ""
-        followers = [block.target] if root == "bra" else []
+        successors = [block.target] if root == "bra" else []
         if root not in ("bra", "ret", "exit", "trap") or block.end.guard:
-            followers.append(block.index + 1)
-        return [index for index in followers if index < len(self.blocks)]
+            successors.append(block.index + 1)
+        return [index for index in successors if index < len(self.blocks)]

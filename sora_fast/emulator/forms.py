@@ -121,7 +121,7 @@ FORMS["red"] = FORMS["atom"]
 PATTERNS = {root: re.compile(rf"(?:{pattern})\Z") for root, pattern in FORMS.items()}
 
 # Rejected with a message of their own, for features that users would search for.
-NAMED = {
+UNSUPPORTED_FEATURES = {
     r"tcgen05\..*": "tensor memory and tcgen05 of sm_100",
     r"(mapa|getctarank)\..*|barrier\.cluster.*|.*multicast::cluster.*": "clusters of CTAs",
     r"(ld|st|atom|red|mbarrier)\..*cluster.*": "clusters of CTAs",
@@ -129,7 +129,7 @@ NAMED = {
     r"call.*": "tl.device_print and other calls of functions",
     r"mma\..*|wgmma\.mma_async.*": "this shape or these types of a matrix multiply",
 }
-SPECIALS = re.compile(
+SPECIAL_REGISTERS = re.compile(  # those that are emulated
     r"(tid|ntid|ctaid|nctaid)\.[xyz]|laneid|warpid|nwarpid|lanemask_(lt|le|eq|ge|gt)|cluster_n?ctarank|dynamic_smem_size"
 )
 
@@ -138,7 +138,7 @@ SPECIALS = re.compile(
 def reason(op: str) -> str:
     """Why the opcode with these modifiers is not supported; "" if it is."""
     root, _, rest = op.partition(".")
-    for pattern, what in NAMED.items():
+    for pattern, what in UNSUPPORTED_FEATURES.items():
         if re.fullmatch(pattern, op) and not (root in PATTERNS and PATTERNS[root].match(rest)):
             return f"{what} are not emulated" if what.endswith("s") else f"{what} is not emulated"
     if root not in PATTERNS:
@@ -161,8 +161,8 @@ def check(kernel: Kernel) -> None:
             refuse(instr, why)
         if instr.guard and blocking(instr):
             refuse(instr, "a predicate on a barrier or on a wait for an mbarrier is not emulated")
-        for leaf in leaves(instr.args):
-            if isinstance(leaf, Special) and not SPECIALS.fullmatch(leaf.name):
+        for leaf in leaf_operands(instr.args):
+            if isinstance(leaf, Special) and not SPECIAL_REGISTERS.fullmatch(leaf.name):
                 refuse(instr, f"the special register %{leaf.name} is not emulated")
             if isinstance(leaf, Sym) and leaf.name not in known and instr.parts[0] != "bra":
                 refuse(instr, f"{leaf.name} is not declared")
@@ -176,13 +176,13 @@ def blocking(instr: Instr) -> bool:
     return root == "mbarrier" and instr.parts[1] in ("try_wait", "test_wait")
 
 
-def leaves(args):
+def leaf_operands(args):
     """Operands without the vectors and addresses around them."""
     for arg in args:
         if isinstance(arg, Vec):
-            yield from leaves(arg.items)
+            yield from leaf_operands(arg.items)
         elif isinstance(arg, Mem):
-            yield from leaves((arg.base, *arg.coords))
+            yield from leaf_operands((arg.base, *arg.coords))
         elif isinstance(arg, Not):
             yield arg.reg
         elif isinstance(arg, (Reg, Imm, Special, Sym, Sink)):

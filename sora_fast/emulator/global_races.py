@@ -32,7 +32,7 @@ class Event:
     thread: np.ndarray  # warp * 32 + lane, in the CTA
     address: np.ndarray
     epoch: np.ndarray
-    stamp: np.ndarray  # row of GlobalRaces.clocks
+    snapshot: np.ndarray  # row of GlobalRaces.clocks
     low: int
     high: int
 
@@ -48,21 +48,22 @@ class GlobalRaces:
         self.locations: dict[int, dict] = {}  # what was released at each address
 
     # ---- logging
-    def stamps(self, m, warps):
+    def snapshots(self, m, warps):
         """Snapshots of these warps' clocks, taken anew only if a clock has changed."""
-        stamp = m.races.stamp
-        for warp in np.unique(warps[stamp[warps] < 0]):
-            stamp[warp] = len(self.clocks)
+        snapshot = m.races.snapshot
+        for warp in np.unique(warps[snapshot[warps] < 0]):
+            snapshot[warp] = len(self.clocks)
             self.clocks.append(m.races.clock[warp, : m.warps].copy())
             self.foreign.append(m.races.foreign[warp])
-        return stamp[warps]
+        return snapshot[warps]
 
-    def add(self, m, warps, lanes, address, size, number, kind, pending=False):
+    def log(self, m, warps, lanes, address, size, number, kind, pending=False):
         epoch = np.full(len(warps), PENDING) if pending else m.races.epoch(warps)
-        ids = np.asarray(m.ids)[m.cta_of[warps]]
+        ids = np.asarray(m.cta_ids)[m.cta_of[warps]]
         thread = m.warp_of[warps] * 32 + lanes
         low, high = int(address.min()), int(address.max()) + size
-        self.events.append(Event(number, kind, size, ids, thread, address.copy(), epoch, self.stamps(m, warps), low, high))
+        snapshot = self.snapshots(m, warps)
+        self.events.append(Event(number, kind, size, ids, thread, address.copy(), epoch, snapshot, low, high))
 
     def access(self, m, k, address, size, number, values=None):
         """A weak load of the current group, or with ``values`` a store; ``address`` (n, 32)."""
@@ -73,7 +74,7 @@ class GlobalRaces:
         address = address[mask]
         if values is not None:
             self.same_instruction(m, rows, lanes, address, values[mask], number)
-        self.add(m, m.group.warps[rows], lanes, address, size, number, READ if values is None else WRITE)
+        self.log(m, m.group.warps[rows], lanes, address, size, number, READ if values is None else WRITE)
 
     def same_instruction(self, m, rows, lanes, address, values, number):
         """Report lanes of one store that write different values to one address."""
@@ -96,7 +97,7 @@ class GlobalRaces:
                 m.races.synchronise(int(m.group.warps[row]), self.locations, where, order, reads=True, writes=True)
         rows, lanes = np.nonzero(mask)
         if len(rows):
-            self.add(m, m.group.warps[rows], lanes, address[mask], size, number, WRITE | STRONG)
+            self.log(m, m.group.warps[rows], lanes, address[mask], size, number, WRITE | STRONG)
 
     def strong(self, m, k, address, size, number, order, scope, write):
         """ld.acquire, ld.relaxed, st.release, st.relaxed and volatile accesses. A load acquires before it is logged."""
@@ -108,21 +109,21 @@ class GlobalRaces:
         rows, lanes = np.nonzero(mask)
         if len(rows):
             kind = STRONG | (WRITE if write else READ)
-            self.add(m, m.group.warps[rows], lanes, address[mask], size, number, kind)
+            self.log(m, m.group.warps[rows], lanes, address[mask], size, number, kind)
 
     def box(self, m, warp, entry, box, write, pending=False):
         """A TMA copy, as accesses of the thread that issued it: a load at its issue, a store at its wait."""
         if len(box.addresses):
             warps, lanes = np.full(len(box.addresses), warp), np.zeros(len(box.addresses), np.int64)
-            self.add(m, warps, lanes, box.addresses, box.size, entry["number"], WRITE if write else READ, pending)
+            self.log(m, warps, lanes, box.addresses, box.size, entry["number"], WRITE if write else READ, pending)
 
     def map_accessed(self, m, warp, address, number, write):
         """A tensor map in global memory: built by the kernel, or read by TMA."""
         warps, address = np.array([warp]), np.array([address], np.uint64)
-        self.add(m, warps, np.zeros(1, np.int64), address, 128, number, WRITE if write else READ)
+        self.log(m, warps, np.zeros(1, np.int64), address, 128, number, WRITE if write else READ)
 
     # ---- the verdict
-    def judge(self) -> None:
+    def find_races(self) -> None:
         writes = [e for e in self.events if e.kind & WRITE]
         if not writes:
             return
@@ -164,14 +165,14 @@ class GlobalRaces:
         group = np.cumsum(new) - 1
         # groups of a single thread, or of atomics only, need no look
         first = np.flatnonzero(new)
-        alone = np.logical_and.reduceat((cta == cta[first][group]) & (thread == thread[first][group]), first)
+        single_thread = np.logical_and.reduceat((cta == cta[first][group]) & (thread == thread[first][group]), first)
         atomics = np.logical_and.reduceat(kind & STRONG != 0, first)
-        keep = ~(alone | atomics)[group]
+        keep = ~(single_thread | atomics)[group]
         if not keep.any():
             return
         element, event, kind, cta, thread, group = (x[keep] for x in (element, event, kind, cta, thread, group))
         a = dict(element=element, event=event, kind=kind, cta=cta, thread=thread)
-        a |= dict(epoch=take("epoch")[keep], stamp=take("stamp")[keep])
+        a |= dict(epoch=take("epoch")[keep], snapshot=take("snapshot")[keep])
         n = len(element)
         index = np.arange(n)
         new = np.r_[True, group[1:] != group[:-1]]
@@ -179,14 +180,14 @@ class GlobalRaces:
         writes = kind & WRITE != 0
         # the last write before each access, and for reads the next write behind it
         last = np.r_[-1, np.maximum.accumulate(np.where(writes, index, -1))[:-1]]
-        self.pairs(a, np.where(last >= start, last, -1), index)
+        self.check_pairs(a, np.where(last >= start, last, -1), index)
         following = np.minimum.accumulate(np.where(writes, index, n)[::-1])[::-1]
         following = np.where(following < n, following, 0)
         ahead = (group[following] == group) & ~writes & (following > index)
-        self.pairs(a, np.where(ahead, index, -1), following)
-        self.mixed(a, group)
+        self.check_pairs(a, np.where(ahead, index, -1), following)
+        self.check_mixed(a, group)
 
-    def mixed(self, a, group):
+    def check_mixed(self, a, group):
         """Plain accesses mixed with atomics: the last atomic may be the thread's own, and earlier ones unordered."""
         strong = a["kind"] & STRONG != 0
         first = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
@@ -197,42 +198,42 @@ class GlobalRaces:
             atomics = members[strong[members] & (a["kind"][members] & WRITE != 0)]
             plain = members[~strong[members]]
             one, two = (x.ravel() for x in np.meshgrid(atomics, plain, indexing="ij"))
-            self.pairs(a, np.minimum(one, two), np.maximum(one, two))
+            self.check_pairs(a, np.minimum(one, two), np.maximum(one, two))
 
-    def pairs(self, a, before, behind):
+    def check_pairs(self, a, before, after):
         """Report pairs (indices; before < 0: none) that conflict and are not ordered."""
         valid = before >= 0
-        before, behind = before[valid], behind[valid]
-        conflict = (a["kind"][before] | a["kind"][behind]) & WRITE != 0
-        conflict &= (a["kind"][before] & a["kind"][behind] & STRONG) == 0
-        conflict &= (a["cta"][before] != a["cta"][behind]) | (a["thread"][before] != a["thread"][behind])
-        one_store = (a["event"][before] == a["event"][behind]) & (a["thread"][before] // 32 == a["thread"][behind] // 32)
-        conflict &= ~one_store | (a["cta"][before] != a["cta"][behind])  # lanes of one store: same_instruction
-        before, behind = before[conflict], behind[conflict]
+        before, after = before[valid], after[valid]
+        conflict = (a["kind"][before] | a["kind"][after]) & WRITE != 0
+        conflict &= (a["kind"][before] & a["kind"][after] & STRONG) == 0
+        conflict &= (a["cta"][before] != a["cta"][after]) | (a["thread"][before] != a["thread"][after])
+        one_store = (a["event"][before] == a["event"][after]) & (a["thread"][before] // 32 == a["thread"][after] // 32)
+        conflict &= ~one_store | (a["cta"][before] != a["cta"][after])  # lanes of one store: same_instruction
+        before, after = before[conflict], after[conflict]
         if not len(before):
             return
-        bad = ~self.ordered(a, before, behind)
-        before, behind = before[bad], behind[bad]
-        bad = ~(self.dropped(a, before, behind) | self.dropped(a, behind, before))
+        bad = ~self.ordered(a, before, after)
+        before, after = before[bad], after[bad]
+        bad = ~(self.unused(a, before, after) | self.unused(a, after, before))
         seen = set()
-        for x, y in zip(before[bad], behind[bad], strict=True):
+        for x, y in zip(before[bad], after[bad], strict=True):
             key = self.events[a["event"][x]].number, self.events[a["event"][y]].number
             if key not in seen:
                 seen.add(key)
                 self.report(a, x, y)
 
-    def ordered(self, a, before, behind):
+    def ordered(self, a, before, after):
         warp = a["thread"][before] // 32
         epoch = a["epoch"][before]
-        same_cta = a["cta"][before] == a["cta"][behind]
+        same_cta = a["cta"][before] == a["cta"][after]
         clocks = np.array(self.clocks)
-        known = clocks[a["stamp"][behind], warp]
-        same_warp = warp == a["thread"][behind] // 32
+        known = clocks[a["snapshot"][after], warp]
+        same_warp = warp == a["thread"][after] // 32
         read_first = (a["kind"][before] & WRITE) == 0
         found = same_cta & np.where(same_warp, (epoch < known) | read_first, epoch <= known)
         informed = np.array([bool(known) for known in self.foreign])
-        for at in np.flatnonzero(~same_cta & informed[a["stamp"][behind]]):
-            row = self.foreign[a["stamp"][behind[at]]].get(int(a["cta"][before[at]]))
+        for at in np.flatnonzero(~same_cta & informed[a["snapshot"][after]]):
+            row = self.foreign[a["snapshot"][after[at]]].get(int(a["cta"][before[at]]))
             found[at] = row is not None and epoch[at] <= row[warp[at]]
         return found
 
@@ -240,7 +241,7 @@ class GlobalRaces:
     def dropped_reads(self) -> DroppedReads:
         return DroppedReads(self.launch.program)
 
-    def dropped(self, a, reads, others):
+    def unused(self, a, reads, others):
         """Whether ``reads`` are weak loads whose results had no effect, by threads of the CTAs of ``others``."""
         found = np.zeros(len(reads), bool)
         candidate = (a["kind"][reads] == READ) & (a["cta"][reads] == a["cta"][others])
@@ -250,11 +251,11 @@ class GlobalRaces:
             if effects is None:
                 continue
             numbers, exchanged = effects
-            by = 32 if exchanged else 1
-            who = lambda cta, thread, by=by: cta.astype(np.int64) * 1024 + thread // by
-            executed = [who(e.cta, e.thread) for e in self.events if e.number in numbers]
+            group_size = 32 if exchanged else 1
+            thread_key = lambda cta, thread, group_size=group_size: cta.astype(np.int64) * 1024 + thread // group_size
+            executed = [thread_key(e.cta, e.thread) for e in self.events if e.number in numbers]
             at = candidate & (number == each)
-            used = np.isin(who(a["cta"][reads], a["thread"][reads]), np.concatenate([*executed, []]))
+            used = np.isin(thread_key(a["cta"][reads], a["thread"][reads]), np.concatenate([*executed, []]))
             found |= at & ~used
         return found
 
@@ -263,9 +264,10 @@ class GlobalRaces:
         one, two = self.events[a["event"][x]], self.events[a["event"][y]]
         name = lambda at: f"CTA {a['cta'][at]} warp {a['thread'][at] // 32} lane {a['thread'][at] % 32}"
         other_warp = a["thread"][x] // 32 != a["thread"][y] // 32
-        apart = "another CTA" if a["cta"][x] != a["cta"][y] else "another warp" if other_warp else "another lane"
-        does = lambda e: "an atomic" if e.kind == WRITE | STRONG else "a write" if e.kind & WRITE else "a read"
+        other_thread = "another CTA" if a["cta"][x] != a["cta"][y] else "another warp" if other_warp else "another lane"
+        describe = lambda e: "an atomic" if e.kind == WRITE | STRONG else "a write" if e.kind & WRITE else "a read"
         unit = min(e.size for e in self.events)
         place = launch.allocations.name(int(a["element"][x]) * unit)
-        what = f"{place}, with {does(one)} by {name(x)}, {launch.cite(one.number)}"
-        launch.report(f"race in global memory: not ordered behind {does(one)} of {apart}", two.number, name(y), what)
+        what = f"{place}, with {describe(one)} by {name(x)}, {launch.describe_instr(one.number)}"
+        title = f"race in global memory: not ordered behind {describe(one)} of {other_thread}"
+        launch.report(title, two.number, name(y), what)

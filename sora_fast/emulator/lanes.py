@@ -9,17 +9,17 @@ REDUX = {"add": np.add, "min": np.minimum, "max": np.maximum}
 REDUX |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
-def wide(x, n):
+def per_lane(x, n):
     """``x`` broadcast to the lanes of n warps, (n, 32)."""
     return x if x.shape == (n, 32) else np.broadcast_to(x, (n, 32))  # np.broadcast_to is slow even without any work
 
 
-def some(x):
+def any_true(x):
     """x.any(), in a third of its time."""
     return np.count_nonzero(x) > 0
 
 
-def every(x):
+def all_true(x):
     """x.all(), likewise."""
     return np.count_nonzero(x) == x.size
 
@@ -29,33 +29,33 @@ class Lanes:
 
     def members(self, mask, n):
         """The lanes (n, 32) of a membermask."""
-        return ((wide(mask, n) >> LANES) & U4(1)).astype(bool)
+        return ((per_lane(mask, n) >> LANES) & U4(1)).astype(bool)
 
-    def converged(self, i, k, mask, number):
+    def check_converged(self, i, k, mask, number):
         """All lanes of the membermask must execute the instruction; in a diverged warp some may not."""
         missing = self.members(mask, len(self.group.warps)) & self.alive[self.group.warps] & ~k
         if missing.any():
             row, lane = np.argwhere(missing)[0]
             raise self.launch.fault(number, "a lane of its membermask is elsewhere", self.thread(row, lane))
 
-    def shuffle(self, mode, i, value, by, c):
+    def shuffle(self, mode, i, value, b, c):
         """(values, predicate): the predicate says whether the source lane is in range (PTX ISA 9.7.9.6)."""
         n = len(self.group.warps)
-        value = wide(value, n)
+        value = per_lane(value, n)
         limit, segment = c & U4(31), (c >> U4(8)) & U4(31)
         low = LANES & segment
         high = (low | (limit & ~segment)).astype(I4)
         if mode == "up":
-            source = LANES.astype(I4) - (by & U4(31)).astype(I4)
+            source = LANES.astype(I4) - (b & U4(31)).astype(I4)
             good = source >= high
         elif mode == "down":
-            source = (LANES + (by & U4(31))).astype(I4)
+            source = (LANES + (b & U4(31))).astype(I4)
             good = source <= high
         elif mode == "bfly":
-            source = (LANES ^ (by & U4(31))).astype(I4)
+            source = (LANES ^ (b & U4(31))).astype(I4)
             good = source <= high
         else:
-            source = (low | (by & ~segment & U4(31))).astype(I4)
+            source = (low | (b & ~segment & U4(31))).astype(I4)
             good = source <= high
         source = np.where(good, source, LANES.astype(I4))
         if source.shape[0] == 1:
@@ -64,7 +64,7 @@ class Lanes:
 
     def vote(self, mode, i, k, p, mask):
         n = len(self.group.warps)
-        p = wide(p, n)
+        p = per_lane(p, n)
         active = self.members(mask, n) & self.lane_mask(k, n)
         if mode == "ballot":
             return np.where(p & active, U4(1) << LANES, U4(0)).sum(1, dtype=U4, keepdims=True)
@@ -76,7 +76,7 @@ class Lanes:
 
     def redux(self, operation, i, k, value, mask):
         n = len(self.group.warps)
-        value = wide(value, n)
+        value = per_lane(value, n)
         active = self.members(mask, n) & self.lane_mask(k, n)
         out = np.empty((n, 1), value.dtype)
         for row in range(n):
@@ -97,4 +97,4 @@ class Lanes:
     def warp_barrier(self, i, k):
         """bar.warp.sync orders memory between the lanes."""
         if self.races:
-            self.races.advance(self.group.warps)
+            self.races.start_epoch(self.group.warps)

@@ -15,7 +15,7 @@ from . import memory
 from .codegen import Program
 from .counters import Counters
 from .machine import Launch, Schedule
-from .ptx import bare, parse
+from .ptx import demangled, parse
 
 
 def schedules(asked: int | str | Schedule | Iterable) -> tuple[Schedule, ...]:
@@ -117,7 +117,7 @@ class Emulator:
                                f"sm{self.compute_capability} has for a CTA, got {asked}; ask for less")
         digest = _digest(ptx, grid, block, shared, raw, allocations)
         several = len(self.schedules) > 1  # or nothing is copied: of a large tensor a kernel may touch little
-        before = _Memory(allocations) if several and not self.dry else None
+        before = _Snapshot(allocations) if several and not self.dry else None
         results, runs, start = [], [], time.perf_counter()
         for place, schedule in enumerate(() if self.dry else self.schedules):
             if place:
@@ -128,11 +128,11 @@ class Emulator:
                              race=self.race, counters=counters)
             runs.append(run)
             if several:
-                results.append(_Memory(allocations))
+                results.append(_Snapshot(allocations))
         record = Launched(name, tuple(grid), tuple(block), ptx, time.perf_counter() - start, tuple(runs), digest)
         self.records.append(record)
         found = record.findings
-        if results and not found and not _rounds_by_schedule(program):
+        if results and not found and not _rounding_depends_on_schedule(program):
             found = [f"{name}: results differ between {self.schedules[0]} and {schedule}, first in {where}, and nothing is "
                      f"added atomically" for schedule, result in zip(self.schedules[1:], results[1:], strict=True)
                      if (where := results[0].difference(result))]
@@ -141,7 +141,7 @@ class Emulator:
         return record
 
 
-current: ContextVar[Emulator | None] = ContextVar("the emulator that takes launches", default=None)
+current_emulator: ContextVar[Emulator | None] = ContextVar("the emulator that takes launches", default=None)
 
 
 @functools.cache
@@ -158,7 +158,7 @@ def program_of(ptx: str) -> Program:
     key = hashlib.sha256(ptx.encode()).digest()
     if key not in _programs:
         (kernel,) = parse(ptx).values()
-        kernel.name = bare(kernel.name)  # as findings call it
+        kernel.name = demangled(kernel.name)  # as findings call it
         _programs[key] = Program(kernel)
     return _programs[key]
 
@@ -168,13 +168,14 @@ def _digest(ptx: str, grid, block, shared: int, params: bytes, allocations: memo
     words = []
     for at in range(0, len(params), 8):
         word = int.from_bytes(params[at:at + 8], "little")
-        tensors = ((place, word - start) for place, (start, end, *_) in enumerate(allocations.given) if start <= word < end)
+        tensors = ((place, word - start) for place, (start, end, *_) in enumerate(allocations.registered)
+                   if start <= word < end)
         words.append(next(tensors, word))
-    return hashlib.sha256(repr((_bare_code(ptx), *grid, *block, shared, words)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((_normalised_code(ptx), *grid, *block, shared, words)).encode()).hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=8)
-def _bare_code(ptx: str) -> str:
+def _normalised_code(ptx: str) -> str:
     """PTX without comments, names of functions and parameters, and what only debuggers read."""
     code = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx.partition("\n\t.section")[0], flags=re.DOTALL)
     code = re.sub(r"^\s*\.(loc|file)\b[^\n]*", "", code, flags=re.MULTILINE)
@@ -183,27 +184,27 @@ def _bare_code(ptx: str) -> str:
     return re.sub(r"\s+", " ", code)
 
 
-def _rounds_by_schedule(program: Program) -> bool:
+def _rounding_depends_on_schedule(program: Program) -> bool:
     """Whether sums may round otherwise under another schedule: of atomics, and of wgmma, whose steps are executed together
     where they complete together."""
     return any(instr.parts[0] in ("atom", "red", "wgmma") for instr in program.instrs)
 
 
-class _Memory:
-    """What allocations hold at one moment."""
+class _Snapshot:
+    """The contents of all allocations at one moment."""
 
     def __init__(self, allocations: memory.Allocations):
         self.allocations = allocations
         self.bytes = {start: memory.span(start, end).copy() for start, (end, *_) in allocations.ranges.items()}
 
     def restore(self) -> None:
-        for start, held in self.bytes.items():
-            memory.span(start, start + len(held))[:] = held
+        for start, saved in self.bytes.items():
+            memory.span(start, start + len(saved))[:] = saved
 
-    def difference(self, other: "_Memory") -> str:
-        """Where the first byte is that another moment has otherwise, or ""."""
-        for start, held in self.bytes.items():
-            differs = held != other.bytes[start]
+    def difference(self, other: "_Snapshot") -> str:
+        """The element with the first byte that differs from ``other``, or ""."""
+        for start, saved in self.bytes.items():
+            differs = saved != other.bytes[start]
             if differs.any():
                 return self.allocations.name(start + int(differs.argmax()))
         return ""

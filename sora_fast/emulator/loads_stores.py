@@ -7,7 +7,7 @@ import numpy as np
 
 from . import memory
 from .arith import SHARED_WINDOW, U4, U8, packed_add
-from .lanes import every, some, wide
+from .lanes import all_true, any_true, per_lane
 
 ATOMIC = {  # old value and operands -> new value; inc and dec wrap
     "add": lambda old, x: old + x,
@@ -25,7 +25,7 @@ ATOMIC = {  # old value and operands -> new value; inc and dec wrap
     "dec": lambda old, x: x if old == 0 or old > x else old - old.dtype.type(1),
 }
 
-WRITTEN = memory.repeated(1)  # of every byte, in Machine.initialized
+INITIALIZED = memory.splat(1)  # of every byte, in Machine.initialized
 
 
 class LoadsStores:
@@ -52,7 +52,7 @@ class LoadsStores:
 
     def lane_mask(self, k, n):
         """The active lanes (n, 32)."""
-        return np.ones((n, 32), bool) if k is None else wide(k, n)
+        return np.ones((n, 32), bool) if k is None else per_lane(k, n)
 
     def thread(self, row, lane=None) -> str:
         """ "CTA 3 warp 1 lane 5", of a warp of the group."""
@@ -60,7 +60,7 @@ class LoadsStores:
 
     def thread_of(self, warp: int, lane=None) -> str:
         tail = "" if lane is None else f" lane {lane}"
-        return f"CTA {self.ids[self.cta_of[warp]]} warp {self.warp_of[warp]}{tail}"
+        return f"CTA {self.cta_ids[self.cta_of[warp]]} warp {self.warp_of[warp]}{tail}"
 
     def fault(self, space, number, address, size, thread=""):
         if space == "global":
@@ -74,25 +74,25 @@ class LoadsStores:
 
     def global_addresses(self, k, address, size, number, n):
         """Checked addresses (n, 32); inactive lanes get a harmless one."""
-        address, mask = wide(address, n), None if k is None else wide(k, n)
+        address, mask = per_lane(address, n), None if k is None else per_lane(k, n)
         active = (address if k is None else address[mask]).ravel()
         if active.size:
             misaligned = active & U8(size - 1)
-            wrong = int(np.flatnonzero(misaligned)[0]) if some(misaligned) else self.allocations.check(active, size)
+            wrong = int(np.flatnonzero(misaligned)[0]) if any_true(misaligned) else self.allocations.check(active, size)
             if wrong is not None:
                 row, lane = divmod(wrong if k is None else int(np.flatnonzero(mask)[wrong]), 32)
                 raise self.fault("global", number, int(active[wrong]), size, self.thread(row, lane))
-        return address if k is None else np.where(mask, address, U8(memory.HARMLESS))
+        return address if k is None else np.where(mask, address, U8(memory.INACTIVE_LANE_ADDRESS))
 
     def shared_addresses(self, i, k, address, size, number, n):
         """Checked byte indices in self.shared (n, 32); inactive lanes get the CTA's start."""
-        address = wide(address, n).astype(U4, copy=False)
+        address = per_lane(address, n).astype(U4, copy=False)
         if k is not None:
             address = np.where(k, address, U4(self.launch.shared_base + 15 & ~15))
         if address.size:
             low, high = int(address.min()), int(address.max()) + size
             outside = low < self.launch.shared_base or high > self.launch.shared_end
-            if outside and (k is None or some(k)) or some(address & U4(size - 1)):
+            if outside and (k is None or any_true(k)) or any_true(address & U4(size - 1)):
                 bad = (address < self.launch.shared_base) | (address.astype(np.int64) + size > self.launch.shared_end)
                 row, lane = divmod(int(np.flatnonzero(bad | (address & U4(size - 1) != 0))[0]), 32)
                 raise self.fault("shared", number, int(address[row, lane]), size, self.thread(row, lane))
@@ -100,7 +100,7 @@ class LoadsStores:
 
     def local_place(self, k, address, size, count, number, n):
         """Byte indices (n, 32) of elements in local memory; inactive lanes get the start."""
-        address = wide(address, n).astype(np.int64)
+        address = per_lane(address, n).astype(np.int64)
         address = address if k is None else np.where(k, address, 0)
         wrong = (address + size * count > self.launch.local_size) | (address % (size * count) != 0)
         if wrong.any():
@@ -113,10 +113,10 @@ class LoadsStores:
         """The state space of generic addresses, and addresses in it (PTX ISA 5.1, generic addressing)."""
         if space != "generic":
             return space, address
-        shared = wide(address, n) >= SHARED_WINDOW
-        if not some(shared):
+        shared = per_lane(address, n) >= SHARED_WINDOW
+        if not any_true(shared):
             return "global", address
-        if not every(shared):
+        if not all_true(shared):
             raise self.launch.fault(number, "generic addresses of shared and of global memory in one instruction")
         return "shared", (address - SHARED_WINDOW).astype(U4)
 
@@ -135,9 +135,9 @@ class LoadsStores:
                 self.counters.access("ld.global", k, address, size * count, number, n)
             if self.races and space != "const":
                 if order:
-                    self.races.globals.strong(self, k, address, size * count, number, order, scope, write=False)
+                    self.races.global_races.strong(self, k, address, size * count, number, order, scope, write=False)
                 else:
-                    self.races.globals.access(self, k, address, size * count, number)
+                    self.races.global_races.access(self, k, address, size * count, number)
             return found.view(t)
         place = self.shared_addresses(i, k, address, size * count, number, n)
         if self.initialized is not None:
@@ -152,9 +152,9 @@ class LoadsStores:
         good = self.initialized.take(place) & self.initialized.take(place + U4(size - 1))
         if k is not None:
             good |= ~k
-        if not every(good):
+        if not all_true(good):
             row, lane = np.argwhere(~good)[0]
-            where = int(place[row, lane]) % self.size
+            where = int(place[row, lane]) % self.smem_bytes
             detail = f"address {where:#x}, {(~good).sum()} lanes"
             self.launch.report("uninitialised shared memory", number, self.thread(row, lane), detail)
 
@@ -162,7 +162,7 @@ class LoadsStores:
         if self.initialized is not None:
             unit = min(size, 16)
             for at in range(0, size, unit):
-                self.marks[unit][(place + at) >> unit.bit_length() - 1] = WRITTEN[unit]
+                self.initialized_views[unit][(place + at) >> unit.bit_length() - 1] = INITIALIZED[unit]
 
     def st(self, space, i, k, address, values, t, number, order="", scope=""):
         n, count = len(self.group.warps), len(values)
@@ -170,12 +170,12 @@ class LoadsStores:
         space, address = (space, address) if space == "local" else self.resolve(space, address, number, n)
         values = [v.view(memory.UNITS[size]) for v in values]
         if count == 1:
-            value = wide(values[0], n)
+            value = per_lane(values[0], n)
         else:
             value = np.empty((n, 32, count), memory.UNITS[size])
             for at, each in enumerate(values):
                 value[..., at] = each
-        mask = None if k is None else wide(k, n)
+        mask = None if k is None else per_lane(k, n)
         if space == "local":
             place = self.local_place(k, address, size, count, number, n)
             place, value = (place, value) if mask is None else (place[mask], value[mask])
@@ -186,11 +186,11 @@ class LoadsStores:
                 self.counters.access("st.global", k, address, size * count, number, n)
             if self.races:
                 if order:
-                    self.races.globals.strong(self, k, address, size * count, number, order, scope, write=True)
+                    self.races.global_races.strong(self, k, address, size * count, number, order, scope, write=True)
                 else:
-                    self.races.globals.access(self, k, address, size * count, number, value)
-            if self.group.block in self.program.spins:
-                self.notice(memory.load(address, size, count), value, mask)
+                    self.races.global_races.access(self, k, address, size * count, number, value)
+            if self.group.block in self.program.spin_blocks:
+                self.note_progress(memory.load(address, size, count), value, mask)
             address, value = (address, value) if mask is None else (address[mask], value[mask])
             return memory.store(address, value, size, count)
         place = self.shared_addresses(i, k, address, size * count, number, n)
@@ -200,17 +200,17 @@ class LoadsStores:
             place, value = place[mask], value[mask]
         if self.races:
             self.races.write(mask, place, size * count, number)
-        if self.group.block in self.program.spins:
-            self.notice(memory.gather(self.shared_views, place, size, count), value)
+        if self.group.block in self.program.spin_blocks:
+            self.note_progress(memory.gather(self.shared_views, place, size, count), value)
         memory.scatter(self.shared_views, place, value, size, count)
         self.mark_initialized(place, size * count)
         return None
 
-    def notice(self, held, values, mask=None):
+    def note_progress(self, old, values, mask=None):
         """A store in a spin loop: if it changes memory, the loop makes progress."""
-        changed = held != values
+        changed = old != values
         if (changed if mask is None else changed[mask]).any():
-            self.idle = 0
+            self.idle_blocks = 0
 
     def atomic(self, space, operation, i, k, address, values, t, number, order="relaxed", scope="gpu"):
         """Serialised over lanes; returns the old values (n, 32)."""
@@ -226,7 +226,7 @@ class LoadsStores:
             if self.counters is not None:
                 self.counters.access("atom.global", k, address, size, number, n)
             if self.races:
-                self.races.globals.atomic(self, k, address, size, number, order, scope)
+                self.races.global_races.atomic(self, k, address, size, number, order, scope)
         else:
             places = self.shared_addresses(i, k, address, size, number, n)
             if self.initialized is not None:
@@ -234,12 +234,12 @@ class LoadsStores:
             if self.races:
                 self.races.shared_atomic(k, places, size, number)
             places, view = places // U4(size), self.shared_views[size].view(t)
-        values = [wide(v, n) for v in values]
+        values = [per_lane(v, n) for v in values]
         new = ATOMIC[operation]
         for row, lane in np.argwhere(mask):
             at = places[row, lane]
             out[row, lane] = view[at]
             view[at] = new(view[at], *(v[row, lane] for v in values))
             if view[at] != out[row, lane]:
-                self.idle = 0
+                self.idle_blocks = 0
         return out

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import arith, matrix, memory
-from .arith import F4, SHARED_WINDOW, U4, UNWRITTEN
+from .arith import F4, SHARED_WINDOW, U4, UNINITIALIZED_BYTE
 from .async_copies import AsyncCopies
 from .barriers import Barriers, Mbarrier
 from .bulk_copies import BulkCopies
@@ -53,25 +53,25 @@ class Launch:
         self.program, self.grid, self.block, self.schedule = program, tuple(grid), tuple(block), schedule
         self.allocations, self.counters, self.checks, self.race = allocations, counters, checks, race
         self.findings: dict[tuple, str] = {}
-        self.parameters(params)
-        self.shared_base, self.shared_end = shared_base, self.variables(shared_base) + shared
+        self.load_parameters(params)
+        self.shared_base, self.shared_end = shared_base, self.place_variables(shared_base) + shared
         self.steps = self.warp_instructions = 0
         self.global_races = GlobalRaces(self)
         ctas = int(np.prod(self.grid))
         if batch is None:
-            together = 64 if self.program.spins or not race else 8  # CTAs that wait for each other must be co-resident
-            batch = max(1, min(together, (64 << 20) // max(self.shared_end, 1)))
+            resident = 64 if self.program.spin_blocks or not race else 8  # CTAs that wait for each other must be co-resident
+            batch = max(1, min(resident, (64 << 20) // max(self.shared_end, 1)))
         try:
             try:
                 for start in range(0, ctas, batch):
                     Machine(self, range(start, min(start + batch, ctas))).run()
             finally:
-                self.global_races.judge()
+                self.global_races.find_races()
         except Fault as fault:
             fault.findings = dict(self.findings)
             raise
 
-    def parameters(self, params: bytes) -> None:
+    def load_parameters(self, params: bytes) -> None:
         """The parameter space is addressable: tensor maps are read from it."""
         self.buffer = np.zeros(len(params) + 256, np.uint8)
         start = -self.buffer.ctypes.data % 128
@@ -81,7 +81,7 @@ class Launch:
         self.allocations.add(self.param_start, len(params), "the parameters")
         self.offsets = {p.name: p.offset for p in self.program.kernel.params}
 
-    def variables(self, at: int) -> int:
+    def place_variables(self, at: int) -> int:
         """Place the module's variables; returns the end of static shared memory. Dynamic shared memory (no size) is last."""
         self.symbols, self.module_memory, self.local_size = {}, [], 0
         for variable in sorted(self.program.kernel.variables.values(), key=lambda v: v.size == 0):
@@ -104,12 +104,12 @@ class Launch:
         return at
 
     # ---- error messages
-    def cite(self, number: int) -> str:
+    def describe_instr(self, number: int) -> str:
         """An instruction and the line of the kernel's source it comes from."""
         instr = self.program.instrs[number]
         return f"`{instr.text}` ({instr.loc or 'no line'})"
 
-    def sentence(self, number: int, what: str, thread: str) -> str:
+    def message(self, number: int, what: str, thread: str) -> str:
         instr = self.program.instrs[number]
         thread = f", {thread}" if thread else ""
         return f"{self.program.kernel.name} at {instr.loc or 'no line'}{thread}: {what}, in `{instr.text}`"
@@ -117,11 +117,11 @@ class Launch:
     def report(self, kind: str, number: int, thread: str, detail: str) -> None:
         """Record a finding and continue. One per kind and instruction is kept."""
         if (kind, number) not in self.findings:
-            self.findings[kind, number] = self.sentence(number, f"{kind} ({detail})", thread)
+            self.findings[kind, number] = self.message(number, f"{kind} ({detail})", thread)
 
     def fault(self, number: int, what: str, thread: str = "") -> Fault:
         """An exception for an error after which the kernel cannot continue."""
-        return Fault(self.sentence(number, what, thread))
+        return Fault(self.message(number, what, thread))
 
 
 class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorCores, Lanes):
@@ -133,20 +133,20 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         self.random = random.Random(None if self.schedule.seed is None else self.schedule.seed * 1000003 + ctas.start)
         threads = int(np.prod(launch.block))
         self.warps = (threads + 31) // 32
-        self.ctas, self.ids = len(ctas), ctas
-        self.total = total = self.warps * self.ctas
+        self.ctas, self.cta_ids = len(ctas), ctas
+        self.total_warps = total = self.warps * self.ctas
         order = np.arange(total)
         self.cta_of, self.warp_of = order % self.ctas, order // self.ctas
         thread = self.warp_of[:, None] * 32 + LANES
         self.alive = np.broadcast_to(thread < threads, (total, 32)).copy()
-        self.size = (launch.shared_end + 1023) // 1024 * 1024
-        self.shared = np.full(max(self.size, 1024) * self.ctas, UNWRITTEN, np.uint8)
+        self.smem_bytes = (launch.shared_end + 1023) // 1024 * 1024
+        self.shared = np.full(max(self.smem_bytes, 1024) * self.ctas, UNINITIALIZED_BYTE, np.uint8)
         self.shared_views = memory.views(self.shared)
         self.initialized = np.zeros(len(self.shared), bool) if launch.checks else None
-        self.marks = memory.views(self.initialized.view(np.uint8)) if launch.checks else None
-        self.shared_start = (self.cta_of * self.size).astype(U4)[:, None]
-        self.local = memory.views(np.full(total * 32 * launch.local_size, UNWRITTEN, np.uint8))  # each thread's own
-        self.space = self.names(thread, launch)
+        self.initialized_views = memory.views(self.initialized.view(np.uint8)) if launch.checks else None
+        self.shared_start = (self.cta_of * self.smem_bytes).astype(U4)[:, None]
+        self.local = memory.views(np.full(total * 32 * launch.local_size, UNINITIALIZED_BYTE, np.uint8))  # each thread's own
+        self.namespace = self.build_namespace(thread, launch)
         self.functions: dict = {}
         self.constants = -1
         self.executed = np.zeros(len(self.program.blocks), np.int64)
@@ -156,21 +156,21 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         self.wgmmas: list[dict] = []
         self.wgmma_group = np.zeros(total, np.int64)
         self.wgmma_done = np.zeros(total, np.int64)  # groups that were waited for
-        # the instruction that accessed a register of wgmma since the last wgmma.fence: its number, NO, or NEVER_FENCED
-        self.touched = np.full((len(self.program.wgmma_registers), total), NEVER_FENCED)
-        self.in_flight = np.full(self.touched.shape, -1, np.int64)  # the last wgmma group that uses the register
+        # the instruction that accessed a register of wgmma since the last wgmma.fence: its number, FENCED, or NEVER_FENCED
+        self.unfenced_access = np.full((len(self.program.wgmma_registers), total), NEVER_FENCED)
+        self.register_group = np.full(self.unfenced_access.shape, -1, np.int64)  # the last wgmma group that uses it
         self.tma_loads: list[dict] = []
         self.tma_stores: list[dict] = []
         self.store_group = np.zeros(total, np.int64)
         self.unfenced_maps: set[int] = set()  # addresses of tensor maps that the kernel wrote and has not yet acquired
         # barriers
         self.barriers: dict[tuple[int, int], Mbarrier] = {}
-        self.changed = True  # whether an mbarrier has changed since the blocked groups were last tried
-        self.idle = 0  # consecutive blocks of spin loops executed since memory last changed
+        self.mbarrier_changed = True  # whether an mbarrier has changed since the blocked groups were last tried
+        self.idle_blocks = 0  # consecutive blocks of spin loops executed since memory last changed
         self.arrived = np.zeros((16, total), bool)
-        self.living = self.alive.any(1).reshape(self.warps, self.ctas).sum(0)  # of each CTA: warps that have not left
+        self.live_warps = self.alive.any(1).reshape(self.warps, self.ctas).sum(0)  # of each CTA: warps that have not left
         self.waiting: dict[int, list] = {}  # groups by named barrier, or by ("converge", block)
-        self.wanted: dict[tuple[int, int], int] = {}  # (barrier, CTA) -> the threads it expects
+        self.barrier_threads: dict[tuple[int, int], int] = {}  # (barrier, CTA) -> the threads it expects
         self.ready: list[Group] = [Group(0, order, self.alive.copy())]
         self.blocked: list[Group] = []  # at an mbarrier
         self.races = Races(self) if launch.race else None
@@ -180,16 +180,16 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
         when = self.schedule.when
         return when == "early" or when == "random" and self.random.random() < 0.5
 
-    def names(self, thread, launch) -> dict:
+    def build_namespace(self, thread, launch) -> dict:
         """Globals of the generated functions: arithmetic, registers (V_), accumulators (D_), special registers (S_)."""
-        total, block, grid = self.total, launch.block, launch.grid
+        total, block, grid = self.total_warps, launch.block, launch.grid
         space = {name: value for name, value in vars(arith).items() if not name.startswith("__")}
         space |= {"np": np, "M": self, "P": put_masked, "SHARED_WINDOW": SHARED_WINDOW}
-        for names, number in self.program.pools.items():
+        for names, number in self.program.accumulator_arrays.items():
             pool = space[f"D_{number}"] = np.zeros((total, len(names) // 4, 16, 8), F4)
             for name, register in zip(names, matrix.registers_d(pool), strict=True):
                 space |= {f"V_{name}_{kind}4": register.view(f"{kind}4") for kind in "uif"}
-        for name in self.program.lasting - self.program.async_regs:
+        for name in self.program.cross_block_regs - self.program.accumulator_regs:
             reg = self.program.kernel.regs[name]
             if reg.pred:
                 space[f"V_{name}_b"] = np.zeros((total, 32), bool)
@@ -199,7 +199,7 @@ class Machine(Scheduler, Barriers, LoadsStores, AsyncCopies, BulkCopies, TensorC
             space |= {f"V_{name}_{kind}{reg.size}": array.view(f"{kind}{reg.size}") for kind in kinds}
         x, y = block[0], block[1]
         tid = {"x": thread % x, "y": thread // x % y, "z": thread // (x * y)}
-        index = np.array([self.ids[c] for c in self.cta_of])[:, None]
+        index = np.array([self.cta_ids[c] for c in self.cta_of])[:, None]
         cta = {"x": index % grid[0], "y": index // grid[0] % grid[1], "z": index // (grid[0] * grid[1])}
         one = lambda value: np.full((1, 1), value, U4)
         for at, axis in enumerate("xyz"):

@@ -9,10 +9,10 @@ and one per mbarrier for the TMA loads that complete on it. A warp's knowledge o
 
 import numpy as np
 
-MBARRIERS = 32
+MBARRIERS = 32  # columns for mbarriers; further mbarriers of a CTA share them
 
 
-def merged(a: dict, b: dict) -> dict:
+def join_clocks(a: dict, b: dict) -> dict:
     """The join of two clocks; neither is modified."""
     if not b or a is b:
         return a
@@ -24,92 +24,93 @@ def merged(a: dict, b: dict) -> dict:
     return found
 
 
-class Order:
+class VectorClocks:
     """The clocks of a batch of CTAs."""
 
     def __init__(self, machine):
         self.m = machine
-        total, self.warps = machine.total, machine.warps
+        total, self.warps = machine.total_warps, machine.warps
         self.clock = np.zeros((total, self.warps + MBARRIERS), np.int32)
         self.clock[np.arange(total), machine.warp_of] = 1
         self.foreign: list[dict] = [{}] * total
-        self.fenced: list[tuple | None] = [None] * total  # (clock, foreign) at the last fence.acq_rel or membar
-        self.seen: list[list] = [[] for _ in range(total)]  # read by relaxed accesses, acquired by the next fence
-        self.stamp = np.full(total, -1, np.int64)  # for global_races: index of this warp's current snapshot; -1: none yet
-        self.columns: dict[tuple[int, int], int] = {}
+        self.fence_clocks: list[tuple | None] = [None] * total  # (clock, foreign) at the last fence.acq_rel or membar
+        self.relaxed_reads: list[list] = [[] for _ in range(total)]  # read by relaxed accesses, acquired by the next fence
+        self.snapshot = np.full(total, -1, np.int64)  # for global_races: index of this warp's current snapshot; -1: none yet
+        self.tma_columns: dict[tuple[int, int], int] = {}
 
     def epoch(self, warps):
         return self.clock[warps, self.m.warp_of[warps]]
 
-    def advance(self, warps):
+    def start_epoch(self, warps):
         self.clock[warps, self.m.warp_of[warps]] += 1
-        self.stamp[warps] = -1
+        self.snapshot[warps] = -1
 
     def barrier(self, warps):
         """These warps of one CTA have passed a named barrier."""
         self.clock[warps] = self.clock[warps].max(0)
         known = {}
         for warp in warps:
-            known = merged(known, self.foreign[warp])
+            known = join_clocks(known, self.foreign[warp])
         if known:
             for warp in warps:
                 self.foreign[warp] = known
-        self.advance(warps)
+        self.start_epoch(warps)
 
-    def released(self, warp, barrier):
+    def release_mbarrier(self, warp, barrier):
         """An arrival at an mbarrier releases."""
         mine = self.clock[warp]
-        barrier.acc = mine.copy() if barrier.acc is None else np.maximum(barrier.acc, mine)
-        barrier.foreign = merged(barrier.foreign, self.foreign[warp])
-        self.advance(warp)
+        barrier.arrival_clock = mine.copy() if barrier.arrival_clock is None else np.maximum(barrier.arrival_clock, mine)
+        barrier.foreign = join_clocks(barrier.foreign, self.foreign[warp])
+        self.start_epoch(warp)
 
-    def acquired(self, warp, barrier):
+    def acquire_mbarrier(self, warp, barrier):
         """A wait on an mbarrier acquires."""
-        if barrier.done is not None:
-            self.clock[warp] = np.maximum(self.clock[warp], barrier.done)
-            self.foreign[warp] = merged(self.foreign[warp], barrier.foreign)
-            self.stamp[warp] = -1
+        if barrier.phase_clock is not None:
+            self.clock[warp] = np.maximum(self.clock[warp], barrier.phase_clock)
+            self.foreign[warp] = join_clocks(self.foreign[warp], barrier.foreign)
+            self.snapshot[warp] = -1
 
-    def column(self, cta, address):
+    def tma_column(self, cta, address):
         """The column of TMA loads that complete on the mbarrier at ``address``."""
         key = (cta, address)
-        if key not in self.columns:
-            self.columns[key] = self.warps + sum(c == cta for c, _ in self.columns) % MBARRIERS
-        return self.columns[key]
+        if key not in self.tma_columns:
+            self.tma_columns[key] = self.warps + sum(c == cta for c, _ in self.tma_columns) % MBARRIERS
+        return self.tma_columns[key]
 
     # ---- between CTAs
-    def knowledge(self, warp) -> dict:
+    def released_clocks(self, warp) -> dict:
         """Everything that happens before now in this warp, by CTA: what a release at gpu scope publishes."""
-        return merged(self.foreign[warp], {self.m.ids[self.m.cta_of[warp]]: self.clock[warp, : self.warps].copy()})
+        return join_clocks(self.foreign[warp], {self.m.cta_ids[self.m.cta_of[warp]]: self.clock[warp, : self.warps].copy()})
 
-    def learn(self, warp, known: dict) -> None:
-        own = self.m.ids[self.m.cta_of[warp]]
+    def acquire_clocks(self, warp, known: dict) -> None:
+        """From now on this warp is ordered after what ``released_clocks`` has published."""
+        own = self.m.cta_ids[self.m.cta_of[warp]]
         if own in known:
             self.clock[warp, : self.warps] = np.maximum(self.clock[warp, : self.warps], known[own])
-        self.foreign[warp] = merged(self.foreign[warp], {cta: row for cta, row in known.items() if cta != own})
-        self.stamp[warp] = -1
+        self.foreign[warp] = join_clocks(self.foreign[warp], {cta: row for cta, row in known.items() if cta != own})
+        self.snapshot[warp] = -1
 
     def fence(self, warps) -> None:
         """fence.acq_rel, fence.sc or membar at gpu or sys scope: makes relaxed atomics around it release and acquire."""
         for warp in warps:
-            for known in self.seen[warp]:
-                self.learn(warp, known)
-            self.seen[warp] = []
-            self.fenced[warp] = self.knowledge(warp)
-        self.advance(warps)
+            for known in self.relaxed_reads[warp]:
+                self.acquire_clocks(warp, known)
+            self.relaxed_reads[warp] = []
+            self.fence_clocks[warp] = self.released_clocks(warp)
+        self.start_epoch(warps)
 
     def synchronise(self, warp, locations: dict, address: int, order: str, reads: bool, writes: bool) -> None:
         """A strong access at gpu scope; ``locations``: the clocks released at each address."""
         known = locations.get(address)
         if reads and known:
             if order in ("acquire", "acq_rel"):
-                self.learn(warp, known)
+                self.acquire_clocks(warp, known)
             else:
-                self.seen[warp].append(known)
+                self.relaxed_reads[warp].append(known)
         if writes:
-            given = self.fenced[warp]
+            released = self.fence_clocks[warp]
             if order in ("release", "acq_rel"):
-                given = self.knowledge(warp)
-                self.advance(np.array([warp]))
-            if given:
-                locations[address] = merged(known or {}, given)
+                released = self.released_clocks(warp)
+                self.start_epoch(np.array([warp]))
+            if released:
+                locations[address] = join_clocks(known or {}, released)

@@ -6,11 +6,13 @@ furthest behind (at the lowest block index) go first: compilers place the reconv
 
 import numpy as np
 
-from .lanes import every, some, wide
+from .lanes import all_true, any_true, per_lane
 from .memory import Fault
 
-IDLE = 2000, 100  # base, and per ready group: after so many blocks of spin loops without effect, no warp will leave its loop
-FAIRNESS = 97  # the longest waiting group runs at each 97th pick; odd, so that it meets a loop of groups in every phase
+# Base, and per ready group: after so many blocks of spin loops without effect, no warp will leave its loop.
+IDLE_LIMIT = 2000, 100
+# The longest waiting group runs at each 97th pick; odd, so that it meets a loop of groups in every phase.
+FAIRNESS_PERIOD = 97
 
 
 class Deadlock(Fault):
@@ -24,7 +26,7 @@ class Group:
 
     def __init__(self, block: int, warps: np.ndarray, mask: np.ndarray | None):
         self.block, self.warps = block, warps
-        self.mask = None if mask is None or every(mask) else mask
+        self.mask = None if mask is None or all_true(mask) else mask
         first, count = int(warps[0]), len(warps)
         self.index = slice(first, first + count) if int(warps[-1]) - first + 1 == count else warps
 
@@ -54,10 +56,10 @@ class Scheduler:
         if found is None:
             code = self.program.code(self.program.blocks[block], masked)
             if self.constants != len(self.program.values):
-                self.space |= self.program.values
+                self.namespace |= self.program.values
                 self.constants = len(self.program.values)
-            exec(code, self.space)
-            found = self.functions[key] = self.space.pop("f")
+            exec(code, self.namespace)
+            found = self.functions[key] = self.namespace.pop("f")
         return found
 
     def run(self) -> None:
@@ -68,11 +70,12 @@ class Scheduler:
             while self.ready or self.blocked or self.waiting:
                 steps += 1
                 if not self.ready and not self.progress():
-                    raise Deadlock(self.stuck())
+                    raise Deadlock(self.deadlock_message())
                 if self.ready:
                     self.step()
-                if self.idle > IDLE[0] + IDLE[1] * len(self.ready):  # IDLE[1] > FAIRNESS: each group has had its turn
-                    raise Deadlock(self.stuck())
+                # IDLE_LIMIT[1] > FAIRNESS_PERIOD: each group has had its turn
+                if self.idle_blocks > IDLE_LIMIT[0] + IDLE_LIMIT[1] * len(self.ready):
+                    raise Deadlock(self.deadlock_message())
                 if self.tma_loads and self.schedule.when == "random" and self.random.random() < 0.1:
                     self.complete_load(self.random.randrange(len(self.tma_loads)))
             self.finish_bulk()
@@ -93,13 +96,13 @@ class Scheduler:
             return ready.pop()
         self.picks += 1
         block, behind = min(g.block for g in ready), None
-        if self.schedule.seed is not None or self.picks % FAIRNESS == 0:
+        if self.schedule.seed is not None or self.picks % FAIRNESS_PERIOD == 0:
             chosen = (ready[0] if self.schedule.seed is None else self.random.choice(ready)).block
-            late = np.zeros(self.total, bool)  # warps with lanes further behind: those go first
+            late = np.zeros(self.total_warps, bool)  # warps with lanes further behind: those go first
             for g in ready:
                 if g.block < chosen:
                     late[g.warps] = True
-            if not all(every(late[g.warps]) for g in ready if g.block == chosen):
+            if not all(all_true(late[g.warps]) for g in ready if g.block == chosen):
                 block, behind = chosen, late
         same, rest = [], []
         for g in ready:
@@ -107,24 +110,24 @@ class Scheduler:
                 rest.append(g)
                 continue
             late = None if behind is None else behind[g.warps]
-            if late is None or not some(late):
+            if late is None or not any_true(late):
                 same.append(g)
             else:
-                rest.append(self.part(g, late))
-                if not every(late):
-                    same.append(self.part(g, ~late))
+                rest.append(self.subset(g, late))
+                if not all_true(late):
+                    same.append(self.subset(g, ~late))
         self.ready = rest
         group = same[0] if len(same) == 1 else self.merge(same)
         if self.schedule.seed is not None and len(group.warps) > 1 and self.random.random() < 0.02:
             part = np.array([self.random.random() < 0.5 for _ in group.warps])
             if part.any() and not part.all():
-                self.ready.append(self.part(group, ~part))
-                group = self.part(group, part)
+                self.ready.append(self.subset(group, ~part))
+                group = self.subset(group, part)
         return group
 
     @staticmethod
-    def part(group: Group, which: np.ndarray) -> Group:
-        return Group(group.block, group.warps[which], None if group.mask is None else group.mask[which])
+    def subset(group: Group, selected: np.ndarray) -> Group:
+        return Group(group.block, group.warps[selected], None if group.mask is None else group.mask[selected])
 
     def merge(self, groups) -> Group:
         warps = np.unique(np.concatenate([g.warps for g in groups]))
@@ -136,8 +139,8 @@ class Scheduler:
     def step(self) -> None:
         group = self.pick()
         for _ in range(64):  # without another pick while no other group is ready
-            self.idle = self.idle + 1 if group.block in self.program.spins else 0
-            if self.idle % 1000 == 999:  # let copies complete, and groups at mbarriers go on, while others spin
+            self.idle_blocks = self.idle_blocks + 1 if group.block in self.program.spin_blocks else 0
+            if self.idle_blocks % 1000 == 999:  # let copies complete, and groups at mbarriers go on, while others spin
                 self.progress()
             group = self.execute(group)
             if group is None:
@@ -166,49 +169,49 @@ class Scheduler:
             if root == "trap" and (result is None or np.any(result & group.full_mask())):
                 raise self.launch.fault(end.number, "a trap is reached", self.thread_of(int(group.warps[0])))
             if result is None:
-                self.leave(group.warps, group.full_mask())
+                self.exit_lanes(group.warps, group.full_mask())
                 return None
-            taken = wide(result, len(group.warps)) & group.full_mask()
+            taken = per_lane(result, len(group.warps)) & group.full_mask()
             rest = group.full_mask() & ~taken
-            self.leave(group.warps, taken)
+            self.exit_lanes(group.warps, taken)
             keep = rest.any(1)
-            if not some(keep):
+            if not any_true(keep):
                 return None
             return Group(group.block + 1, group.warps[keep], rest[keep])
         if root in ("bar", "barrier"):
-            return self.barrier(group, block, result)
+            return self.named_barrier(group, block, result)
         return self.wait(group, block, result)
 
     def branch(self, group: Group, taken, target: int) -> Group | None:
         """The group, if all its lanes branch the same way; else two new groups become ready."""
         n = len(group.warps)
-        taken = wide(taken, n)
+        taken = per_lane(taken, n)
         active = group.mask
         if active is None:
-            if every(taken):
+            if all_true(taken):
                 group.block = target
                 return group
-            if not some(taken):
+            if not any_true(taken):
                 group.block += 1
                 return group
             yes, no = taken, ~taken
         else:
             yes, no = taken & active, active & ~taken
-            if not some(no):
+            if not any_true(no):
                 group.block = target
                 return group
-            if not some(yes):
+            if not any_true(yes):
                 group.block += 1
                 return group
         for mask, block in ((yes, target), (no, group.block + 1)):
-            there = mask.any(1)
-            self.ready.append(Group(block, group.warps[there], mask[there]))
+            nonempty = mask.any(1)
+            self.ready.append(Group(block, group.warps[nonempty], mask[nonempty]))
         return None
 
-    def leave(self, warps, mask) -> None:
+    def exit_lanes(self, warps, mask) -> None:
         """Exit. A barrier of all threads does not wait for exited threads."""
         self.alive[warps] &= ~mask
-        self.living = self.alive.any(1).reshape(self.warps, self.ctas).sum(0)
+        self.live_warps = self.alive.any(1).reshape(self.warps, self.ctas).sum(0)
         if self.waiting:
             for number in list(self.waiting):
                 self.release(number)
@@ -219,8 +222,8 @@ class Scheduler:
         Without a seed the first load of each CTA completes. That is as late as completing one alone, since CTAs do not wait
         for each other's loads, and lets them continue together.
         """
-        if self.changed and self.blocked:
-            self.changed = False
+        if self.mbarrier_changed and self.blocked:
+            self.mbarrier_changed = False
             self.ready += self.blocked
             self.blocked = []
             return True
@@ -234,13 +237,13 @@ class Scheduler:
             return True
         return False
 
-    def stuck(self) -> str:
+    def deadlock_message(self) -> str:
         """Where each warp waits, and what each mbarrier still expects. Warps that are ready are in loops."""
         lines = [f"{self.program.kernel.name}: deadlock:"]
-        later = int(np.prod(self.launch.grid)) - self.ids[-1] - 1
+        later = int(np.prod(self.launch.grid)) - self.cta_ids[-1] - 1
         if self.ready and later:
-            lines.append(f"  CTAs {self.ids[0]} to {self.ids[-1]} run together here, and {later} behind them: on a GPU too, "
-                         f"how many run together is not promised")
+            lines.append(f"  CTAs {self.cta_ids[0]} to {self.cta_ids[-1]} run together here, and {later} behind them: on a "
+                         f"GPU too, how many run together is not promised")
         for group in self.ready:
             at = next((i.loc for i in self.program.blocks[group.block].instrs if i.loc), "no line")
             lines += [f"  {self.thread_of(w)} waits in a loop at {at}" for w in group.warps[:40]]
@@ -255,6 +258,6 @@ class Scheduler:
                 what = "for its other lanes at a barrier" if isinstance(number, tuple) else f"at barrier {number}"
                 lines += [f"  {self.thread_of(w)} waits {what}, {end.loc}: {end.text}" for w in group.warps[:40]]
         for (cta, address), b in list(self.barriers.items())[:40]:
-            pending = f"phase {b.phase}, {b.pending} arrivals and {b.bytes} bytes pending"
-            lines.append(f"  mbarrier {address:#x} of CTA {self.ids[cta]}: {pending}")
+            pending = f"phase {b.phase}, {b.pending} arrivals and {b.tx_count} bytes pending"
+            lines.append(f"  mbarrier {address:#x} of CTA {self.cta_ids[cta]}: {pending}")
         return "\n".join(lines)

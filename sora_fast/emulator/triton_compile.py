@@ -86,8 +86,8 @@ def _source(fn) -> type:
 
 def _compile(source, backend, options, target: GPUTarget, cache: Path | None, launch) -> CompiledKernel:
     variables = sorted(get_cache_invalidating_env_vars().items())
-    told = [source.hash(), options.hash(), triton.__version__, str(target), str(variables)]
-    key = hashlib.sha256("\n".join(told).encode()).hexdigest()
+    inputs = [source.hash(), options.hash(), triton.__version__, str(target), str(variables)]
+    key = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
     path = None if cache is None else Path(cache) / f"{key}.json"
     found = _read(path)
     if found is None:

@@ -16,42 +16,42 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from . import memory, tma
-from .launches import Emulator, current
+from .launches import Emulator, current_emulator
 from .triton_compile import CompiledKernel, compiled
 
 PACK = {"i1": "<b", "i8": "<b", "u8": "<B", "i16": "<h", "u16": "<H", "i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q",
         "fp32": "<f", "f32": "<f", "fp64": "<d", "u1": "<B"}
 
 _lock = threading.Lock()
-_open = 0  # scopes, in all threads
-_own = {JITFunction: JITFunction.run, Autotuner: Autotuner.run}
+_open_scopes = 0  # scopes, in all threads
+_original_run = {JITFunction: JITFunction.run, Autotuner: Autotuner.run}
 
 
 @contextlib.contextmanager
 def launching(emulator: Emulator) -> Iterator[None]:
     """Inside, in this context, ``kernel[grid](...)`` runs on ``emulator``; scopes can be nested."""
-    global _open
+    global _open_scopes
     with _lock:
-        _open += 1
-        if _open == 1:
+        _open_scopes += 1
+        if _open_scopes == 1:
             JITFunction.run, Autotuner.run = _run, _run_tuned
-    token = current.set(emulator)
+    token = current_emulator.set(emulator)
     try:
         yield
     finally:
-        current.reset(token)
+        current_emulator.reset(token)
         with _lock:
-            _open -= 1
-            if _open == 0:
-                JITFunction.run, Autotuner.run = _own[JITFunction], _own[Autotuner]
+            _open_scopes -= 1
+            if _open_scopes == 0:
+                JITFunction.run, Autotuner.run = _original_run[JITFunction], _original_run[Autotuner]
 
 
 def _run(self, *args, grid, warmup, **options):
     """Replaces JITFunction.run."""
-    emulator = current.get()
+    emulator = current_emulator.get()
     if emulator is None:
         try:
-            return _own[JITFunction](self, *args, grid=grid, warmup=warmup, **options)
+            return _original_run[JITFunction](self, *args, grid=grid, warmup=warmup, **options)
         except RuntimeError as error:
             if "active drivers" not in str(error):
                 raise
@@ -68,14 +68,14 @@ def _run(self, *args, grid, warmup, **options):
 
 def _run_tuned(self, *args, **options):
     """Replaces Autotuner.run: nothing is timed; the config is the first after pruning, or the one named."""
-    emulator = current.get()
+    emulator = current_emulator.get()
     if emulator is None:
-        return _own[Autotuner](self, *args, **options)
+        return _original_run[Autotuner](self, *args, **options)
     self.nargs = dict(zip(self.arg_names, args, strict=False))
     configs = self.configs
     if self.early_config_prune:
         configs = self.early_config_prune(configs, self.nargs, **options)
-    config = self.best_config = _chosen(self.base_fn.__name__, configs, emulator.configs)
+    config = self.best_config = _choose_config(self.base_fn.__name__, configs, emulator.configs)
     if config.pre_hook is not None:
         config.pre_hook({**self.nargs, **options, **config.all_kwargs()})
     try:
@@ -84,7 +84,7 @@ def _run_tuned(self, *args, **options):
         self.nargs = None
 
 
-def _chosen(name: str, configs: list, named: dict) -> "triton.Config":
+def _choose_config(name: str, configs: list, named: dict) -> "triton.Config":
     wanted = named.get(name, {})
     for config in configs:
         values = config.all_kwargs()
@@ -95,7 +95,7 @@ def _chosen(name: str, configs: list, named: dict) -> "triton.Config":
 
 
 def _launch(kernel: CompiledKernel, bound: dict, grid) -> None:
-    emulator = current.get()
+    emulator = current_emulator.get()
     if emulator is None:
         raise RuntimeError(f"{kernel.name}: expected a launch inside emulated_gpu, for which it was compiled, got one "
                            f"outside; launch the function itself")
@@ -135,7 +135,7 @@ def _launch(kernel: CompiledKernel, bound: dict, grid) -> None:
 def _arguments(kernel: CompiledKernel, bound: dict, allocations: memory.Allocations) -> list[bytes]:
     """The bytes of every parameter that an argument makes, in order; tensors become allocations."""
     values, descriptors = [], 0
-    for name, value, kind in _flat(kernel.src.signature, bound):
+    for name, value, kind in _flatten_arguments(kernel.src.signature, bound):
         if kind == "constexpr":
             continue
         if kind.startswith("tensordesc"):
@@ -154,7 +154,7 @@ def _arguments(kernel: CompiledKernel, bound: dict, allocations: memory.Allocati
     return values
 
 
-def _flat(signature: dict, bound: dict):
+def _flatten_arguments(signature: dict, bound: dict):
     """(name, value, type) of every argument; the elements of a tuple are arguments of their own."""
     def walk(name, value, kind):
         if isinstance(kind, tuple):
@@ -188,12 +188,12 @@ def _descriptor(value, meta: dict | None, allocations: memory.Allocations, name:
         flags = [value.padding == "nan", *([value.round_f32_to_tf32] if hasattr(value, "round_f32_to_tf32") else [])]
         sizes = (struct.pack("<q", size) for size in (*value.shape, *value.strides))
         return [struct.pack("<Q", value.base.data_ptr()), *sizes, *(struct.pack("<B", flag) for flag in flags), *rest]
-    made = np.zeros(1, tma.MAP)
+    tensor_map = np.zeros(1, tma.MAP)
     rank, block = len(value.shape), meta["block_size"]
-    made["address"], made["rank"], made["swizzle"] = value.base.data_ptr(), rank, meta["swizzle"]
-    made["type"] = tma.ELEMTYPE.get(meta["elem_type"], meta["elem_type"])
-    made["dims"][0, :rank], made["box"][0, :rank] = value.shape[::-1], block[::-1]
-    made["strides"][0, :rank - 1] = [stride * meta["elem_size"] for stride in value.strides[-2::-1]]
-    made["steps"][0, :rank] = 1
-    made["fill"] = value.padding == "nan"
-    return [made.tobytes(), *rest]
+    tensor_map["address"], tensor_map["rank"], tensor_map["swizzle"] = value.base.data_ptr(), rank, meta["swizzle"]
+    tensor_map["type"] = tma.ELEMTYPE.get(meta["elem_type"], meta["elem_type"])
+    tensor_map["dims"][0, :rank], tensor_map["box"][0, :rank] = value.shape[::-1], block[::-1]
+    tensor_map["strides"][0, :rank - 1] = [stride * meta["elem_size"] for stride in value.strides[-2::-1]]
+    tensor_map["steps"][0, :rank] = 1
+    tensor_map["fill"] = value.padding == "nan"
+    return [tensor_map.tobytes(), *rest]

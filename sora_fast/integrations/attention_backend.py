@@ -51,22 +51,22 @@ def attend(query, key, value, attn_mask=None, dropout_p: float = 0.0, is_causal:
         if wrong:
             raise ValueError(f"attention backend sora_fast: expected plain attention, got {what}; set another backend with "
                              f"set_attention_backend('native')")
-    steps = torch.arange(batch + 1, device=query.device, dtype=torch.int32)
-    k, v, cu_k = key.flatten(0, 1), value.flatten(0, 1), steps * keys
+    sample = torch.arange(batch + 1, device=query.device, dtype=torch.int32)
+    k, v, cu_k = key.flatten(0, 1), value.flatten(0, 1), sample * keys
     if attn_mask is not None:
-        seen = _seen(attn_mask, batch, keys)
-        cu_k = F.pad(seen.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-        order = torch.argsort(~seen.flatten(), stable=True)  # unmasked keys first, sample by sample; the others are the tail
+        key_mask = _key_mask(attn_mask, batch, keys)
+        cu_k = F.pad(key_mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        order = torch.argsort(~key_mask.flatten(), stable=True)  # unmasked keys first, by sample; the others are the tail
         k, v = k[order], v[order]
-    out = ops.varlen_attention(query.flatten(0, 1), k, v, steps * tokens, cu_k, tokens, keys, softmax_scale=scale,
+    out = ops.varlen_attention(query.flatten(0, 1), k, v, sample * tokens, cu_k, tokens, keys, softmax_scale=scale,
                                causal=is_causal)
     return out.unflatten(0, (batch, tokens))
 
 
-def _seen(mask, batch: int, keys: int):
+def _key_mask(mask, batch: int, keys: int):
     """The keys (B, M) that the queries of a sample attend to."""
-    of_keys = mask.dim() == 2 or (mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1)
-    if mask.dtype != torch.bool or not of_keys or mask.shape[-1] != keys or mask.shape[0] not in (1, batch):
+    is_key_mask = mask.dim() == 2 or (mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1)
+    if mask.dtype != torch.bool or not is_key_mask or mask.shape[-1] != keys or mask.shape[0] not in (1, batch):
         raise ValueError(f"attention backend sora_fast: expected a bool mask of the keys alone, (B, M) or (B, 1, 1, M), got "
                          f"{mask.dtype} {tuple(mask.shape)}; set another backend with set_attention_backend('native')")
     return mask.reshape(-1, keys).expand(batch, keys)

@@ -124,33 +124,33 @@ def compare(model: nn.Module, calls: list[tuple[str, Callable]] | None = None, *
         progress(call)
         results = [_results(each, run, watched, dtype, torch.device(device), kind) for each, kind in
                    ((exact, torch.float64), (plain, dtype), (fast, dtype))]
-        whole = sum(value.square().sum() for key, value in results[0][0].items() if key != "output").sqrt()
-        for key, right in results[0][0].items():
-            scale = whole if key != "output" else right.norm()
-            lines.append(_line(call, key, right, results[1][0][key], results[2][0][key], scale, floor))
-        for key, right in results[0][1].items():
+        gradient_norm = sum(value.square().sum() for key, value in results[0][0].items() if key != "output").sqrt()
+        for key, expected in results[0][0].items():
+            scale = gradient_norm if key != "output" else expected.norm()
+            lines.append(_line(call, key, expected, results[1][0][key], results[2][0][key], scale, floor))
+        for key, expected in results[0][1].items():
             others = [found[1].get(key) for found in results[1:]]
-            if all(other is not None and other.shape == right.shape for other in others):
-                layers.append(_line(call, key, right, *others, right.norm(), floor))
+            if all(other is not None and other.shape == expected.shape for other in others):
+                layers.append(_line(call, key, expected, *others, expected.norm(), floor))
     return Comparison(name, report, tuple(lines), tuple(layers))
 
 
-def _line(call, name, right, plain, fast, scale, floor) -> Line:
+def _line(call, name, expected, plain, fast, scale, floor) -> Line:
     scale = max(float(scale), 1e-30)
-    errors = [float((other - right).norm()) / scale for other in (plain, fast)]
+    errors = [float((other - expected).norm()) / scale for other in (plain, fast)]
     return Line(call, name, *errors, 2 * errors[0] + floor)
 
 
 def _results(model, run, watched, rounded, device, dtype) -> tuple[dict, dict]:
     """Output and gradients by name, and the first tensor that each watched module returned, in float64 on the CPU."""
-    given_by: dict[str, list[torch.Tensor]] = {}
+    outputs: dict[str, list[torch.Tensor]] = {}
     keep = lambda x: x.detach().double().cpu()
 
     def hook(name):
         def record(module, inputs, output):
             first = output[0] if isinstance(output, (tuple, list)) and output else getattr(output, "sample", output)
             if isinstance(first, torch.Tensor) and first.is_floating_point():
-                given_by.setdefault(name, []).append(keep(first))
+                outputs.setdefault(name, []).append(keep(first))
         return record
 
     modules = dict(model.named_modules())
@@ -169,7 +169,7 @@ def _results(model, run, watched, rounded, device, dtype) -> tuple[dict, dict]:
     for name, p in model.named_parameters():
         found[f"gradient of {name}"] = keep(torch.zeros_like(p) if p.grad is None else p.grad)
     # A clip processed in chunks is compared with the clip processed whole.
-    return found, {name: torch.cat(parts, dim=2 if parts[0].dim() == 5 else 0) for name, parts in given_by.items()}
+    return found, {name: torch.cat(parts, dim=2 if parts[0].dim() == 5 else 0) for name, parts in outputs.items()}
 
 
 def _is_block(module: nn.Module) -> bool:

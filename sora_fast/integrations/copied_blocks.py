@@ -10,41 +10,41 @@ from itertools import chain
 
 from torch import nn
 
-from .known import anything
-from .mixin import Fast, has_own_forward, is_fast, is_sharded, original_of, runs_alone
+from .known import always
+from .mixin import Fast, has_own_forward, is_fast, is_sharded, original_of, runs_only_forward
 from .transformer import add, add_norm_modulate, is_plain_norm, norm_modulate
 from .trials import Proofs
 
 
-class Tried(Fast):
+class ProvenBlock(Fast):
     """Runs its form's ``compute`` while its proof holds, else the original forward.
 
     The proof covers the absorbed children.
     """
 
-    def forward(self, *given, **more):
+    def forward(self, *args, **kwargs):
         proofs = self.__dict__["_sora_fast_proofs"]
-        proof = proofs.of(self)
-        if proof is not None and proof.reason is None and proof.alone(self):
-            inputs = (*given, *(more[name] for name in proof.names[len(given):] if name in more))
-            if len(inputs) == len(proof.names) == len(given) + len(more):
+        proof = proofs.current(self)
+        if proof is not None and proof.reason is None and proof.calls_plain_children(self):
+            inputs = (*args, *(kwargs[name] for name in proof.names[len(args):] if name in kwargs))
+            if len(inputs) == len(proof.names) == len(args) + len(kwargs):
                 return proofs.form.compute(self, *inputs)
-        return super().forward(*given, **more)
+        return super().forward(*args, **kwargs)
 
 
-class DiTBlock(Tried):
+class DiTBlock(ProvenBlock):
     report = "norm_modulate, gate_residual_norm_modulate, gate_residual"
-    absorbs = dict.fromkeys(("norm1", "norm2"), anything)
+    absorbs = dict.fromkeys(("norm1", "norm2"), always)
 
 
-class FinalLayer(Tried):
+class FinalLayer(ProvenBlock):
     report = "norm_modulate"
-    absorbs = dict(norm_final=anything)
+    absorbs = dict(norm_final=always)
 
 
-class Block(Tried):
+class Block(ProvenBlock):
     report = "gate_residual_norm_modulate, gate_residual"
-    absorbs = dict.fromkeys(("norm2", "ls1", "ls2", "drop_path", "drop_path1", "drop_path2"), anything)
+    absorbs = dict.fromkeys(("norm2", "ls1", "ls2", "drop_path", "drop_path1", "drop_path2"), always)
 
 
 class Form:
@@ -54,7 +54,7 @@ class Form:
     output has the width of their last layer, not of the input. ``norm``: the layer norm whose width is the block's.
     """
 
-    mixin: type[Tried]
+    mixin: type[ProvenBlock]
     norm = "norm2"
     calls: dict[str, bool] = {}
     parts: tuple[str, ...] = ()
@@ -117,22 +117,22 @@ def mixin_of(module: nn.Module) -> tuple[type[Fast] | None, str | None]:
         return None, None
     if has_own_forward(module) and not is_fast(module):
         return None, "its forward was replaced, as hooks that offload or cast do; accelerate before they are added"
-    reason = _elsewhere(module)
-    if reason is None and not _plain(module, form):
+    reason = _why_weights_unavailable(module)
+    if reason is None and not _norms_are_plain(module, form):
         reason = "a norm was replaced, has a hook, or is not PyTorch's"
-    if reason is None and form is BlockForm and _drops(module):
+    if reason is None and form is BlockForm and _drops_paths(module):
         reason = "its drop path is on"
     if reason is not None:
         return None, reason
     proofs = Proofs(form)
-    reason = proofs.of(module).reason
+    reason = proofs.current(module).reason
     if reason is not None:
         return None, reason
     module._sora_fast_proofs = proofs
     return form.mixin, None
 
 
-def _elsewhere(module) -> str | None:
+def _why_weights_unavailable(module) -> str | None:
     """Why the weights of a block are not available outside of a call, as with offloading or sharding."""
     if any(is_sharded(inner) for inner in module.modules()):
         return "it is sharded; accelerate before fully_shard"
@@ -144,14 +144,14 @@ def _elsewhere(module) -> str | None:
     return None
 
 
-def _plain(module, form) -> bool:
+def _norms_are_plain(module, form) -> bool:
     absorbs = form.mixin.absorbs
     return all(
-        is_plain_norm(child) if name.startswith("norm") else child is None or runs_alone(child)
+        is_plain_norm(child) if name.startswith("norm") else child is None or runs_only_forward(child)
         for name, child in zip(absorbs, [getattr(module, name, None) for name in absorbs], strict=True))
 
 
-def _drops(module) -> bool:
+def _drops_paths(module) -> bool:
     paths = [getattr(module, name, None) for name in ("drop_path", "drop_path1", "drop_path2")]
     return any(getattr(path, "drop_prob", 0.0) for path in paths)
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import ops
-from .known import CONV3D, DROPOUT, GROUP_NORM, ITS_CHILDREN, SILU, absent, either
-from .mixin import Fast, Kind, held
+from .known import CONV3D, DROPOUT, GROUP_NORM, ITS_CHILDREN, SILU, any_of, is_none
+from .mixin import Fast, Kind, get_member
 
 _MODULE = "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video"
 _PADS = {"replicate": "replicate", "constant": "zeros"}
@@ -20,8 +20,8 @@ def _settings(conv) -> dict:
     return dict(stride=conv.conv.stride, padding=conv.time_causal_padding[:4], time_pad=pad, space_pad=pad)
 
 
-def _convolve(conv, x, **more):
-    return ops.causal_conv3d(x, conv.conv.weight, conv.conv.bias, **_settings(conv), **more)
+def _convolve(conv, x, **settings):
+    return ops.causal_conv3d(x, conv.conv.weight, conv.conv.bias, **_settings(conv), **settings)
 
 
 def _norm_act_convolve(norm, conv, x, residual=None):
@@ -30,18 +30,18 @@ def _norm_act_convolve(norm, conv, x, residual=None):
                                **_settings(conv))
 
 
-def _reads_as_causal(conv) -> bool:
+def _is_causal(conv) -> bool:
     """Whether its padding and its nn.Conv3d form a causal convolution whose nn.Conv3d may be absorbed."""
-    pad, inner = conv.time_causal_padding, held(conv, "conv")
+    pad, inner = conv.time_causal_padding, get_member(conv, "conv")
     return (conv.pad_mode in _PADS and CONV3D(inner) and len(pad) == 6
-            and tuple(pad[4:]) == (held(inner, "weight").shape[2] - 1, 0))
+            and tuple(pad[4:]) == (get_member(inner, "weight").shape[2] - 1, 0))
 
 
-_CONV = Kind(f"{_MODULE}.HunyuanVideoCausalConv3d", read="conv pad_mode time_causal_padding", rule=_reads_as_causal)
+_CONV = Kind(f"{_MODULE}.HunyuanVideoCausalConv3d", reads="conv pad_mode time_causal_padding", rule=_is_causal)
 _ATTENTION = Kind("diffusers.models.attention_processor.Attention", methods=("forward", "prepare_attention_mask"),
-                  read="processor heads group_norm to_q to_k to_v to_out rescale_output_factor", spatial_norm=None,
+                  reads="processor heads group_norm to_q to_k to_v to_out rescale_output_factor", spatial_norm=None,
                   norm_q=None, norm_k=None, residual_connection=True,
-                  rule=lambda attention: _PROCESSOR.is_of(attention.processor))
+                  rule=lambda attention: _PROCESSOR.is_exact_type(attention.processor))
 _PROCESSOR = Kind("diffusers.models.attention_processor.AttnProcessor2_0", methods=())
 
 
@@ -61,7 +61,7 @@ class CausalConv(Fast):
 
 class ResnetBlock(Fast):
     report = "norm_act_conv3d twice, the shortcut added in the second"
-    absorbs = dict(norm1=GROUP_NORM, conv1=_CONV, norm2=GROUP_NORM, conv2=_CONV, conv_shortcut=either(absent, _CONV),
+    absorbs = dict(norm1=GROUP_NORM, conv1=_CONV, norm2=GROUP_NORM, conv2=_CONV, conv_shortcut=any_of(is_none, _CONV),
                  nonlinearity=SILU, dropout=DROPOUT)
 
     def forward(self, hidden_states):
@@ -119,21 +119,21 @@ def _attend(attention, x):
     q, k, v = (layer(h).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
                for layer in (attention.to_q, attention.to_k, attention.to_v))
     size = height * width
-    seen = [F.scaled_dot_product_attention(q[:, :, n * size : (n + 1) * size], k[:, :, : (n + 1) * size],
+    outs = [F.scaled_dot_product_attention(q[:, :, n * size : (n + 1) * size], k[:, :, : (n + 1) * size],
                                            v[:, :, : (n + 1) * size]) for n in range(frames)]
-    h = attention.to_out[1](attention.to_out[0](torch.cat(seen, dim=2).transpose(1, 2).flatten(2)))
+    h = attention.to_out[1](attention.to_out[0](torch.cat(outs, dim=2).transpose(1, 2).flatten(2)))
     h = (h + tokens) / attention.rescale_output_factor
     return h.unflatten(1, (frames, height, width)).permute(0, 4, 1, 2, 3)
 
 
-class Ends(Fast):
+class Coder(Fast):
     """Encoder and decoder: their last norm, activation and convolution are fused."""
 
     report = "norm_act_conv3d at its end, its children for the rest"
     absorbs = dict(conv_norm_out=GROUP_NORM, conv_act=SILU, conv_out=_CONV)
 
     def forward(self, hidden_states):
-        if Ends.why_not(self):
+        if Coder.why_not(self):
             return super().forward(hidden_states)
         x = self.conv_in(hidden_states)
         recompute = torch.is_grad_enabled() and self.gradient_checkpointing
@@ -145,6 +145,6 @@ class Ends(Fast):
 
 SWAPS = {f"{_MODULE}.HunyuanVideo{name}": mixin for name, mixin in {
     "CausalConv3d": CausalConv, "ResnetBlockCausal3D": ResnetBlock, "UpsampleCausal3D": Upsample, "MidBlock3D": MidBlock,
-    "Encoder3D": Ends, "Decoder3D": Ends}.items()}
+    "Encoder3D": Coder, "Decoder3D": Coder}.items()}
 KNOWN = {f"{_MODULE}.{name}": ITS_CHILDREN for name in ("AutoencoderKLHunyuanVideo", "HunyuanVideoDownBlock3D",
                                                 "HunyuanVideoUpBlock3D", "HunyuanVideoDownsampleCausal3D")}

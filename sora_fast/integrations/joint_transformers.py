@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .known import DIFFUSERS_RMS_NORM, ITS_CHILDREN, LAYER_NORM, QK_LAYER_NORM, RMS_NORM, anything, either
+from .known import DIFFUSERS_RMS_NORM, ITS_CHILDREN, LAYER_NORM, QK_LAYER_NORM, RMS_NORM, always, any_of
 from .mixin import Fast, Kind, accepts_our_arguments, has_hooks, has_own_forward, is_fast, original_of
 from .transformer import (
     Positions,
@@ -29,9 +29,9 @@ _PROCESSORS = "diffusers.models.attention_processor"
 _ATTENTION = Kind(f"{_PROCESSORS}.Attention")
 _HUNYUAN_PROCESSOR = Kind(f"{_HUNYUAN}.HunyuanVideoAttnProcessor2_0")
 _COG_PROCESSOR = Kind(f"{_PROCESSORS}.CogVideoXAttnProcessor2_0")
-_COG_NORM = Kind("diffusers.models.normalization.CogVideoXLayerNormZero", read="silu linear norm",
+_COG_NORM = Kind("diffusers.models.normalization.CogVideoXLayerNormZero", reads="silu linear norm",
                  rule=lambda module: LAYER_NORM(module.norm))
-_HEAD_NORMS = ((either(RMS_NORM, DIFFUSERS_RMS_NORM), "rms_head"), (QK_LAYER_NORM, "layer_head"))
+_HEAD_NORMS = ((any_of(RMS_NORM, DIFFUSERS_RMS_NORM), "rms_head"), (QK_LAYER_NORM, "layer_head"))
 
 
 def _norm_settings(norm_q, norm_k) -> dict | None:
@@ -50,14 +50,14 @@ class Attention(Fast):
     """diffusers' Attention with the processor of HunyuanVideo or CogVideoX; others are left alone."""
 
     report = "qk_norm_rope; attention on diffusers' own backend"
-    absorbs = dict(norm_q=anything, norm_k=anything, norm_added_q=anything, norm_added_k=anything)
+    absorbs = dict(norm_q=always, norm_k=always, norm_added_q=always, norm_added_k=always)
 
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
         rope = kwargs.pop("image_rotary_emb", None)
         if Attention.why_not(self) or kwargs or encoder_hidden_states is None:
             rope = tables(rope) if isinstance(rope, Positions) else rope
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=rope, **kwargs)
-        run = self._hunyuan if _HUNYUAN_PROCESSOR.is_of(self.processor) else self._cogvideox
+        run = self._hunyuan if _HUNYUAN_PROCESSOR.is_exact_type(self.processor) else self._cogvideox
         return run(hidden_states, encoder_hidden_states, attention_mask, rope)
 
     def _project(self, x, *layers):
@@ -94,7 +94,7 @@ class Attention(Fast):
 
     @classmethod
     def why_not(cls, module):
-        if not (_HUNYUAN_PROCESSOR.is_of(module.processor) or _COG_PROCESSOR.is_of(module.processor)):
+        if not (_HUNYUAN_PROCESSOR.is_exact_type(module.processor) or _COG_PROCESSOR.is_exact_type(module.processor)):
             return f"its processor is a {type(module.processor).__name__}"
         pairs = ((module.norm_q, module.norm_k), (module.norm_added_q, module.norm_added_k))
         changed = any(_norm_settings(*pair) is None for pair in pairs)
@@ -104,7 +104,7 @@ class Attention(Fast):
 def _rotate(q, k, rope, text: tuple[int, int], norm: dict, only_q: bool = False):
     """Norm, and rotation of the video tokens by Positions or tables; ``text``: numbers of text tokens before and after."""
     if rope is None or isinstance(rope, Positions):
-        return norm_rotate(q, k, rope, front=text[0], **norm)
+        return norm_rotate(q, k, rope, text_before=text[0], **norm)
     q, k = norm_rotate(q, k, None, **norm)
     cos, sin = (F.pad(table.to(q.device)[:, None], (0, 0, 0, 0, *text), value=value)
                 for table, value in zip(rope, (1.0, 0.0), strict=True))  # text is not rotated
@@ -182,7 +182,7 @@ class CogVideoXBlock(Fast):
 def _mark_readers(model: nn.Module) -> None:
     """Let the rotary embedding return Positions, not tables, if all attentions that read them can be swapped."""
     lists = [model.transformer_blocks, model.single_transformer_blocks]
-    suited = all(original_of(type(block)).__module__ == _HUNYUAN and _ATTENTION.built(block.attn)
+    suited = all(original_of(type(block)).__module__ == _HUNYUAN and _ATTENTION.is_exact_instance(block.attn)
                  and (is_fast(block.attn) or not has_own_forward(block.attn)) and Attention.why_not(block.attn) is None
                  for blocks in lists for block in blocks)
     model.rope._sora_fast_readers = lists if suited else None

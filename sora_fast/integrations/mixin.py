@@ -50,7 +50,7 @@ class Fast:
     def why_not(cls, module: nn.Module) -> str | None:
         """Checked when a model is swapped and in each call, since a child may change later."""
         for name, may_absorb in cls.absorbs.items():
-            if not may_absorb(held(module, name)):
+            if not may_absorb(get_member(module, name)):
                 return f"its {name} was replaced, has a hook, or has settings that are not supported"
         return None
 
@@ -66,8 +66,8 @@ def accepts_our_arguments(module: nn.Module) -> bool:
     return is_fast(module) and not issubclass(original_of(type(module)), Fast)
 
 
-def held(module: nn.Module, name: str):
-    """The child, parameter or attribute of that name, or None. getattr alone would cost 2 us per call."""
+def get_member(module: nn.Module, name: str):
+    """The parameter, child or attribute of that name, or None. getattr alone would cost 2 us per call."""
     found = module._parameters.get(name)
     if found is None:
         found = module._modules.get(name)
@@ -99,12 +99,12 @@ def has_own_forward(module: nn.Module) -> bool:
     return bound_to is not module or forward.__func__ is not type(module).forward
 
 
-def runs_alone(module: nn.Module) -> bool:
+def runs_only_forward(module: nn.Module) -> bool:
     """Whether a call runs the class's forward and nothing else: no replaced forward, no hook of its own or global."""
     return not (has_own_forward(module) or has_hooks(module))
 
 
-def grad_wanted(module: nn.Module, x: torch.Tensor) -> bool:
+def may_need_grad(module: nn.Module, x: torch.Tensor) -> bool:
     """Whether a call of ``module`` on x may need gradients."""
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
 
@@ -116,30 +116,31 @@ KINDS: list["Kind"] = []
 class Kind:
     """A class, by its module and name, and the settings that an instance must have to be absorbed.
 
-    Call it with a child. ``read``: the attributes that the mixin reads, None if it calls the child and only checks its
+    Call it with a child. ``reads``: the attributes that the mixin reads, None if it calls the child and only checks its
     class; ``methods``: the methods that the class's forward calls; ``kernel``: the kernel size of its weight;
-    ``rule(child)``: conditions beyond fixed values.
+    ``rule(child)``: conditions beyond the ``required`` values of attributes.
     """
 
-    def __init__(self, *paths: str, read: str | None = None, methods: tuple[str, ...] = ("forward",), kernel=None,
-                 rule: Callable[[nn.Module], bool] | None = None, **fixed):
-        self.paths, self.read, self.methods, self.kernel, self.rule, self.fixed = paths, read, methods, kernel, rule, fixed
+    def __init__(self, *paths: str, reads: str | None = None, methods: tuple[str, ...] = ("forward",), kernel=None,
+                 rule: Callable[[nn.Module], bool] | None = None, **required):
+        self.paths, self.reads, self.methods = paths, reads, methods
+        self.kernel, self.rule, self.required = kernel, rule, required
         self.classes: tuple[type, ...] = ()
         KINDS.append(self)
 
-    def but(self, **more) -> "Kind":
+    def with_settings(self, **settings) -> "Kind":
         """The same class with stricter settings."""
-        own = dict(read=self.read, methods=self.methods, kernel=self.kernel, rule=self.rule)
-        return Kind(*self.paths, **(own | self.fixed | more))
+        own = dict(reads=self.reads, methods=self.methods, kernel=self.kernel, rule=self.rule)
+        return Kind(*self.paths, **(own | self.required | settings))
 
     def __call__(self, child) -> bool:
         return is_exactly(child, self.classes) and self.matches_settings(child)
 
-    def is_of(self, value) -> bool:
+    def is_exact_type(self, value) -> bool:
         """Whether ``value``, not a module, is exactly of this class."""
         return type(value) in self.classes
 
-    def built(self, module: nn.Module) -> bool:
+    def is_exact_instance(self, module: nn.Module) -> bool:
         """Whether ``module`` was built as exactly this class, whatever was set or hooked later."""
         return original_of(type(module)) in self.classes
 
@@ -149,10 +150,10 @@ class Kind:
         for name in self.methods:
             if name != "forward" and name in own:
                 return False
-        for name, value in self.fixed.items():  # no attrgetter: torch.compile does not trace one
+        for name, value in self.required.items():  # no attrgetter: torch.compile does not trace one
             if getattr(module, name) != value:
                 return False
-        if self.kernel is not None and held(module, "weight").shape[2:] != self.kernel:
+        if self.kernel is not None and get_member(module, "weight").shape[2:] != self.kernel:
             return False
         return self.rule is None or self.rule(module)
 
@@ -188,7 +189,7 @@ def is_exactly(module: nn.Module | None, classes: tuple[type, ...]) -> bool:
         return False
     cls = type(module)
     # the plain class first: torch.compile cannot trace original_of for diffusers' attention
-    return (cls in classes or original_of(cls) in classes) and runs_alone(module)
+    return (cls in classes or original_of(cls) in classes) and runs_only_forward(module)
 
 
 # ------------------------------------------------------------------------------------------------ changing classes
@@ -207,9 +208,9 @@ def fast_class(original: type, mixin: type[Fast]) -> type:
     resolve()  # unpickling does not go through ``accelerate``
     namespace = dict(__module__=original.__module__, __qualname__=original.__qualname__, __doc__=original.__doc__,
                      _sora_fast_original=original, __reduce_ex__=_reduce)
-    made = type(original)(original.__name__, (mixin, original), namespace)
-    register_block(original, made)
-    return made
+    swapped = type(original)(original.__name__, (mixin, original), namespace)
+    register_block(original, swapped)
+    return swapped
 
 
 def change_class(module: nn.Module, change: Callable[[type], type]) -> None:

@@ -7,12 +7,12 @@ from torch import nn
 
 from .. import ops
 from ..ops.convolution import SPACE_PADS
-from .mixin import Fast, runs_alone
+from .mixin import Fast, runs_only_forward
 
 _PADS = {nn.ZeroPad3d: "zeros", nn.ConstantPad3d: "zeros", nn.ReplicationPad3d: "replicate"}
 
 
-class Sequence(Fast):
+class FusedSequential(Fast):
     report = "norm_act, causal_conv3d"  # or one of them: see report_of
 
     def forward(self, input):
@@ -34,17 +34,17 @@ class Sequence(Fast):
     def report_of(cls, module):
         found = _pairs(module)
         names = dict.fromkeys("norm_act" if type(first) is nn.GroupNorm else "causal_conv3d" for first, _ in found)
-        return "; left in it: ".join([" and ".join(names), *filter(None, [_missing(module, found)])])
+        return "; left in it: ".join([" and ".join(names), *filter(None, [_why_others_not(module, found)])])
 
     @classmethod
     def absorbed(cls, module):
-        read = {child for pair in _pairs(module) for child in pair}
-        return [name for name, child in module._modules.items() if child in read]
+        fused = {child for pair in _pairs(module) for child in pair}
+        return [name for name, child in module._modules.items() if child in fused]
 
     @staticmethod
     def why_not(module):
         found = _pairs(module)
-        return None if found else "; ".join(["a container", *filter(None, [_missing(module, found)])])
+        return None if found else "; ".join(["a container", *filter(None, [_why_others_not(module, found)])])
 
 
 def _pairs(module) -> list[tuple[nn.Module, nn.Module]]:
@@ -58,12 +58,12 @@ def _pairs(module) -> list[tuple[nn.Module, nn.Module]]:
     return found
 
 
-def _missing(module, found) -> str:
+def _why_others_not(module, found) -> str:
     """Why the other children are not fused, each reason once."""
-    read = {child for pair in found for child in pair}
+    fused = {child for pair in found for child in pair}
     reasons = {}
     for first, second in zip(module, [*list(module)[1:], None], strict=True):
-        reason = "" if first in read or second in read else _why_not(first, second)
+        reason = "" if first in fused or second in fused else _why_not(first, second)
         if reason:
             reasons[reason.format(first, second, type(first).__name__, type(second).__name__)] = None
     return ", ".join(reasons)
@@ -77,7 +77,7 @@ def _why_not(first, second) -> str | None:
     """
     norm, pad = type(first) is nn.GroupNorm, "Pad" in type(first).__name__
     if norm and type(second) is nn.SiLU or type(first) in _PADS and type(second) is nn.Conv3d:
-        if not (runs_alone(first) and runs_alone(second)):
+        if not (runs_only_forward(first) and runs_only_forward(second)):
             return "its {2} or {3} has a hook or a forward of its own"
         return None if norm else _why_not_causal(first, second)
     if norm:
@@ -98,7 +98,7 @@ def _why_not_causal(pad, conv) -> str | None:
     if weight is None:
         return "its convolution has no weight of its own"
     if padding[4] != weight.shape[2] - 1 or padding[5] != 0:
-        return "{2} does not stand towards the past alone, before a kernel of {1.weight.shape[2]} frames"
+        return "{2} does not pad the past alone, as a causal kernel of {1.weight.shape[2]} frames needs"
     if min(padding) < 0:
         return "{2} cuts off what is at the border"
     if conv.groups != 1 or conv.dilation != (1, 1, 1):
@@ -146,4 +146,4 @@ def _convolve(pad, conv, x):
                              space_pad=_space_pad(pad, conv, own))
 
 
-SWAPS = {"torch.nn.modules.container.Sequential": Sequence}
+SWAPS = {"torch.nn.modules.container.Sequential": FusedSequential}

@@ -7,8 +7,8 @@ import dataclasses
 import sys
 
 
-def register_block(original: type, made: type) -> None:
-    """Register ``made`` in diffusers' registry of transformer blocks like ``original``, if that is registered.
+def register_block(original: type, swapped: type) -> None:
+    """Register ``swapped`` in diffusers' registry of transformer blocks like ``original``, if that is registered.
 
     Nothing is imported: without diffusers' transformers there is no block to register.
     """
@@ -20,4 +20,4 @@ def register_block(original: type, made: type) -> None:
     except ValueError:  # not a block that caches work on
         return
     # a copy, because registering stores the class in it
-    helpers.TransformerBlockRegistry.register(made, dataclasses.replace(known))
+    helpers.TransformerBlockRegistry.register(swapped, dataclasses.replace(known))

@@ -165,7 +165,7 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
             change_class(module, lambda original, mixin=mixin: fast_class(original, mixin))
             if progress is not None and hasattr(mixin, "streams"):
                 module._sora_fast_progress = Progress(progress)
-            readers |= {inner: kind for child in mixin.absorbed(module) for inner in _modules(module, child)}
+            readers |= {inner: kind for child in mixin.absorbed(module) for inner in _descendants(module, child)}
     found = Report(tuple(rows))
     first = next(model.parameters(), None)
     if not found.swapped or first is None or not first.is_cuda:
@@ -258,7 +258,7 @@ def _version(original: type) -> tuple[str, str]:
     return package, str(getattr(importlib.import_module(package), "__version__", "")) if package in PROVEN else ""
 
 
-def _modules(module: nn.Module, name: str) -> list[nn.Module]:
+def _descendants(module: nn.Module, name: str) -> list[nn.Module]:
     """The child of that name and its descendants; empty if there is none."""
     child = getattr(module, name, None)
     return list(child.modules()) if isinstance(child, nn.Module) else []

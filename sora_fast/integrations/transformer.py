@@ -40,9 +40,9 @@ def tables(positions: Positions):
 def rotate_by_tables(x_BNHE, cos, sin):
     """Rotate the pairs (2i, 2i + 1) of the first R channels by tables that broadcast to (N, 1, R)."""
     rotated = cos.shape[-1]
-    turned, rest = x_BNHE[..., :rotated].float(), x_BNHE[..., rotated:]
-    other = torch.stack([-turned[..., 1::2], turned[..., 0::2]], dim=-1).flatten(-2)
-    return torch.cat([(turned * cos + other * sin).to(x_BNHE.dtype), rest], dim=-1)
+    x_rot, rest = x_BNHE[..., :rotated].float(), x_BNHE[..., rotated:]
+    other = torch.stack([-x_rot[..., 1::2], x_rot[..., 0::2]], dim=-1).flatten(-2)
+    return torch.cat([(x_rot * cos + other * sin).to(x_BNHE.dtype), rest], dim=-1)
 
 
 def are_tables(cos, sin, axes, theta: float) -> bool:
@@ -58,19 +58,19 @@ def are_tables(cos, sin, axes, theta: float) -> bool:
                for given, exact in zip((cos, sin), right, strict=True))
 
 
-def norm_rotate(q_BNHE, k_BNHE, positions: Positions | None, *, front: int = 0, **norm):
+def norm_rotate(q_BNHE, k_BNHE, positions: Positions | None, *, text_before: int = 0, **norm):
     """ops.qk_norm_rope on batches; ``norm``: its keywords. Without rotation k may have another length than q.
 
-    q and k may have ``front`` more tokens before the positions, and more after them. These are text: at position 0, whose
-    angles are 0.
+    q and k may have ``text_before`` more tokens before the positions, and more after them. These are text: at position 0,
+    whose angles are 0.
     """
-    batch, tokens, keys, more = q_BNHE.shape[0], q_BNHE.shape[1], k_BNHE.shape[1], dict(coords=None)
+    batch, tokens, keys, rotation = q_BNHE.shape[0], q_BNHE.shape[1], k_BNHE.shape[1], dict(coords=None)
     if positions is not None:
-        coords = F.pad(positions.coords, (0, 0, front, tokens - front - positions.coords.shape[0]))
-        more = dict(coords=coords.repeat(batch, 1), axes=positions.axes, theta=positions.theta)
+        coords = F.pad(positions.coords, (0, 0, text_before, tokens - text_before - positions.coords.shape[0]))
+        rotation = dict(coords=coords.repeat(batch, 1), axes=positions.axes, theta=positions.theta)
     elif norm.get("norm") is None:
         return q_BNHE, k_BNHE
-    q, k = ops.qk_norm_rope(q_BNHE.flatten(0, 1), k_BNHE.flatten(0, 1), **more, **norm)
+    q, k = ops.qk_norm_rope(q_BNHE.flatten(0, 1), k_BNHE.flatten(0, 1), **rotation, **norm)
     return q.unflatten(0, (batch, tokens)), k.unflatten(0, (batch, keys))
 
 

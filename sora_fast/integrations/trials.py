@@ -23,15 +23,15 @@ import torch
 from torch import nn
 
 from ..dispatch import use_backend
-from .mixin import original_of, runs_alone
+from .mixin import original_of, runs_only_forward
 
 _MISSING = object()
 _INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
 # Immutable values: they change only if the attribute is set.
-_FIXED = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, type,
+_IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, type,
           types.FunctionType, types.BuiltinFunctionType)
-_MOST_ELEMENTS = 2**20  # copied per block: 8 MB
-_MOST_TRIALS = 8  # per object: if its attributes change at every step, it keeps its own forward
+_MAX_ELEMENTS = 2**20  # copied per block: 8 MB
+_MAX_TRIALS = 8  # per object: if its attributes change at every step, it keeps its own forward
 
 
 # ------------------------------------------------------------------------------------------------ what was found
@@ -39,52 +39,53 @@ _MOST_TRIALS = 8  # per object: if its attributes change at every step, it keeps
 class Proof:
     """The result of one trial and what it depends on, in flat tuples since every call checks them.
 
-    ``reason``: why the forward is not ours, or None. ``own``, ``shared``: attributes of the object and of its class that
-    were read. ``kinds``: children and their classes; ``passed``: those that ours does not call; ``settings``: theirs, as
-    (child, attribute, value).
+    ``reason``: why the forward is not ours, or None. ``own_attributes``, ``class_attributes``: those of the object and its
+    class that were read. ``child_classes``: children and their classes; ``uncalled``: those that ours does not call;
+    ``settings``: theirs, as (child, attribute, value).
     """
 
     reason: str | None
     original: type
     forward: object
     names: tuple[str, ...]  # of the forward's first arguments
-    own: tuple[tuple[str, object], ...]
-    shared: tuple[tuple[str, object], ...]
-    kinds: tuple[tuple[str, type], ...]
-    passed: tuple[str, ...]
+    own_attributes: tuple[tuple[str, object], ...]
+    class_attributes: tuple[tuple[str, object], ...]
+    child_classes: tuple[tuple[str, type], ...]
+    uncalled: tuple[str, ...]
     settings: tuple[tuple[str, str, object], ...]
 
-    def holds(self, module: nn.Module) -> bool:
+    def is_current(self, module: nn.Module) -> bool:
         """Whether everything that the trial depends on is unchanged."""
         own, inner = module.__dict__, module._modules
         if self.original.forward is not self.forward:
             return False
-        for name, value in self.own:
+        for name, value in self.own_attributes:
             now = own.get(name, _MISSING)
-            if now is not value and not _same(now, value) or value is _MISSING and self._has(module, name):
+            changed = now is not value and not _same_value(now, value)
+            if changed or value is _MISSING and self._has_outside_dict(module, name):
                 return False
-        for name, value in self.shared:
-            if name in own or not _same(getattr(self.original, name, _MISSING), value):
+        for name, value in self.class_attributes:
+            if name in own or not _same_value(getattr(self.original, name, _MISSING), value):
                 return False
-        for name, kind in self.kinds:
+        for name, kind in self.child_classes:
             if type(inner.get(name)) is not kind:
                 return False
         for name, attribute, value in self.settings:
             now = inner[name].__dict__.get(attribute, _MISSING)
-            if now is not value and not _same(now, value):
+            if now is not value and not _same_value(now, value):
                 return False
         return True
 
-    def _has(self, module: nn.Module, name: str) -> bool:
+    def _has_outside_dict(self, module: nn.Module, name: str) -> bool:
         """Whether a module has an attribute that is not in its __dict__."""
         return (name in module._modules or name in module._parameters or name in module._buffers
                 or hasattr(self.original, name))
 
-    def alone(self, module: nn.Module) -> bool:
+    def calls_plain_children(self, module: nn.Module) -> bool:
         """Whether no child that ours does not call has hooks or a replaced forward, which would be skipped."""
         inner = module._modules
-        for name in self.passed:
-            if not runs_alone(inner[name]):
+        for name in self.uncalled:
+            if not runs_only_forward(inner[name]):
                 return False
         return True
 
@@ -95,15 +96,15 @@ class Proofs:
     def __init__(self, form: type, found: tuple[Proof, ...] = ()):
         self.form, self.found = form, found
 
-    def of(self, module: nn.Module) -> Proof | None:
+    def current(self, module: nn.Module) -> Proof | None:
         """The proof for ``module`` as it is now, after a trial if there is none; None after too many trials.
 
         Tracing a graph runs no trial.
         """
         for proof in self.found:
-            if proof.holds(module):
+            if proof.is_current(module):
                 return proof
-        if torch.compiler.is_compiling() or len(self.found) >= _MOST_TRIALS:
+        if torch.compiler.is_compiling() or len(self.found) >= _MAX_TRIALS:
             return None
         proof = attempt(module, self.form)
         # A failed trial may have recorded only some of the attributes read, and must not shadow a proof that holds.
@@ -117,15 +118,15 @@ class Proofs:
         return Proofs, (self.form,)
 
 
-def _same(a, b) -> bool:
+def _same_value(a, b) -> bool:
     """Equality of immutable values."""
     return a is b or type(a) is type(b) and a == b
 
 
-def _is_fixed(value) -> bool:
+def _is_immutable(value) -> bool:
     if isinstance(value, tuple | frozenset):
-        return all(_is_fixed(each) for each in value)
-    return isinstance(value, _FIXED)
+        return all(_is_immutable(each) for each in value)
+    return isinstance(value, _IMMUTABLE)
 
 
 # ------------------------------------------------------------------------------------------------ the twin
@@ -133,15 +134,15 @@ class _Refused(Exception):
     pass
 
 
-class Watch:
+class Recorder:
     """A twin of ``module``, of the same class, that records attribute reads and refuses those it cannot track."""
 
     def __init__(self, module: nn.Module, form: type, training: bool):
         self.module, self.form, self.training = module, form, training
         self.original = original_of(type(module))
-        self.own, self.shared, self.kinds, self.settings, self.twins = {}, {}, {}, {}, {}
+        self.own_attributes, self.class_attributes, self.child_classes, self.settings, self.twins = {}, {}, {}, {}, {}
         self.calls, self.weights, self.elements, self.refused = [], {}, 0, None
-        self.twin = _blank(_watched(self.original), _sora_fast_watch=self)
+        self.twin = _bare_module(_recording_class(self.original), _sora_fast_recorder=self)
 
     def refuse(self, reason: str) -> _Refused:
         self.refused = self.refused or reason
@@ -155,32 +156,32 @@ class Watch:
         if name in module._parameters or name in module._buffers:
             raise self.refuse(f"its forward reads its own {name}")
         if name in own:
-            if not _is_fixed(own[name]):
+            if not _is_immutable(own[name]):
                 raise self.refuse(f"its forward reads {name}, a {type(own[name]).__name__}, which may change unseen")
-            self.own[name] = own[name]
+            self.own_attributes[name] = own[name]
             return own[name]
         found = inspect.getattr_static(self.original, name, _MISSING)
         if found is _MISSING and name in module._modules:
             return self.child(name)
         if found is _MISSING:
-            self.own[name] = _MISSING
-        elif not (_is_fixed(found) or hasattr(type(found), "__get__")):
+            self.own_attributes[name] = _MISSING
+        elif not (_is_immutable(found) or hasattr(type(found), "__get__")):
             raise self.refuse(f"its forward reads {name}, a {type(found).__name__}, which may change unseen")
         elif not hasattr(nn.Module, name):
-            self.shared[name] = getattr(self.original, name)
+            self.class_attributes[name] = getattr(self.original, name)
         return _MISSING
 
     def child(self, name: str):
         if name not in self.twins:
             child = self.module._modules[name]
             called = name in self.form.calls
-            self.twins[name] = child if child is None else (self._fake if called else self._copy)(name, child)
-            self.kinds[name] = type(child)
+            self.twins[name] = child if child is None else (self._stub if called else self._copy)(name, child)
+            self.child_classes[name] = type(child)
             if not (called or child is None):
                 self.settings[name] = _settings(child)
         return self.twins[name]
 
-    def _fake(self, name: str, child):
+    def _stub(self, name: str, child):
         """A cheap function of the first argument. Others must have their defaults, since ours passes none."""
         layers = [layer for layer in child.modules() if hasattr(layer, "out_features")] if self.form.calls[name] else []
         signature = inspect.signature(child.forward)
@@ -191,28 +192,28 @@ class Watch:
                 kind, default = signature.parameters[argument].kind, signature.parameters[argument].default
                 several = kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
                 given = value if kind is inspect.Parameter.VAR_POSITIONAL else value.values() if several else ()
-                if not (all(each is None for each in given) if several else _same(value, default)):
+                if not (all(each is None for each in given) if several else _same_value(value, default)):
                     raise self.refuse(f"its forward gives {argument} to its {name}")
             self.calls.append(name)
-            x, draw = x[1], _draws(name)
+            x, draw = x[1], _seeded_randn(name)
             width = layers[-1].out_features if layers else x.shape[-1]
             spread = x[..., torch.arange(width, device=x.device) % x.shape[-1]] + x.mean(-1, keepdim=True)
             return torch.sin(draw(width) * spread + draw(width))
 
-        return _blank(original_of(type(child)), _compiled_call_impl=call)
+        return _bare_module(original_of(type(child)), _compiled_call_impl=call)
 
     def _copy(self, name: str, child):
         """The child with random weights in float64, without hooks."""
         for attribute, value in _settings(child).items():
-            if not _is_fixed(value):
+            if not _is_immutable(value):
                 raise self.refuse(f"its {name} has {attribute}, a {type(value).__name__}, which may change unseen")
         self.elements += sum(p.numel() for p in child.parameters())
-        if self.elements > _MOST_ELEMENTS:
+        if self.elements > _MAX_ELEMENTS:
             raise self.refuse(f"its {name} is too large to be tried")
         if child._modules or child._buffers:
             raise self.refuse(f"its forward calls {name}, which has {'children' if child._modules else 'buffers'}")
-        kind, draw = original_of(type(child)), _draws(name)
-        twin = _blank(kind, **_settings(child))
+        kind, draw = original_of(type(child)), _seeded_randn(name)
+        twin = _bare_module(kind, **_settings(child))
         twin.__dict__.update(training=self.training, _compiled_call_impl=functools.partial(kind.forward, twin))
         for key, p in child._parameters.items():
             twin._parameters[key] = None if p is None else nn.Parameter(draw(*p.shape))
@@ -226,29 +227,29 @@ def _settings(child: nn.Module) -> dict:
     return {name: value for name, value in vars(child).items() if name not in _INTERNAL}
 
 
-def _blank(kind: type, **attributes) -> nn.Module:
+def _bare_module(kind: type, **attributes) -> nn.Module:
     """A bare instance of ``kind``. With a _compiled_call_impl its calls bypass global hooks."""
     twin = object.__new__(kind)
     twin.__dict__.update(vars(nn.Module()), **attributes)
     return twin
 
 
-def _draws(name: str):
+def _seeded_randn(name: str):
     """Random numbers in float64, seeded by name, that leave PyTorch's default generator alone."""
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
     return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 @functools.cache
-def _watched(original: type) -> type:
+def _recording_class(original: type) -> type:
     def get(self, name):
-        if name.startswith("__") or name == "_sora_fast_watch":
+        if name.startswith("__") or name == "_sora_fast_recorder":
             return object.__getattribute__(self, name)
-        value = self._sora_fast_watch.read(name)
+        value = self._sora_fast_recorder.read(name)
         return object.__getattribute__(self, name) if value is _MISSING else value
 
     def change(self, name, *value):
-        raise self._sora_fast_watch.refuse(f"its forward changes its {name}")
+        raise self._sora_fast_recorder.refuse(f"its forward changes its {name}")
 
     return type(original)(original.__name__, (original,), dict(
         __module__=original.__module__, __qualname__=original.__qualname__, __getattribute__=get, __setattr__=change,
@@ -260,18 +261,18 @@ def attempt(module: nn.Module, form: type) -> Proof:
     """Try ``module`` against ``form``, one of copied_blocks.py."""
     original, reason = original_of(type(module)), None
     own, shared, settings, kinds = {}, {}, {}, {name: type(module._modules.get(name)) for name in form.parts}
-    with _aside():
+    with _isolated():
         for training in (False, True):
             theirs = ours = None
             try:
-                theirs, ours = Watch(module, form, training), Watch(module, form, training)
+                theirs, ours = Recorder(module, form, training), Recorder(module, form, training)
                 reason = _compare(theirs, ours)
             except Exception as error:  # a third-party forward may raise anything
                 said = " ".join(str(error).split())[:120] or type(error).__name__
                 reason = theirs and theirs.refused or f"its forward could not be tried: {said}"
             if theirs is not None:
-                own, shared = own | theirs.own, shared | theirs.shared
-                kinds, settings = kinds | theirs.kinds, settings | theirs.settings
+                own, shared = own | theirs.own_attributes, shared | theirs.class_attributes
+                kinds, settings = kinds | theirs.child_classes, settings | theirs.settings
             if reason is not None:
                 break
     names = tuple(inspect.signature(original.forward).parameters)[1 : len(inspect.signature(form.compute).parameters)]
@@ -280,30 +281,30 @@ def attempt(module: nn.Module, form: type) -> Proof:
                  tuple(kinds.items()), tuple(settings), flat)
 
 
-def _compare(theirs: Watch, ours: Watch) -> str | None:
+def _compare(theirs: Recorder, ours: Recorder) -> str | None:
     """Why the forward of ``theirs`` differs from the form's; None if outputs and gradients agree to 1e-10."""
     mode = "in training" if theirs.training else "in evaluation"
-    (wanted, drew), (got, _) = _run(theirs, theirs.original.forward), _run(ours, ours.form.compute)
+    (wanted, used_rng), (got, _) = _run(theirs, theirs.original.forward), _run(ours, ours.form.compute)
     if theirs.refused:
         return theirs.refused
-    if drew:
+    if used_rng:
         return f"its forward draws random numbers {mode}"
     if not _agree(wanted, got):
         return f"its forward is not that of the {theirs.original.__name__} known here ({mode})"
     return None if theirs.calls == ours.calls else "its forward calls its parts in another order, or several times"
 
 
-def _run(watch: Watch, forward):
+def _run(recorder: Recorder, forward):
     """The output and, by name, the gradients of a weighted sum of it; and whether random numbers were drawn."""
-    draw, before = _draws("inputs"), _states()
-    given = [draw(*shape).requires_grad_() for shape in watch.form.shapes(watch.module)]
-    out = forward(watch.twin, *(x.clone() for x in given))  # copies: it may write to them
-    drew = _states() != before
+    draw, before = _seeded_randn("inputs"), _rng_states()
+    given = [draw(*shape).requires_grad_() for shape in recorder.form.shapes(recorder.module)]
+    out = forward(recorder.twin, *(x.clone() for x in given))  # copies: it may write to them
+    used_rng = _rng_states() != before
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"it returns a {type(out).__name__}")
-    leaves = watch.weights | dict(enumerate(given))
+    leaves = recorder.weights | dict(enumerate(given))
     gradients = torch.autograd.grad((out * draw(*out.shape)).sum(), list(leaves.values()), allow_unused=True)
-    return (out.detach(), dict(zip(leaves, gradients, strict=True))), drew
+    return (out.detach(), dict(zip(leaves, gradients, strict=True))), used_rng
 
 
 def _agree(wanted, got) -> bool:
@@ -318,14 +319,14 @@ def _agree(wanted, got) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ isolation
-def _states() -> tuple:
+def _rng_states() -> tuple:
     numpy = sys.modules.get("numpy")
     return (torch.default_generator.get_state().numpy().tobytes(), random.getstate(),
             pickle.dumps(numpy.random.get_state()) if numpy else None)
 
 
 @contextmanager
-def _aside():
+def _isolated():
     """Run on the CPU with gradients and without autocast, and restore the random generators."""
     numpy = sys.modules.get("numpy")
     kept = torch.default_generator.get_state(), random.getstate(), numpy.random.get_state() if numpy else None

@@ -18,7 +18,7 @@ _MAX_CACHES = 64  # more than any encoder has causal convolutions (Wan 2.1: 33)
 LONGEST_CHUNK = 4
 
 
-class Whole(StreamState):
+class WholeClip(StreamState):
     """The state of a clip that is passed whole: every layer starts at its first frame and stores nothing.
 
     Such a call has no side effects, so torch.utils.checkpoint can recompute it and torch.compile can trace it.
@@ -32,13 +32,13 @@ def convolve(conv: nn.Module, x, state: StreamState | None, *, weight=None, phas
     """``conv`` over x (B, C, T, H, W), after ``norm`` (keywords of ops.norm_act_conv3d) if given.
 
     ``settings`` are ops.causal_conv3d's; ``phase`` is in frames of the stream. The past frames of ``conv`` are in ``state``;
-    without a state, or with Whole, x is the whole clip.
+    without a state, or with WholeClip, x is the whole clip.
     """
     op = ops.causal_conv3d if norm is None else ops.norm_act_conv3d
     weight = conv.weight if weight is None else weight
     settings |= norm or {}
     settings.setdefault("stride", conv.stride)
-    if state is None or isinstance(state, Whole) or weight.shape[2] == 1 and phase == 0:
+    if state is None or isinstance(state, WholeClip) or weight.shape[2] == 1 and phase == 0:
         return op(x, weight, conv.bias, phase=phase, **settings)
     past, phase = state.get(conv, (None, phase))
     y, cache = op(x, weight, conv.bias, cache=past, phase=phase, return_cache=True, **settings)
@@ -50,12 +50,12 @@ def with_own_caches(key: nn.Module, forward: Callable, x, state: StreamState | N
     """Call one of diffusers' forwards with a positional list of caches for this module alone, kept in ``state``."""
     if state is None:
         return forward(x, **arguments)
-    if isinstance(state, Whole):  # diffusers processes the first frame as a chunk, which it recognises by empty caches
+    if isinstance(state, WholeClip):  # diffusers processes the first frame as a chunk, which it recognises by empty caches
         caches, parts = [None] * _MAX_CACHES, []
-        for place, part in enumerate((x[:, :, :1], x[:, :, 1:])):
-            if part.shape[2]:
+        for place, chunk in enumerate((x[:, :, :1], x[:, :, 1:])):
+            if chunk.shape[2]:
                 first = dict(first_chunk=place == 0) if "first_chunk" in arguments else {}
-                parts.append(forward(part, feat_cache=caches, feat_idx=[0], **(arguments | first)))
+                parts.append(forward(chunk, feat_cache=caches, feat_idx=[0], **(arguments | first)))
         return torch.cat(parts, dim=2)
     caches = list(state.get(key, (None,) * _MAX_CACHES))
     y = forward(x, feat_cache=caches, feat_idx=[0], **arguments)
@@ -63,16 +63,17 @@ def with_own_caches(key: nn.Module, forward: Callable, x, state: StreamState | N
     return y
 
 
-def in_chunks(module: nn.Module, clip, step: Callable, first: int, size: int, frames: int, per_frame: int) -> torch.Tensor:
+def process_in_chunks(module: nn.Module, clip, step: Callable, first: int, size: int, frames: int,
+                      bytes_per_frame: int) -> torch.Tensor:
     """Apply ``step(chunk, state)`` to ``clip``, chunk by chunk, into one tensor; memory: one chunk and the result.
 
     Args:
         first, size: frames of the first chunk, and frames per latent frame after it.
-        frames: of the result. per_frame: peak bytes per latent frame in a chunk, for a GPU.
+        frames: of the result. bytes_per_frame: peak bytes per latent frame in a chunk, for a GPU.
     """
     latent_frames = 1
     if clip.device.type == "cuda":
-        latent_frames = max(1, min(LONGEST_CHUNK, free_bytes(clip.device) // 2 // max(1, per_frame)))
+        latent_frames = max(1, min(LONGEST_CHUNK, free_bytes(clip.device) // 2 // max(1, bytes_per_frame)))
     state, done, out = StreamState(), 0, None
     plain = lambda chunk: step(chunk, state)
     run = CapturedStream(plain, state, cuda_graph) if can_capture(clip.device) else plain
@@ -81,10 +82,10 @@ def in_chunks(module: nn.Module, clip, step: Callable, first: int, size: int, fr
     for chunk in (clip[:, :, :first], *clip[:, :, first:].split(size * latent_frames, dim=2)):
         if chunk.shape[2] == 0:
             continue
-        part = run(chunk)
-        out = part.new_empty((*part.shape[:2], frames, *part.shape[3:])) if out is None else out
-        out[:, :, done : done + part.shape[2]] = part
-        done += part.shape[2]
+        chunk_out = run(chunk)
+        out = chunk_out.new_empty((*chunk_out.shape[:2], frames, *chunk_out.shape[3:])) if out is None else out
+        out[:, :, done : done + chunk_out.shape[2]] = chunk_out
+        done += chunk_out.shape[2]
         if tell is not None:
             tell(done, frames)
     return out

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from .known import IDENTITY, ITS_CHILDREN, LAYER_NORM, RMS_NORM, either
+from .known import IDENTITY, ITS_CHILDREN, LAYER_NORM, RMS_NORM, any_of
 from .mixin import Fast, Kind, accepts_our_arguments, has_hooks, has_own_forward, is_fast
 from .transformer import Positions, affine, are_tables, grid_positions, norm_rotate, rotate_by_tables, rows_of, tables
 
@@ -22,11 +22,11 @@ _BLOCK, _ATTENTION = Kind(f"{_MODULE}.WanTransformerBlock"), Kind(f"{_MODULE}.Wa
 _THETA = 1e4
 
 
-def _functions():
+def _diffusers_module():
     return sys.modules[_MODULE]
 
 
-def _own_tables(positions: Positions):
+def _diffusers_tables(positions: Positions):
     """What diffusers' rotary module would return: (1, N, 1, E) each."""
     return tuple(table[None, :, None] for table in tables(positions))
 
@@ -36,32 +36,32 @@ class Rotary(Fast):
 
     def forward(self, hidden_states):
         axes = (self.t_dim, self.h_dim, self.w_dim)
-        if has_hooks(self) or not accepts_our_arguments(self) or not self._tables_are_those(axes) or not all(
+        if has_hooks(self) or not accepts_our_arguments(self) or not self._has_known_tables(axes) or not all(
                 accepts_our_arguments(block) and accepts_our_arguments(block.attn1)
                 for blocks in self._sora_fast_readers for block in blocks):
             return super().forward(hidden_states)
         grid = tuple(n // p for n, p in zip(hidden_states.shape[2:], self.patch_size, strict=True))
         return grid_positions(grid, axes, _THETA, hidden_states.device)
 
-    def _tables_are_those(self, axes) -> bool:
+    def _has_known_tables(self, axes) -> bool:
         """Whether they have theta 10,000; checked again only if they were replaced or written to."""
-        cos, sin, *noted = self.freqs_cos, self.freqs_sin, *self.__dict__.get("_sora_fast_tables", (None,) * 4)
-        if cos is noted[0] and sin is noted[1] and (cos._version, sin._version) == noted[2:4]:
+        cos, sin, *known = self.freqs_cos, self.freqs_sin, *self.__dict__.get("_sora_fast_tables", (None,) * 4)
+        if cos is known[0] and sin is known[1] and (cos._version, sin._version) == known[2:4]:
             return True
         if torch.compiler.is_compiling() or not are_tables(cos, sin, axes, _THETA):
             return False
-        self._note()
+        self._remember_tables()
         return True
 
-    def _note(self) -> None:
+    def _remember_tables(self) -> None:
         self._sora_fast_tables = (self.freqs_cos, self.freqs_sin, self.freqs_cos._version, self.freqs_sin._version)
 
     def _apply(self, fn, recurse=True):
         """Moved to another device or dtype, they are still the same tables."""
-        same = self._tables_are_those((self.t_dim, self.h_dim, self.w_dim))
+        same = self._has_known_tables((self.t_dim, self.h_dim, self.w_dim))
         super()._apply(fn, recurse)
         if same:
-            self._note()
+            self._remember_tables()
         return self
 
     @classmethod
@@ -81,13 +81,13 @@ class Attention(Fast):
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
         if Attention.why_not(self) or kwargs:
             if isinstance(rotary_emb, Positions):
-                rotary_emb = _own_tables(rotary_emb)
+                rotary_emb = _diffusers_tables(rotary_emb)
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
         text, image = encoder_hidden_states, None
         if self.add_k_proj is not None:  # diffusers takes the last 512 tokens as text
             image, text = text[:, :-512], text[:, -512:]
         split = lambda x: x.unflatten(2, (self.heads, -1))
-        q, k, v = map(split, _functions()._get_qkv_projections(self, hidden_states, text))
+        q, k, v = map(split, _diffusers_module()._get_qkv_projections(self, hidden_states, text))
         positions = rotary_emb if isinstance(rotary_emb, Positions) else None
         q, k = norm_rotate(q, k, positions, norm="rms_all", q_weight=self.norm_q.weight, k_weight=self.norm_k.weight,
                            eps=self.norm_q.eps)
@@ -96,18 +96,18 @@ class Attention(Fast):
             q, k = rotate_by_tables(q, cos, sin), rotate_by_tables(k, cos, sin)
         out = self._attend(q, k, v, attention_mask, self.processor._parallel_config if text is None else None)
         if image is not None:
-            k, v = _functions()._get_added_kv_projections(self, image)
+            k, v = _diffusers_module()._get_added_kv_projections(self, image)
             out = out + self._attend(q, split(self.norm_added_k(k)), split(v), None, None)
         return self.to_out[1](self.to_out[0](out))
 
     def _attend(self, q, k, v, mask, parallel):
-        out = _functions().dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self.processor._attention_backend,
+        out = _diffusers_module().dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self.processor._attention_backend,
                                                  parallel_config=parallel)
         return out.flatten(2, 3).type_as(q)
 
     @classmethod
     def why_not(cls, module):
-        if not _PROCESSOR.is_of(module.processor):
+        if not _PROCESSOR.is_exact_type(module.processor):
             return f"its processor is a {type(module.processor).__name__}"
         if changed := super().why_not(module):
             return changed
@@ -116,12 +116,12 @@ class Attention(Fast):
 
 class Block(Fast):
     report = "norm_modulate, gate_residual_norm_modulate twice, gate_residual"
-    absorbs = dict(norm1=LAYER_NORM, norm2=either(IDENTITY, LAYER_NORM), norm3=LAYER_NORM)
+    absorbs = dict(norm1=LAYER_NORM, norm2=any_of(IDENTITY, LAYER_NORM), norm3=LAYER_NORM)
 
     def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb):
         if Block.why_not(self):
             if isinstance(rotary_emb, Positions) and not isinstance(self.attn1, Fast):
-                rotary_emb = _own_tables(rotary_emb)
+                rotary_emb = _diffusers_tables(rotary_emb)
             return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
         batch, tokens, width = hidden_states.shape
         of_token = temb.ndim == 4  # (B, N, 6, D): Wan 2.2's timestep per token, else (B, 6, D)
@@ -146,7 +146,7 @@ class Block(Fast):
 
 def _mark_readers(model) -> None:
     """Drop the tables if no block will read them."""
-    suited = all(_BLOCK.built(block) and _ATTENTION.built(block.attn1)
+    suited = all(_BLOCK.is_exact_instance(block) and _ATTENTION.is_exact_instance(block.attn1)
                  and (is_fast(block.attn1) or not has_own_forward(block.attn1)) for block in model.blocks)
     model.rope._sora_fast_readers = [model.blocks] if suited else None
 

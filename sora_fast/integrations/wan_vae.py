@@ -13,9 +13,9 @@ import torch
 from .. import ops
 from ..nn import StreamState
 from ..nn.streaming import starts
-from .known import CONV2D, DROPOUT, IDENTITY, SEQUENTIAL, SILU, STRIDED_CONV2D, ZERO_PAD2D, absent, either
-from .mixin import Fast, Kind, accepts_our_arguments, grad_wanted, has_hooks, held, is_sharded, original_of
-from .vae_streaming import Whole, convolve, in_chunks, with_own_caches
+from .known import CONV2D, DROPOUT, IDENTITY, SEQUENTIAL, SILU, STRIDED_CONV2D, ZERO_PAD2D, any_of, is_none
+from .mixin import Fast, Kind, accepts_our_arguments, get_member, has_hooks, is_sharded, may_need_grad, original_of
+from .vae_streaming import WholeClip, convolve, process_in_chunks, with_own_caches
 
 _WAN, _QWEN = (f"diffusers.models.autoencoders.autoencoder_kl_{name}" for name in ("wan", "qwenimage"))
 
@@ -25,44 +25,45 @@ def _kind(name: str, **settings) -> Kind:
     return Kind(f"{_WAN}.Wan{name}", f"{_QWEN}.QwenImage{name}", **settings)
 
 
-def _padded_as_causal(conv) -> bool:
+def _has_causal_padding(conv) -> bool:
     """Whether it pads in time as a causal convolution (in front only, by the kernel size - 1) or not at all."""
-    return len(conv._padding) == 6 and conv._padding[4] in (0, held(conv, "weight").shape[2] - 1) and conv._padding[5] == 0
+    padding = conv._padding
+    return len(padding) == 6 and padding[4] in (0, get_member(conv, "weight").shape[2] - 1) and padding[5] == 0
 
 
-def _of_channels(norm) -> bool:
+def _has_wan_scale(norm) -> bool:
     """Whether its scale is sqrt(C) for C channels, and it has no bias; a bias may be a parameter."""
-    return isinstance(norm.bias, float) and norm.bias == 0 and norm.scale == held(norm, "gamma").numel() ** 0.5
+    return isinstance(norm.bias, float) and norm.bias == 0 and norm.scale == get_member(norm, "gamma").numel() ** 0.5
 
 
-_CONV = _kind("CausalConv3d", read="weight bias stride _padding", methods=("forward", "_conv_forward"), groups=1,
-              dilation=(1, 1, 1), padding=(0, 0, 0), padding_mode="zeros", rule=_padded_as_causal)
+_CONV = _kind("CausalConv3d", reads="weight bias stride _padding", methods=("forward", "_conv_forward"), groups=1,
+              dilation=(1, 1, 1), padding=(0, 0, 0), padding_mode="zeros", rule=_has_causal_padding)
 # diffusers caches two past frames and counts strides from a chunk's first frame, which is right for these sizes only.
-_CONV3 = _CONV.but(read="weight bias", kernel=(3, 3, 3), stride=(1, 1, 1), _padding=(1, 1, 1, 1, 2, 0))
-_CONV1 = _CONV.but(read="weight bias", kernel=(1, 1, 1), stride=(1, 1, 1), _padding=(0, 0, 0, 0, 0, 0))
-_TIME_UP = _CONV.but(read="weight bias", kernel=(3, 1, 1), stride=(1, 1, 1), _padding=(0, 0, 0, 0, 2, 0))
-_TIME_DOWN = _CONV.but(read="weight bias", kernel=(3, 1, 1), stride=(2, 1, 1), _padding=(0, 0, 0, 0, 0, 0))
-_NORM = _kind("RMS_norm", read="gamma bias scale", channel_first=True, rule=_of_channels)
-_VIDEO_NORM = _NORM.but(rule=lambda norm: held(norm, "gamma").dim() == 4 and _of_channels(norm))
-_DOUBLE = _kind("Upsample", read="", size=None, scale_factor=(2.0, 2.0), mode="nearest-exact", align_corners=None,
+_CONV3 = _CONV.with_settings(reads="weight bias", kernel=(3, 3, 3), stride=(1, 1, 1), _padding=(1, 1, 1, 1, 2, 0))
+_CONV1 = _CONV.with_settings(reads="weight bias", kernel=(1, 1, 1), stride=(1, 1, 1), _padding=(0, 0, 0, 0, 0, 0))
+_TIME_UP = _CONV.with_settings(reads="weight bias", kernel=(3, 1, 1), stride=(1, 1, 1), _padding=(0, 0, 0, 0, 2, 0))
+_TIME_DOWN = _CONV.with_settings(reads="weight bias", kernel=(3, 1, 1), stride=(2, 1, 1), _padding=(0, 0, 0, 0, 0, 0))
+_NORM = _kind("RMS_norm", reads="gamma bias scale", channel_first=True, rule=_has_wan_scale)
+_VIDEO_NORM = _NORM.with_settings(rule=lambda norm: get_member(norm, "gamma").dim() == 4 and _has_wan_scale(norm))
+_DOUBLE = _kind("Upsample", reads="", size=None, scale_factor=(2.0, 2.0), mode="nearest-exact", align_corners=None,
                 recompute_scale_factor=None)
-_HALVE = ZERO_PAD2D.but(padding=(0, 1, 0, 1))
+_HALVE = ZERO_PAD2D.with_settings(padding=(0, 1, 0, 1))
 # mode -> the two layers of a resample, and its time_conv
-_RESAMPLES = {"upsample2d": (_DOUBLE, CONV2D, absent), "upsample3d": (_DOUBLE, CONV2D, _TIME_UP),
-              "downsample2d": (_HALVE, STRIDED_CONV2D, absent), "downsample3d": (_HALVE, STRIDED_CONV2D, _TIME_DOWN)}
+_RESAMPLES = {"upsample2d": (_DOUBLE, CONV2D, is_none), "upsample3d": (_DOUBLE, CONV2D, _TIME_UP),
+              "downsample2d": (_HALVE, STRIDED_CONV2D, is_none), "downsample3d": (_HALVE, STRIDED_CONV2D, _TIME_DOWN)}
 # Besides swapped modules and absorbed children: modules that compute per frame, or per group of frames that no chunk splits.
 _FRAMEWISE = Kind("torch.nn.modules.container.ModuleList", "torch.nn.modules.conv.Conv2d", f"{_WAN}.WanAttentionBlock",
                   f"{_WAN}.AvgDown3D", f"{_WAN}.DupUp3D", f"{_QWEN}.QwenImageAttentionBlock")
 
 
-def _streams(part) -> bool:
+def _chunkable(part) -> bool:
     """Whether the results of ``part`` do not depend on how a clip is chunked. Those of modified modules may, so they get
     the chunks of diffusers. FSDP2's hooks only gather weights."""
     if not accepts_our_arguments(part):
-        return _FRAMEWISE(part) and all(_streams(child) for child in part._modules.values() if child is not None)
+        return _FRAMEWISE(part) and all(_chunkable(child) for child in part._modules.values() if child is not None)
     if part.why_not(part) or has_hooks(part) and not is_sharded(part):
         return False
-    return all(child is None or name in part.absorbs or _streams(child) for name, child in part._modules.items())
+    return all(child is None or name in part.absorbs or _chunkable(child) for name, child in part._modules.items())
 
 
 def _norm(norm, act: str | None = "silu") -> dict:
@@ -95,7 +96,7 @@ def _call(child, x, state, **arguments):
 
 def _checkpointed(owner, child, x, state, **arguments):
     """``_call``, recomputed in the backward if gradient checkpointing is enabled."""
-    if getattr(owner, "gradient_checkpointing", False) and torch.is_grad_enabled() and isinstance(state, Whole | None):
+    if getattr(owner, "gradient_checkpointing", False) and torch.is_grad_enabled() and isinstance(state, WholeClip | None):
         return owner._gradient_checkpointing_func(lambda y: _call(child, y, state, **arguments), x)
     return _call(child, x, state, **arguments)
 
@@ -106,13 +107,13 @@ class CausalConv(Fast):
     def forward(self, x, cache_x=None):
         if not _CONV.matches_settings(self):
             return super().forward(x, cache_x)
-        behind = self.weight.shape[2] - 1
-        if self._padding[4] == behind:
+        past_frames = self.weight.shape[2] - 1
+        if self._padding[4] == past_frames:
             return ops.causal_conv3d(x, self.weight, self.bias, stride=self.stride, padding=_padding(self),
-                                     cache=cache_x if behind else None)
+                                     cache=cache_x if past_frames else None)
         # No padding in time: the first frames of x serve as the cache.
-        return ops.causal_conv3d(x[:, :, behind:], self.weight, self.bias, stride=self.stride, padding=_padding(self),
-                                 cache=x[:, :, :behind])
+        return ops.causal_conv3d(x[:, :, past_frames:], self.weight, self.bias, stride=self.stride, padding=_padding(self),
+                                 cache=x[:, :, :past_frames])
 
     @staticmethod
     def why_not(module):
@@ -137,7 +138,7 @@ class RMSNorm(Fast):
 
 class ResidualBlock(Fast):
     report = "norm_act_conv3d twice, the shortcut added in the second"
-    absorbs = dict(norm1=_VIDEO_NORM, conv1=_CONV3, norm2=_VIDEO_NORM, conv2=_CONV3, conv_shortcut=either(IDENTITY, _CONV1),
+    absorbs = dict(norm1=_VIDEO_NORM, conv1=_CONV3, norm2=_VIDEO_NORM, conv2=_CONV3, conv_shortcut=any_of(IDENTITY, _CONV1),
                  nonlinearity=SILU, dropout=DROPOUT)
 
     def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006, diffusers' own signature
@@ -153,7 +154,7 @@ class ResidualBlock(Fast):
 
 class Resample(Fast):
     report = "causal_conv3d, upsampling by address"
-    absorbs = dict(resample=SEQUENTIAL, time_conv=either(absent, _CONV))
+    absorbs = dict(resample=SEQUENTIAL, time_conv=any_of(is_none, _CONV))
 
     def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
         if isinstance(feat_cache, list):
@@ -265,7 +266,7 @@ class Decoder(Fast):
         return _convolve(self.conv_out, x, state, norm=_norm(self.norm_out))
 
 
-def _some_frames(model, name: str, clip) -> None:
+def _check_frames(model, name: str, clip) -> None:
     if clip.shape[2] == 0:
         raise ValueError(f"{original_of(type(model)).__name__}.{name}: expected a clip of one frame or more, got none; "
                          f"skip clips without frames")
@@ -283,23 +284,23 @@ class Autoencoder(Fast):
     _supports_gradient_checkpointing = True
 
     def _encode(self, x):
-        _some_frames(self, "encode", x)
-        if self._tiled(x, 1) or not _streams(self.encoder):  # diffusers' chunks and lists of caches
+        _check_frames(self, "encode", x)
+        if self._tiled(x, 1) or not _chunkable(self.encoder):  # diffusers' chunks and lists of caches
             return super()._encode(x)
         patch = getattr(self.config, "patch_size", None)
         x = x[:, :, : 1 + (x.shape[2] - 1) // 4 * 4]  # diffusers drops an incomplete group of four
         to_patches = self._function("patchify")
         step = lambda part, state: self.encoder(to_patches(part, patch_size=patch) if patch else part, feat_cache=state)
         factor = 2 ** sum(self.config.temperal_downsample)
-        if x.shape[2] == 1 or torch.compiler.is_compiling() or grad_wanted(self, x):
-            moments = step(x, Whole())
+        if x.shape[2] == 1 or torch.compiler.is_compiling() or may_need_grad(self, x):
+            moments = step(x, WholeClip())
         else:
-            moments = in_chunks(self, x, step, 1, 4, 1 + (x.shape[2] - 1) // factor, self._bytes(x, 1))
+            moments = process_in_chunks(self, x, step, 1, 4, 1 + (x.shape[2] - 1) // factor, self._peak_bytes(x, 1))
         return self.quant_conv(moments)
 
     def _decode(self, z, return_dict=True):
-        _some_frames(self, "decode", z)
-        if self._tiled(z, self.spatial_compression_ratio) or not _streams(self.decoder):
+        _check_frames(self, "decode", z)
+        if self._tiled(z, self.spatial_compression_ratio) or not _chunkable(self.decoder):
             return super()._decode(z, return_dict=return_dict)
         patch = getattr(self.config, "patch_size", None)
         from_patches = self._function("unpatchify")
@@ -310,11 +311,11 @@ class Autoencoder(Fast):
 
         x = self.post_quant_conv(z)
         factor = 2 ** sum(self.config.temperal_downsample)
-        if x.shape[2] == 1 or torch.compiler.is_compiling() or grad_wanted(self, x):
-            video = step(x, Whole())
+        if x.shape[2] == 1 or torch.compiler.is_compiling() or may_need_grad(self, x):
+            video = step(x, WholeClip())
         else:
-            video = in_chunks(self, x, step, 1, 1, 1 + (x.shape[2] - 1) * factor,
-                              self._bytes(z, self.spatial_compression_ratio))
+            video = process_in_chunks(self, x, step, 1, 1, 1 + (x.shape[2] - 1) * factor,
+                                      self._peak_bytes(z, self.spatial_compression_ratio))
         if not return_dict:
             return (video,)
         return self._function("DecoderOutput")(sample=video)
@@ -327,7 +328,7 @@ class Autoencoder(Fast):
         """The object of that name in diffusers' module, or None: Qwen-Image has no patchify."""
         return getattr(sys.modules[original_of(type(self)).__module__], name, None)
 
-    def _bytes(self, clip, scale: int) -> int:
+    def _peak_bytes(self, clip, scale: int) -> int:
         """Peak bytes per latent frame: four tensors of the widest level and four of its norm in float32."""
         width = max(self.config.base_dim, getattr(self.config, "decoder_base_dim", None) or 0)
         patch = getattr(self.config, "patch_size", None) or 1

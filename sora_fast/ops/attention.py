@@ -14,7 +14,7 @@ from .. import checks
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
 from ..measured import sizes
 from ..pack import Pack, check_kind, check_pack
-from ..precision import autocast, cast, holds_numbers, widen
+from ..precision import autocast, cast, has_data, widen
 from ..reference import attention as reference
 from . import attention_peers, attention_triton
 
@@ -38,7 +38,7 @@ def _example(device: str, dtype: torch.dtype, grad: bool) -> AttentionProblem:
                             return_lse=False, deterministic=False)
 
 
-def _raw_example(device: str, dtype: torch.dtype, grad: bool) -> AttentionProblem:
+def _example_with_lse(device: str, dtype: torch.dtype, grad: bool) -> AttentionProblem:
     """The raw forward and backward have no autograd of their own."""
     return replace(_example(device, dtype, False), return_lse=True)
 
@@ -107,11 +107,11 @@ def _torch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scal
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     queries, keys = q.shape[0], k.shape[0]
     if queries == 0 or keys == 0 or cu_seqlens_q.shape[0] == 1:
-        return _nothing(q, k, v)
+        return _zero_output(q, k, v)
     copies = q.shape[1] // k.shape[1]
     if copies > 1:
         k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
-    if q.is_cpu and holds_numbers(cu_seqlens_q) and (cu_seqlens_k is cu_seqlens_q or holds_numbers(cu_seqlens_k)):
+    if q.is_cpu and has_data(cu_seqlens_q) and (cu_seqlens_k is cu_seqlens_q or has_data(cu_seqlens_k)):
         return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window)
     q, k, v = (reference.without_tail(t, cu) for t, cu in
                ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k)))
@@ -123,7 +123,7 @@ def _torch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scal
         return _sdpa(q[None], k[None], v[None], scale, mask)[0]
 
 
-def _nothing(q, k, v):
+def _zero_output(q, k, v):
     """Zeros for queries without keys; part of the graph, so that gradients are zeros. Reads no element of q, k or v."""
     never = torch.zeros((), dtype=torch.bool, device=q.device)
     return torch.where(never, q, torch.zeros((), dtype=q.dtype, device=q.device)) + k[:0].sum() + v[:0].sum()
@@ -142,11 +142,11 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
     ends_q = cu_q.tolist()
     ends_k = ends_q if cu_k is cu_q else cu_k.tolist()
     samples, parts = len(ends_q) - 1, zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True)
-    if not _even(ends_q) or not _even(ends_k):
+    if not _equal_lengths(ends_q) or not _equal_lengths(ends_k):
         samples = 1
     else:
         parts = [(0, ends_q[-1], 0, ends_k[-1])]
-    whole = False  # whether some attention ran, so that gradients reach q, k and v
+    computed = False  # whether some attention ran, so that gradients reach q, k and v
     for a, b, c, d in parts:
         if b == a:
             continue
@@ -156,13 +156,13 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
         mask = _mask((b - a) // samples, (d - c) // samples, left, right) if left >= 0 or right >= 0 else None
         out = _sdpa(_samples(q, a, b, samples), _samples(k, c, d, samples), _samples(v, c, d, samples), scale, mask)
         outs.append(out.flatten(0, 1))
-        whole = True
-    if ends_q[-1] < q.shape[0] or not whole:
-        outs.append(_nothing(q[ends_q[-1]:], k, v))
+        computed = True
+    if ends_q[-1] < q.shape[0] or not computed:
+        outs.append(_zero_output(q[ends_q[-1]:], k, v))
     return cast(outs[0] if len(outs) == 1 else torch.cat(outs), dtype)
 
 
-def _even(ends: list[int]) -> bool:
+def _equal_lengths(ends: list[int]) -> bool:
     """Whether all samples have the same length."""
     return ends == [ends[1] * place for place in range(len(ends))]
 
@@ -187,11 +187,11 @@ VARLEN_ATTENTION = Op("varlen_attention", "attention", _example, [
     *attention_peers.ATTENTION,
     Backend("torch", _torch_varlen_attention, _torch_unsupported, note=_torch_note),
     Backend("reference", reference.varlen_attention)], AttentionProblem)
-VARLEN_ATTENTION_FORWARD = Op("varlen_attention_forward", "attention", _raw_example, [
+VARLEN_ATTENTION_FORWARD = Op("varlen_attention_forward", "attention", _example_with_lse, [
     attention_triton.FORWARD,
     *attention_peers.FORWARD,
     Backend("reference", reference.varlen_attention_forward)], AttentionProblem)
-VARLEN_ATTENTION_BACKWARD = Op("varlen_attention_backward", "attention", _raw_example, [
+VARLEN_ATTENTION_BACKWARD = Op("varlen_attention_backward", "attention", _example_with_lse, [
     attention_triton.BACKWARD,
     Backend("reference", reference.varlen_attention_backward)], AttentionProblem)
 MERGE_ATTENTION = Op("merge_attention", "attention", _example, [
@@ -231,7 +231,7 @@ def _check(op: str, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
             check_pack(op, given, **{name: value})
         else:
             checks.same_device(op, **{name: value, f"cu_seqlens_{name}": given})
-    cu_seqlens_q, cu_seqlens_k = _offsets(op, q, k, cu_seqlens_q, cu_seqlens_k)
+    cu_seqlens_q, cu_seqlens_k = _cu_seqlens(op, q, k, cu_seqlens_q, cu_seqlens_k)
     if cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
         raise checks.error(op, "cu_seqlens_q and cu_seqlens_k of one length",
                            f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}",
@@ -239,7 +239,7 @@ def _check(op: str, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
     return cu_seqlens_q, cu_seqlens_k
 
 
-def _offsets(op: str, q, k, cu_seqlens_q, cu_seqlens_k):
+def _cu_seqlens(op: str, q, k, cu_seqlens_q, cu_seqlens_k):
     """cu_seqlens of queries and keys: those of a Pack, checked when it was built, or bare tensors, checked at each call."""
     if isinstance(cu_seqlens_q, Pack):
         if cu_seqlens_k is None:
@@ -293,7 +293,7 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None
         facts = remember(key, _facts(q, k, needs_grad(q, k, v), causal, window, return_lse, deterministic,
                                      cu_seqlens_k.shape[0] - 1))
     else:
-        cu_seqlens_q, cu_seqlens_k = _offsets(op, q, k, cu_seqlens_q, cu_seqlens_k)
+        cu_seqlens_q, cu_seqlens_k = _cu_seqlens(op, q, k, cu_seqlens_q, cu_seqlens_k)
         q, k, v = autocast(q, k, v)
     return VARLEN_ATTENTION.run(facts, backend, key, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
                                 softmax_scale=softmax_scale, causal=causal, window=tuple(window),

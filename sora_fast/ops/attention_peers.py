@@ -5,7 +5,7 @@ of flash-attn 2.8.3, FlashAttention-3 (hopper/flash_attn_interface.py; fa3-fwd 0
 4.0.0b36, nvidia-cudnn-frontend 1.32 and xformers 0.0.35. A call of a library here returns (out, log-sum-exp or None).
 
 No library knows of our tails, and each has its own answer for rows without keys: q, k, v and out are copied once, with zeros
-in the rows that see nothing or are seen by nothing, and so are the gradients.
+in the rows that are fully masked, and so are the gradients.
 """
 
 import functools
@@ -20,9 +20,10 @@ from ..dispatch import Backend, Problem
 from ..environment import PEERS
 
 HALF = (torch.float16, torch.bfloat16)
-# What a peer of each kind does not take; each takes the masks of those before it too. "behind": windows that end on the
-# diagonal.
-MASKS = {"full": "no causal mask and no window", "causal": "no window", "behind": "no window that is not causal", "any": ""}
+# What a peer of each kind does not take; each takes the masks of those before it too. "causal window": windows that end on
+# the diagonal.
+MASKS = {"full": "no causal mask and no window", "causal": "no window", "causal window": "no window that is not causal",
+         "any": ""}
 
 
 # ----------------------------------------------------------------------------------------------- what each cannot do
@@ -54,7 +55,7 @@ def _missing(modules: tuple[str, ...]) -> str:
     return ""
 
 
-def _nothing_more(problem: Problem, sm: int | None) -> list[str]:
+def _no_other_reasons(problem: Problem, sm: int | None) -> list[str]:
     return []
 
 
@@ -63,8 +64,9 @@ class Limits:
     """What a peer takes, apart from attention over ragged samples of 16 bits with a gradient.
 
     ``modules`` are imported in this order: a package, then the module in it. ``sm``: lowest and highest architecture.
-    ``lse``: "no", "forward" (returned, not differentiable) or "both". ``masks``: the widest kind of ``MASKS``. ``more``:
-    the reasons that only this peer has, from a problem and its architecture (None while a graph is traced).
+    ``lse``: "no", "forward" (returned, not differentiable) or "both". ``masks``: the widest kind of ``MASKS``.
+    ``other_reasons``: the reasons that only this peer has, from a problem and its architecture (None while a graph is
+    traced).
     """
 
     name: str
@@ -76,14 +78,17 @@ class Limits:
     lse: str = "forward"
     masks: str = "any"
     groups: bool = True
-    more: Callable[[Problem, int | None], list[str]] = _nothing_more
+    other_reasons: Callable[[Problem, int | None], list[str]] = _no_other_reasons
 
     def reasons(self, problem: Problem) -> list[str]:
         """Sentences: why this peer cannot run an AttentionProblem; [] where it can."""
         kind, _, architecture = problem.device.partition(":sm")
         sm = int(architecture) if architecture else None
-        left, right = sides(problem.causal, problem.window)
-        mask = "any" if right > 0 or right < 0 <= left else "full" if right < 0 else "behind" if left >= 0 else "causal"
+        left, right = left_right(problem.causal, problem.window)
+        if right > 0 or right < 0 <= left:
+            mask = "any"
+        else:
+            mask = "full" if right < 0 else "causal window" if left >= 0 else "causal"
         order = list(MASKS)
         facts = [
             (kind != "cuda", "needs a CUDA device."),
@@ -100,18 +105,18 @@ class Limits:
             (not self.groups and problem.key_heads != problem.heads,
              "has no backward for grouped key heads, and their forward alone is not taken."),
         ]
-        found = [f"{self.name} {words}" for refuses, words in facts if refuses] + self.more(problem, sm)
+        found = [f"{self.name} {words}" for refuses, words in facts if refuses] + self.other_reasons(problem, sm)
         missing = _missing(self.modules)
         return [*found, missing] if missing else found
 
 
-def _flash_attn_3_more(problem: Problem, sm: int | None) -> list[str]:
+def _flash_attn_3_reasons(problem: Problem, sm: int | None) -> list[str]:
     if problem.grad and problem.deterministic and problem.head_dim > 192:
         return ["FlashAttention-3 has no deterministic backward for head dims above 192."]
     return []
 
 
-def _flash_attn_4_more(problem: Problem, sm: int | None) -> list[str]:
+def _flash_attn_4_reasons(problem: Problem, sm: int | None) -> list[str]:
     found = []
     if sm is not None and sm >= 100 and problem.head_dim > 128 and not (problem.head_dim == 256 and sm < 120):
         found.append(f"FlashAttention-4 takes no head dim of {checks.shown(problem.head_dim)} on sm_{sm}.")
@@ -120,7 +125,7 @@ def _flash_attn_4_more(problem: Problem, sm: int | None) -> list[str]:
     return found
 
 
-def _cudnn_more(problem: Problem, sm: int | None) -> list[str]:
+def _cudnn_reasons(problem: Problem, sm: int | None) -> list[str]:
     found = []
     if sm is not None and sm < 90 and problem.head_dim > 128:
         found.append("cuDNN takes head dims above 128 from sm_90 on.")
@@ -143,32 +148,33 @@ def _cudnn_version() -> int:
 
 
 @env.constant_in_graphs
-def only_the_forward_of_flash_attn_3() -> bool:
+def flash_attn_3_is_forward_only() -> bool:
     """Whether the wheel of its forward is all there is of FlashAttention-3."""
     return bool(installed("flash_attn_interface")) and not installed("fa3_fwd_interface")
 
 
 FLASH_ATTN = Limits("FlashAttention-2", ("flash_attn", "flash_attn.flash_attn_interface"))
-FLASH_ATTN_3 = Limits("FlashAttention-3", ("flash_attn_interface",), sm=(90, 90), more=_flash_attn_3_more)
+FLASH_ATTN_3 = Limits("FlashAttention-3", ("flash_attn_interface",), sm=(90, 90), other_reasons=_flash_attn_3_reasons)
 # the wheel of its forward: built without fp16, windows and the backward
 FLASH_ATTN_3_FORWARD = Limits("fa3_fwd, the forward of FlashAttention-3,", ("fa3_fwd_interface",), sm=(90, 90),
                               dtypes=(torch.bfloat16,), backward=False, masks="causal")
 FLASH_ATTN_4 = Limits("FlashAttention-4", ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"), sm=(90, 129),
-                      lse="both", more=_flash_attn_4_more)
+                      lse="both", other_reasons=_flash_attn_4_reasons)
 # A diagonal of samples with more queries than keys is not defined there, and lengths are not known here. Its backward is
 # deterministic only under torch.use_deterministic_algorithms at the time it runs.
 CUDNN = Limits("cuDNN, as its Python frontend offers it,",
                ("cudnn", "cudnn.sdpa", "cudnn.sdpa.fwd", "cudnn.sdpa.fwd.torch_op"), masks="full",
-               deterministic=False, more=_cudnn_more)
-XFORMERS = Limits("xformers", ("xformers", "xformers.ops"), lse="no", masks="behind", groups=False, deterministic=False)
+               deterministic=False, other_reasons=_cudnn_reasons)
+XFORMERS = Limits("xformers", ("xformers", "xformers.ops"), lse="no", masks="causal window", groups=False,
+                  deterministic=False)
 
 
 def flash_attn_3_limits() -> Limits:
-    return FLASH_ATTN_3_FORWARD if only_the_forward_of_flash_attn_3() else FLASH_ATTN_3
+    return FLASH_ATTN_3_FORWARD if flash_attn_3_is_forward_only() else FLASH_ATTN_3
 
 
 # ------------------------------------------------------------------------------------------------------ their own calls
-def sides(causal: bool, window) -> tuple[int, int]:
+def left_right(causal: bool, window) -> tuple[int, int]:
     """How far left and right of its own key a row sees; negative: without end."""
     return window[0], 0 if causal else window[1]
 
@@ -180,7 +186,7 @@ def flash_attn(*pack, **options):
 
 
 def flash_attn_3(*pack, **options):
-    if only_the_forward_of_flash_attn_3():
+    if flash_attn_3_is_forward_only():
         from fa3_fwd_interface import flash_attn_varlen_func
     else:
         from flash_attn_interface import flash_attn_varlen_func
@@ -225,7 +231,7 @@ def xformers_bias(lengths_q: list[int], lengths_k: list[int], causal: bool, wind
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     bias = BlockDiagonalMask.from_seqlens(lengths_q, lengths_k, device=device)
-    left, right = sides(causal, window)
+    left, right = left_right(causal, window)
     if right < 0:
         return bias
     # their window counts the key on the diagonal too
@@ -239,40 +245,40 @@ def xformers(q, k, v, bias, softmax_scale=None):
 
 
 # --------------------------------------------------------------------------------------------------------- our contract
-def _in_sight(cu, others, rows: int, reach: int):
-    """(rows,) bool: the row sees, or is seen by, a row of the other side.
+def _unmasked_rows(cu_seqlens, cu_seqlens_other, rows: int, reach: int):
+    """(rows,) bool: whether the mask leaves a row of queries (or of keys) at least one key (or query).
 
-    ``others``: the other side's cu_seqlens. ``reach``: how far beyond the end of its sample's rows the diagonal may lie:
-    ``right`` for queries, ``left`` for keys; negative: any.
+    ``cu_seqlens_other``: of the keys (or queries). ``reach``: how far beyond the end of its sample's rows the diagonal may
+    lie: ``right`` for queries, ``left`` for keys; negative: any.
     """
-    row = torch.arange(rows, device=cu.device)
-    if cu.shape[0] == 1:
+    row = torch.arange(rows, device=cu_seqlens.device)
+    if cu_seqlens.shape[0] == 1:
         return torch.zeros_like(row, dtype=torch.bool)
-    sample = (torch.searchsorted(cu, row.to(cu.dtype), right=True) - 1).clamp(max=cu.shape[0] - 2)
-    partners = others.diff()[sample]
-    seen = (row < cu[-1]) & (partners > 0)
-    return seen if reach < 0 else seen & (partners + reach >= cu[sample + 1] - row)
+    sample = (torch.searchsorted(cu_seqlens, row.to(cu_seqlens.dtype), right=True) - 1).clamp(max=cu_seqlens.shape[0] - 2)
+    partners = cu_seqlens_other.diff()[sample]
+    unmasked = (row < cu_seqlens[-1]) & (partners > 0)
+    return unmasked if reach < 0 else unmasked & (partners + reach >= cu_seqlens[sample + 1] - row)
 
 
-def _only(x_NHE, rows_N):
-    """Zeros in the other rows, whatever they hold, and in their gradients."""
+def _zero_other_rows(x_NHE, rows_N):
+    """Zeros in all rows but ``rows_N``, whatever they hold, and in their gradients."""
     return torch.where(rows_N[:, None, None], x_NHE, torch.zeros((), dtype=x_NHE.dtype, device=x_NHE.device))
 
 
 def _run(call, q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window, return_lse, deterministic):
     """``call`` with row counts for max_seqlen, which sizes launches: blocks of rows that do not exist exit at once."""
-    left, right = sides(causal, window)
-    sees, seen = (_in_sight(cu_seqlens_q, cu_seqlens_k, q.shape[0], right),
-                  _in_sight(cu_seqlens_k, cu_seqlens_q, k.shape[0], left))
-    q, k, v = _only(q, sees), _only(k, seen), _only(v, seen)
+    left, right = left_right(causal, window)
+    valid_q = _unmasked_rows(cu_seqlens_q, cu_seqlens_k, q.shape[0], right)
+    valid_k = _unmasked_rows(cu_seqlens_k, cu_seqlens_q, k.shape[0], left)
+    q, k, v = _zero_other_rows(q, valid_q), _zero_other_rows(k, valid_k), _zero_other_rows(v, valid_k)
     if q.shape[0] == 0 or k.shape[0] == 0 or cu_seqlens_q.shape[0] == 1:  # libraries refuse an empty side, or no sample
         out, lse = q + k[:0].sum() + v[:0].sum(), q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32)
     else:
         # a longest sample of 1 row means to flash-attn that every sample has 1 (its issue 1537)
         out, lse = call(q, k, v, cu_seqlens_q, cu_seqlens_k, max(q.shape[0], 2), max(k.shape[0], 2), causal=causal,
                         window=window, return_lse=return_lse, softmax_scale=softmax_scale, deterministic=deterministic)
-        out = _only(out, sees)
-    return (out, torch.where(sees, lse, -torch.inf)) if return_lse else out
+        out = _zero_other_rows(out, valid_q)
+    return (out, torch.where(valid_q, lse, -torch.inf)) if return_lse else out
 
 
 @torch.no_grad()
@@ -288,16 +294,16 @@ def _cudnn(*pack, causal, window, return_lse, softmax_scale, deterministic):
 def _run_xformers(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window, return_lse, deterministic):
     """Their masks are made of lengths on the host: this waits for the GPU and cannot be captured.
 
-    They are not defined on rows without keys: rows that see nothing, or that nothing sees, are left out of the call.
+    They are not defined on rows without keys: fully masked rows of queries and of keys are left out of the call.
     """
-    left, right = sides(causal, window)
+    left, right = left_right(causal, window)
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     kept_q, kept_k = _kept(lengths_q, lengths_k, right), _kept(lengths_k, lengths_q, left)
     if not sum(kept_q):
-        return _only(q, torch.zeros_like(q[:, 0, 0], dtype=torch.bool)) + k[:0].sum() + v[:0].sum()
-    rows, keys = (None if sum(kept) == x.shape[0] else _in_sight(cu, others, x.shape[0], reach).nonzero()[:, 0]
-                  for kept, x, cu, others, reach in ((kept_q, q, cu_seqlens_q, cu_seqlens_k, right),
-                                                     (kept_k, k, cu_seqlens_k, cu_seqlens_q, left)))
+        return _zero_other_rows(q, torch.zeros_like(q[:, 0, 0], dtype=torch.bool)) + k[:0].sum() + v[:0].sum()
+    rows, keys = (None if sum(kept) == x.shape[0] else _unmasked_rows(cu, cu_other, x.shape[0], reach).nonzero()[:, 0]
+                  for kept, x, cu, cu_other, reach in ((kept_q, q, cu_seqlens_q, cu_seqlens_k, right),
+                                                       (kept_k, k, cu_seqlens_k, cu_seqlens_q, left)))
     pick = lambda x, at: x if at is None else x.index_select(0, at)
     samples = [(a, b) for a, b in zip(kept_q, kept_k, strict=True) if a]
     bias = xformers_bias([a for a, _ in samples], [b for _, b in samples], causal, window, q.device)
@@ -305,10 +311,10 @@ def _run_xformers(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal,
     return out if rows is None else torch.zeros_like(q).index_copy(0, rows, out)
 
 
-def _kept(lengths: list[int], others: list[int], reach: int) -> list[int]:
-    """How many rows of each sample ``_in_sight`` keeps: its last ones."""
+def _kept(lengths: list[int], lengths_other: list[int], reach: int) -> list[int]:
+    """How many rows of each sample ``_unmasked_rows`` keeps: its last ones."""
     return [0 if other == 0 else length if reach < 0 else min(length, other + reach)
-            for length, other in zip(lengths, others, strict=True)]
+            for length, other in zip(lengths, lengths_other, strict=True)]
 
 
 _PACKED = {"flash_attn": (flash_attn, FLASH_ATTN.reasons),

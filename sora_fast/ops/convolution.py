@@ -19,7 +19,7 @@ from ..precision import (
     autocast_dtype,
     cast,
     emulated_on_cpu,
-    holds_numbers,
+    has_data,
     tf32_convolutions,
     transformed,
     wide_dtype,
@@ -65,7 +65,7 @@ def _cudnn_of(device: str) -> tuple[int, bool]:
     return _cudnn() if device.startswith("cuda") else (0, False)
 
 
-def _wrong_cudnn(problem: ConvolutionProblem, dtype: torch.dtype) -> list[str]:
+def _cudnn_bugs(problem: ConvolutionProblem, dtype: torch.dtype) -> list[str]:
     """Why cuDNN's 3-D convolution in ``dtype`` cannot be trusted here.
 
     16 bits: wrong on large inputs in 9.8 to 9.14 (pytorch#163539; PyTorch's workaround is for NCDHW tensors only, and ours
@@ -87,13 +87,13 @@ def _wrong_cudnn(problem: ConvolutionProblem, dtype: torch.dtype) -> list[str]:
 def _activate(settings: ConvSettings, x, norm_weight, norm_bias, dtype):
     """The convolution's input before it is rounded to ``dtype``: gradients of the halo are accumulated at this precision."""
     if settings.norm is None:
-        return cast(x, wide_dtype(x)) if _repeats(settings) else x
+        return cast(x, wide_dtype(x)) if _replicates_input(settings) else x
     h = normalization.torch_norm_act(cast(x, wide_dtype(x)), norm_weight, norm_bias, **settings.of_norm)
     # under autocast the convolution's dtype may differ from x's, and norm_act alone would round to x's
     return h if x.dtype in (dtype, h.dtype) else h.to(x.dtype)
 
 
-def _repeats(settings: ConvSettings) -> bool:
+def _replicates_input(settings: ConvSettings) -> bool:
     return settings.time_pad == "replicate" or settings.space_pad != "zeros" or settings.upsample > 1
 
 
@@ -140,7 +140,7 @@ def _conv3d(x, weight, bias, stride, padding):
         return _conv3d(*wide, stride, padding).to(x.dtype)
     # On a CPU F.conv3d uses oneDNN only above B * C * T * H = 20,480 elements and unfolds smaller clips (im2col): 85 MB and
     # five times the time for 64 channels of 4 x 48 x 64.
-    if (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and holds_numbers(x)
+    if (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and has_data(x)
             and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()):
         return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
@@ -188,7 +188,7 @@ class _SavesInput(torch.autograd.Function):
                 # A replicated frame or pixel accumulates several gradients. On a CPU, where float32 convolutions cost
                 # little more, they are not rounded before that sum.
                 on_cpu = dy.device.type == "cpu"
-                dtype = h.dtype if _repeats(settings) and on_cpu else weight.dtype
+                dtype = h.dtype if _replicates_input(settings) and on_cpu else weight.dtype
                 if on_cpu and emulated_on_cpu(dtype):
                     dtype = torch.float32
                 # dy in the memory format of the input: else a copy, and on CUDA the slower NCDHW kernels
@@ -223,7 +223,7 @@ def _torch(settings: ConvSettings, *, x, weight, bias, cache, residual, norm_wei
 
 
 def _torch_unsupported(problem: ConvolutionProblem) -> list[str]:
-    return _wrong_cudnn(problem, problem.dtype)
+    return _cudnn_bugs(problem, problem.dtype)
 
 
 def _reference(settings: ConvSettings, **tensors):
@@ -233,7 +233,7 @@ def _reference(settings: ConvSettings, **tensors):
 
 def _reference_unsupported(problem: ConvolutionProblem) -> list[str]:
     """The definition convolves 16-bit tensors in float32, where a cuDNN that is wrong in 16 bits may be right."""
-    return _wrong_cudnn(problem, torch.promote_types(problem.dtype, torch.float32))
+    return _cudnn_bugs(problem, torch.promote_types(problem.dtype, torch.float32))
 
 
 _PLAIN = (Backend("torch", _torch, _torch_unsupported), Backend("reference", _reference, _reference_unsupported))

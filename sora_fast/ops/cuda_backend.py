@@ -9,18 +9,18 @@ from .. import env
 from ..dispatch import Problem, emulated_gpu
 from ..environment import build_info
 
-AGAIN = "SORA_FAST_BUILD_CUDA=1 pip install -e . builds it, or says why it cannot"
+HOW_TO_BUILD = "SORA_FAST_BUILD_CUDA=1 pip install -e . builds it, or says why it cannot"
 
 
 @functools.cache
 def extension():
     """(sora_fast._C or None, why it is missing). It is imported at the first use."""
     if "skipped" in build_info():
-        return None, f"The CUDA extension was not built: {build_info()['skipped']}; {AGAIN}."
+        return None, f"The CUDA extension was not built: {build_info()['skipped']}; {HOW_TO_BUILD}."
     try:
         return importlib.import_module("sora_fast._C"), ""
     except ImportError as error:
-        return None, f"The CUDA extension does not load: {error}; {AGAIN}."
+        return None, f"The CUDA extension does not load: {error}; {HOW_TO_BUILD}."
 
 
 def unsupported(problem: Problem, kernel: str, wide: torch.dtype) -> list[str]:
@@ -79,6 +79,6 @@ def launch(name: str, like: torch.Tensor, **fields) -> None:
     gpu = emulated_gpu()
     if gpu is not None:
         return gpu.launch(built, name, fields)
-    given = {key: value.data_ptr() if isinstance(value, torch.Tensor) else value for key, value in fields.items()}
+    arguments = {key: value.data_ptr() if isinstance(value, torch.Tensor) else value for key, value in fields.items()}
     stream = torch.cuda.current_stream(like.device).cuda_stream
-    getattr(built, name)(device=like.device.index or 0, stream=stream, **given)
+    getattr(built, name)(device=like.device.index or 0, stream=stream, **arguments)

@@ -40,26 +40,26 @@ def _permute_example(device: str, dtype: torch.dtype, grad: bool) -> PatchesProb
 
 
 # ---------------------------------------------------------------------------------------------- backend "torch"
-def _places(grids_S3, tokens: int, patch, channels: int, device):
+def _element_index(grids_S3, tokens: int, patch, channels: int, device):
     """Flat-buffer index of every element of every patch, (N, C, pt, ph, pw), and which tokens are in a sample (N,)."""
     pt, ph, pw = patch
     grids_S3 = grids_S3.to(device=device, dtype=torch.int64)
     ends_S = grids_S3.prod(1).cumsum(0)
     token_N = torch.arange(tokens, device=device)
-    belongs_N = token_N < ends_S[-1]
+    in_sample_N = token_N < ends_S[-1]
     sample_N = torch.searchsorted(ends_S, token_N, right=True).clamp(max=ends_S.shape[0] - 1)
     t_N, h_N, w_N = (size.clamp(min=1) for size in grids_S3[sample_N].unbind(1))
     first_N = ends_S[sample_N] - grids_S3.prod(1)[sample_N]
-    inner_N = torch.where(belongs_N, token_N - first_N, 0)
+    inner_N = torch.where(in_sample_N, token_N - first_N, 0)
     start_N = first_N * (channels * pt * ph * pw)
     corner_N = ((inner_N // (h_N * w_N)) * pt * (h_N * ph) + (inner_N // w_N % h_N) * ph) * (w_N * pw) + (
         inner_N % w_N) * pw
     c, dt, dh, dw = (torch.arange(n, device=device) for n in (channels, pt, ph, pw))
     row_N = (w_N * pw)[:, None, None, None, None]
     plane_N = row_N * (h_N * ph)[:, None, None, None, None]
-    place = c[:, None, None, None] * (t_N * pt)[:, None, None, None, None] * plane_N
-    place = place + dt[:, None, None] * plane_N + dh[:, None] * row_N + dw
-    return place + (start_N + corner_N)[:, None, None, None, None], belongs_N
+    index = c[:, None, None, None] * (t_N * pt)[:, None, None, None, None] * plane_N
+    index = index + dt[:, None, None] * plane_N + dh[:, None] * row_N + dw
+    return index + (start_N + corner_N)[:, None, None, None, None], in_sample_N
 
 
 def _runs(grids) -> list[tuple[int, int, int, int]]:
@@ -73,7 +73,7 @@ def _runs(grids) -> list[tuple[int, int, int, int]]:
     return runs
 
 
-def _cut(latents, grids, patch, channels):
+def _patchify(latents, grids, patch, channels):
     """``reference.cut``, batched over runs of samples of one size."""
     pt, ph, pw = patch
     numel = channels * pt * ph * pw
@@ -88,7 +88,7 @@ def _cut(latents, grids, patch, channels):
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _joined(tokens, grids, patch, channels):
+def _merge_patches(tokens, grids, patch, channels):
     """``reference.unpatchify``, batched over runs of samples of one size."""
     pt, ph, pw = patch
     parts, start = [], 0
@@ -107,25 +107,25 @@ def _torch_patch_embed(latents, weight, bias, *, grids, pack):
     width, channels, *patch = weight.shape
     if isinstance(grids, torch.Tensor):
         tokens = latents.shape[0] // prod(weight.shape[1:])
-        place, belongs = _places(grids, tokens, patch, channels, latents.device)
-        patches = torch.where(belongs[:, None], latents[torch.where(belongs[:, None], place.flatten(1), 0)], 0)
+        index, in_sample = _element_index(grids, tokens, patch, channels, latents.device)
+        patches = torch.where(in_sample[:, None], latents[torch.where(in_sample[:, None], index.flatten(1), 0)], 0)
     else:
-        patches = _cut(latents, grids, patch, channels)
-        inside = sum([t * h * w for t, h, w in grids])
-        belongs = None if inside == patches.shape[0] else torch.arange(patches.shape[0], device=latents.device) < inside
+        patches = _patchify(latents, grids, patch, channels)
+        count, in_samples = patches.shape[0], sum([t * h * w for t, h, w in grids])
+        in_sample = None if in_samples == count else torch.arange(count, device=latents.device) < in_samples
     out = F.linear(patches, weight.flatten(1), bias)
     # needed even without a bias: the gradient of a tail token, which may be NaN, must not reach the weight
-    return out if belongs is None else torch.where(belongs[:, None], out, 0)
+    return out if in_sample is None else torch.where(in_sample[:, None], out, 0)
 
 
 def _torch_unpatchify(tokens, grids, pack, patch, channels):
     if not isinstance(grids, torch.Tensor):
-        return _joined(tokens, grids, patch, channels)
-    place, belongs = _places(grids, tokens.shape[0], patch, channels, tokens.device)
-    place = place.permute(0, 2, 3, 4, 1).flatten(1)  # a token's elements are in (pt, ph, pw, C) order
+        return _merge_patches(tokens, grids, patch, channels)
+    index, in_sample = _element_index(grids, tokens.shape[0], patch, channels, tokens.device)
+    index = index.permute(0, 2, 3, 4, 1).flatten(1)  # a token's elements are in (pt, ph, pw, C) order
     total = tokens.shape[0] * tokens.shape[1]
     # the tail is scattered to one spare element past the end, which is cut off
-    flat = tokens.new_zeros(total + 1).scatter(0, torch.where(belongs[:, None], place, total).flatten(),
+    flat = tokens.new_zeros(total + 1).scatter(0, torch.where(in_sample[:, None], index, total).flatten(),
                                                tokens.flatten())
     return flat[:total]
 
@@ -170,7 +170,7 @@ def _sizes(op: str, grids):
     return host_grids(op, grids)
 
 
-def _check_whole(op: str, pack: Pack, tokens: int, what: str) -> None:
+def _check_pack_tokens(op: str, pack: Pack, tokens: int, what: str) -> None:
     """Require exactly the pack's tokens, tail included: with a stale pack, tokens would be mistaken for tail."""
     if pack.kept is not None:
         raise checks.error(op, "the pack of whole samples", "one that has dropped tokens", "pass the pack before keep()")
@@ -188,11 +188,11 @@ def _flatten(op: str, latents, channels: int, patch, like):
         return latents.reshape(-1), (token_grid(op, latents.shape[-3:], patch, "{} of latents to be"),) * latents.shape[0]
     checks.sequence(op, "latents", latents, "clips (C, T, H, W)")
     grids = []
-    for place, clip in enumerate(latents):
-        checks.shape(op, f"latents[{place}]", clip, (channels, "T", "H", "W"), "each clip is (C, T, H, W)")
-        checks.same_dtype(op, **{"latents[0]": latents[0], f"latents[{place}]": clip})
-        checks.same_device(op, **{"latents[0]": latents[0], f"latents[{place}]": clip})
-        grids.append(token_grid(op, clip.shape[-3:], patch, f"{{}} of latents[{place}] to be"))
+    for index, clip in enumerate(latents):
+        checks.shape(op, f"latents[{index}]", clip, (channels, "T", "H", "W"), "each clip is (C, T, H, W)")
+        checks.same_dtype(op, **{"latents[0]": latents[0], f"latents[{index}]": clip})
+        checks.same_device(op, **{"latents[0]": latents[0], f"latents[{index}]": clip})
+        grids.append(token_grid(op, clip.shape[-3:], patch, f"{{}} of latents[{index}] to be"))
     flat = [clip.reshape(-1) for clip in latents] or [like.new_zeros(0)]
     with no_autocast(flat[0].device.type):
         return torch.cat(flat), tuple(grids)
@@ -233,7 +233,7 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
                                f"{checks.shown(latents.shape[0])} elements",
                                "end the buffer (and its tail) on a whole patch")
         if pack is not None:
-            _check_whole(op, pack, latents.shape[0] // numel, f"a flat buffer of {numel} elements")
+            _check_pack_tokens(op, pack, latents.shape[0] // numel, f"a flat buffer of {numel} elements")
         elif not isinstance(grids, torch.Tensor):
             needed = numel * sum(t * h * w for t, h, w in grids)
             if latents.shape[0] < needed:
@@ -271,7 +271,7 @@ def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
     sizes = _sizes(op, grids)
     pack = grids if isinstance(grids, Pack) else None
     if pack is not None:
-        _check_whole(op, pack, tokens.shape[0], "a row")
+        _check_pack_tokens(op, pack, tokens.shape[0], "a row")
     elif not isinstance(sizes, torch.Tensor):
         needed = sum(t * h * w for t, h, w in sizes)
         if tokens.shape[0] < needed:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from .. import checks, configs
 from ..dispatch import Backend
-from ..precision import holds_numbers
+from ..precision import has_data
 from ..to_device import to_device
 from . import operators, triton_backend
 from .uploads import uploaded_grids
@@ -35,7 +35,7 @@ def _on_device(grids, pack, like) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(grids, torch.Tensor):
         grids = to_device(grids.to(torch.int32), device)
         return grids, F.pad(grids.prod(1).cumsum(0), (1, 0)).to(torch.int32)
-    if not holds_numbers(like):
+    if not has_data(like):
         # uploaded when the graph runs: while it is traced, sizes may be symbols and tensors fake
         return tuple(torch.ops.sora_fast.patches_grids(like.new_empty(0), [n for grid in grids for n in grid]))
     return uploaded_grids(grids, device)

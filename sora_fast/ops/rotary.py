@@ -13,7 +13,7 @@ from .. import checks
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
 from ..measured import sizes
 from ..pack import Pack, check_kind, check_pack
-from ..precision import cast, holds_numbers, wide_dtype
+from ..precision import cast, has_data, wide_dtype
 from ..reference import rotary as reference
 from ..reference.modulation import only_samples
 from . import rotary_triton
@@ -50,8 +50,8 @@ def _example(device: str, dtype: torch.dtype, grad: bool) -> RotaryProblem:
 
 # ---------------------------------------------------------------------------------------------- backend "torch"
 @dataclass(frozen=True)
-class _Turn:
-    """Cached cosines and sines (N, 1, P) of ``settings`` and of ``coords`` at ``version``."""
+class _CosSin:
+    """Cosines and sines (N, 1, P) of ``settings`` and of ``coords`` at ``version``."""
 
     coords: weakref.ref
     version: int
@@ -60,40 +60,40 @@ class _Turn:
     sin: torch.Tensor
 
 
-_last: _Turn | None = None
+_cached: _CosSin | None = None
 
 
-def _turn(coords, rows, axes, theta, freqs, dtype):
+def _cos_sin(coords, rows, axes, theta, freqs, dtype):
     """Cosines and sines of all angles. ``rows``: None if every token is in a sample."""
     # coordinates of tokens outside every sample are not read and do not reach the gradient of freqs
     angles = reference.angles(coords if rows is None else only_samples(coords, rows), axes, theta, freqs, dtype)
     return angles.cos(), angles.sin()
 
 
-def _turn_of_fixed(coords, axes, theta, dtype):
+def _cached_cos_sin(coords, axes, theta, dtype):
     """The same for fixed frequencies, cached for the next layer, which has the same coords. On CPUs only: on a GPU the cache
     would have to handle streams and CUDA graphs.
     """
-    global _last
-    if not coords.is_cpu or not holds_numbers(coords) or coords.is_inference():
-        return _turn(coords, None, axes, theta, None, dtype)
+    global _cached
+    if not coords.is_cpu or not has_data(coords) or coords.is_inference():
+        return _cos_sin(coords, None, axes, theta, None, dtype)
     settings = (tuple(axes), tuple(theta) if isinstance(theta, list) else theta, dtype)
-    last = _last
-    if (last is not None and last.coords() is coords and last.version == coords._version  # not changed in place since
-            and last.settings == settings):
-        return last.cos, last.sin
+    cached = _cached
+    if (cached is not None and cached.coords() is coords and cached.version == coords._version  # not changed in place since
+            and cached.settings == settings):
+        return cached.cos, cached.sin
     with torch.inference_mode(False):  # a backward may save it later
-        cos, sin = _turn(coords, None, axes, theta, None, dtype)
-    if holds_numbers(cos):
-        _last = _Turn(weakref.ref(coords, _forget_turn), coords._version, settings, cos, sin)
+        cos, sin = _cos_sin(coords, None, axes, theta, None, dtype)
+    if has_data(cos):
+        _cached = _CosSin(weakref.ref(coords, _drop_cached), coords._version, settings, cos, sin)
     return cos, sin
 
 
-def _forget_turn(coords: weakref.ref) -> None:
+def _drop_cached(coords: weakref.ref) -> None:
     """Drop the cached tables with their coords."""
-    global _last
-    if _last is not None and _last.coords is coords:
-        _last = None
+    global _cached
+    if _cached is not None and _cached.coords is coords:
+        _cached = None
 
 
 def _rotate(x_NHE, cos, sin, pairing):
@@ -105,13 +105,13 @@ def _rotate(x_NHE, cos, sin, pairing):
     interleaved = pairing == "interleaved"
     a, b = (x_NHE[..., 0::2], x_NHE[..., 1::2]) if interleaved else (x_NHE[..., :pairs], x_NHE[..., pairs:])
     a, b = a * cos - b * sin, a * sin + b * cos
-    turned = torch.stack([a, b], dim=-1).flatten(-2) if interleaved else torch.cat([a, b], dim=-1)
-    return turned if rest is None else torch.cat([turned, rest], dim=-1)
+    rotated = torch.stack([a, b], dim=-1).flatten(-2) if interleaved else torch.cat([a, b], dim=-1)
+    return rotated if rest is None else torch.cat([rotated, rest], dim=-1)
 
 
-def _torch_norm_rope(x, weight, bias, turn, norm, pairing, eps, rows):
+def _torch_norm_rope(x, weight, bias, cos_sin, norm, pairing, eps, rows):
     shape, width = x.shape, x.shape[1] * x.shape[2]
-    wide = wide_dtype(x, weight, bias, None if turn is None else turn[0])
+    wide = wide_dtype(x, weight, bias, None if cos_sin is None else cos_sin[0])
     h, weight, bias = cast(x, wide), cast(weight, wide), cast(bias, wide)
     if rows is not None:
         h = only_samples(h.reshape(-1, width), rows).reshape(shape)
@@ -125,8 +125,8 @@ def _torch_norm_rope(x, weight, bias, turn, norm, pairing, eps, rows):
         else:
             h = F.rms_norm(h, shape[2:], weight, eps)
         h = h if bias is None else h + bias
-    if turn is not None:
-        h = _rotate(h, cast(turn[0], wide), cast(turn[1], wide), pairing)
+    if cos_sin is not None:
+        h = _rotate(h, cast(cos_sin[0], wide), cast(cos_sin[1], wide), pairing)
     if rows is not None:
         h = only_samples(h.reshape(-1, width), rows).reshape(shape)
     return cast(h, x.dtype)
@@ -134,13 +134,13 @@ def _torch_norm_rope(x, weight, bias, turn, norm, pairing, eps, rows):
 
 def _torch_qk_norm_rope(q, k, coords, *, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing, eps,
                         rows, tail):
-    turn, rows = None, rows if tail else None
+    cos_sin, rows = None, rows if tail else None
     if coords is not None:
         dtype = wide_dtype(q, k, freqs, q_weight, k_weight, coords if coords.is_floating_point() else None)
         plain = rows is None and freqs is None and not coords.requires_grad
-        turn = _turn_of_fixed(coords, axes, theta, dtype) if plain else _turn(coords, rows, axes, theta, freqs, dtype)
-    q_out = _torch_norm_rope(q, q_weight, q_bias, turn, norm, pairing, eps, rows)
-    return q_out, None if k is None else _torch_norm_rope(k, k_weight, k_bias, turn, norm, pairing, eps, rows)
+        cos_sin = _cached_cos_sin(coords, axes, theta, dtype) if plain else _cos_sin(coords, rows, axes, theta, freqs, dtype)
+    q_out = _torch_norm_rope(q, q_weight, q_bias, cos_sin, norm, pairing, eps, rows)
+    return q_out, None if k is None else _torch_norm_rope(k, k_weight, k_bias, cos_sin, norm, pairing, eps, rows)
 
 
 def _reference_qk_norm_rope(*, tail, **arguments):
@@ -188,13 +188,13 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
     if facts is None:
         facts = remember(key, _check(q, k, coords, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing,
                                      eps, rows))
-    coords, rows, tail = _places("qk_norm_rope", q, coords, rows, key)
+    coords, rows, tail = _coords_and_rows("qk_norm_rope", q, coords, rows, key)
     return QK_NORM_ROPE.run(facts, backend, key, q=q, k=k, coords=coords, q_weight=q_weight, k_weight=k_weight,
                             q_bias=q_bias, k_bias=k_bias, norm=norm, axes=axes, theta=theta, freqs=freqs,
                             pairing=pairing, eps=eps, rows=rows, tail=tail)
 
 
-def _places(op: str, q, coords, rows, key):
+def _coords_and_rows(op: str, q, coords, rows, key):
     """coords (N, 3) and rows (N,) of a call, or None, and whether some rows may be -1.
 
     The rows of a Pack were checked when it was built.
@@ -213,7 +213,7 @@ def _check(q, k, coords, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, 
     check_kind(op, "coords", coords)
     check_kind(op, "rows", rows)
     if isinstance(coords, Pack) or isinstance(rows, Pack):
-        coords, rows = _of_pack(op, q, coords, rows)
+        coords, rows = _from_pack(op, q, coords, rows)
     checks.choice(op, "norm", norm, NORMS)
     checks.choice(op, "pairing", pairing, ("interleaved", "half"))
     checks.floating(op, q=q, k=k, q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias, freqs=freqs)
@@ -246,7 +246,7 @@ def _check(q, k, coords, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, 
             wide_dtype(q, k, *affine, freqs, positions), sizes((tokens,)))
 
 
-def _of_pack(op: str, q, coords, rows):
+def _from_pack(op: str, q, coords, rows):
     """coords and rows of a call in which at least one is a Pack."""
     if isinstance(coords, Pack):
         checks.require(rows is None or rows is coords, op, "no rows beside a Pack, which has them", "both",

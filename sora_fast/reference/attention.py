@@ -7,7 +7,7 @@ Row i of a sample with Sq queries and Sk keys sees key j where
 
 import torch
 
-from ..precision import holds_numbers, wide_dtype
+from ..precision import has_data, wide_dtype
 
 __all__ = ["merge_attention", "varlen_attention", "varlen_attention_backward", "varlen_attention_forward"]
 
@@ -66,7 +66,7 @@ def blocks(cu_q, cu_k, queries: int, keys: int, causal: bool, window, device):
     Where lengths can be read there is one dense block per sample, so that no other sample's rows are touched at
     all; while a graph is traced they cannot, and the whole pack is one block under a block-diagonal mask.
     """
-    if not holds_numbers(cu_q):
+    if not has_data(cu_q):
         yield slice(0, queries), slice(0, keys), visible(cu_q, cu_k, queries, keys, causal, window, device)
         return
     ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
@@ -76,8 +76,8 @@ def blocks(cu_q, cu_k, queries: int, keys: int, causal: bool, window, device):
 
 
 def without_tail(x_NHE, cu):
-    belongs = torch.arange(x_NHE.shape[0], device=x_NHE.device) < cu[-1]
-    return torch.where(belongs[:, None, None], x_NHE, torch.zeros((), dtype=x_NHE.dtype, device=x_NHE.device))
+    in_sample = torch.arange(x_NHE.shape[0], device=x_NHE.device) < cu[-1]
+    return torch.where(in_sample[:, None, None], x_NHE, torch.zeros((), dtype=x_NHE.dtype, device=x_NHE.device))
 
 
 def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, softmax_scale=None,

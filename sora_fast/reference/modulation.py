@@ -5,7 +5,7 @@ N tokens, D width, R modulation rows. (DiT: Peebles and Xie, arXiv 2212.09748, s
 
 import torch
 
-from ..precision import holds_numbers, wide_dtype
+from ..precision import has_data, wide_dtype
 from .normalization import normalise
 
 __all__ = ["gate_residual", "gate_residual_norm_modulate", "norm_modulate"]
@@ -24,7 +24,7 @@ def only_samples(x_ND, rows):
     """``x_ND`` with 0 on tokens of no sample, whose contents (NaN included) go no further, nor do gradients."""
     if rows is None:
         return x_ND
-    if rows.device.type == "cpu" and holds_numbers(rows) and not bool((rows < 0).any()):
+    if rows.device.type == "cpu" and has_data(rows) and not bool((rows < 0).any()):
         return x_ND  # no tail: checking N ints is cheaper than copying N x D elements
     return torch.where((rows >= 0)[:, None], x_ND, torch.zeros((), dtype=x_ND.dtype, device=x_ND.device))
 

@@ -34,8 +34,8 @@ def patch_embed(latents, weight, bias=None, *, grids):
     if bias is not None:
         tokens = tokens + bias.to(wide)
     inside = sum(t * h * w for t, h, w in grids)
-    belongs = torch.arange(tokens.shape[0], device=tokens.device) < inside
-    return torch.where(belongs[:, None], tokens, 0).to(latents.dtype)
+    in_sample = torch.arange(tokens.shape[0], device=tokens.device) < inside
+    return torch.where(in_sample[:, None], tokens, 0).to(latents.dtype)
 
 
 def unpatchify(tokens, grids, patch, channels):

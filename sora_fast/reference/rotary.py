@@ -31,18 +31,18 @@ def angles(coords_N3, axes, theta, freqs, dtype):
 def rotate(x_NHE, angles_NHP, pairing: str):
     """Turn pairs (2i, 2i+1) ("interleaved") or (i, i + R/2) ("half") by angle i; the rest of E passes through."""
     pairs = angles_NHP.shape[-1]
-    turned, rest = x_NHE[..., : 2 * pairs], x_NHE[..., 2 * pairs :]
+    x_rot, rest = x_NHE[..., : 2 * pairs], x_NHE[..., 2 * pairs :]
     if pairing == "interleaved":
-        a, b = turned[..., 0::2], turned[..., 1::2]
+        a, b = x_rot[..., 0::2], x_rot[..., 1::2]
     else:
-        a, b = turned[..., :pairs], turned[..., pairs:]
+        a, b = x_rot[..., :pairs], x_rot[..., pairs:]
     cos, sin = angles_NHP.cos(), angles_NHP.sin()
     a, b = a * cos - b * sin, a * sin + b * cos
     if pairing == "interleaved":
-        turned = torch.stack([a, b], dim=-1).flatten(-2)
+        x_rot = torch.stack([a, b], dim=-1).flatten(-2)
     else:
-        turned = torch.cat([a, b], dim=-1)
-    return torch.cat([turned, rest], dim=-1)
+        x_rot = torch.cat([a, b], dim=-1)
+    return torch.cat([x_rot, rest], dim=-1)
 
 
 def _norm_rope(x, weight, bias, angles_NHP, norm, pairing, eps, rows):

@@ -40,7 +40,7 @@ class CudaKernel:
         """
         from ..emulator import launches, memory
 
-        emulator = launches.current.get()
+        emulator = launches.current_emulator.get()
         if emulator is None:
             raise RuntimeError(f"{self.name}: expected a launch inside sora_fast.testing.emulated_gpu, got one outside; "
                                f"open it around the launch")
@@ -87,10 +87,10 @@ class CudaKernel:
         there = re.findall(r"\.entry (\w+)\(", whole)
         wanted = self.name.replace(" ", "")
         for name in there:
-            if ptx.bare(name).replace(" ", "") == wanted:
+            if ptx.demangled(name).replace(" ", "") == wanted:
                 return csrc_launch.alone(whole, name)
         raise RuntimeError(f"{self.name}: expected a __global__ function of this name in the source, got "
-                           f"{', '.join(map(ptx.bare, there)) or 'none'}; templates are there once they are "
+                           f"{', '.join(map(ptx.demangled, there)) or 'none'}; templates are there once they are "
                            f"instantiated (template __global__ void f<4>(...);)")
 
     def _bytes(self, place: int, param, value) -> bytes:

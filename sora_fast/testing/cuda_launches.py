@@ -56,7 +56,7 @@ def launches(call: Callable[[], object], cc: int, sms: int) -> list[Launch]:
 
 def machine_code(kernel: str, cc: int) -> cubins.Function:
     """What such a GPU would run of a kernel of the extension: the newest code that is for it."""
-    from ..emulator.csrc_launch import bare
+    from ..emulator.csrc_launch import demangled
 
     extension, missing = cuda_backend.extension()
     if missing:
@@ -68,7 +68,7 @@ def machine_code(kernel: str, cc: int) -> cubins.Function:
         runs = [each for each in found if (each[0] == cc if each[1] else each[0] // 10 == cc // 10 and each[0] <= cc)]
         for _, _, path in sorted(runs, reverse=True):
             for name in cubins.names(path):
-                if bare(name) == kernel:
+                if demangled(name) == kernel:
                     (code,) = cubins.functions(path, f"^{re.escape(name)}$")
                     return code
     raise RuntimeError(f"cuda_launches: expected machine code of {kernel} for sm_{cc} in the CUDA extension, got none; "

@@ -62,5 +62,5 @@ def wavefronts(call: Callable[[], object], cc: int) -> list[dict[str, float] | N
             launch.fn[grid](*map(memory.real, launch.args), **{name: memory.real(value)
                                                               for name, value in launch.kwargs.items()})
             counters = emulator.records[-1].counters
-            found.append(counters.in_loops() if counters.blocks.max() > counters.blocks[0] else None)
+            found.append(counters.conflicts_in_loops() if counters.blocks.max() > counters.blocks[0] else None)
     return found

@@ -10,15 +10,15 @@ SPECIAL = ("MUFU.EX2", "MUFU.RSQ")
 CALL = 100  # instructions of a subroutine: about those of a full-precision division
 
 
-def _postorder(start: int, after: list[list[int]], inside: set[int]) -> dict[int, int]:
+def _postorder(start: int, successors: list[list[int]], inside: set[int]) -> dict[int, int]:
     """Postorder index of each block; an edge to a later block, or to itself, closes a loop."""
-    position, entered, stack = {}, {start}, [(start, iter(after[start]))]
+    position, visited, stack = {}, {start}, [(start, iter(successors[start]))]
     while stack:
         number, following = stack[-1]
         for each in following:
-            if each in inside and each not in entered:
-                entered.add(each)
-                stack.append((each, iter(after[each])))
+            if each in inside and each not in visited:
+                visited.add(each)
+                stack.append((each, iter(successors[each])))
                 break
         else:
             position[number] = len(position)
@@ -26,16 +26,16 @@ def _postorder(start: int, after: list[list[int]], inside: set[int]) -> dict[int
     return position
 
 
-def _best_path(blocks, after, start: int, inside: set[int], ends: Callable[[int], bool]) -> list[Instruction] | None:
+def _best_path(blocks, successors, start: int, inside: set[int], ends: Callable[[int], bool]) -> list[Instruction] | None:
     """The path from ``start`` to a block that ``ends`` with the most FLOPs, then the most bytes, then the most exponentials
     and square roots, then the fewest instructions.
 
     So masked boundary tiles, which are few, are ignored, and optional norms and activations are on.
     """
-    position = _postorder(start, after, inside)
+    position = _postorder(start, successors, inside)
     best: dict[int, tuple] = {}
     for number in sorted(position, key=position.get):
-        options = [(best[each][:4], each) for each in after[number]
+        options = [(best[each][:4], each) for each in successors[number]
                    if each in best and position[each] < position[number]]
         if ends(number):
             options.append(((0, 0, 0, 0), None))
@@ -57,21 +57,22 @@ def _best_path(blocks, after, start: int, inside: set[int], ends: Callable[[int]
     return found
 
 
-def turn(loop: list[Instruction], code: list[Instruction]) -> list[Instruction]:
+def iteration(loop: list[Instruction], code: list[Instruction]) -> list[Instruction]:
     """One iteration of a loop of ``code``, for interior tiles."""
     addresses = {i.address for i in loop}
-    blocks, after = sass.graph(code)
+    blocks, successors = sass.graph(code)
     inside = {number for number, block in enumerate(blocks) if block[0].address in addresses}
-    entered = {each for number in range(len(blocks)) if number not in inside for each in after[number] if each in inside}
-    head = min(entered or inside)
-    return _best_path(blocks, after, head, inside, lambda number: head in after[number]) or list(loop)
+    outside = set(range(len(blocks))) - inside
+    heads = {each for number in outside for each in successors[number]} & inside
+    head = min(heads or inside)
+    return _best_path(blocks, successors, head, inside, lambda number: head in successors[number]) or list(loop)
 
 
-def through(code: list[Instruction]) -> list[Instruction]:
+def entry_to_exit(code: list[Instruction]) -> list[Instruction]:
     """From entry to exit, with each loop executed once."""
-    blocks, after = sass.graph(code)
+    blocks, successors = sass.graph(code)
     ends = lambda number: any(i.base == "EXIT" and i.text == i.body for i in blocks[number])
-    return _best_path(blocks, after, 0, set(range(len(blocks))), ends) or list(code)
+    return _best_path(blocks, successors, 0, set(range(len(blocks))), ends) or list(code)
 
 
 def main_loops(code: list[Instruction]) -> list[list[Instruction]]:
