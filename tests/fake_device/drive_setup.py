@@ -12,7 +12,7 @@ from sora_fast.benchmarks import timing
 from sora_fast.dispatch import Backend
 from sora_fast.ops.modulation import GATE_RESIDUAL, NORM_MODULATE
 from sora_fast.testing import validation
-from sora_fast.tuning import pieces, setting_up
+from sora_fast.tuning import setting_up, workers
 
 CLEAN = {op.name: dict(op.backends) for op in (GATE_RESIDUAL, NORM_MODULATE)}
 
@@ -45,7 +45,7 @@ def machine(monkeypatch, tmp_path, kernels):
     monkeypatch.setattr(setting_up, "EFFORT", short)
     monkeypatch.setattr(setting_up, "SETS", 1)
     monkeypatch.setattr(setting_up, "release", lambda device: None)
-    monkeypatch.setattr(pieces, "cores", lambda: 1)  # other processes have no fake device
+    monkeypatch.setattr(workers, "cores", lambda: 1)  # other processes have no fake device
     monkeypatch.setattr(timing, "LEAST_SAMPLES", timing.ROUNDS)
     # a graph here would replay operators, and no time that passes between them
     monkeypatch.setattr(timing, "timer", lambda calls, device, stream: timing.Events(calls, device, stream))
@@ -133,7 +133,7 @@ def test_a_gpu_without_room(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**20, 2**30))
     with pytest.raises(RuntimeError, match=r"expected 0.7 GB of free memory on cuda:0, got 0.0 GB"):
         setup(Model().to("cuda").eval(), call=call, tell=lambda line: None)
-    assert not measured.user_file().exists() and pieces.cores() >= 1
+    assert not measured.user_file().exists() and workers.cores() >= 1
 
 
 @pytest.mark.parametrize("name", ("AutoencoderKLWan", "WanTransformer3DModel"))
@@ -147,8 +147,8 @@ def test_accelerate_sets_up(machine, monkeypatch, capsys, name):
     from sora_fast.integrations.comparison import open_model
 
     ms = dict(triton=1.0, torch=3.0)
-    monkeypatch.setattr(pieces.Gate, "run", lambda piece, device: dict.fromkeys(ms, ""))
-    monkeypatch.setattr(pieces.Validation, "run", lambda piece, device: [])
+    monkeypatch.setattr(workers.Gate, "run", lambda task, device: dict.fromkeys(ms, ""))
+    monkeypatch.setattr(workers.Validation, "run", lambda task, device: [])
     monkeypatch.setattr(setting_up, "_race", lambda case, runs, *rest: {run.name: ms[run.name] for run in runs})
     model = open_model(name).to("cuda").eval()
     before = accelerate(model)
