@@ -104,6 +104,15 @@ def test_outs_and_captions_of_any_letters_where_the_encoding_is_ascii(tmp_path):
     assert f"{here}" in (here / "eval" / "report.html").read_text(encoding="utf-8")
 
 
+def test_what_setup_has_to_do_is_found_quickly():
+    """A call that finds nothing to do takes no longer; PyTorch's compiler alone would take seconds to import."""
+    code = ("import sys, time, torch\nfrom sora_fast.tuning import setting_up, walk\nstart = time.process_time()\n"
+            "setting_up.needs(walk.common('cuda:sm90', 'full'))\n"
+            "assert 'torch._dynamo' not in sys.modules\nprint(time.process_time() - start)")
+    done = process(code, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and float(done.stdout) < 5, done.stdout + done.stderr
+
+
 def test_tasks_of_setup_in_other_processes():
     """What each gives, and an exception where one raises: the others go on."""
     few = [Task(0), Task(1), Task(2)]
