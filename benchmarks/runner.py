@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch._dynamo
 import torch._functorch.config
 
 from sora_fast.environment import clock_mhz, environment
@@ -108,7 +107,7 @@ class Runner:
                           f"the same command goes on with them")
                 break
             self.tell(f"[{place}/{len(work)}] {case.id}")
-            torch._dynamo.reset()  # every case compiles anew: past eight shapes torch.compile would stop compiling
+            torch.compiler.reset()  # every case compiles anew: past eight shapes torch.compile would stop compiling
             try:
                 new = self._model(case, left) if family == MODEL else self._case(family, case, left)
             except Exception as error:  # of the reference or the inputs, such as memory they do not fit: the others go on

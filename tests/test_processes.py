@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_bench_cli import ONE
 
-from sora_fast.tuning import pieces
+from sora_fast.tuning import workers
 
 pytestmark = [pytest.mark.full, pytest.mark.ci]
 ROOT = Path(__file__).parents[1]
@@ -104,29 +104,38 @@ def test_outs_and_captions_of_any_letters_where_the_encoding_is_ascii(tmp_path):
     assert f"{here}" in (here / "eval" / "report.html").read_text(encoding="utf-8")
 
 
-def test_pieces_of_setup_in_other_processes():
+def test_what_setup_has_to_do_is_found_quickly():
+    """A call that finds nothing to do takes no longer; PyTorch's compiler alone would take seconds to import."""
+    code = ("import sys, time, torch\nfrom sora_fast.tuning import setting_up, walk\nstart = time.process_time()\n"
+            "setting_up.needs(walk.common('cuda:sm90', 'full'))\n"
+            "assert 'torch._dynamo' not in sys.modules\nprint(time.process_time() - start)")
+    done = process(code, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and float(done.stdout) < 5, done.stdout + done.stderr
+
+
+def test_tasks_of_setup_in_other_processes():
     """What each gives, and an exception where one raises: the others go on."""
-    few = [Piece(0), Piece(1), Piece(2)]
-    found = dict(pieces.run(few, "cpu", 2, print))
-    assert {piece.number: str(each) for piece, each in found.items()} == {0: "0", 1: "ZeroDivisionError: of piece 1", 2: "2"}
+    few = [Task(0), Task(1), Task(2)]
+    found = dict(workers.run(few, "cpu", 2, print))
+    assert {task.number: str(each) for task, each in found.items()} == {0: "0", 1: "ZeroDivisionError: of task 1", 2: "2"}
 
 
 def test_setup_in_a_script_that_guards_nothing(tmp_path):
     """Its processes do not run it again."""
     script = tmp_path / "script.py"
-    script.write_text("import torch\nfrom sora_fast.tuning import pieces\nprint('begins')\n"
-                      "work = [pieces.Validation('gate_residual', 'torch', torch.float32)] * 2\n"
-                      "for _, found in pieces.run(work, 'cpu', 2, print):\n"
+    script.write_text("import torch\nfrom sora_fast.tuning import workers\nprint('begins')\n"
+                      "work = [workers.Validation('gate_residual', 'torch', torch.float32)] * 2\n"
+                      "for _, found in workers.run(work, 'cpu', 2, print):\n"
                       "    print([row['passed'] for row in found])\n", "utf-8")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.stdout.split("\n") == ["begins", "[True, True]", "[True, True]", ""], done.stderr
 
 
-class Piece:
+class Task:
     def __init__(self, number):
         self.number = number
 
     def run(self, device):
         if self.number == 1:
-            raise ZeroDivisionError("of piece 1")
+            raise ZeroDivisionError("of task 1")
         return self.number

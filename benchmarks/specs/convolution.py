@@ -118,10 +118,10 @@ class ConvolutionCase(Case):
         found = {}
         for name, shape in self.tensors().items():
             if name not in ("y", "cache_out"):
-                tensor = draw(*shape, scale=scales.get(name, 1.0))
+                tensor = draw(*shape, scale=scales.get(name, 1.0), mean=int(name == "norm_weight"))
                 found[name] = channels_last(tensor) if tensor.dim() == 5 else tensor
         if self.norm:
-            found |= dict(norm_weight=1 + found["norm_weight"], **norm_settings(self.norm))
+            found |= norm_settings(self.norm)
         return found | dict(stride=self.stride, padding=self.pads, time_pad=self.time_pad, space_pad=self.space_pad,
                             upsample=self.upsample, return_cache=self.return_cache)
 

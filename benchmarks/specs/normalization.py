@@ -44,7 +44,7 @@ class NormalizationCase(Case):
     def inputs(self, device, seed):
         draw = Draw(device, seed, self.dtype)
         x = channels_last(draw(self.batch, self.channels, self.frames, self.height, self.width))
-        affine = dict(weight=1 + draw(self.channels, scale=0.1))
+        affine = dict(weight=draw(self.channels, scale=0.1, mean=1))
         if self.norm == "group":
             affine |= dict(bias=draw(self.channels, scale=0.1))
         return dict(x=x, **affine, **norm_settings(self.norm))

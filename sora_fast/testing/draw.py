@@ -20,8 +20,9 @@ class Draw:
         hollow = torch.device(self.device).type == "meta"  # no numbers: shapes are all there is to see
         self.generator = None if hollow else torch.Generator("cpu" if alike else self.device).manual_seed(seed)
 
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> torch.Tensor:
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0, mean: int = 0) -> torch.Tensor:
         if self.generator is None:
             return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
         numbers = torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=self.wide)
-        return (numbers * scale if scale != 1.0 else numbers).to(self.device, dtype or self.dtype)
+        numbers = (numbers * scale if scale != 1.0 else numbers).to(self.device, dtype or self.dtype)
+        return mean + numbers if mean else numbers

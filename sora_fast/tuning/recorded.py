@@ -182,13 +182,26 @@ def _few_tokens(a: dict, tensor: dict) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------- recording
+class Seen(Exception):
+    """Ends a call whose result nobody wants."""
+
+
 @contextmanager
-def recording(device: str) -> Iterator[list[Recorded]]:
-    """Collects the distinct calls inside, each with its Problem as it is on ``device``, "cuda:sm90"."""
+def recording(device: str, *, run: bool = True) -> Iterator[list[Recorded]]:
+    """Collects the distinct calls inside, each with its Problem as it is on ``device``, "cuda:sm90".
+
+    ``run``: False ends each call with Seen once it is noted.
+    """
     found: dict[tuple, Recorded] = {}
 
     def watcher(op: Op, problem: Problem, backend: Backend) -> Backend:
-        return replace(backend, run=lambda **arguments: (note(op, problem, arguments), backend.run(**arguments))[1])
+        def watched(**arguments):
+            note(op, problem, arguments)
+            if not run:
+                raise Seen
+            return backend.run(**arguments)
+
+        return replace(backend, run=watched)
 
     def note(op: Op, problem: Problem, arguments: dict) -> None:
         if op.name in LEFT_OUT or all(name == "reference" or not backend.kernel and name == "torch"

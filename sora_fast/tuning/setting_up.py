@@ -2,7 +2,7 @@
 
 1. The calls that a model makes, or published models, by which the rest is chosen (walk.py, recorded.py).
 2. In worker processes, where compiling is what takes long: each kernel without a record over all cases of its op, and every
-   backend on a small twin of every call (pieces.py).
+   backend on a small twin of every call (workers.py).
 3. In this process, alone on the GPU: the time of every backend that passed, call by call.
 
 What is done is on disk at once, in the user's records and measured times, and is not done again: a run that was killed goes
@@ -25,12 +25,12 @@ from ..benchmarks.case import Provider
 from ..benchmarks.runner import release
 from ..explanation import all_ops
 from ..testing.rule import random_cotangents, tensors
-from . import pieces, walk
+from . import walk, workers
 from .recorded import Recorded
 
 EFFORT = timing.Effort(25.0, 60.0)
 # Of one, its kernels not compiled yet, on a core of a GPU's host; a Recorded's is that of its timing. Said beforehand.
-SECONDS = {pieces.Validation: 75.0, pieces.Gate: 12.0, Recorded: 1.5}
+SECONDS = {workers.Validation: 75.0, workers.Gate: 12.0, Recorded: 1.5}
 WORKER = 700 * 2**20  # bytes of the GPU that a process holds before it computes anything
 SETS = 4  # of inputs gone through in turn
 
@@ -111,15 +111,15 @@ def setup(model: nn.Module | None = None, *, call: Callable | None = None, devic
 
 
 def needs(work: Sequence[Recorded]) -> tuple[list, list[Recorded]]:
-    """The pieces that are to be done, and the calls that are to be timed."""
-    validations: dict[tuple, pieces.Validation] = {}
+    """The tasks that are to be done, and the calls that are to be timed."""
+    validations: dict[tuple, workers.Validation] = {}
     timed = []
     for case in work:
         op = all_ops()[case.op]
         for name, backend in op.backends.items():
             if not backend.kernel or backend.unsupported(case.problem) or records.settled(op.name, backend, case.problem):
                 continue
-            validations[op.name, name, case.dtype] = pieces.Validation(op.name, name, case.dtype)
+            validations[op.name, name, case.dtype] = workers.Validation(op.name, name, case.dtype)
         if not _is_measured(case):
             timed.append(case)
     return list(validations.values()), timed
@@ -141,7 +141,7 @@ def _allowed(case: Recorded) -> list[Provider]:
 # ------------------------------------------------------------------------------------------------------------ the work
 def _measure(work: list[Recorded], device: torch.device, jobs: int | None, tell, failed: list[str]) -> None:
     validations, timed = needs(work)
-    todo = [*validations, *(pieces.Gate(case) for case in timed)]
+    todo = [*validations, *(workers.Gate(case) for case in timed)]
     if not todo:
         tell("setup: nothing to do, all of it is measured here")
         return
@@ -151,20 +151,20 @@ def _measure(work: list[Recorded], device: torch.device, jobs: int | None, tell,
          f"{torch.cuda.get_device_name(device)}, in {jobs} {'process' if jobs == 1 else 'processes'}: about "
          f"{_time(clock.whole)}; it may be stopped and goes on")
     verdicts: dict[int, dict[str, str]] = {}
-    for piece, found in pieces.run(todo, str(device), jobs, clock.say):
+    for task, found in workers.run(todo, str(device), jobs, clock.say):
         if isinstance(found, Exception):
-            failed.append(f"{piece} was not judged: {type(found).__name__}: {found}")
-        elif isinstance(piece, pieces.Validation):
+            failed.append(f"{task} was not judged: {type(found).__name__}: {found}")
+        elif isinstance(task, workers.Validation):
             records.save(found)
         else:
-            verdicts[id(piece.case)] = found
+            verdicts[id(task.case)] = found
             if found.get("torch", "").startswith("FAILED"):  # what the user would have without us: told, and taken
-                failed.append(f"{piece}: PyTorch's own answer {found['torch']}")
+                failed.append(f"{task}: PyTorch's own answer {found['torch']}")
                 found["torch"] = ""
-        clock.did(piece, SECONDS[type(piece)] / jobs)
+        clock.did(task, SECONDS[type(task)] / jobs)
     for case in timed:
         if id(case) in verdicts:
-            clock.say(f"timing {pieces.Gate(case)}")
+            clock.say(f"timing {workers.Gate(case)}")
             ms, refused = _times(case, verdicts[id(case)], device, failed)
             if ms or refused:
                 measured.save([_row(case, ms, refused)])
@@ -178,14 +178,14 @@ def _times(case: Recorded, verdicts: dict[str, str], device: torch.device, faile
     try:
         return _race(case, runs, device, refused), refused
     except Exception as error:
-        failed.append(f"{pieces.Gate(case)} was not timed: {type(error).__name__}: {error}")
-        if not pieces.answers(str(device)):  # nobody knows whose fault it was; PyTorch's it was not
+        failed.append(f"{workers.Gate(case)} was not timed: {type(error).__name__}: {error}")
+        if not workers.answers(str(device)):  # nobody knows whose fault it was; PyTorch's it was not
             measured.save([_row(case, {}, refused | {each.name: "The GPU was lost when it was timed." for each in runs
                                                      if each.name != "torch"})])
             raise RuntimeError(f"{failed[-1]}; the GPU answers this process no more, call setup again") from error
         return {}, refused
     finally:
-        if pieces.answers(str(device)):
+        if workers.answers(str(device)):
             release(device)
 
 
@@ -272,7 +272,7 @@ def _jobs(timed: Sequence[Recorded], device: torch.device, jobs: int | None, cou
     if free < need:
         raise RuntimeError(f"setup: expected {need / 2**30:.1f} GB of free memory on {device}, got {free / 2**30:.1f} GB; "
                            f"end what else holds it, or call setup before the model is moved there")
-    return max(1, min(jobs or min(pieces.cores(), 16), count, int(free // (2 * WORKER))))
+    return max(1, min(jobs or min(workers.cores(), 16), count, int(free // (2 * WORKER))))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from ..integrations.mixin import original_of
 from ..integrations.recipes import RECIPES
 from ..ops import FAMILIES
 from . import typical
-from .recorded import Recorded, recording
+from .recorded import Recorded, Seen, recording
 
 
 def of_model(model: nn.Module, device: str, call: Callable | None = None) -> list[Recorded]:
@@ -57,11 +58,11 @@ def hollow(model: nn.Module) -> nn.Module:
 
 def common(device: str, suite: str) -> list[Recorded]:
     """Calls of the benchmark's ``suite``, the sizes of published models, without and with gradients."""
-    with recording(device) as found:
+    with recording(device, run=False) as found:
         for case, given in _cases(suite):
             for names in case.directions().values():
                 arguments = {name: _leaf(value, name in names) for name, value in given.items()}
-                with torch.set_grad_enabled(bool(names)):
+                with torch.set_grad_enabled(bool(names)), suppress(Seen):
                     getattr(ops, case.op)(**arguments)
     return found
 

@@ -1,74 +1,42 @@
 """Setup on the fake device: kernels judged in the emulator, times that were planted, and what ``auto`` takes then."""
 
+import json
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
-from sora_fast import dispatch, measured, ops, records, setup
-from sora_fast.benchmarks import timing
-from sora_fast.dispatch import Backend
-from sora_fast.ops.modulation import GATE_RESIDUAL, NORM_MODULATE
-from sora_fast.testing import validation
-from sora_fast.tuning import pieces, setting_up
-
-CLEAN = {op.name: dict(op.backends) for op in (GATE_RESIDUAL, NORM_MODULATE)}
-
-
-class Layer(nn.Module):
-    def forward(self, x, table):
-        x = ops.gate_residual(x, x, table)
-        return ops.norm_modulate(x, table, table)
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer, self.table = Layer(), nn.Parameter(torch.randn(1, 16))
-
-    def forward(self, x):
-        return self.layer(x, self.table)
-
-
-def call(model):
-    return model(torch.randn(32, 16, device="cuda"))
+from fake_device.setup_process import CLEAN, TAKEN, Model, call, shorten, taken
+from sora_fast import dispatch, measured, records, setup
+from sora_fast.ops.modulation import GATE_RESIDUAL
+from sora_fast.tuning import setting_up, workers
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path, kernels):
-    """A cache of its own, one case of each op, short times; and an op whose PyTorch is slow, one with a wrong fast peer."""
+    """A cache of its own, and little to do."""
     monkeypatch.setenv("SORA_FAST_CACHE", str(tmp_path / "cache"))
-    few, short = validation.cases, timing.Effort(0.0, 0.0)
-    monkeypatch.setattr(validation, "cases", lambda *asked: list(few(*asked))[:1])
-    monkeypatch.setattr(setting_up, "EFFORT", short)
-    monkeypatch.setattr(setting_up, "SETS", 1)
-    monkeypatch.setattr(setting_up, "release", lambda device: None)
-    monkeypatch.setattr(pieces, "cores", lambda: 1)  # other processes have no fake device
-    monkeypatch.setattr(timing, "LEAST_SAMPLES", timing.ROUNDS)
-    # a graph here would replay operators, and no time that passes between them
-    monkeypatch.setattr(timing, "timer", lambda calls, device, stream: timing.Events(calls, device, stream))
-
-    slow = CLEAN["gate_residual"]["torch"]
-    backends = dict(GATE_RESIDUAL.backends)
-    backends["torch"] = replace(slow, run=lambda **given: (time.sleep(0.5), slow.run(**given))[1])
-    monkeypatch.setattr(GATE_RESIDUAL, "backends", backends)
-    wrong = Backend("xformers", lambda x, **given: x)
-    monkeypatch.setattr(NORM_MODULATE, "backends", NORM_MODULATE.backends | {"xformers": wrong})
-    measured.forget()
+    shorten(monkeypatch.setattr)
     yield tmp_path / "cache"
     monkeypatch.undo()
     measured.forget()
 
 
-def taken(model):
-    """The backend of each op that a call of the model runs."""
-    found = {}
-    with dispatch.watched(lambda op, problem, backend: (found.__setitem__(op.name, backend.name), backend)[1]):
-        with torch.no_grad():
-            call(model)
-    return found
+def elsewhere(cache, *words) -> subprocess.Popen:
+    """A setup in another process."""
+    command = [sys.executable, "-m", "fake_device.setup_process", str(cache), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def widths() -> list[int]:
+    """Of the problems in the file of measured times, every line of which is whole."""
+    rows = [json.loads(line) for line in measured.user_file().read_text("utf-8").splitlines()]
+    assert all(row["ms"].keys() >= {"torch", "triton"} for row in rows)
+    return sorted(row["shape"]["x"][1] for row in rows)
 
 
 def test_auto_takes_the_fastest_that_is_right(machine):
@@ -76,7 +44,7 @@ def test_auto_takes_the_fastest_that_is_right(machine):
     assert taken(model) == dict(gate_residual="torch", norm_modulate="torch")  # no records
     report = setup(model, call=call, jobs=1, tell=said.append)
     assert not report.failed and "2 kernels to validate and 2 problems to time on NVIDIA H200" in said[0], said
-    assert taken(model) == dict(gate_residual="triton", norm_modulate="torch")
+    assert taken(model) == TAKEN
     lines = {line.op: line for line in report.lines}
     assert lines["gate_residual"].speed_up > 1 and lines["norm_modulate"].ms["triton"] > lines["norm_modulate"].ms["torch"]
     assert "xformers" not in lines["norm_modulate"].ms and "FAILED" in lines["norm_modulate"].refused["xformers"]
@@ -118,7 +86,31 @@ def test_a_run_that_was_stopped_goes_on(machine, monkeypatch):
     monkeypatch.setattr(setting_up._Clock, "did", until(99))
     setup(model, call=call, jobs=1, tell=lambda line: None)
     assert len(done) == 2, done  # the gate and the time of the one that was left
-    assert taken(model) == dict(gate_residual="triton", norm_modulate="torch")
+    assert taken(model) == TAKEN
+
+
+def test_a_run_that_was_killed_goes_on(machine, monkeypatch):
+    """Within the write of its second measured time: the file has the first, whole."""
+    killed = elsewhere(machine, "16", "2")
+    told, errors = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, errors
+    assert "2 kernels to validate and 2 problems to time" in told and widths() == [16]
+    model, done = Model().to("cuda").eval(), []
+    monkeypatch.setattr(setting_up._Clock, "did", lambda clock, what, seconds: done.append(str(what)))
+    setup(model, call=call, jobs=1, tell=lambda line: None)
+    assert len(done) == 2 and taken(model) == TAKEN and widths() == [16, 16], done
+
+
+def test_two_at_once(machine):
+    """Of two models: the second waits for its turn, takes the first one's records as its own, and both are measured."""
+    other = elsewhere(machine, "24")
+    assert "2 kernels to validate" in other.stdout.readline()
+    model, said = Model().to("cuda").eval(), []
+    report = setup(model, call=call, jobs=1, tell=said.append)
+    told, errors = other.communicate()
+    assert other.returncode == 0 and json.loads(told.splitlines()[-1]) == TAKEN, errors
+    assert "another process is at it" in said[0] and "0 kernels to validate and 2 problems" in said[1], said
+    assert taken(model) == TAKEN and not report.failed and widths() == [16, 16, 24, 24]
 
 
 def test_what_cannot_be_called_now(machine):
@@ -133,7 +125,7 @@ def test_a_gpu_without_room(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**20, 2**30))
     with pytest.raises(RuntimeError, match=r"expected 0.7 GB of free memory on cuda:0, got 0.0 GB"):
         setup(Model().to("cuda").eval(), call=call, tell=lambda line: None)
-    assert not measured.user_file().exists() and pieces.cores() >= 1
+    assert not measured.user_file().exists() and workers.cores() >= 1
 
 
 @pytest.mark.parametrize("name", ("AutoencoderKLWan", "WanTransformer3DModel"))
@@ -147,8 +139,8 @@ def test_accelerate_sets_up(machine, monkeypatch, capsys, name):
     from sora_fast.integrations.comparison import open_model
 
     ms = dict(triton=1.0, torch=3.0)
-    monkeypatch.setattr(pieces.Gate, "run", lambda piece, device: dict.fromkeys(ms, ""))
-    monkeypatch.setattr(pieces.Validation, "run", lambda piece, device: [])
+    monkeypatch.setattr(workers.Gate, "run", lambda task, device: dict.fromkeys(ms, ""))
+    monkeypatch.setattr(workers.Validation, "run", lambda task, device: [])
     monkeypatch.setattr(setting_up, "_race", lambda case, runs, *rest: {run.name: ms[run.name] for run in runs})
     model = open_model(name).to("cuda").eval()
     before = accelerate(model)

@@ -1,4 +1,4 @@
-"""The pieces that setup gives to worker processes: what compiles kernels, and says whether they are right.
+"""The tasks that setup gives to worker processes: what compiles kernels, and says whether they are right.
 
 A kernel that reads past its memory ends its own process's GPU context and nobody else's: what such a worker was given after
 that is done again in another.
@@ -20,7 +20,7 @@ from ..benchmarks import gate
 from ..testing.validation import validate
 from .recorded import Recorded
 
-TRIES = 3  # processes that a piece may be lost in
+TRIES = 3  # processes that a task may be lost in
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Gate:
         return found
 
 
-def _run(piece, device: str):
-    """What a piece gives, or raises; None where this process has lost the GPU before."""
+def _run(task, device: str):
+    """What a task gives, or raises; None where this process has lost the GPU before."""
     if not answers(device):
         return None
     try:
-        return piece.run(device)
+        return task.run(device)
     except Exception as error:  # such as memory that a truth does not fit: the others go on
         return RuntimeError(gate.explain(error))
 
@@ -80,27 +80,27 @@ def answers(device: str) -> bool:
     return True
 
 
-def run(pieces: Sequence, device: str, jobs: int, tell: Callable[[object], object]) -> Iterator[tuple]:
-    """(piece, what it gives or an exception), as they are done, in ``jobs`` processes; in this one where it is 1.
+def run(tasks: Sequence, device: str, jobs: int, tell: Callable[[object], object]) -> Iterator[tuple]:
+    """(task, what it gives or an exception), as they are done, in ``jobs`` processes; in this one where it is 1.
 
-    ``tell`` is told each piece's beginning, where it is this process that begins it.
+    ``tell`` is told each task's beginning, where it is this process that begins it.
     """
     if jobs == 1:
-        for piece in pieces:
-            tell(piece)
-            found = _run(piece, device)
+        for task in tasks:
+            tell(task)
+            found = _run(task, device)
             if found is None:
-                raise RuntimeError(f"setup: {device} answers no more, before {piece}; call setup again, it goes on")
-            yield piece, found
+                raise RuntimeError(f"setup: {device} answers no more, before {task}; call setup again, it goes on")
+            yield task, found
         return
-    left = list(pieces)
+    left = list(tasks)
     for _ in range(TRIES):
         if not left:
             return
         lost = []
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
             with _no_main():
-                running = {pool.submit(_run, piece, device): piece for piece in left}
+                running = {pool.submit(_run, task, device): task for task in left}
             for each in as_completed(running):
                 try:
                     found = each.result()
@@ -112,7 +112,7 @@ def run(pieces: Sequence, device: str, jobs: int, tell: Callable[[object], objec
                     yield running[each], found
         left = lost
     if left:
-        raise RuntimeError(f"setup: {len(left)} pieces of work were lost in {TRIES} processes each, the first is {left[0]}; "
+        raise RuntimeError(f"setup: {len(left)} tasks were lost in {TRIES} processes each, the first is {left[0]}; "
                            f"run sora-fast setup --jobs 1 to see what ends them")
 
 
