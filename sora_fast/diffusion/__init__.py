@@ -4,6 +4,7 @@ Timesteps are counted in [0, 1000], 0 clean, as diffusion schedules do. Images a
 pixels and ``Known`` in latents.
 """
 
+from ..other_names import missing
 from .clean_frames import FrameTimesteps, draw_clean_frames
 from .conditioning import MediaPrompt, Seam, jumps
 from .learned_variance import LearnedVariance, pairs
@@ -28,3 +29,7 @@ def make_objective(kind: str, prediction: str | None = None, *, learn_sigma: boo
     if kind not in kinds:
         raise ValueError(f"make_objective: expected 'flow' or 'ddpm', got {kind!r}; choose one of them")
     return kinds[kind](**options) if prediction is None else kinds[kind](prediction=prediction, **options)
+
+
+def __getattr__(name: str):
+    raise missing(__name__, __all__, name)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..other_names import called_as
 from ..to_device import to_device
-from .objectives import DDPM, spread
+from .objectives import DDPM, TRAIN, spread
 
 
 def pairs(predicted, counts_S):
@@ -125,6 +126,7 @@ class LearnedVariance(DDPM):
         """(M, 2) of a model's 2 C channels: each element's noise and variance."""
         return pairs(predicted, counts)
 
+    @called_as(TRAIN)
     def loss(self, predicted, x0, noise, timesteps, counts):
         """Mean over all elements, in float32. ``predicted``: (N, 2), see ``pairs``."""
         if predicted.dim() != 2 or predicted.shape[1] != 2:

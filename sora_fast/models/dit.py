@@ -18,6 +18,7 @@ from .. import checks, ops
 from ..nn import FinalLayer, Modulation, PatchEmbed3d, Residual, VarlenAttention
 from ..nn.modulation import check_stream
 from ..ops.patches import clips as views
+from ..other_names import Elsewhere, Named, preset
 from ..pack import Pack, check_pack, check_text, token_grid
 from .text import Text, check_encoded
 
@@ -31,7 +32,7 @@ def check_positions(op: str, positions: tuple[int, ...], fractional_side: float 
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Named):
     """Sizes and parts of a DiT.
 
     ``classes``: number of class labels, 0 for none; one more is "no class". ``text_width``: width of the text tokens for
@@ -102,7 +103,7 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module, Named):
     """A DiT block with adaLN-Zero: self-attention, optional cross-attention to text, MLP. The identity at initialisation."""
 
     def __init__(self, config: DiTConfig):
@@ -116,7 +117,7 @@ class Block(nn.Module):
 
     def forward(self, stream: Residual, c, pack, text=None) -> Residual:
         """The residual stream (N, D), conditioning c (R, D), text (L, Dt). The next norm adds the MLP's branch."""
-        check_stream("Block", stream)
+        check_stream("DiTBlock", stream)
         shift, scale, gate, *rest = self.adaLN_modulation(c)  # 6 x (R, D), 9 x with text
         x, h = stream.norm_modulate(shift, scale, pack)  # (N, D) each
         stream = Residual(x, self.attn(h, pack), gate)  # x + gate[rows] * attention, added by the next norm
@@ -129,7 +130,7 @@ class Block(nn.Module):
         return Residual(x, self.mlp(h), gate)
 
 
-class DiT(nn.Module):
+class DiT(nn.Module, Named):
     """Predicts noise, velocity or clean latents from noisy latents, timesteps and conditions.
 
     >>> model = DiT.preset("tiny")
@@ -148,7 +149,7 @@ class DiT(nn.Module):
         if config.text_width:
             self.text_embedder = nn.Sequential(nn.Linear(config.text_width, config.width), nn.SiLU(),
                                                nn.Linear(config.width, config.width))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config.width, math.prod(config.patch) * config.out_channels)
         self.register_buffer("pos_embed", None, persistent=False)  # a checkpoint's own table (1, side * side, D)
         self.gradient_checkpointing = False
@@ -157,9 +158,9 @@ class DiT(nn.Module):
     @classmethod
     def preset(cls, name: str, **changes) -> "DiT":
         """``"tiny"``, or the paper's ``"S/2"`` ... ``"XL/8"``, with fields of DiTConfig changed by keyword."""
-        if name not in PRESETS:
-            raise ValueError(f"DiT.preset: expected one of {', '.join(PRESETS)}, got {name!r}; choose one of them")
-        return cls(replace(PRESETS[name], **changes))
+        return cls(replace(preset("DiT", PRESETS, name), **changes))
+
+    from_pretrained = Elsewhere("sora_fast.models.load_dit(path)")
 
     def forward(self, latents, timesteps, pack: Pack | None = None, *, labels=None, text: Text | None = None):
         """Predict from noisy latents.

@@ -19,13 +19,14 @@ from torch import nn
 from .. import checks, ops
 from ..nn import Masking, PatchEmbed3d, VarlenAttention, random_masking
 from ..nn.masking import PATTERNS, check_ratio
+from ..other_names import Named
 from ..pack import Pack, check_pack
 from ..reference.patches import cut
 from .dit import Mlp, check_grids, check_positions, sincos
 
 
 @dataclass(frozen=True)
-class MAEConfig:
+class MAEConfig(Named):
     """Sizes and parts of a MAE.
 
     ``ratio``: share of hidden tokens, where the call names none; ``pattern``: "token" or "tube" (see random_masking).
@@ -135,7 +136,7 @@ class MAEOutput(NamedTuple):
     masking: Masking
 
 
-class MAE(nn.Module):
+class MAE(nn.Module, Named):
     """Hide most patches of clips and images, and predict them from the rest.
 
     >>> model = MAE(MAEConfig(patch=(2, 8, 8)))

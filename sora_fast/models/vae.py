@@ -18,6 +18,7 @@ from torch import nn
 from .. import checks, ops
 from ..nn import CausalConv3d, RMSNorm, StreamState, VectorQuantizer, norm_act_conv
 from ..nn.streaming import starts
+from ..other_names import Elsewhere, Named, preset
 from .linear_path import LinearPath
 from .vae_stream import Streaming
 
@@ -29,7 +30,7 @@ _WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Named):
     """Sizes of a VideoVAE.
 
     ``space_factor`` f = 2^m and ``time_factor`` (1, 2, 4, 8) determine the number of levels; ``multipliers`` of ``width``
@@ -256,7 +257,7 @@ class Decoder(nn.Module):
         return self.head(x, state) if self.norm is None else norm_act_conv(self.norm, self.head, x, state)
 
 
-class VideoVAE(Streaming):
+class VideoVAE(Streaming, Named):
     """Causal video autoencoder with a KL posterior or a codebook. (LDM: arXiv 2112.10752; causal video: arXiv 2310.05737.)
 
     Pixels are in [-1, 1]. encode normalises latents, ``(z - latent_mean) / latent_std``, and decode reverts it. With "vq"
@@ -292,11 +293,12 @@ class VideoVAE(Streaming):
     @classmethod
     def preset(cls, name: str, **changes) -> "VideoVAE":
         """``"wan2.1"`` or ``"tiny"``, with fields of VAEConfig changed by keyword."""
-        if name not in PRESETS:
-            raise ValueError(f"VideoVAE.preset: expected one of {', '.join(PRESETS)}, got {name!r}; choose one of them")
+        config = preset("VideoVAE", PRESETS, name)
         if {"latent_channels", "regularisation"} & changes.keys():  # the preset's statistics are of other latents
             changes = dict(latent_mean=None, latent_std=None) | changes
-        return cls(replace(PRESETS[name], **changes))
+        return cls(replace(config, **changes))
+
+    from_pretrained = Elsewhere("sora_fast.models.load_vae(path)")
 
     # ------------------------------------------------------------------------------------------------ encode
     def encode(self, video, noise=None):

@@ -18,13 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from .. import checks, ops
 from ..nn import PatchEmbed3d, Residual
 from ..nn.modulation import check_stream
+from ..other_names import Elsewhere, Named, preset
 from ..pack import Pack, check_pack, check_text
 from .dit import DiT, Mlp, TimestepEmbedder, check_timesteps
 from .text import Text, check_encoded
 
 
 @dataclass(frozen=True)
-class WanDiTConfig:
+class WanDiTConfig(Named):
     """Sizes of a WanDiT.
 
     ``mlp_width``: hidden width of the MLP. ``text_width``: width of the text tokens. ``frequencies``: width of a
@@ -111,7 +112,7 @@ class WanBlock(nn.Module):
         return Residual(x, self.mlp(h), gate)
 
 
-class WanDiT(nn.Module):
+class WanDiT(nn.Module, Named):
     """Noisy latents, timesteps and text to the velocity, noise minus clean latents.
 
     >>> model = load_dit("Wan2.1-T2V-1.3B-Diffusers")
@@ -138,9 +139,9 @@ class WanDiT(nn.Module):
     @classmethod
     def preset(cls, name: str, **changes) -> "WanDiT":
         """``"1.3B"`` or ``"14B"``, with fields of WanDiTConfig changed by keyword."""
-        if name not in PRESETS:
-            raise ValueError(f"WanDiT.preset: expected one of {', '.join(PRESETS)}, got {name!r}; choose one of them")
-        return cls(replace(PRESETS[name], **changes))
+        return cls(replace(preset("WanDiT", PRESETS, name), **changes))
+
+    from_pretrained = Elsewhere("sora_fast.models.load_dit(path)")
 
     def forward(self, latents, timesteps, pack: Pack | None = None, *, text: Text | torch.Tensor):
         """Predict from noisy latents.

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .. import checks, ops
+from ..other_names import Named
 from ..pack import Pack
 
 
@@ -40,7 +41,7 @@ def check_stream(op: str, stream: Residual) -> None:
         raise TypeError(f"{op}: expected a Residual stream, got {checks.came(stream)}; pass Residual(x) for tokens x (N, D)")
 
 
-class Modulation(nn.Sequential):
+class Modulation(nn.Sequential, Named):
     """``Linear(SiLU(c))`` to ``parts`` modulation vectors, zero-initialised: gates, scales and shifts are 0."""
 
     def __init__(self, width: int, parts: int):
@@ -55,7 +56,7 @@ class Modulation(nn.Sequential):
         return super().forward(c).chunk(self.parts, dim=-1)
 
 
-class FinalLayer(nn.Module):
+class FinalLayer(nn.Module, Named):
     """Modulated norm and a projection to a patch's elements, zero-initialised."""
 
     def __init__(self, width: int, numbers: int):

@@ -3,9 +3,10 @@
 from torch import nn
 
 from .. import checks, ops
+from ..other_names import Named
 
 
-class PatchEmbed3d(nn.Module):
+class PatchEmbed3d(nn.Module, Named):
     """Patches of (pt, ph, pw) pixels to tokens of ``width``; ``proj`` has the state_dict of the Conv3d it replaces.
 
     Args:
