@@ -20,7 +20,17 @@ __all__ = ["DDPM", "FlowMatching", "FrameTimesteps", "Known", "LearnedVariance",
 def make_objective(kind: str, prediction: str | None = None, *, learn_sigma: bool = False, **options) -> Objective:
     """``"flow"`` or ``"ddpm"``, with that objective's usual prediction unless one is given.
 
-    ``learn_sigma``: DDPM with a learned variance, for a model with ``learn_sigma``.
+    Args:
+        kind: "flow" or "ddpm".
+        prediction: "x0", "velocity" or "noise"; None: the objective's usual one.
+        learn_sigma: DDPM with a learned variance, for a model with ``learn_sigma``.
+        options: further arguments of the objective, such as ``shift=``.
+
+    Raises:
+        ValueError: another kind or prediction, ``learn_sigma`` with "flow".
+
+    >>> make_objective("flow", shift=3.0).prediction
+    'velocity'
     """
     kinds = {"flow": FlowMatching, "ddpm": LearnedVariance if learn_sigma else DDPM}
     if learn_sigma and kind == "flow":

@@ -22,6 +22,8 @@ def pairs(predicted, counts_S):
     Args:
         predicted: flat buffer, sample after sample, channels first; what lies behind them (a tail) stays unread.
         counts_S: numel of each sample's latents of C channels; host data.
+
+    Raises nothing.
     """
     ends = [2 * int(count) for count in counts_S]
     if predicted.shape[0] < sum(ends):
@@ -100,6 +102,18 @@ class LearnedVariance(DDPM):
     The loss is the mean squared error of the noise plus the variational term in bits per number, unweighted, as DiT sums
     them; where improved DDPM rescales that term it is by timesteps / 1000, which is 1 here. In it the noise is detached: it
     teaches the variance alone.
+
+    Args:
+        prediction: "noise".
+        schedule: of the betas, "linear" or "cosine".
+
+    Raises:
+        ValueError: another prediction or schedule. ImportError: diffusers is not installed.
+
+    >>> clips = [torch.randn(4, 2, 4, 4), torch.randn(4, 1, 4, 6)]
+    >>> model = DiT.preset("tiny", depth=1, in_channels=4, text_width=0, learn_sigma=True)
+    >>> loss = training_loss(model, LearnedVariance(), clips)
+    >>> loss.backward()
     """
 
     def __post_init__(self):

@@ -94,6 +94,15 @@ class FlowMatching(Named):
         timesteps: "logit_normal" or "uniform", each stratified over the samples of a pack.
         shift: moves timesteps to the noisy end, ``s -> shift s / (1 + (shift - 1) s)``; a number, or "tokens":
             sqrt(tokens of the sample / base_tokens), at least 1, since more tokens need more noise to hide.
+        base_tokens: of a sample that needs no shift.
+
+    Raises:
+        ValueError: another prediction, timesteps or shift. TypeError: an unknown argument, with the right name.
+
+    >>> clips = [torch.randn(4, 2, 4, 4), torch.randn(4, 1, 4, 6)]
+    >>> model = DiT.preset("tiny", depth=1, in_channels=4, text_width=0)
+    >>> loss = training_loss(model, FlowMatching(prediction="x0"), clips)
+    >>> loss.backward()
     """
 
     prediction: Prediction = "velocity"
@@ -175,6 +184,18 @@ class DDPM(Named):
     """Variance-preserving diffusion: ``x_t = sqrt(a) x0 + sqrt(1 - a) noise`` with a the cumulated alphas.
 
     (arXiv 2006.11239; cosine schedule: 2102.09672; velocity ``sqrt(a) noise - sqrt(1 - a) x0``: 2202.00512.)
+
+    Args:
+        prediction: "noise", "x0" or "velocity".
+        schedule: of the betas, "linear" or "cosine".
+
+    Raises:
+        ValueError: another prediction or schedule. ImportError: diffusers is not installed, whose schedules these are.
+
+    >>> clips = [torch.randn(4, 2, 4, 4), torch.randn(4, 1, 4, 6)]
+    >>> model = DiT.preset("tiny", depth=1, in_channels=4, text_width=0)
+    >>> loss = training_loss(model, DDPM(), clips)
+    >>> loss.backward()
     """
 
     prediction: Prediction = "noise"

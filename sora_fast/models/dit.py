@@ -35,11 +35,18 @@ def check_positions(op: str, positions: tuple[int, ...], fractional_side: float 
 class DiTConfig(Named):
     """Sizes and parts of a DiT.
 
+    ``width`` D, ``depth`` blocks, ``heads`` (divides D), ``mlp_ratio``: hidden width of the MLP over D; ``patch``
+    (pt, ph, pw) in latent frames and pixels; ``in_channels`` C of the latents; ``qk_norm``: RMS norm of each
+    head's queries and keys; ``rope_theta``: base of the rotation's frequencies.
+
     ``classes``: number of class labels, 0 for none; one more is "no class". ``text_width``: width of the text tokens for
     cross-attention, 0 for none. ``positions``: axes (0 t, 1 h, 2 w) of the fixed sin-cos embedding added to the tokens;
     ``fractional_side``: its height and width coordinates are fractions of the sample's own size, times this number (NaViT,
     arXiv 2307.06304, section 2.1); None: token indices. ``rope_axes``: channels per head rotated for t, h, w; None: no
     rotation. ``learn_sigma``: the output has 2 C channels, the second half for the variance.
+
+    Raises:
+        ValueError: ``positions`` or ``fractional_side`` that do not fit. TypeError: an unknown field, with the right name.
     """
 
     width: int = 192
@@ -104,7 +111,14 @@ class Mlp(nn.Module):
 
 
 class DiTBlock(nn.Module, Named):
-    """A DiT block with adaLN-Zero: self-attention, optional cross-attention to text, MLP. The identity at initialisation."""
+    """A DiT block with adaLN-Zero: self-attention, optional cross-attention to text, MLP. The identity at initialisation.
+
+    Args:
+        config: DiTConfig.
+
+    Raises:
+        TypeError, when called: tokens alone, and no Residual.
+    """
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -132,6 +146,12 @@ class DiTBlock(nn.Module, Named):
 
 class DiT(nn.Module, Named):
     """Predicts noise, velocity or clean latents from noisy latents, timesteps and conditions.
+
+    Args:
+        config: DiTConfig; ``DiT.preset(name, **changes)`` has the usual ones.
+
+    Raises:
+        ValueError, TypeError: when called, latents, timesteps or conditions that do not fit the config.
 
     >>> model = DiT.preset("tiny")
     >>> clips = [torch.randn(16, 5, 16, 24), torch.randn(16, 1, 32, 32)]        # a clip and an image

@@ -33,6 +33,9 @@ _WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 class VAEConfig(Named):
     """Sizes of a VideoVAE.
 
+    ``in_channels`` of the pixels, ``latent_channels`` C; ``encoder_blocks`` and ``decoder_blocks``: residual blocks of a
+    level; ``attention``: within each frame, at the coarsest level; ``latent_mean``, ``latent_std``: of each latent channel.
+
     ``space_factor`` f = 2^m and ``time_factor`` (1, 2, 4, 8) determine the number of levels; ``multipliers`` of ``width``
     give the channels of each level (the last one is repeated, or the list truncated, to that number).
     ``time_levels``: whether each level but the last halves time, finest first; None: as late as possible.
@@ -40,6 +43,9 @@ class VAEConfig(Named):
     around the network. ``linear_heads``: no norm and activation before the last convolution of encoder and decoder.
     ``regularisation`` of the latents: "kl" (posterior close to the unit normal) or "vq" (the decoder gets the nearest of
     ``codes`` learned vectors).
+
+    Raises:
+        ValueError: sizes that do not fit each other. TypeError: an unknown field, with the right name.
     """
 
     in_channels: int = 3
@@ -263,11 +269,17 @@ class VideoVAE(Streaming, Named):
     Pixels are in [-1, 1]. encode normalises latents, ``(z - latent_mean) / latent_std``, and decode reverts it. With "vq"
     the codebook belongs to the decoder, as in LDM: latents are not yet quantised.
 
+    Args:
+        config: VAEConfig; ``VideoVAE.preset(name, **changes)`` has the usual ones.
+
+    Raises:
+        ValueError, TypeError: when called, a clip of another shape or a length other than 1 + time_factor * k.
+
     >>> vae = VideoVAE.preset("tiny")
-    >>> latents = vae.encode(video)          # (B, 3, 17, 128, 192) -> (B, 16, 5, 16, 24)
+    >>> latents = vae.encode(torch.rand(1, 3, 9, 32, 48) * 2 - 1)       # (1, 16, 3, 4, 6)
     >>> for frames in vae.decode_stream(latents):
-    ...     write(frames)                    # constant memory, whatever the length
-    >>> video = vae.decode_clip(latents)     # the same as one tensor, with the peak memory of one chunk
+    ...     assert frames.shape[3:] == (32, 48)     # constant memory, whatever the length
+    >>> video = vae.decode_clip(latents)            # the same as one tensor, with the peak memory of one chunk
     """
 
     def __init__(self, config: VAEConfig = PRESETS["wan2.1"]):

@@ -28,9 +28,13 @@ from .text import Text, check_encoded
 class WanDiTConfig(Named):
     """Sizes of a WanDiT.
 
+    ``width`` D, ``depth`` blocks, ``heads``; ``patch`` (pt, ph, pw) in latent frames and pixels; ``eps`` of the norms.
     ``mlp_width``: hidden width of the MLP. ``text_width``: width of the text tokens. ``frequencies``: width of a
     timestep's sin-cos embedding. ``out_channels`` differs from ``in_channels`` where the input has a condition beside
     the noise (Wan 2.2's image-to-video models).
+
+    Raises:
+        TypeError: an unknown field, with the right name.
     """
 
     width: int = 1536
@@ -115,6 +119,13 @@ class WanBlock(nn.Module):
 class WanDiT(nn.Module, Named):
     """Noisy latents, timesteps and text to the velocity, noise minus clean latents.
 
+    Args:
+        config: WanDiTConfig; ``WanDiT.preset("1.3B")`` and ``"14B"`` are the published ones.
+
+    Raises:
+        ValueError, TypeError: when called, latents, timesteps or text that do not fit the config.
+
+    >>> # needs: the published weights
     >>> model = load_dit("Wan2.1-T2V-1.3B-Diffusers")
     >>> text = pad_text(HuggingFaceTextEncoder("Wan2.1-T2V-1.3B-Diffusers/text_encoder")(["a bunny"]))
     >>> velocity = model(latents, torch.tensor([980.0]), text=text)        # (1, 16, 21, 60, 104), as latents
@@ -199,6 +210,9 @@ def pad_text(text: Text, length: int = 512) -> Text:
 
     Wan's models were trained on texts of 512 tokens so padded, and attend to the padding: without it their pictures
     change.
+
+    Raises:
+        TypeError: captions in place of a TextEncoder's result. ValueError: longer texts.
     """
     check_encoded("pad_text", text)
     checks.whole("pad_text", "length", length)

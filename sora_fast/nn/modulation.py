@@ -14,6 +14,18 @@ class Residual(NamedTuple):
     """A residual stream ``x`` (N, D) and its last branch, ``gate`` (R, D) times ``y`` (N, D), not yet added.
 
     The addition is fused with the next norm and its modulation, even if that norm is the next block's.
+
+    Args:
+        x: (N, D), the stream.
+        y: (N, D), the output of the last branch, or None.
+        gate: (R, D), its gate, or None.
+
+    >>> pack, (shift, scale, gate) = Pack([(2, 4, 4), (1, 2, 4)]), torch.randn(3, 2, 64)
+    >>> layer, stream = torch.nn.Linear(64, 64), Residual(torch.randn(40, 64))
+    >>> x, h = stream.norm_modulate(shift, scale, pack)
+    >>> stream = Residual(x, layer(h), gate)        # x + gate[rows] * layer(h), added by the next norm
+    >>> stream.joined(pack).shape
+    torch.Size([40, 64])
     """
 
     x: torch.Tensor
@@ -42,7 +54,15 @@ def check_stream(op: str, stream: Residual) -> None:
 
 
 class Modulation(nn.Sequential, Named):
-    """``Linear(SiLU(c))`` to ``parts`` modulation vectors, zero-initialised: gates, scales and shifts are 0."""
+    """``Linear(SiLU(c))`` to ``parts`` modulation vectors, zero-initialised: gates, scales and shifts are 0.
+
+    Args:
+        width: D.
+        parts: how many modulation vectors.
+
+    Raises:
+        ValueError, TypeError: parts below 1.
+    """
 
     def __init__(self, width: int, parts: int):
         checks.whole("Modulation", "parts", parts, 1)
@@ -57,7 +77,15 @@ class Modulation(nn.Sequential, Named):
 
 
 class FinalLayer(nn.Module, Named):
-    """Modulated norm and a projection to a patch's elements, zero-initialised."""
+    """Modulated norm and a projection to a patch's elements, zero-initialised.
+
+    Args:
+        width: D.
+        numbers: elements of a patch, pt * ph * pw * C.
+
+    Raises:
+        TypeError, when called: tokens alone, and no Residual.
+    """
 
     def __init__(self, width: int, numbers: int):
         super().__init__()
