@@ -50,7 +50,7 @@ def block(results: Path, kernels: Path = KERNELS) -> str:
         passed = [row for row in proven if row["passed"] and row["op"] in ops]
         failed = sum(not row["passed"] and not row["refused"] for row in proven if row["op"] in ops)
         gpus = sorted({record["gpu"] for record in judged if record["op"] in ops and record.get("passed")})
-        lines.append((title, ", ".join(str(capability) for capability in SHARED),
+        lines.append((f"[{title}](docs/kernels/{family}.md)", ", ".join(str(capability) for capability in SHARED),
                       f"{len(passed):,} calls" + (f", {failed} fail" if failed else ""),
                       _spread([row for row in guessed if row["family"] == family]), ", ".join(gpus) or "no GPU yet"))
     gpu = guessed[0]["gpu"] if guessed else "H200"
@@ -61,10 +61,13 @@ def block(results: Path, kernels: Path = KERNELS) -> str:
 
 def _errors(rows: Sequence[dict]) -> str:
     """How far the model was off, for each kind of kernel: no predicted figure stands without it."""
-    kinds: dict[str, list[str]] = {}
+    kinds: dict[str, dict[str, list[str]]] = {}
     for row in rows:
-        kinds.setdefault(row["error"], []).append(f"{row['family']} {row['direction']}")
-    told = "; ".join(f"{', '.join(dict.fromkeys(names))}: {error}" for error, names in kinds.items())
+        directions = kinds.setdefault(row["error"], {}).setdefault(row["family"], [])
+        directions += [] if row["direction"] in directions else [row["direction"]]
+    told = "; ".join(", ".join(family if len(directions) > 1 else f"{family} {directions[0]}"
+                               for family, directions in families.items()) + f": {error}"
+                     for error, families in kinds.items())
     return f"Predicted: the median of the cases (least to most). The model's error: {told}." if told else ""
 
 

@@ -23,7 +23,9 @@ __all__ = ["__version__", *_HOME]
 
 def __getattr__(name: str):
     if name not in _HOME:
-        raise AttributeError(f"module 'sora_fast' has no attribute {name!r}")
+        from .other_names import missing
+
+        raise missing(__name__, _HOME, name)
     home = _HOME[name]
     if home is None:
         return importlib.import_module(f"sora_fast.{name}")

@@ -326,6 +326,12 @@ def use_backend(name: str):
     It goes before SORA_FAST_BACKEND, and an op's own ``backend=`` before both.
 
     A graph made by torch.compile keeps the backends it was traced with.
+
+    Raises:
+        ValueError: an unknown name.
+
+    >>> with use_backend("reference"):
+    ...     out = ops.norm_act(torch.randn(1, 4, 1, 2, 2))
     """
     global _forced
     if not isinstance(name, str) or name not in ("auto", *ORDER):

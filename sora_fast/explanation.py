@@ -160,7 +160,10 @@ def _architecture(device: str) -> str:
 
 
 def info() -> str:
-    """What is installed and where this package was imported from."""
+    """What is installed and where this package was imported from.
+
+    Raises nothing.
+    """
     lines = [
         f"sora_fast {__version__} from {Path(__file__).parent}",
         f"python {platform.python_version()} on {platform.system()} {platform.machine()}",

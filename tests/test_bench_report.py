@@ -482,3 +482,12 @@ def test_a_readme_edited_by_hand_fails_the_check(tmp_path):
     path.write_text("# Title\n", encoding="utf-8")
     with pytest.raises(ValueError, match="measured: begin"):
         pages.update(path, results_folder=results)
+
+
+def test_a_kernels_page_that_its_data_has_left_behind_fails_the_check(tmp_path):
+    page = tmp_path / "attention.md"
+    page.write_text((pages.ROOT / "docs/kernels/attention.md").read_text(encoding="utf-8"), encoding="utf-8")
+    pages.update(page, check=True)
+    page.write_text(re.sub(r"(?m)^\| 128 bfloat16 .*$", "| 128 bfloat16 | 9 | 9 | 9 |", page.read_text(encoding="utf-8")))
+    with pytest.raises(ValueError, match="run sora-fast bench readme"):
+        pages.update(page, check=True)

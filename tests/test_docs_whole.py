@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from test_docs import PAGES, ROOT, blocks
+from test_docs import MODULES, PAGES, ROOT, blocks, run_examples
 
 pytestmark = [pytest.mark.full, pytest.mark.ci]
 
@@ -15,6 +15,13 @@ def test_python_runs(page):
     names = {}
     for code in blocks(page, "python"):
         exec(compile(code, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("module", sorted({*MODULES} - {"ops", "nn"}))
+def test_examples_of_docstrings_run(module):
+    pytest.importorskip("diffusers")
+    objectives = {"FlowMatching", "DDPM", "LearnedVariance", "training_loss"} if module == "diffusion" else set()
+    assert objectives <= run_examples(module)
 
 
 def test_pages_build_without_a_warning(tmp_path):

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_fast import Pack, ops, use_backend
 from sora_fast.emulator.counters import READ_KINDS, WRITE_KINDS
-from sora_fast.models.dit import Block, DiTConfig
+from sora_fast.models.dit import DiTBlock, DiTConfig
 from sora_fast.nn import Residual
 from sora_fast.testing import emulated_gpu
 
@@ -104,7 +104,7 @@ def run(stream, backend, monkeypatch):
     pack = Pack([(2, 6, 8), (1, 8, 8), (3, 4, 4), (2, 4, 4)], text_lengths=(1, 1, 1, 1))
     assert pack.num_tokens == TOKENS
     monkeypatch.setattr(ops, "varlen_attention", lambda q, k, v, *rest: Attention.apply(q, k, v))
-    block = Block(CONFIG).bfloat16()
+    block = DiTBlock(CONFIG).bfloat16()
     draw = lambda n, dtype=torch.bfloat16, width=CONFIG.width: torch.randn(n, width, dtype=dtype).requires_grad_()
     given = Residual(draw(TOKENS, stream), draw(TOKENS), draw(4))
     c, text = draw(4), draw(4, width=CONFIG.text_width)

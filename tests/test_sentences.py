@@ -30,7 +30,7 @@ SENTENCES = {
     "arrays for clips": ("MAE", lambda: tiny_mae()([clip.numpy() for clip in CLIPS]), ("a tensor", "ndarray")),
     "tokens for a stream": ("FinalLayer", lambda: nn.FinalLayer(32, 6)(draw(26, 32), draw(2, 32), GOOD.rows),
                             ("Residual(x)",)),
-    "tokens for a block's stream": ("Block", lambda: tiny_dit().blocks[0](draw(26, 32), draw(2, 32), GOOD),
+    "tokens for a block's stream": ("DiTBlock", lambda: tiny_dit().blocks[0](draw(26, 32), draw(2, 32), GOOD),
                                     ("Residual(x)",)),
     "no context": ("VarlenAttention", lambda: VarlenAttention(32, 2, context_width=8)(draw(26, 32), GOOD),
                    ("context", "None")),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from sora_fast.diffusion import FlowMatching
 from sora_fast.models import DiT, DiTConfig
-from sora_fast.models.dit import PRESETS, Block
+from sora_fast.models.dit import PRESETS, DiTBlock
 from sora_fast.nn import Residual, VarlenAttention
 from sora_fast.pack import Pack
 from sora_fast.testing.draw import Draw
@@ -95,7 +95,7 @@ def _block_inputs(case: BlockCase, device, wide=None) -> tuple[Pack, Tensors]:
 
 
 def _block(case: BlockCase, device, *, backend: str, compiled: bool = False, wide=None) -> Callable[[], Tensors]:
-    block = model(lambda: Block(case.config), device, case.dtype, wide)
+    block = model(lambda: DiTBlock(case.config), device, case.dtype, wide)
     pack, given = _block_inputs(case, device, wide)
     run = torch.compile(block, dynamic=False) if compiled else block
     leaves = dict(block.named_parameters()) | {name: given[name] for name in "xc"}
@@ -139,7 +139,7 @@ class _PaddedAttention(VarlenAttention):
 
 def _padded_block(case: BlockCase, device, *, compiled: bool = False) -> Callable[[], Tensors]:
     """The inputs lie padded; the step takes its results out of the padding (under 1 % of it)."""
-    block = model(lambda: Block(case.config), device, case.dtype)
+    block = model(lambda: DiTBlock(case.config), device, case.dtype)
     block.attn.__class__ = _PaddedAttention
     pack, given = _block_inputs(case, device)
     padded = _Padded(pack)

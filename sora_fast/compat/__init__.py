@@ -5,6 +5,7 @@
 ``backend="auto"``.
 """
 
+from ..other_names import missing
 from .flash_attn import flash_attn_varlen_func, flash_attn_varlen_kvpacked_func, flash_attn_varlen_qkvpacked_func
 from .xformers import (
     BlockDiagonalCausalFromBottomRightMask,
@@ -26,3 +27,7 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "memory_efficient_attention",
 ]
+
+
+def __getattr__(name: str):
+    raise missing(__name__, __all__, name)

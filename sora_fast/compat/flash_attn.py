@@ -20,6 +20,7 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
         q: (total_q, H, E). k, v: (total_k, Hk, E), Hk divides H; E up to 256. An E below 16 or no multiple of 8 is
             padded with zeros and cut again; the scale stays that of the true E.
         cu_seqlens_q, cu_seqlens_k: int32 (S + 1,). max_seqlen_q, max_seqlen_k: hints; no result depends on them.
+        deterministic: bitwise reproducible gradients. backend: as in ``ops.varlen_attention``.
         softmax_scale: default ``E ** -0.5``. causal, window_size: bottom-right aligned.
 
     Returns:
@@ -37,7 +38,13 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
 def flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False,
                                      window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
                                      return_attn_probs=False, *, backend="auto"):
-    """``flash_attn_varlen_func`` on qkv (total, 3, H, E), used as it lies; the gradient is one packed tensor too."""
+    """``flash_attn_varlen_func`` on qkv (total, 3, H, E), used as it lies; the gradient is one packed tensor too.
+
+    Other arguments as in ``flash_attn_varlen_func``.
+
+    Raises:
+        NotImplementedError: dropout_p, softcap or alibi_slopes. ValueError, TypeError: bad input.
+    """
     op = "flash_attn_varlen_qkvpacked_func"
     checks.shape(op, "qkv", qkv, ("total", 3, "H", "E"), "stack q, k and v along dimension 1")
     q, k, v = qkv.unbind(1)
@@ -49,7 +56,13 @@ def flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqle
                                     softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
                                     alibi_slopes=None, deterministic=False, return_attn_probs=False, *,
                                     backend="auto"):
-    """``flash_attn_varlen_func`` on kv (total_k, 2, Hk, E), used as it lies."""
+    """``flash_attn_varlen_func`` on kv (total_k, 2, Hk, E), used as it lies.
+
+    Other arguments as in ``flash_attn_varlen_func``.
+
+    Raises:
+        NotImplementedError: dropout_p, softcap or alibi_slopes. ValueError, TypeError: bad input.
+    """
     op = "flash_attn_varlen_kvpacked_func"
     checks.shape(op, "kv", kv, ("total_k", 2, "Hk", "E"), "stack k and v along dimension 1")
     k, v = kv.unbind(1)

@@ -172,7 +172,13 @@ class BlockDiagonalCausalFromBottomRightMask(BlockDiagonalMask):
 
 @dataclass(frozen=True)
 class BlockDiagonalCausalLocalAttentionMask(BlockDiagonalCausalMask):
-    """Query i of a block sees its keys i - window_size < j <= i."""
+    """Query i of a block sees its keys i - window_size < j <= i.
+
+    Other arguments as in ``BlockDiagonalMask.make_local_attention``, which makes it.
+
+    Raises:
+        ValueError, TypeError: a window below 1.
+    """
 
     _window_size: int = 0
 
@@ -182,7 +188,13 @@ class BlockDiagonalCausalLocalAttentionMask(BlockDiagonalCausalMask):
 
 @dataclass(frozen=True)
 class BlockDiagonalCausalLocalAttentionFromBottomRightMask(BlockDiagonalCausalFromBottomRightMask):
-    """Query i of a block sees its keys i + Sk - Sq - window_size < j <= i + Sk - Sq."""
+    """Query i of a block sees its keys i + Sk - Sq - window_size < j <= i + Sk - Sq.
+
+    Other arguments as in ``BlockDiagonalMask.make_local_attention``, which makes it.
+
+    Raises:
+        ValueError, TypeError: a window below 1.
+    """
 
     _window_size: int = 0
 
@@ -206,6 +218,7 @@ def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=N
         attn_bias: None (every batch element is a sample), or a ``BlockDiagonalMask``, ours or xformers', plain, causal or
             local, with B = 1. A local one whose diagonal starts top-left takes no block of fewer keys than queries.
         p: dropout, refused unless 0. scale: default ``K ** -0.5``.
+        backend: as in ``ops.varlen_attention``.
         op, output_dtype: xformers' choice of its own kernels and of another dtype, refused unless None.
 
     Returns:

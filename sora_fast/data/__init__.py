@@ -8,6 +8,8 @@ that importing `sora_fast.data.packing` needs the standard library only; reading
 
 import importlib
 
+from ..other_names import missing
+
 _HOME = {name: module for module, names in dict(
     folders=("Library", "scan"), media=("MediaItem", "UnreadableMedia", "probe", "read_clip"),
     fitting=("FitPolicy", "to_pixels", "to_uint8"), packing=("Packer", "pack_stream"), samples=("demo_media",),
@@ -18,7 +20,7 @@ __all__ = sorted(_HOME)
 def __getattr__(name):
     if name in _HOME:
         return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    raise missing(__name__, __all__, name)
 
 
 def __dir__():

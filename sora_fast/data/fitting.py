@@ -29,6 +29,9 @@ class FitPolicy:
             picture is made smaller.
         token_pixels: frames, height and width of pixels under one token, each a divisor of time_factor or space_multiple;
             None is (time_factor, space_multiple, space_multiple). The first frame has tokens of its own.
+
+    Raises:
+        ValueError: sizes below 1, or that do not divide each other.
     """
 
     short_side: int = 256
@@ -190,7 +193,11 @@ class Placement:
 
 
 def to_pixels(clip_THWC: torch.Tensor) -> torch.Tensor:
-    """uint8 (T, H, W, 3) in 0..255 -> float32 (3, T, H, W) in [-1, 1], contiguous, on the same device."""
+    """``clip_THWC``, uint8 (T, H, W, 3) in 0..255 -> float32 (3, T, H, W) in [-1, 1], contiguous, on the same device.
+
+    Raises:
+        ValueError: another dtype or shape.
+    """
     if clip_THWC.dtype != torch.uint8 or clip_THWC.ndim != 4 or clip_THWC.shape[-1] != 3:
         raise ValueError(
             f"to_pixels: the clip must be uint8 of shape (T, H, W, 3), got {clip_THWC.dtype} of shape "
@@ -205,10 +212,11 @@ def to_pixels(clip_THWC: torch.Tensor) -> torch.Tensor:
 
 
 def to_uint8(pixels_CTHW: torch.Tensor) -> torch.Tensor:
-    """float (3, T, H, W) -> uint8 (T, H, W, 3), rounded, values beyond [-1, 1] clamped; `to_pixels` undone
+    """``pixels_CTHW``, float (3, T, H, W) -> uint8 (T, H, W, 3), rounded, values beyond [-1, 1] clamped; `to_pixels` undone
     exactly.
 
-    ValueError for another shape, for whole numbers, and for NaN, which has no colour.
+    Raises:
+        ValueError: another shape, whole numbers, and NaN, which has no colour.
     """
     if not pixels_CTHW.is_floating_point() or pixels_CTHW.ndim != 4 or pixels_CTHW.shape[0] != 3:
         raise ValueError(

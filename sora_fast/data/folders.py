@@ -62,7 +62,8 @@ def scan(folder: str | os.PathLike, *, progress: bool = True) -> Library:
     once and of every clip one frame: a clip that is damaged further on is told where it is read. Links to folders are
     followed, once each. progress: show a bar where tqdm is installed. 10,000 files of 200 KB: half a minute on one core.
 
-    FileNotFoundError: no such folder. ValueError: not a folder, no usable file, a malformed metadata.jsonl.
+    Raises:
+        FileNotFoundError: no such folder. ValueError: not a folder, no usable file, a malformed metadata.jsonl.
     """
     folder = Path(folder)
     if not folder.exists():

@@ -67,7 +67,11 @@ def shown(text: str | os.PathLike) -> str:
 
 
 def probe(path: str | os.PathLike, caption: str = "") -> MediaItem:
-    """The item a file is. UnreadableMedia, naming the file and the reason, when it cannot be used."""
+    """The item that the file at ``path`` is, with this ``caption``.
+
+    Raises:
+        UnreadableMedia: it cannot be used; the file and the reason are named.
+    """
     path = Path(path)
     if path.suffix.lower() in CLIP_SUFFIXES:
         require("av", "PyAV")
@@ -194,14 +198,19 @@ def read_clip(
 ) -> torch.Tensor:
     """A window of a clip, or an image: uint8 torch tensor (T, H, W, 3) on the CPU, T = frames.
 
-    frames: how many. start: seconds. fps: frame i is the one nearest to start + i / fps in time (the earlier
-    one of two as near); None is the clip's mean rate; an image takes any. Decoding begins at the keyframe
-    before `start`.
-    size: (H, W) of the result. The picture is resized, in its aspect, to just cover it (antialiased bicubic;
-    it is enlarged too where `size` asks for that), then cropped; None is the picture as displayed.
-    crop: "center", "random" (needs rng, a random.Random), or (top, left) in pixels of the resized picture.
+    Args:
+        item: of ``scan`` or ``probe``.
+        frames: how many.
+        start: seconds.
+        fps: frame i is the one nearest to start + i / fps in time (the earlier
+            one of two as near); None is the clip's mean rate; an image takes any. Decoding begins at the keyframe
+            before `start`.
+        size: (H, W) of the result. The picture is resized, in its aspect, to just cover it (antialiased bicubic;
+            it is enlarged too where `size` asks for that), then cropped; None is the picture as displayed.
+        crop: "center", "random" (needs rng, a random.Random), or (top, left) in pixels of the resized picture.
 
-    ValueError: a window that leaves the clip, a crop that leaves the picture. UnreadableMedia: damage.
+    Raises:
+        ValueError: a window that leaves the clip, a crop that leaves the picture. UnreadableMedia: damage.
     """
     import torch
 

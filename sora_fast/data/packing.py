@@ -39,11 +39,14 @@ def _at_least_one(what: str, value: Any) -> int:
 class Packer:
     """Collects `(key, tokens)` items and hands them out in packs of at most `budget` tokens.
 
-    budget:     tokens a pack may hold.
-    look_ahead: items that wait before `ready` turns true; more gives fuller packs and a longer queue.
+    Args:
+        budget: tokens a pack may hold.
+        look_ahead: items that wait before `ready` turns true; more gives fuller packs and a longer queue.
 
     Keys are `str` or `int` (they travel through JSON) and may repeat, for example once per epoch.
-    Errors: ValueError for an item above the budget or without tokens, TypeError for a key of another type.
+
+    Raises:
+        ValueError: an item above the budget or without tokens. TypeError: a key of another type.
     """
 
     def __init__(self, budget: int, look_ahead: int = 1000):
@@ -177,8 +180,16 @@ def pack_stream(
 ) -> Iterator[list[Any]]:
     """Packs of the items themselves, in one pass: reads `look_ahead` items ahead, ends with the last item.
 
-    tokens: gives an item's tokens. Every item comes out once. ValueError names an item above the budget by
-    its position in the stream. For training that resumes, drive a `Packer` and save its state.
+    Every item comes out once. For training that resumes, drive a `Packer` and save its state.
+
+    Args:
+        items: of any type.
+        tokens: a function that gives an item's tokens.
+        budget: tokens a pack may hold.
+        look_ahead: items read ahead.
+
+    Raises:
+        ValueError: an item above the budget, named by its position in the stream.
     """
     packer = Packer(budget, look_ahead)
     held: dict[int, Any] = {}

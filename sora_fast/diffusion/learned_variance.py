@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..other_names import called_as
 from ..to_device import to_device
-from .objectives import DDPM, spread
+from .objectives import DDPM, TRAIN, spread
 
 
 def pairs(predicted, counts_S):
@@ -21,6 +22,8 @@ def pairs(predicted, counts_S):
     Args:
         predicted: flat buffer, sample after sample, channels first; what lies behind them (a tail) stays unread.
         counts_S: numel of each sample's latents of C channels; host data.
+
+    Raises nothing.
     """
     ends = [2 * int(count) for count in counts_S]
     if predicted.shape[0] < sum(ends):
@@ -99,6 +102,18 @@ class LearnedVariance(DDPM):
     The loss is the mean squared error of the noise plus the variational term in bits per number, unweighted, as DiT sums
     them; where improved DDPM rescales that term it is by timesteps / 1000, which is 1 here. In it the noise is detached: it
     teaches the variance alone.
+
+    Args:
+        prediction: "noise".
+        schedule: of the betas, "linear" or "cosine".
+
+    Raises:
+        ValueError: another prediction or schedule. ImportError: diffusers is not installed.
+
+    >>> clips = [torch.randn(4, 2, 4, 4), torch.randn(4, 1, 4, 6)]
+    >>> model = DiT.preset("tiny", depth=1, in_channels=4, text_width=0, learn_sigma=True)
+    >>> loss = training_loss(model, LearnedVariance(), clips)
+    >>> loss.backward()
     """
 
     def __post_init__(self):
@@ -125,6 +140,7 @@ class LearnedVariance(DDPM):
         """(M, 2) of a model's 2 C channels: each element's noise and variance."""
         return pairs(predicted, counts)
 
+    @called_as(TRAIN)
     def loss(self, predicted, x0, noise, timesteps, counts):
         """Mean over all elements, in float32. ``predicted``: (N, 2), see ``pairs``."""
         if predicted.dim() != 2 or predicted.shape[1] != 2:

@@ -12,9 +12,11 @@ from typing import Literal, Protocol
 
 import torch
 
+from ..other_names import Named, called_as
 from ..to_device import to_device
 
 Prediction = Literal["x0", "velocity", "noise"]
+TRAIN = "for a model's loss write training_loss(model, objective, latents, text=...)"
 
 
 class Objective(Protocol):
@@ -81,7 +83,7 @@ def _stratified(count: int, generator: torch.Generator) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Named):
     """Straight paths from clean latents to noise: ``x_t = (1 - s) x0 + s noise`` with s = t / 1000.
 
     (Rectified flow: arXiv 2209.03003; logit-normal timesteps and the shift: SD3, arXiv 2403.03206.)
@@ -92,6 +94,15 @@ class FlowMatching:
         timesteps: "logit_normal" or "uniform", each stratified over the samples of a pack.
         shift: moves timesteps to the noisy end, ``s -> shift s / (1 + (shift - 1) s)``; a number, or "tokens":
             sqrt(tokens of the sample / base_tokens), at least 1, since more tokens need more noise to hide.
+        base_tokens: of a sample that needs no shift.
+
+    Raises:
+        ValueError: another prediction, timesteps or shift. TypeError: an unknown argument, with the right name.
+
+    >>> clips = [torch.randn(4, 2, 4, 4), torch.randn(4, 1, 4, 6)]
+    >>> model = DiT.preset("tiny", depth=1, in_channels=4, text_width=0)
+    >>> loss = training_loss(model, FlowMatching(prediction="x0"), clips)
+    >>> loss.backward()
     """
 
     prediction: Prediction = "velocity"
@@ -138,6 +149,7 @@ class FlowMatching:
         """The prediction's first C channels: a learned variance is not used."""
         return first_channels(predicted, counts)
 
+    @called_as(TRAIN)
     def loss(self, predicted, x0, noise, timesteps, counts):
         """Mean squared error over all elements, in float32."""
         error = (predicted.float() - self.target(x0, noise, timesteps, counts).float()).square()
@@ -168,10 +180,22 @@ class FlowMatching:
 
 
 @dataclass(frozen=True)
-class DDPM:
+class DDPM(Named):
     """Variance-preserving diffusion: ``x_t = sqrt(a) x0 + sqrt(1 - a) noise`` with a the cumulated alphas.
 
     (arXiv 2006.11239; cosine schedule: 2102.09672; velocity ``sqrt(a) noise - sqrt(1 - a) x0``: 2202.00512.)
+
+    Args:
+        prediction: "noise", "x0" or "velocity".
+        schedule: of the betas, "linear" or "cosine".
+
+    Raises:
+        ValueError: another prediction or schedule. ImportError: diffusers is not installed, whose schedules these are.
+
+    >>> clips = [torch.randn(4, 2, 4, 4), torch.randn(4, 1, 4, 6)]
+    >>> model = DiT.preset("tiny", depth=1, in_channels=4, text_width=0)
+    >>> loss = training_loss(model, DDPM(), clips)
+    >>> loss.backward()
     """
 
     prediction: Prediction = "noise"
@@ -219,6 +243,7 @@ class DDPM:
         """The prediction's first C channels: a learned variance is not used."""
         return first_channels(predicted, counts)
 
+    @called_as(TRAIN)
     def loss(self, predicted, x0, noise, timesteps, counts):
         """Mean squared error over all elements, in float32."""
         return (predicted.float() - self.target(x0, noise, timesteps, counts).float()).square().mean()

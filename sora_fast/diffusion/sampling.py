@@ -30,6 +30,9 @@ class Known:
 
     The first frame kept is image-to-video, first frames are extension forward, last frames extension backward, both
     interpolation and, with the clip's own beginning at the end, a loop: ``place`` makes them.
+
+    Raises:
+        ValueError: latents that are not floating (C, T, H, W), kept of another length, strength outside (0, 1].
     """
 
     latents: torch.Tensor
@@ -46,7 +49,11 @@ class Known:
 
 
 def place(size: Sequence[int], start: torch.Tensor | None = None, end: torch.Tensor | None = None) -> Known:
-    """Latents ``start`` (C, a, H, W) as the first frames of a sample of ``size`` and ``end`` (C, b, H, W) as its last."""
+    """Latents ``start`` (C, a, H, W) as the first frames of a sample of ``size`` and ``end`` (C, b, H, W) as its last.
+
+    Raises:
+        ValueError: latents of another height, width or number of channels, or that fill the sample.
+    """
     given = [part for part in (start, end) if part is not None]
     wanted = (size[0], *size[2:])
     for part in given:
@@ -85,10 +92,14 @@ def generate(model: Callable, objective: Objective, sizes: Sequence[tuple[int, i
         known: for each sample a ``Known`` or None; any mix in one pack.
         generator: CPU generators for the noise, one per sample; or one for all, drawn from sample by sample: then the
             first is the same whatever follows.
+        device: the model's.
         progress: called with (step, steps) after each step.
 
     Returns:
         list of (C, T, H, W) float32 latents.
+
+    Raises:
+        ValueError: sizes, steps, guidance, generators or known latents that do not fit, in one sentence.
     """
     sizes, known = [tuple(size) for size in sizes], [None] * len(sizes) if known is None else list(known)
     _check(sizes, patch, steps, guidance, guided_channels, condition)

@@ -26,6 +26,8 @@ def training_loss(model: Callable, objective: Objective, latents: Sequence[torch
     Raises:
         ValueError, TypeError: latents that are no clips, or sizes that the patch does not divide.
 
+    >>> dit, encoder = DiT.preset("tiny", depth=1), ByteTextEncoder(128)
+    >>> clip, image = torch.randn(16, 2, 4, 4), torch.randn(16, 1, 4, 6)
     >>> loss = training_loss(dit, FlowMatching(), [clip, image], text=encoder(["a rabbit", "a cat"]))
     >>> loss.backward()
     """

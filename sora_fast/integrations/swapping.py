@@ -139,6 +139,7 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
     Raises:
         TypeError: not an nn.Module. With ``setup``, what sora_fast.setup raises; the model is swapped by then.
 
+    >>> # needs: diffusers and the published weights
     >>> vae = AutoencoderKLWan.from_pretrained(...)
     >>> print(sora_fast.accelerate(vae))
     """
@@ -203,6 +204,9 @@ def restore(model: nn.Module) -> int:
 
     Returns:
         How many modules were restored; 0 if nothing had been swapped.
+
+    Raises:
+        AttributeError: not an nn.Module.
     """
     count = 0
     for module in model.modules():

@@ -33,6 +33,7 @@ def load_vae(path: str | Path, *, device="cpu", dtype: torch.dtype | None = None
         path: a folder of diffusers (AutoencoderKLWan, or a pipeline's with ``vae/``), or a file (.safetensors, .pt, .pth)
             in either naming. Sizes come from the folder's config.json, without one from the tensors. So do the latents'
             mean and std; without config.json 16 channels have Wan 2.1's.
+        device: where the weights go.
         dtype: of the weights; None: as in the file.
 
     Raises:
@@ -50,6 +51,9 @@ def save_vae(vae: VideoVAE, path: str | Path, layout: str = "diffusers") -> None
         path: ``layout="diffusers"``: a folder, for config.json and the weights, which
             ``AutoencoderKLWan.from_pretrained`` loads. ``"wan"``, or a path with a suffix: one file of weights
             (.safetensors, .pt, .pth).
+
+    Raises:
+        ValueError: a VAE of another graph, a path without a suffix that it takes.
     """
     write("save_vae", path, vae_state_dict(vae, layout), _described(vae) if layout == "diffusers" else None)
 
@@ -61,6 +65,7 @@ def load_dit(path: str | Path, *, heads: int | None = None, device="cpu", dtype:
         path: a file (.pt, .pth, .safetensors), or a folder: diffusers' WanTransformer3DModel (or a pipeline's with
             ``transformer/``), Wan's own. Of a training checkpoint of DiT the average ("ema") is taken.
         heads: attention heads, where neither a config.json nor the width tells them.
+        device: where the weights go.
         dtype: of the weights; None: as in the file. Wan's affine norms, tables and timestep embedder are cast to no 16 bits.
 
     Raises:
@@ -76,10 +81,14 @@ def save_dit(model: DiT | WanDiT, path: str | Path, layout: str = "diffusers", *
     """Write a class-conditional DiT as facebookresearch/DiT reads it, or a WanDiT as diffusers or Wan's own code does.
 
     Args:
+        model: the DiT or WanDiT.
         path: of a DiT a file (.pt, .safetensors); of a WanDiT as in ``save_vae``.
         layout: of a WanDiT "diffusers" or "wan"; a DiT has one layout only.
         side: height and width of the latents that the official DiT's table of positions is for; None: those of the
             checkpoint it came from, else 32 (256 x 256 pixels).
+
+    Raises:
+        ValueError: a model without that layout, a path without a suffix that it takes.
     """
     if isinstance(model, WanDiT):
         write("save_dit", path, wan_state_dict(model, layout), wan_description(model) if layout == "diffusers" else None)

@@ -18,6 +18,7 @@ from .. import checks, ops
 from ..nn import FinalLayer, Modulation, PatchEmbed3d, Residual, VarlenAttention
 from ..nn.modulation import check_stream
 from ..ops.patches import clips as views
+from ..other_names import Elsewhere, Named, preset
 from ..pack import Pack, check_pack, check_text, token_grid
 from .text import Text, check_encoded
 
@@ -31,14 +32,21 @@ def check_positions(op: str, positions: tuple[int, ...], fractional_side: float 
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Named):
     """Sizes and parts of a DiT.
+
+    ``width`` D, ``depth`` blocks, ``heads`` (divides D), ``mlp_ratio``: hidden width of the MLP over D; ``patch``
+    (pt, ph, pw) in latent frames and pixels; ``in_channels`` C of the latents; ``qk_norm``: RMS norm of each
+    head's queries and keys; ``rope_theta``: base of the rotation's frequencies.
 
     ``classes``: number of class labels, 0 for none; one more is "no class". ``text_width``: width of the text tokens for
     cross-attention, 0 for none. ``positions``: axes (0 t, 1 h, 2 w) of the fixed sin-cos embedding added to the tokens;
     ``fractional_side``: its height and width coordinates are fractions of the sample's own size, times this number (NaViT,
     arXiv 2307.06304, section 2.1); None: token indices. ``rope_axes``: channels per head rotated for t, h, w; None: no
     rotation. ``learn_sigma``: the output has 2 C channels, the second half for the variance.
+
+    Raises:
+        ValueError: ``positions`` or ``fractional_side`` that do not fit. TypeError: an unknown field, with the right name.
     """
 
     width: int = 192
@@ -102,8 +110,15 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class Block(nn.Module):
-    """A DiT block with adaLN-Zero: self-attention, optional cross-attention to text, MLP. The identity at initialisation."""
+class DiTBlock(nn.Module, Named):
+    """A DiT block with adaLN-Zero: self-attention, optional cross-attention to text, MLP. The identity at initialisation.
+
+    Args:
+        config: DiTConfig.
+
+    Raises:
+        TypeError, when called: tokens alone, and no Residual.
+    """
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -116,7 +131,7 @@ class Block(nn.Module):
 
     def forward(self, stream: Residual, c, pack, text=None) -> Residual:
         """The residual stream (N, D), conditioning c (R, D), text (L, Dt). The next norm adds the MLP's branch."""
-        check_stream("Block", stream)
+        check_stream("DiTBlock", stream)
         shift, scale, gate, *rest = self.adaLN_modulation(c)  # 6 x (R, D), 9 x with text
         x, h = stream.norm_modulate(shift, scale, pack)  # (N, D) each
         stream = Residual(x, self.attn(h, pack), gate)  # x + gate[rows] * attention, added by the next norm
@@ -129,8 +144,14 @@ class Block(nn.Module):
         return Residual(x, self.mlp(h), gate)
 
 
-class DiT(nn.Module):
+class DiT(nn.Module, Named):
     """Predicts noise, velocity or clean latents from noisy latents, timesteps and conditions.
+
+    Args:
+        config: DiTConfig; ``DiT.preset(name, **changes)`` has the usual ones.
+
+    Raises:
+        ValueError, TypeError: when called, latents, timesteps or conditions that do not fit the config.
 
     >>> model = DiT.preset("tiny")
     >>> clips = [torch.randn(16, 5, 16, 24), torch.randn(16, 1, 32, 32)]        # a clip and an image
@@ -148,7 +169,7 @@ class DiT(nn.Module):
         if config.text_width:
             self.text_embedder = nn.Sequential(nn.Linear(config.text_width, config.width), nn.SiLU(),
                                                nn.Linear(config.width, config.width))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config.width, math.prod(config.patch) * config.out_channels)
         self.register_buffer("pos_embed", None, persistent=False)  # a checkpoint's own table (1, side * side, D)
         self.gradient_checkpointing = False
@@ -157,9 +178,9 @@ class DiT(nn.Module):
     @classmethod
     def preset(cls, name: str, **changes) -> "DiT":
         """``"tiny"``, or the paper's ``"S/2"`` ... ``"XL/8"``, with fields of DiTConfig changed by keyword."""
-        if name not in PRESETS:
-            raise ValueError(f"DiT.preset: expected one of {', '.join(PRESETS)}, got {name!r}; choose one of them")
-        return cls(replace(PRESETS[name], **changes))
+        return cls(replace(preset("DiT", PRESETS, name), **changes))
+
+    from_pretrained = Elsewhere("sora_fast.models.load_dit(path)")
 
     def forward(self, latents, timesteps, pack: Pack | None = None, *, labels=None, text: Text | None = None):
         """Predict from noisy latents.

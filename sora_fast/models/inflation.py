@@ -22,6 +22,9 @@ def inflate_patches(weight, frames: int, how: str = "filter"):
         how: ``"filter"`` (equation 8): 1 / frames of the image's weight on every frame, so that a tubelet of equal frames
             gives the frame's token; ``"central"`` (equation 9): the image's weight on frame ``frames // 2`` and 0 on the
             others, so that any tubelet gives that frame's token.
+
+    Raises:
+        ValueError: a weight of another shape, an unknown ``how``, frames below 1.
     """
     _check(how, frames)
     if weight.dim() == 5 and weight.shape[2] == 1:
@@ -38,11 +41,15 @@ def inflate_patches(weight, frames: int, how: str = "filter"):
 
 @torch.no_grad()
 def inflate(model: DiT | MAE, frames: int, how: str = "filter") -> DiT | MAE:
-    """A new model with patches of ``frames`` frames from an image model with patches of one; ``how`` as above.
+    """A new model with patches of ``frames`` frames from an image model with patches of one.
 
     The layer that outputs a patch's elements gives each frame the same. Where positions have no time axis
     (``positions`` without 0, no RoPE along t), a clip of equal frames gives the image model's output in every frame
     ("filter"), and any clip of ``frames`` frames gives that of its frame ``frames // 2`` ("central").
+    ``how`` as in ``inflate_patches``.
+
+    Raises:
+        TypeError: another model. ValueError: patches of more than one frame, an unknown ``how``.
     """
     _check(how, frames)
     kind = next((kind for kind in _PARTS if isinstance(model, kind)), None)

@@ -19,20 +19,28 @@ from torch import nn
 from .. import checks, ops
 from ..nn import Masking, PatchEmbed3d, VarlenAttention, random_masking
 from ..nn.masking import PATTERNS, check_ratio
+from ..other_names import Named
 from ..pack import Pack, check_pack
 from ..reference.patches import cut
 from .dit import Mlp, check_grids, check_positions, sincos
 
 
 @dataclass(frozen=True)
-class MAEConfig:
+class MAEConfig(Named):
     """Sizes and parts of a MAE.
+
+    ``in_channels`` C; ``patch`` (pt, ph, pw) in frames and pixels; ``width``, ``depth``, ``heads`` of the trunk,
+    ``decoder_width``, ``decoder_depth``, ``decoder_heads`` of the decoder; ``mlp_ratio``: hidden width over width;
+    ``qk_norm`` and ``rope_theta``: of the trunk's attention.
 
     ``ratio``: share of hidden tokens, where the call names none; ``pattern``: "token" or "tube" (see random_masking).
     ``normalise_target``: normalise each patch's target by its mean and standard deviation.
     ``positions``: axes (0 t, 1 h, 2 w) of the fixed sin-cos embedding that trunk and decoder add to their tokens;
     ``fractional_side``: height and width count as shares of the sample's own, times this number; None: as tokens.
     ``rope_axes``: entries of each of the trunk's heads rotated for t, h, w (in tokens); None: no rotation.
+
+    Raises:
+        ValueError, TypeError: settings that do not fit, or an unknown field, with the right name.
     """
 
     in_channels: int = 3
@@ -135,8 +143,14 @@ class MAEOutput(NamedTuple):
     masking: Masking
 
 
-class MAE(nn.Module):
+class MAE(nn.Module, Named):
     """Hide most patches of clips and images, and predict them from the rest.
+
+    Args:
+        config: MAEConfig; None: its defaults.
+
+    Raises:
+        ValueError, TypeError: when called, clips that the patch does not divide, ratios outside [0, 1).
 
     >>> model = MAE(MAEConfig(patch=(2, 8, 8)))
     >>> clips = [torch.randn(3, 8, 64, 96), torch.randn(3, 2, 128, 128)]

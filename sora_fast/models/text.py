@@ -47,6 +47,9 @@ class ByteTextEncoder(nn.Module):
 
     Args:
         width: W. depth: blocks. heads: heads of each. max_bytes: longer captions are cut.
+
+    Raises:
+        TypeError, when called: captions that are no list of strings.
     """
 
     TRIGRAMS = 4096
@@ -90,7 +93,12 @@ class HuggingFaceTextEncoder(nn.Module):
     """A frozen T5-type encoder (T5, mT5, UMT5) from a local folder in Hugging Face's layout.
 
     Args:
-        path: folder with config.json, the weights, and the tokenizer's files. max_length: longer captions are cut.
+        path: folder with config.json, the weights, and the tokenizer's files.
+        max_length: tokens; longer captions are cut.
+        dtype: of the weights.
+
+    Raises:
+        ImportError: transformers is not installed. ValueError: a model of another type. OSError: no such folder.
     """
 
     def __init__(self, path: str, max_length: int = 512, dtype: torch.dtype = torch.float32):

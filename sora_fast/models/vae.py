@@ -18,6 +18,7 @@ from torch import nn
 from .. import checks, ops
 from ..nn import CausalConv3d, RMSNorm, StreamState, VectorQuantizer, norm_act_conv
 from ..nn.streaming import starts
+from ..other_names import Elsewhere, Named, preset
 from .linear_path import LinearPath
 from .vae_stream import Streaming
 
@@ -29,8 +30,11 @@ _WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Named):
     """Sizes of a VideoVAE.
+
+    ``in_channels`` of the pixels, ``latent_channels`` C; ``encoder_blocks`` and ``decoder_blocks``: residual blocks of a
+    level; ``attention``: within each frame, at the coarsest level; ``latent_mean``, ``latent_std``: of each latent channel.
 
     ``space_factor`` f = 2^m and ``time_factor`` (1, 2, 4, 8) determine the number of levels; ``multipliers`` of ``width``
     give the channels of each level (the last one is repeated, or the list truncated, to that number).
@@ -39,6 +43,9 @@ class VAEConfig:
     around the network. ``linear_heads``: no norm and activation before the last convolution of encoder and decoder.
     ``regularisation`` of the latents: "kl" (posterior close to the unit normal) or "vq" (the decoder gets the nearest of
     ``codes`` learned vectors).
+
+    Raises:
+        ValueError: sizes that do not fit each other. TypeError: an unknown field, with the right name.
     """
 
     in_channels: int = 3
@@ -256,17 +263,23 @@ class Decoder(nn.Module):
         return self.head(x, state) if self.norm is None else norm_act_conv(self.norm, self.head, x, state)
 
 
-class VideoVAE(Streaming):
+class VideoVAE(Streaming, Named):
     """Causal video autoencoder with a KL posterior or a codebook. (LDM: arXiv 2112.10752; causal video: arXiv 2310.05737.)
 
     Pixels are in [-1, 1]. encode normalises latents, ``(z - latent_mean) / latent_std``, and decode reverts it. With "vq"
     the codebook belongs to the decoder, as in LDM: latents are not yet quantised.
 
+    Args:
+        config: VAEConfig; ``VideoVAE.preset(name, **changes)`` has the usual ones.
+
+    Raises:
+        ValueError, TypeError: when called, a clip of another shape or a length other than 1 + time_factor * k.
+
     >>> vae = VideoVAE.preset("tiny")
-    >>> latents = vae.encode(video)          # (B, 3, 17, 128, 192) -> (B, 16, 5, 16, 24)
+    >>> latents = vae.encode(torch.rand(1, 3, 9, 32, 48) * 2 - 1)       # (1, 16, 3, 4, 6)
     >>> for frames in vae.decode_stream(latents):
-    ...     write(frames)                    # constant memory, whatever the length
-    >>> video = vae.decode_clip(latents)     # the same as one tensor, with the peak memory of one chunk
+    ...     assert frames.shape[3:] == (32, 48)     # constant memory, whatever the length
+    >>> video = vae.decode_clip(latents)            # the same as one tensor, with the peak memory of one chunk
     """
 
     def __init__(self, config: VAEConfig = PRESETS["wan2.1"]):
@@ -292,11 +305,12 @@ class VideoVAE(Streaming):
     @classmethod
     def preset(cls, name: str, **changes) -> "VideoVAE":
         """``"wan2.1"`` or ``"tiny"``, with fields of VAEConfig changed by keyword."""
-        if name not in PRESETS:
-            raise ValueError(f"VideoVAE.preset: expected one of {', '.join(PRESETS)}, got {name!r}; choose one of them")
+        config = preset("VideoVAE", PRESETS, name)
         if {"latent_channels", "regularisation"} & changes.keys():  # the preset's statistics are of other latents
             changes = dict(latent_mean=None, latent_std=None) | changes
-        return cls(replace(PRESETS[name], **changes))
+        return cls(replace(config, **changes))
+
+    from_pretrained = Elsewhere("sora_fast.models.load_vae(path)")
 
     # ------------------------------------------------------------------------------------------------ encode
     def encode(self, video, noise=None):

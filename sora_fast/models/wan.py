@@ -18,18 +18,23 @@ from torch.utils.checkpoint import checkpoint
 from .. import checks, ops
 from ..nn import PatchEmbed3d, Residual
 from ..nn.modulation import check_stream
+from ..other_names import Elsewhere, Named, preset
 from ..pack import Pack, check_pack, check_text
 from .dit import DiT, Mlp, TimestepEmbedder, check_timesteps
 from .text import Text, check_encoded
 
 
 @dataclass(frozen=True)
-class WanDiTConfig:
+class WanDiTConfig(Named):
     """Sizes of a WanDiT.
 
+    ``width`` D, ``depth`` blocks, ``heads``; ``patch`` (pt, ph, pw) in latent frames and pixels; ``eps`` of the norms.
     ``mlp_width``: hidden width of the MLP. ``text_width``: width of the text tokens. ``frequencies``: width of a
     timestep's sin-cos embedding. ``out_channels`` differs from ``in_channels`` where the input has a condition beside
     the noise (Wan 2.2's image-to-video models).
+
+    Raises:
+        TypeError: an unknown field, with the right name.
     """
 
     width: int = 1536
@@ -111,9 +116,16 @@ class WanBlock(nn.Module):
         return Residual(x, self.mlp(h), gate)
 
 
-class WanDiT(nn.Module):
+class WanDiT(nn.Module, Named):
     """Noisy latents, timesteps and text to the velocity, noise minus clean latents.
 
+    Args:
+        config: WanDiTConfig; ``WanDiT.preset("1.3B")`` and ``"14B"`` are the published ones.
+
+    Raises:
+        ValueError, TypeError: when called, latents, timesteps or text that do not fit the config.
+
+    >>> # needs: the published weights
     >>> model = load_dit("Wan2.1-T2V-1.3B-Diffusers")
     >>> text = pad_text(HuggingFaceTextEncoder("Wan2.1-T2V-1.3B-Diffusers/text_encoder")(["a bunny"]))
     >>> velocity = model(latents, torch.tensor([980.0]), text=text)        # (1, 16, 21, 60, 104), as latents
@@ -138,9 +150,9 @@ class WanDiT(nn.Module):
     @classmethod
     def preset(cls, name: str, **changes) -> "WanDiT":
         """``"1.3B"`` or ``"14B"``, with fields of WanDiTConfig changed by keyword."""
-        if name not in PRESETS:
-            raise ValueError(f"WanDiT.preset: expected one of {', '.join(PRESETS)}, got {name!r}; choose one of them")
-        return cls(replace(PRESETS[name], **changes))
+        return cls(replace(preset("WanDiT", PRESETS, name), **changes))
+
+    from_pretrained = Elsewhere("sora_fast.models.load_dit(path)")
 
     def forward(self, latents, timesteps, pack: Pack | None = None, *, text: Text | torch.Tensor):
         """Predict from noisy latents.
@@ -198,6 +210,9 @@ def pad_text(text: Text, length: int = 512) -> Text:
 
     Wan's models were trained on texts of 512 tokens so padded, and attend to the padding: without it their pictures
     change.
+
+    Raises:
+        TypeError: captions in place of a TextEncoder's result. ValueError: longer texts.
     """
     check_encoded("pad_text", text)
     checks.whole("pad_text", "length", length)

@@ -8,10 +8,11 @@ from torch import nn
 
 from .. import checks, ops
 from ..ops.rotary import check_axes
+from ..other_names import Named
 from ..pack import Pack, check_pack, check_text
 
 
-class VarlenAttention(nn.Module):
+class VarlenAttention(nn.Module, Named):
     """Multi-head attention on packs with optional QK-norm and 3-D RoPE.
 
     Args:

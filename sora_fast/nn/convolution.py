@@ -15,7 +15,7 @@ class CausalConv3d(nn.Conv3d):
     clip, none follow it.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, bias: as in nn.Conv3d.
+        in_channels, out_channels, kernel_size, stride, bias, device, dtype: as in nn.Conv3d.
         padding: of space: None or "same" for half the kernel; "valid" for none; an int; (T, H, W) as in nn.Conv3d, of
             which T is not used because time is padded causally; or (left, right, top, bottom).
         padding_mode: of space: "zeros", "replicate" or "reflect".
@@ -71,7 +71,21 @@ class CausalConv3d(nn.Conv3d):
 
 
 def norm_act_conv(norm, conv: CausalConv3d, x, state: StreamState | None = None, residual=None):
-    """``conv(norm(x))`` as one op, for a ``sora_fast.nn`` norm and CausalConv3d; arguments as in conv's forward."""
+    """``conv(norm(x))`` as one op, for a ``sora_fast.nn`` norm and CausalConv3d.
+
+    Args:
+        norm: an RMSNorm or GroupNorm of sora_fast.nn.
+        conv: a CausalConv3d.
+        x: (B, Cin, T, H, W).
+        state: StreamState of the stream; None: a whole clip.
+        residual: (B, Cout, T', H', W') that is added, or None.
+
+    Returns:
+        (B, Cout, T', H', W').
+
+    Raises:
+        TypeError: other layers. ValueError: a GroupNorm with a state, since it mixes frames.
+    """
     if not isinstance(norm, (RMSNorm, GroupNorm)) or not isinstance(conv, CausalConv3d):
         raise TypeError(f"norm_act_conv: expected a norm and a CausalConv3d of sora_fast.nn, got {checks.came(norm)} and "
                         f"{checks.came(conv)}; call others one after the other")

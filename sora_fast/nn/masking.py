@@ -62,6 +62,9 @@ def random_masking(pack: Pack, ratio: float | Sequence[float], *, pattern: str =
     Returns:
         Masking, on the pack's device.
 
+    Raises:
+        ValueError, TypeError: ratios outside [0, 1), an unknown pattern, a pack that has dropped tokens already.
+
     Source: MAE, arXiv 2111.06377, section 3 (token); VideoMAE, arXiv 2203.12602, section 3.3 (tube).
     """
     check_pack("random_masking", pack)
@@ -111,6 +114,15 @@ def continuous_drop_rates(samples: int, mean: float = 0.5, std: float = 0.15, *,
 
     Some samples are then seen whole or nearly so, as at inference, where a constant rate never shows one.
     (NaViT, arXiv 2307.06304, section 2.2, continuous token dropping.)
+
+    Args:
+        samples: how many rates.
+        mean: of the rates, between 0 and 1.
+        std: of the rates.
+        generator: of the CPU; None: torch's own.
+
+    Raises:
+        ValueError, TypeError: a mean or std that no Beta distribution has.
     """
     for name, value in (("mean", mean), ("std", std)):
         checks.number("continuous_drop_rates", name, value)
@@ -129,8 +141,11 @@ def size_drop_rates(tokens: Sequence[int], shortest: tuple[int, float] = (64, 0.
     """A rate per sample that grows (or falls) with its size, for ``random_masking``: large samples have tokens to spare.
 
     The mean is linear in the sample's ``tokens`` between ``shortest`` and ``longest``, pairs of (tokens, rate), and
-    constant beyond them; a normal deviation of ``std``, cut off at two of them, is added.
+    constant beyond them; a normal deviation of ``std``, cut off at two of them, is added. ``generator``: of the CPU.
     (NaViT, arXiv 2307.06304, section 2.2, resolution-dependent token dropping; the ends are the caller's.)
+
+    Raises:
+        ValueError, TypeError: pairs that do not rise, rates outside [0, 1), a negative std.
     """
     (low, low_rate), (high, high_rate) = shortest, longest
     if not (0 < low < high and 0 <= low_rate < 1 and 0 <= high_rate < 1 and std >= 0):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .. import checks, ops
+from ..other_names import Named
 from ..pack import Pack
 
 
@@ -13,6 +14,18 @@ class Residual(NamedTuple):
     """A residual stream ``x`` (N, D) and its last branch, ``gate`` (R, D) times ``y`` (N, D), not yet added.
 
     The addition is fused with the next norm and its modulation, even if that norm is the next block's.
+
+    Args:
+        x: (N, D), the stream.
+        y: (N, D), the output of the last branch, or None.
+        gate: (R, D), its gate, or None.
+
+    >>> pack, (shift, scale, gate) = Pack([(2, 4, 4), (1, 2, 4)]), torch.randn(3, 2, 64)
+    >>> layer, stream = torch.nn.Linear(64, 64), Residual(torch.randn(40, 64))
+    >>> x, h = stream.norm_modulate(shift, scale, pack)
+    >>> stream = Residual(x, layer(h), gate)        # x + gate[rows] * layer(h), added by the next norm
+    >>> stream.joined(pack).shape
+    torch.Size([40, 64])
     """
 
     x: torch.Tensor
@@ -40,8 +53,16 @@ def check_stream(op: str, stream: Residual) -> None:
         raise TypeError(f"{op}: expected a Residual stream, got {checks.came(stream)}; pass Residual(x) for tokens x (N, D)")
 
 
-class Modulation(nn.Sequential):
-    """``Linear(SiLU(c))`` to ``parts`` modulation vectors, zero-initialised: gates, scales and shifts are 0."""
+class Modulation(nn.Sequential, Named):
+    """``Linear(SiLU(c))`` to ``parts`` modulation vectors, zero-initialised: gates, scales and shifts are 0.
+
+    Args:
+        width: D.
+        parts: how many modulation vectors.
+
+    Raises:
+        ValueError, TypeError: parts below 1.
+    """
 
     def __init__(self, width: int, parts: int):
         checks.whole("Modulation", "parts", parts, 1)
@@ -55,8 +76,16 @@ class Modulation(nn.Sequential):
         return super().forward(c).chunk(self.parts, dim=-1)
 
 
-class FinalLayer(nn.Module):
-    """Modulated norm and a projection to a patch's elements, zero-initialised."""
+class FinalLayer(nn.Module, Named):
+    """Modulated norm and a projection to a patch's elements, zero-initialised.
+
+    Args:
+        width: D.
+        numbers: elements of a patch, pt * ph * pw * C.
+
+    Raises:
+        TypeError, when called: tokens alone, and no Residual.
+    """
 
     def __init__(self, width: int, numbers: int):
         super().__init__()

@@ -11,6 +11,15 @@ class RMSNorm(nn.Module):
     """RMS norm over channels of each pixel, then ``act``: causal, so it streams.
 
     The default eps is Wan's form (division by the vector's length): zeros stay zeros.
+
+    Args:
+        channels: C.
+        act: "silu" or None.
+        eps: under the square root.
+        device, dtype: of the weight (C,).
+
+    Raises:
+        ValueError, TypeError: settings that do not fit.
     """
 
     def __init__(self, channels: int, *, act: str | None = None, eps: float = 1e-24, device=None, dtype=None):
@@ -30,7 +39,15 @@ class RMSNorm(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm (same state_dict) with its activation in the same pass. It mixes frames, so it does not stream."""
+    """nn.GroupNorm (same state_dict) with its activation in the same pass. It mixes frames, so it does not stream.
+
+    Args:
+        num_groups, num_channels, eps, affine, device, dtype: as in nn.GroupNorm.
+        act: "silu" or None.
+
+    Raises:
+        ValueError, TypeError: settings that do not fit.
+    """
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True, device=None,
                  dtype=None, *, act: str | None = None):

@@ -3,13 +3,20 @@
 from torch import nn
 
 from .. import checks, ops
+from ..other_names import Named
 
 
-class PatchEmbed3d(nn.Module):
+class PatchEmbed3d(nn.Module, Named):
     """Patches of (pt, ph, pw) pixels to tokens of ``width``; ``proj`` has the state_dict of the Conv3d it replaces.
 
     Args:
-        channels: C of the latents. width: D of the tokens. patch: (pt, ph, pw).
+        channels: C of the latents.
+        width: D of the tokens.
+        patch: (pt, ph, pw).
+        bias: whether there is one, (D,).
+
+    Raises:
+        ValueError, TypeError: a patch that is not three ints of 1 or more.
     """
 
     def __init__(self, channels: int, width: int, patch=(1, 2, 2), bias: bool = True):

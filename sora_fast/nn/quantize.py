@@ -35,6 +35,9 @@ class VectorQuantizer(nn.Module):
         codes: K. channels: C.
         commitment: weight beta of the loss that keeps the encoder near its codes.
 
+    Raises:
+        ValueError, TypeError: settings that do not fit; when called, z of another shape than (B, C, ...).
+
     Source: VQ-VAE, arXiv 1711.00937, equations 1 to 3; in latent diffusion: arXiv 2112.10752, section 3.1.
     """
 

@@ -11,7 +11,9 @@ class StreamState:
 
     Modules hold no state: one model can run several streams at once, be compiled, and be checkpointed.
 
-    >>> state = StreamState()
+    Raises nothing.
+
+    >>> conv, clip, state = CausalConv3d(3, 8, 3), torch.randn(1, 3, 9, 16, 16), StreamState()
     >>> for chunk in clip.split(4, dim=2):
     ...     y = conv(chunk, state)
     """

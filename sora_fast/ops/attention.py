@@ -266,19 +266,36 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None
     """``softmax(q k^T * scale) v`` within each sample of a pack.
 
     Args:
-        q: (Nq, H, E). k, v: (Nk, Hk, E) of q's dtype; Hk divides H; E a multiple of 8 in 16..256.
-        cu_seqlens_q, cu_seqlens_k: int32 (S + 1,), cumulative sequence lengths from 0. Empty samples are allowed; rows
-            past the end belong to no sample. Either may be a Pack of its rows instead, and a single Pack is used for
-            both; for keys of a pack's text pass ``pack, pack.text_cu_seqlens``.
-        max_seqlen_q, max_seqlen_k: length of the longest sample, a hint that never changes the result.
-        softmax_scale: default ``E ** -0.5``.
-        causal, window: query i attends to key j if ``i + Sk - Sq - left <= j <= i + Sk - Sq + right`` (bottom-right
-            aligned as in flash-attn; a negative side is unbounded; causal sets right = 0).
-        deterministic: bitwise reproducible gradients.
+        q: (Nq, H, E), floating; E a multiple of 8 in 16..256.
+        k: (Nk, Hk, E) of q's dtype; Hk divides H.
+        v: (Nk, Hk, E) of q's dtype.
+        cu_seqlens_q: (S + 1,) int32, cumulative sequence lengths from 0; or the Pack of its rows. Empty samples are allowed;
+            rows past the end belong to no sample.
+        cu_seqlens_k: (S + 1,) int32, or a Pack; None: the Pack of q serves both. For the keys of a pack's text pass
+            ``pack, pack.text_cu_seqlens``.
+        max_seqlen_q: int, length of the longest sample: a hint that never changes the result.
+        max_seqlen_k: int, likewise.
+        softmax_scale: float, default ``E ** -0.5``.
+        causal: bool; sets right = 0 in ``window``.
+        window: (left, right) ints; query i attends to key j if ``i + Sk - Sq - left <= j <= i + Sk - Sq + right``
+            (bottom-right aligned as in flash-attn; a negative side is unbounded).
+        return_lse: bool, whether to return the log-sum-exp.
+        deterministic: bool, bitwise reproducible gradients.
+        backend: str; "auto", or "reference", "torch", "triton", or an installed library by name: "flash_attn",
+            "flash_attn_3", "flash_attn_4", "xformers", "cudnn".
 
     Returns:
         out (Nq, H, E) in q's dtype (under autocast, in its dtype), 0 on rows without keys; with ``return_lse`` also the
         natural log-sum-exp (H, Nq), float32 (float64 for float64), -inf on rows without keys, differentiable.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or settings that do not fit.
+        NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
+
+    >>> pack = Pack([(2, 4, 4), (1, 2, 4)])
+    >>> q, k, v = torch.randn(3, 40, 6, 64)
+    >>> ops.varlen_attention(q, k, v, pack).shape
+    torch.Size([40, 6, 64])
     """
     op = "varlen_attention"
     key = call_key(VARLEN_ATTENTION, (q, k, v, cu_seqlens_q, cu_seqlens_k), type(max_seqlen_q), type(max_seqlen_k),
@@ -302,7 +319,30 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None
 
 def varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *,
                              softmax_scale=None, causal=False, window=(-1, -1), backend="auto"):
-    """Raw forward for ring attention: ``out, lse`` as ``varlen_attention(..., return_lse=True)``, without autograd."""
+    """Raw forward for ring attention: ``varlen_attention(..., return_lse=True)`` without autograd.
+
+    Args:
+        q: (Nq, H, E), floating; E a multiple of 8 in 16..256.
+        k: (Nk, Hk, E) of q's dtype; Hk divides H.
+        v: (Nk, Hk, E) of q's dtype.
+        cu_seqlens_q, cu_seqlens_k: (S + 1,) int32, or a Pack, as in ``varlen_attention``.
+        max_seqlen_q, max_seqlen_k: ints, hints that never change the result.
+        softmax_scale, causal, window: float, bool, (left, right), as in ``varlen_attention``.
+        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
+
+    Returns:
+        out (Nq, H, E) in q's dtype, lse (H, Nq) float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or settings that do not fit.
+        NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
+
+    >>> q, k, v = torch.randn(3, 5, 2, 16)
+    >>> ends = torch.tensor([0, 3, 5], dtype=torch.int32)
+    >>> out, lse = ops.varlen_attention_forward(q, k, v, ends, ends)
+    >>> out.shape, lse.shape
+    (torch.Size([5, 2, 16]), torch.Size([2, 5]))
+    """
     op = "varlen_attention_forward"
     cu_seqlens_q, cu_seqlens_k = _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
                                         window)
@@ -316,12 +356,34 @@ def varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqle
 def varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None,
                               max_seqlen_k=None, *, softmax_scale=None, causal=False, window=(-1, -1),
                               deterministic=False, backend="auto"):
-    """Raw backward for ring attention: ``dq, dk, dv`` in their tensors' dtypes.
+    """Raw backward for ring attention, without autograd.
 
     Args:
-        dout: (Nq, H, E). dlse: (H, Nq), or None. out (Nq, H, E), lse (H, Nq): of this attention, or of attention over
-            a superset of these keys (each step of ring attention passes the global ones).
-        The others as in ``varlen_attention``.
+        dout: (Nq, H, E), the gradient of out.
+        dlse: (H, Nq), the gradient of lse, or None.
+        q: (Nq, H, E), as in the forward.
+        k: (Nk, Hk, E), as in the forward.
+        v: (Nk, Hk, E), as in the forward.
+        out: (Nq, H, E) of this attention, or of attention over a superset of these keys (each step of ring attention passes
+            the global one).
+        lse: (H, Nq), likewise.
+        cu_seqlens_q, cu_seqlens_k: (S + 1,) int32, or a Pack, as in ``varlen_attention``.
+        max_seqlen_q, max_seqlen_k: ints, hints that never change the result.
+        softmax_scale, causal, window: float, bool, (left, right), as in ``varlen_attention``.
+        deterministic: bool, bitwise reproducible gradients.
+        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
+
+    Returns:
+        dq (Nq, H, E), dk (Nk, Hk, E), dv (Nk, Hk, E) in their tensors' dtypes.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or settings that do not fit.
+        NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
+
+    >>> q, k, v = torch.randn(3, 5, 2, 16)
+    >>> ends = torch.tensor([0, 3, 5], dtype=torch.int32)
+    >>> out, lse = ops.varlen_attention_forward(q, k, v, ends, ends)
+    >>> dq, dk, dv = ops.varlen_attention_backward(torch.ones_like(out), None, q, k, v, out, lse, ends, ends)
     """
     op = "varlen_attention_backward"
     cu_seqlens_q, cu_seqlens_k = _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
@@ -345,10 +407,26 @@ def merge_attention(outs, lses, *, backend="auto"):
     """Merge attention over disjoint sets of keys into attention over their union.
 
     Args:
-        outs: list of (N, H, E), one dtype. lses: list of (H, N) natural log-sum-exps; -inf where a part had no keys.
+        outs: list of (N, H, E), one floating dtype.
+        lses: list of (H, N), natural log-sum-exps; -inf where a part had no keys.
+        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
 
     Returns:
         out (N, H, E) in their dtype, lse (H, N); out 0 and lse -inf where no part had keys.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or settings that do not fit.
+        NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
+
+    >>> q, k, v = torch.randn(3, 5, 2, 16)
+    >>> ends = torch.tensor([0, 5], dtype=torch.int32)
+    >>> whole = ops.varlen_attention(q, k, v, ends, ends)
+    >>> some, others = (torch.tensor([0, n], dtype=torch.int32) for n in (3, 2))
+    >>> out1, lse1 = ops.varlen_attention(q, k[:3], v[:3], ends, some, return_lse=True)
+    >>> out2, lse2 = ops.varlen_attention(q, k[3:], v[3:], ends, others, return_lse=True)
+    >>> out, lse = ops.merge_attention([out1, out2], [lse1, lse2])
+    >>> torch.allclose(out, whole, atol=1e-5)
+    True
     """
     op = "merge_attention"
     checks.sequence(op, "outs", outs, "tensors (N, H, E)")

@@ -316,23 +316,37 @@ def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zer
     """Causal 3-D convolution, with its cache of past frames passed in and out for streaming.
 
     Args:
-        x: (B, Cin, T, H, W); T = 0 is allowed (no output). weight: (Cout, Cin, kT, kH, kW). bias: (Cout,).
-        stride: int or (sT, sH, sW). Outputs are at frames ``phase``, ``phase + sT``, ... of x, possibly none.
-        padding: (left, right, top, bottom), default (kW // 2, kW // 2, kH // 2, kH // 2).
-        time_pad: padding before the first frame: ``"zeros"``, or ``"replicate"`` of that frame.
-        space_pad: ``"zeros"``, ``"replicate"`` or ``"reflect"``.
-        cache: (B, Cin, <= kT - 1, H, W), the frames before x: the ``cache_out`` of the previous call.
-        lookahead: future frames that an output depends on, for models that are not causal; past the clip's end they are
+        x: (B, Cin, T, H, W), floating; T = 0 is allowed (no output).
+        weight: (Cout, Cin, kT, kH, kW) of x's dtype.
+        bias: (Cout,), or None.
+        stride: int, or (sT, sH, sW). Outputs are at frames ``phase``, ``phase + sT``, ... of x, possibly none.
+        padding: (left, right, top, bottom) pixels, default (kW // 2, kW // 2, kH // 2, kH // 2).
+        time_pad: str, before the first frame: "zeros", or "replicate" of that frame.
+        space_pad: str; "zeros", "replicate" or "reflect".
+        cache: (B, Cin, <= kT - 1, H, W), the frames before x: the ``cache_out`` of the previous call; or None.
+        phase: int, the frame of x with the first output.
+        lookahead: int, future frames that an output depends on, for models that are not causal; past the clip's end they are
             padded by ``time_pad``. Not with a cache.
         upsample: int u: nearest-neighbour upsampling of every frame by u x u before padding and convolution. Padding and
             stride count upsampled pixels; ``cache`` and ``cache_out`` hold frames before upsampling.
-        residual: added to the output, of its shape.
+        residual: (B, Cout, T', H', W') that is added to the output, or None.
+        return_cache: bool, whether to return ``cache_out``.
+        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
 
     Returns:
         y (B, Cout, T', H', W') in x's dtype (under autocast, in its dtype); with ``return_cache`` also ``cache_out``,
         the last kT - 1 frames (or all, if there were fewer), not a view, differentiable.
 
-    Dilation and groups are not supported.
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or settings that do not fit, dilation and groups among them.
+        NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
+
+    >>> x, weight = torch.randn(1, 3, 9, 16, 16), torch.randn(8, 3, 3, 3, 3)
+    >>> whole = ops.causal_conv3d(x, weight)
+    >>> first, cache = ops.causal_conv3d(x[:, :, :4], weight, return_cache=True)
+    >>> rest = ops.causal_conv3d(x[:, :, 4:], weight, cache=cache)
+    >>> torch.allclose(whole, torch.cat([first, rest], dim=2), atol=1e-4)
+    True
     """
     op = "causal_conv3d"
     key = call_key(CAUSAL_CONV3D, (x, weight, bias, cache, residual), stride, padding, time_pad, space_pad, phase, lookahead,
@@ -359,9 +373,43 @@ def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, n
                     lookahead=0, upsample=1, residual=None, return_cache=False, backend="auto"):
     """``causal_conv3d(norm_act(x))`` as one autograd node, which saves x and no other tensor of its size.
 
-    Arguments as in ``norm_act`` (its weight and bias are ``norm_weight``, ``norm_bias``, of any floating dtype) and
-    ``causal_conv3d``; ``cache`` and ``cache_out`` hold frames after norm and activation. (The backend ``reference``,
-    traced graphs and torch.func transforms use the plain composition, where PyTorch decides what is saved.)
+    ``cache`` and ``cache_out`` hold frames after norm and activation. (The backend "reference", traced graphs and torch.func
+    transforms use the plain composition, where PyTorch decides what is saved.)
+
+    Args:
+        x: (B, Cin, T, H, W), floating.
+        weight: (Cout, Cin, kT, kH, kW) of x's dtype.
+        bias: (Cout,), or None.
+        norm_weight: (Cin,) of the norm, any floating dtype, or None.
+        norm_bias: (Cin,) of the norm, any floating dtype, or None.
+        norm: str; "rms" or "group", as in ``norm_act``.
+        groups: int that divides Cin, for "group".
+        eps: float under the square root.
+        act: str "silu", or None.
+        stride: int, or (sT, sH, sW). Outputs are at frames ``phase``, ``phase + sT``, ... of x, possibly none.
+        padding: (left, right, top, bottom) pixels, default (kW // 2, kW // 2, kH // 2, kH // 2).
+        time_pad: str, before the first frame: "zeros", or "replicate" of that frame.
+        space_pad: str; "zeros", "replicate" or "reflect".
+        cache: (B, Cin, <= kT - 1, H, W), the frames before x: the ``cache_out`` of the previous call; or None.
+        phase: int, the frame of x with the first output.
+        lookahead: int, future frames that an output depends on, for models that are not causal; past the clip's end they are
+            padded by ``time_pad``. Not with a cache.
+        upsample: int u: nearest-neighbour upsampling of every frame by u x u before padding and convolution. Padding and
+            stride count upsampled pixels; ``cache`` and ``cache_out`` hold frames before upsampling.
+        residual: (B, Cout, T', H', W') that is added to the output, or None.
+        return_cache: bool, whether to return ``cache_out``.
+        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
+
+    Returns:
+        y, or ``(y, cache_out)``, as ``causal_conv3d``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or settings that do not fit.
+        NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
+
+    >>> x, weight = torch.randn(1, 16, 5, 8, 8), torch.randn(8, 16, 3, 3, 3)
+    >>> ops.norm_act_conv3d(x, weight, norm_weight=torch.ones(16)).shape
+    torch.Size([1, 8, 5, 8, 8])
     """
     op, tensors = "norm_act_conv3d", (x, weight, bias, norm_weight, norm_bias, cache, residual)
     key = call_key(NORM_ACT_CONV3D, tensors, norm, groups, eps, act, stride, padding, time_pad, space_pad, phase,

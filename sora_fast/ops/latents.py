@@ -32,11 +32,20 @@ def kl_sample(moments, noise=None, *, backend="auto"):
     """A latent ``z = mean + exp(logvar / 2) * noise`` and its KL divergence from the unit normal.
 
     Args:
-        moments: (B, 2C, ...): mean, then log-variance (clamped to [-30, 20]), floating.
+        moments: (B, 2C, ...) floating: mean, then log-variance (clamped to [-30, 20]).
         noise: (B, C, ...) standard normal samples of any floating dtype; None: z is the mean.
+        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
 
     Returns:
         z (B, C, ...) in moments' dtype; kl (B,) in nats, summed over a sample's elements, float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or settings that do not fit.
+        NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
+
+    >>> z, kl = ops.kl_sample(torch.zeros(2, 8, 3, 4, 4), torch.randn(2, 4, 3, 4, 4))
+    >>> z.shape, kl.tolist()
+    (torch.Size([2, 4, 3, 4, 4]), [0.0, 0.0])
 
     Source: arXiv 1312.6114, appendix B.
     """

@@ -194,19 +194,31 @@ def _rows(op: str, x, table, rows, key) -> dict:
 # ------------------------------------------------------------------------------------------------- public ops
 def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias=None, eps=1e-6, dtype=None,
                   backend="auto"):
-    """``norm(x) * (1 + scale[rows]) + shift[rows]``.
+    """``norm(x) * (1 + scale[rows]) + shift[rows]``, computed in at least float32.
 
     Args:
         x: (N, D), floating.
-        shift, scale: (R, D), any floating dtype, also strided views (``chunk(6, -1)``); either may be None.
+        shift: (R, D), any floating dtype, also a strided view (of ``chunk(6, -1)``); or None.
+        scale: (R, D), likewise.
         rows: (N,) int32, the modulation row of each token, non-decreasing; -1: the token belongs to no sample. Or the
             Pack of these N tokens and R rows. None: R is 1 or N.
-        norm: ``"layer"``: ``(x - mean) * rsqrt(var + eps)``; ``"rms"``: ``x * rsqrt(mean(x^2) + eps)``.
-        weight, bias: (D,) of the norm, or None.
-        dtype: of the result, default x's; a 16-bit dtype suits the next layer if x is a float32 residual stream.
+        norm: str; "layer": ``(x - mean) * rsqrt(var + eps)``; "rms": ``x * rsqrt(mean(x^2) + eps)``.
+        weight: (D,) of the norm, or None.
+        bias: (D,) of the norm, or None.
+        eps: float, added to the variance or mean square.
+        dtype: torch.dtype of the result, default x's; 16 bits suit the next layer if x is a float32 residual stream.
+        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
 
     Returns:
-        (N, D) in ``dtype``; 0 on tokens of no sample, which are never read. Computed in at least float32.
+        (N, D) in ``dtype``; 0 on tokens of no sample, which are never read.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or settings that do not fit.
+        NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
+
+    >>> x, scale = torch.randn(5, 8), torch.randn(2, 8)
+    >>> ops.norm_modulate(x, None, scale, torch.tensor([0, 0, 0, 1, 1], dtype=torch.int32)).shape
+    torch.Size([5, 8])
 
     Source: adaLN of DiT, arXiv 2212.09748.
     """
@@ -225,9 +237,25 @@ def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias
 
 
 def gate_residual(x, y, gate, rows=None, *, backend="auto"):
-    """``x + gate[rows] * y``: x, y (N, D), gate (R, D), rows as in ``norm_modulate``; returns (N, D) in x's dtype.
+    """``x + gate[rows] * y``, computed in at least float32.
 
-    x may be float32 with a 16-bit y (a residual stream kept in float32).
+    Args:
+        x: (N, D), floating; may be float32 with a 16-bit y (a residual stream kept in float32).
+        y: (N, D), floating.
+        gate: (R, D), any floating dtype.
+        rows: (N,) int32, a Pack, or None, as in ``norm_modulate``.
+        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
+
+    Returns:
+        (N, D) in x's dtype; 0 on tokens of no sample, which are never read.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or settings that do not fit.
+        NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
+
+    >>> x, y, gate = torch.randn(5, 8), torch.randn(5, 8), torch.randn(2, 8)
+    >>> ops.gate_residual(x, y, gate, torch.tensor([0, 0, 0, 1, 1], dtype=torch.int32)).shape
+    torch.Size([5, 8])
     """
     op = "gate_residual"
     key = call_key(GATE_RESIDUAL, (x, y, gate, rows))
@@ -245,10 +273,30 @@ def gate_residual_norm_modulate(x, y, gate, shift, scale, rows=None, *, norm="la
                                 eps=1e-6, backend="auto"):
     """``x_new = x + gate[rows] * y`` and ``h = norm(x_new) * (1 + scale[rows]) + shift[rows]`` in one pass.
 
-    Arguments as in ``norm_modulate`` and ``gate_residual``.
+    Args:
+        x: (N, D), floating.
+        y: (N, D), floating.
+        gate: (R, D), any floating dtype.
+        shift: (R, D), any floating dtype, or None.
+        scale: (R, D), any floating dtype, or None.
+        rows: (N,) int32, a Pack, or None, as in ``norm_modulate``.
+        norm: str; "layer" or "rms".
+        weight: (D,) of the norm, or None.
+        bias: (D,) of the norm, or None.
+        eps: float, added to the variance or mean square.
+        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
 
     Returns:
         ``(x_new, h)``: x_new (N, D) in x's dtype, h (N, D) in y's dtype (float32 stream, 16-bit branch).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or settings that do not fit.
+        NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
+
+    >>> x, y, row = torch.randn(5, 8), torch.randn(5, 8), torch.randn(1, 8)
+    >>> x_new, h = ops.gate_residual_norm_modulate(x, y, gate=row, shift=row, scale=row)
+    >>> torch.allclose(x_new, x + row * y)
+    True
     """
     op = "gate_residual_norm_modulate"
     key = call_key(GATE_RESIDUAL_NORM_MODULATE, (x, y, gate, shift, scale, weight, bias, rows), norm, eps)

@@ -79,17 +79,28 @@ def check(op: str, x, weight, bias, norm: str, groups: int, eps: float, act, pre
 
 
 def norm_act(x, weight=None, bias=None, *, norm="rms", groups=32, eps=1e-6, act="silu", backend="auto"):
-    """``act(norm(x) * weight + bias)`` on video features.
+    """``act(norm(x) * weight + bias)`` on video features, computed in at least float32.
 
     Args:
-        x: (B, C, T, H, W), floating. weight, bias: (C,), or None.
-        norm: ``"rms"`` over C of each pixel (causal); ``"group"`` over (C / groups, T, H, W), which mixes frames and
-            is therefore NOT causal: pass the whole clip at once.
-        eps: under the square root. Wan's F.normalize corresponds to eps = 1e-24: zeros stay 0.
-        act: ``"silu"`` or None.
+        x: (B, C, T, H, W), floating.
+        weight: (C,), or None.
+        bias: (C,), or None.
+        norm: str; "rms" over C of each pixel (causal); "group" over (C / groups, T, H, W), which mixes frames and is
+            therefore NOT causal: pass the whole clip at once.
+        groups: int that divides C, for "group".
+        eps: float under the square root. Wan's F.normalize corresponds to 1e-24: zeros stay 0.
+        act: str "silu", or None.
+        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
 
     Returns:
-        (B, C, T, H, W) in x's dtype; computed in at least float32.
+        (B, C, T, H, W) in x's dtype.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or settings that do not fit.
+        NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
+
+    >>> ops.norm_act(torch.randn(1, 16, 5, 8, 8), weight=torch.ones(16)).shape
+    torch.Size([1, 16, 5, 8, 8])
     """
     key = call_key(NORM_ACT, (x, weight, bias), norm, groups, eps, act)
     facts = remembered(key)

@@ -204,13 +204,23 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
     Args:
         latents: (B, C, T, H, W); a list of (C, T, H, W); or, with ``grids``, a flat 1-D buffer of the concatenated samples
             (C, T, H, W), possibly with a tail.
-        weight: (D, C, pt, ph, pw). bias: (D,) or None.
+        weight: (D, C, pt, ph, pw).
+        bias: (D,), or None.
         grids: host data, the tokens in t, h, w of each sample: triples, an int CPU tensor (S, 3), or a Pack; for a flat
             buffer only, where it is required. In a traced graph pass a Pack or a CPU tensor to keep sizes dynamic.
+        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
 
     Returns:
         (N, D) in latents' dtype (under autocast, in its dtype), tokens in t, h, w order, samples concatenated; tail tokens
         are 0.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit; sizes that the patch does not divide.
+        NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
+
+    >>> clip, image = torch.randn(4, 2, 8, 8), torch.randn(4, 1, 4, 8)
+    >>> ops.patch_embed([clip, image], torch.randn(32, 4, 1, 2, 2)).shape
+    torch.Size([40, 32])
     """
     op = "patch_embed"
     checks.shape(op, "weight", weight, ("D", "C", "pt", "ph", "pw"), "use the weight of a Conv3d")
@@ -256,11 +266,21 @@ def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
     Args:
         tokens: (N, pt * ph * pw * C), a token's elements in (pt, ph, pw, C) order as in facebookresearch/DiT.
         grids: host data as in ``patch_embed`` (a CUDA tensor raises); tokens beyond them are tail.
-        patch: (pt, ph, pw). channels: C.
-        flat: return the flat buffer (tail 0) instead of views of it, for traced code.
+        patch: (pt, ph, pw) ints.
+        channels: int C.
+        flat: bool; return the flat buffer (tail 0) instead of views of it, for traced code.
+        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
 
     Returns:
         list of (C, T, H, W), views of one flat buffer, in tokens' dtype.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or settings that do not fit.
+        NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
+
+    >>> clips = ops.unpatchify(torch.randn(40, 16), [(2, 4, 4), (1, 2, 4)], patch=(1, 2, 2), channels=4)
+    >>> [tuple(clip.shape) for clip in clips]
+    [(4, 2, 8, 8), (4, 1, 4, 8)]
     """
     op = "unpatchify"
     checks.several(op, "patch", patch, "pt, ph, pw", 1)

@@ -161,22 +161,37 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
     """Norm of q and k, then rotary position embedding over time, height and width.
 
     Args:
-        q: (N, H, E). k: (N, Hk, E) of q's dtype, or None.
+        q: (N, H, E), floating.
+        k: (N, Hk, E) of q's dtype, or None.
         coords: (N, 3) t, h, w of each token, int or float; or the Pack of the N tokens, whose rows are then taken too;
             None: no rotation (then k may have another length).
-        q_weight, k_weight, q_bias, k_bias: of the norm: (E,), or (H * E,) / (Hk * E,) for ``"rms_all"``; or None.
-        norm: ``"rms_head"`` or ``"layer_head"`` over each head, ``"rms_all"`` over all heads together, None: none.
-        axes: even numbers of rotated channels for t, h, w; they sum to R <= E, the other E - R pass through. None: Wan's
+        q_weight: (E,) of the norm, or (H * E,) for "rms_all"; or None.
+        k_weight: (E,), or (Hk * E,) for "rms_all"; or None.
+        q_bias: (E,), or (H * E,) for "rms_all"; or None.
+        k_bias: (E,), or (Hk * E,) for "rms_all"; or None.
+        norm: str; "rms_head" or "layer_head" over each head, "rms_all" over all heads together; None: none.
+        axes: (d_t, d_h, d_w) even numbers of rotated channels; they sum to R <= E, the other E - R pass through. None: Wan's
             share of the first 128 channels, (44, 42, 42) of a head of 128, (24, 20, 20) of 64. Axis a of size d has the
-            angles ``coords[:, a] * theta_a ** (-2 j / d)``, j < d / 2, axes concatenated.
-        theta: a float, or one per axis.
-        freqs: float (3, R/2) or (3, H, R/2) in place of axes and theta: angle i of head h is the sum over a of
+            angles ``coords[:, a] * theta_a ** (-2 j / d)`` in radians, j < d / 2, axes concatenated.
+        theta: float, or one per axis.
+        freqs: float32 (3, R/2) or (3, H, R/2) in place of axes and theta: angle i of head h is the sum over a of
             ``coords[:, a] * freqs[a, h, i]``; it has a gradient.
-        pairing: ``"interleaved"`` rotates channels (2i, 2i + 1), ``"half"`` (i, i + R/2), each by angle i.
+        pairing: str; "interleaved" rotates channels (2i, 2i + 1), "half" (i, i + R/2), each by angle i.
+        eps: float, added to the mean square or variance.
         rows: (N,) int32; tokens with -1 belong to no sample: output 0, gradient 0, never read. Or the Pack.
+        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
 
     Returns:
         (q, k) in their dtype and shapes; k is None if it was not given. Angles are computed in at least float32.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or settings that do not fit.
+        NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
+
+    >>> pack = Pack([(2, 4, 4), (1, 2, 4)])
+    >>> q, k = ops.qk_norm_rope(torch.randn(40, 6, 64), torch.randn(40, 2, 64), pack, q_weight=torch.ones(64))
+    >>> q.shape, k.shape
+    (torch.Size([40, 6, 64]), torch.Size([40, 2, 64]))
 
     Source: RoPE, arXiv 2104.09864; QK-norm, arXiv 2302.05442; freqs as in Mochi 1.
     """

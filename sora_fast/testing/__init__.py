@@ -4,6 +4,7 @@
 ``emulated_gpu("sm90")`` for kernels that run on CPU tensors as on a GPU; ``CudaKernel`` is a kernel of a .cu file.
 """
 
+from ..other_names import missing
 from .cases import cases
 from .cuda_kernel import CudaKernel
 from .emulated import emulated_gpu
@@ -12,3 +13,7 @@ from .validation import Report, validate
 
 __all__ = ["Comparison", "CudaKernel", "Report", "Truth", "assert_matches", "cases", "compare", "compare_with_reference",
            "emulated_gpu", "truth", "validate"]
+
+
+def __getattr__(name: str):
+    raise missing(__name__, __all__, name)

@@ -231,8 +231,12 @@ def cases(op: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0,
     """Yield (label, keyword arguments) for ``op`` with tensors of ``dtype``.
 
     Args:
+        op: name of an op. dtype: of its tensors. seed: of their numbers.
         device: may be "emulated:sm90". models: whether calls at the sizes of models follow; None: on a real GPU, as they
             take minutes of a CPU.
+
+    Raises:
+        ValueError: an unknown op.
     """
     if op not in _MAKERS:
         raise ValueError(f"cases: expected one of {', '.join(_MAKERS)}, got {op!r}; name an op of sora_fast.ops")

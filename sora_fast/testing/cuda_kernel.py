@@ -22,6 +22,7 @@ class CudaKernel:
         RuntimeError: outside emulated_gpu, nvcc is missing or refuses the source, too much shared memory is asked for.
         ValueError: arguments that are not what the function takes. sora_fast.emulator.memory.Fault: a finding.
 
+    >>> # needs: nvcc
     >>> kernel = CudaKernel("scale.cu", "scale")
     >>> with emulated_gpu("sm90", race=True):
     ...     kernel((blocks, 1, 1), (256, 1, 1), (x, y, n, 2.0))

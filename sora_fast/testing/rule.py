@@ -63,7 +63,17 @@ class Comparison:
 
 def compare(name: str, got: torch.Tensor, low: torch.Tensor, ref64: torch.Tensor, *,
             rounds_p: bool = False) -> Comparison:
-    """Apply the rule to one tensor; ``rounds_p`` grants 16-bit attention its extra rounding."""
+    """Apply the rule to one tensor.
+
+    Args:
+        name: of the tensor, for the report.
+        got: what is judged, of any shape.
+        low: the reference in got's dtype, of any shape.
+        ref64: the reference in float64, of any shape.
+        rounds_p: grants 16-bit attention its extra rounding.
+
+    Raises nothing: a tensor of another shape or dtype is a failed comparison.
+    """
     blank = dict(error_max=float("inf"), allowed_max=0.0, error_rms=float("inf"), allowed_rms=0.0, worst=())
     if got is None or ref64 is None:
         if got is None and ref64 is None:
@@ -274,7 +284,11 @@ def truth(op: str, inputs: Mapping[str, object], *, grads: bool = True, names: I
         inputs: the op's keyword arguments.
         grads: whether gradients are wanted too, for one random cotangent. names: of which inputs, default all.
         flat_cotangent: use a cotangent of stride 0, as ``.sum().backward()`` makes.
+        seed: of the cotangent.
         definition: a function of ``inputs`` in place of the op's reference.
+
+    Raises:
+        ValueError: an unknown op.
     """
     if op not in ops.__all__:
         raise ValueError(f"testing: expected op to be one of {', '.join(ops.__all__)}, got {op!r}; name a public op")
@@ -301,7 +315,10 @@ def compare_with_reference(op: str, got, inputs: Mapping[str, object], *, grads:
 
     Args:
         got: a function taking the op's keyword arguments (then gradients are compared too), or the output tensors.
-        The others as in ``truth``.
+        Other arguments as in ``truth``.
+
+    Raises:
+        ValueError: an unknown op.
     """
     return truth(op, inputs, grads=grads and callable(got), seed=seed, flat_cotangent=flat_cotangent).compare(got)
 
@@ -309,9 +326,14 @@ def compare_with_reference(op: str, got, inputs: Mapping[str, object], *, grads:
 def assert_matches(op: str, got, inputs: Mapping[str, object], **options) -> list[Comparison]:
     """Raise AssertionError with every failed comparison unless ``got`` obeys the error rule for ``op(**inputs)``.
 
-    Arguments as in ``compare_with_reference``; returns the comparisons.
+    ``options`` and other arguments as in ``compare_with_reference``; returns the comparisons.
 
-    >>> assert_matches("gate_residual", my_kernel, dict(x=x, y=y, gate=gate, rows=rows))
+    Raises:
+        AssertionError: a comparison failed. ValueError: an unknown op.
+
+    >>> mine = lambda x, y, gate, rows: x + gate[rows] * y
+    >>> given = dict(x=torch.randn(4, 8), y=torch.randn(4, 8), gate=torch.randn(2, 8), rows=torch.tensor([0, 0, 1, 1]).int())
+    >>> results = assert_matches("gate_residual", mine, given)
     """
     results = compare_with_reference(op, got, inputs, **options)
     failed = [str(result) for result in results if not result.passed]

@@ -158,6 +158,7 @@ def validate(op: str, fn: Callable | None = None, *, backend: str = "auto", devi
     Args:
         op: name of an op, as in ``sora_fast.ops``.
         fn: takes the op's keyword arguments and returns what it returns; None: our own op on ``backend``.
+        backend: of our own op. dtypes: of the cases.
         device: where it runs. The truth is computed there too. "emulated:sm90": CPU tensors inside ``emulated_gpu``, in
             the scope that is open or, where none is, one with its defaults.
         progress: called before each case with what it is.
