@@ -94,7 +94,7 @@ def calls(grad: bool, device: torch.device | str = "cpu", video_dtype=torch.floa
     }
 
 
-def _plain_block(block: dit.Block, heads: int, x, c):
+def _plain_block(block: dit.DiTBlock, heads: int, x, c):
     """A DiT block as anyone would write it: x (S, N / S, D), c (S, D)."""
     shift, scale, gate, ff_shift, ff_scale, ff_gate = (t[:, None] for t in block.adaLN_modulation(c))
     h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
@@ -107,7 +107,7 @@ def _plain_block(block: dit.Block, heads: int, x, c):
 def block_calls(device: torch.device | str = "cpu") -> tuple[Callable, Callable]:
     """A DiT-S/2 block on 64 tokens, ours and plain."""
     config = dit.PRESETS["S/2"]
-    block, pack = dit.Block(config).to(device), Pack([(1, 8, 8)], device=device)
+    block, pack = dit.DiTBlock(config).to(device), Pack([(1, 8, 8)], device=device)
     nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)
     x, c = (torch.randn(n, config.width, device=device, requires_grad=True) for n in (64, 1))
     return lambda: block(Residual(x), c, pack).joined(pack), lambda: _plain_block(block, config.heads, x[None], c)

@@ -31,7 +31,7 @@ def _prediction_title(rows: Sequence[dict]) -> str:
     if any(row["kernel_hash"] != records.kernel_hash(row["family"]) for row in rows):
         return "**Predicted** for other kernels than these: run `sora-fast predict`."
     errors = "; ".join(dict.fromkeys(row["error"] for row in rows))
-    unit = "TFLOP/s" if any(row["tflops"] for row in rows) else "percent of the copy rate"
+    unit = "TFLOP/s of the main loop" if any(row["tflops"] for row in rows) else "percent of the copy rate"
     return f"**Predicted on an {rows[0]['gpu']}**, {unit}. The model's error: {errors}." if rows else ""
 
 

@@ -3,7 +3,7 @@
     python examples/train_wan_with_accelerate.py
 
 A tiny random model on random latents, on whatever device there is; a CPU takes seconds. `accelerate launch` runs it on
-several. The two libraries share a word: `Accelerator` is Hugging Face's, `sora_fast.accelerate` swaps layers.
+several. The two libraries share a word: `Accelerator` is Hugging Face's, `sora_fast.accelerate` replaces layers.
 """
 
 import argparse

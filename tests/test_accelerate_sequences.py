@@ -126,9 +126,9 @@ def test_what_is_left_says_what_was_missing(why):
 @pytest.mark.parametrize("note, model", [
     ("norm_act", norm_act()), ("causal_conv3d", causal()),
     ("norm_act and causal_conv3d", nn.Sequential(*norm_act(), *causal())),
-    ("causal_conv3d; left in it: GELU behind GroupNorm is not SiLU", nn.Sequential(
+    ("causal_conv3d; unchanged in it: GELU behind GroupNorm is not SiLU", nn.Sequential(
         nn.GroupNorm(2, 4), nn.GELU(), *causal(nn.ConstantPad3d(PAST, 0)))),
-    ("causal_conv3d and norm_act; left in it: its convolution has groups or dilation", nn.Sequential(
+    ("causal_conv3d and norm_act; unchanged in it: its convolution has groups or dilation", nn.Sequential(
         *causal(), *norm_act(), *causal(None, nn.Conv3d(4, 4, 3, groups=2))))])
 def test_what_is_swapped_says_which_op_runs(note, model):
     assert agrees(model).rows[0].note == note

@@ -98,7 +98,7 @@ def test_the_report_names_every_module():
     assert {row.state for row in report.rows} == {"swapped", "inside", "left"} and all(row.note for row in report.rows)
     kinds = {row.kind for row in report.swapped}
     assert {"AutoencoderKLWan", "WanEncoder3d", "WanDecoder3d", "WanResidualBlock", "WanResample"} <= kinds
-    assert all(row.note for row in report.left) and "modules swapped" in str(report)
+    assert all(row.note for row in report.left) and "modules replaced" in str(report)
     assert {"encoder.mid_block.attentions.0"} <= {row.name for row in report.left}
     again = sora_fast.accelerate(fast)
     assert again == report and [type(m) for m in fast.modules()] == [type(m) for m in copy.deepcopy(fast).modules()]

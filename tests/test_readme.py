@@ -20,7 +20,7 @@ def test_the_three_uses_run(capsys):
     names: dict = {}
     exec(compile(dropped_in, "README.md", "exec"), names)
     printed = capsys.readouterr().out
-    assert printed.count("modules swapped") == 2 and type(names["vae"]).__name__ == "AutoencoderKLWan"
+    assert printed.count("modules replaced") == 2 and type(names["vae"]).__name__ == "AutoencoderKLWan"
     assert sora_fast.restore(names["transformer"]) == 4
     exec(compile(written, "README.md", "exec"), names)
     assert [tuple(latent.shape) for latent in names["latents"]] == [(16, 5, 12, 20), (16, 1, 16, 16)]

@@ -53,7 +53,7 @@ class Comparison:
         return next((line for line in self.layers if not line.passed), None)
 
     def __str__(self) -> str:
-        rows = [f"{self.model}: {len(self.report.swapped)} modules swapped, {len(self.report.left)} left",
+        rows = [f"{self.model}: {len(self.report.swapped)} modules replaced, {len(self.report.left)} unchanged",
                 f"{'call':18} {'tensor':60} {'original':>10} {'sora_fast':>10} {'allowed':>10}"]
         outputs = [line for line in self.lines if line.name == "output"]
         gradients = [line for line in self.lines if line.name != "output"]

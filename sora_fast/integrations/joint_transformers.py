@@ -126,7 +126,7 @@ class HunyuanRotary(Fast):
     def why_not(cls, module):
         if has_hooks(module):
             return "a hook may read its tables"
-        return None if module.__dict__.get("_sora_fast_readers") else "an attention that reads its tables was not swapped"
+        return None if module.__dict__.get("_sora_fast_readers") else "an attention that reads its tables was not replaced"
 
 
 class HunyuanBlock(Fast):
@@ -194,7 +194,7 @@ SWAPS = {"diffusers.models.attention_processor.Attention": Attention,
          f"{_HUNYUAN}.HunyuanVideoSingleTransformerBlock": HunyuanSingleBlock,
          f"{_COG}.CogVideoXBlock": CogVideoXBlock}
 PREPARES = {f"{_HUNYUAN}.HunyuanVideoTransformer3DModel": _mark_readers}
-_REPLACE = "its first frame has its own modulation; its children are swapped one by one"
+_REPLACE = "its first frame has its own modulation; its children are replaced one by one"
 KNOWN = {f"{_HUNYUAN}.HunyuanVideoTransformer3DModel": ITS_CHILDREN, f"{_COG}.CogVideoXTransformer3DModel": ITS_CHILDREN,
          f"{_HUNYUAN}.HunyuanVideoTokenReplaceTransformerBlock": _REPLACE,
          f"{_HUNYUAN}.HunyuanVideoTokenReplaceSingleTransformerBlock": _REPLACE}

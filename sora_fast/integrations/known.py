@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from .mixin import Kind, get_member
 
-ITS_CHILDREN = "diffusers' own; its children are swapped one by one"  # why a class in KNOWN is left alone
+ITS_CHILDREN = "diffusers' own; its children are replaced one by one"  # why a class in KNOWN is unchanged
 
 
 def any_of(*checks: Callable) -> Callable:

@@ -34,7 +34,7 @@ class FusedSequential(Fast):
     def report_of(cls, module):
         found = _pairs(module)
         names = dict.fromkeys("norm_act" if type(first) is nn.GroupNorm else "causal_conv3d" for first, _ in found)
-        return "; left in it: ".join([" and ".join(names), *filter(None, [_why_others_not(module, found)])])
+        return "; unchanged in it: ".join([" and ".join(names), *filter(None, [_why_others_not(module, found)])])
 
     @classmethod
     def absorbed(cls, module):

@@ -46,7 +46,7 @@ from .mixin import (
     resolve,
 )
 
-# Each may define SWAPS, {"module.Class": mixin}; KNOWN, {"module.Class": why it is left alone}; and PREPARES,
+# Each may define SWAPS, {"module.Class": mixin}; KNOWN, {"module.Class": why it stays unchanged}; and PREPARES,
 # {"module.Class": a function that sets _sora_fast_ attributes on the children of such a module before they are swapped}.
 FAMILIES = (wan_vae, hunyuan_vae, cogvideox_vae, wan_transformer, joint_transformers, adaptive_norms, sequential_pairs,
             uncovered)
@@ -69,9 +69,12 @@ class Progress:
         return Progress, ()
 
 
+WORDS = {"swapped": "replaced", "inside": "absorbed", "left": "unchanged"}  # of a Row's states, as they are printed
+
+
 @dataclass(frozen=True)
 class Row:
-    """One module: its name in the model, its class, what happened to it ("swapped", "inside" or "left"), and why."""
+    """One module: its name in the model, its class, what happened to it (a state of WORDS), and why."""
 
     name: str
     kind: str
@@ -98,7 +101,7 @@ class Report:
 
     @property
     def left(self) -> tuple[Row, ...]:
-        """Modules that were left as they are, each with the reason."""
+        """Modules that are unchanged, each with the reason."""
         return tuple(row for row in self.rows if row.state == "left")
 
     def __str__(self) -> str:
@@ -106,12 +109,12 @@ class Report:
         for row in self.rows:
             groups.setdefault((row.state, row.kind, row.note), []).append(row.name or "(the model)")
         inside = sum(row.state == "inside" for row in self.rows)
-        lines = [f"{len(self.swapped)} modules swapped, {inside} inside of these, {len(self.left)} left as they are"]
-        for state in ("swapped", "inside", "left"):
+        lines = [f"{len(self.swapped)} modules replaced, {inside} absorbed by these, {len(self.left)} unchanged"]
+        for state, word in WORDS.items():
             for (of, kind, note), names in groups.items():
                 if of == state:
                     shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-                    lines.append(f"{state:8} {len(names):4} x {kind}: {note} [{shown}]")
+                    lines.append(f"{word:9} {len(names):4} x {kind}: {note} [{shown}]")
         lines += [self.missing] * bool(self.missing)
         lines += [] if self.measured is None else [str(self.measured)]
         return "\n".join(lines)
@@ -119,7 +122,7 @@ class Report:
 
 def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None = None, setup: bool = False,
                call: Callable[[nn.Module], object] | None = None) -> Report:
-    """Swap the layers of ``model`` that this library knows for its own, in place; results are equal up to rounding.
+    """Replace the layers of ``model`` that this library knows by its own, in place; results are equal up to rounding.
 
     Parameters stay the same objects and state_dict keeps its keys. Call it before or after an optimiser, LoRA, FSDP2 or
     torch.compile is applied to the model; ``restore(model)`` undoes it exactly. ``SORA_FAST_ACCELERATE=0`` disables it.
@@ -133,11 +136,11 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
         call: for that, a function that runs the model once, where the inputs of its class are not known.
 
     Returns:
-        A Report: every module, swapped or left, with the reason; of a model on a GPU what is not known of that, or with
-        ``setup`` what was measured.
+        A Report: every module, replaced, absorbed or unchanged, with the reason; of a model on a GPU what is not known of
+        that, or with ``setup`` what was measured.
 
     Raises:
-        TypeError: not an nn.Module. With ``setup``, what sora_fast.setup raises; the model is swapped by then.
+        TypeError: not an nn.Module. With ``setup``, what sora_fast.setup raises; layers are replaced by then.
 
     >>> # needs: diffusers and the published weights
     >>> vae = AutoencoderKLWan.from_pretrained(...)
@@ -157,7 +160,7 @@ def accelerate(model: nn.Module, *, progress: Callable[[int, int], None] | None 
         if not on:
             row = Row(name, kind, "left", "disabled by SORA_FAST_ACCELERATE=0")
         elif module in readers:
-            row = Row(name, kind, "inside", f"read by a {readers[module]}")
+            row = Row(name, kind, "inside", f"by a {readers[module]}")
         else:
             mixin, reason = _decide(module)
             row = Row(name, kind, "left", reason) if mixin is None else Row(name, kind, "swapped", mixin.report_of(module))
@@ -198,12 +201,12 @@ def _missing(report: Report, parameter: nn.Parameter) -> str:
 
 
 def restore(model: nn.Module) -> int:
-    """Give every swapped module of ``model`` its original class back; the model's results are bitwise those of before.
+    """Give every replaced module of ``model`` its original class back; the model's results are bitwise those of before.
 
-    A module whose swapped class was subclassed since stays as it is and is not counted.
+    A module whose replaced class was subclassed since stays as it is and is not counted.
 
     Returns:
-        How many modules were restored; 0 if nothing had been swapped.
+        How many modules were restored; 0 if nothing had been replaced.
 
     Raises:
         AttributeError: not an nn.Module.
@@ -227,7 +230,7 @@ def _decide(module: nn.Module) -> tuple[type[Fast] | None, str]:
     """The mixin for ``module``, or None and why it is left."""
     original = original_of(type(module))
     if issubclass(original, Fast):
-        return None, "a subclass of a swapped class, as parametrizations make one; it stays as it is"
+        return None, "a subclass of a replaced class, as parametrizations make one; it stays as it is"
     mixin = SWAPS.get(_path(original))
     if mixin is not None and not is_unmodified(original, tuple(vars(mixin))):
         return None, f"not the {original.__name__} that its name refers to, or its methods were replaced"
@@ -253,7 +256,7 @@ def _why_left(original: type) -> str:
             return f"an altered {base.__name__}: its own forward may do something else"
     if original.__module__.startswith("torch."):
         return "a container" if original in (nn.Sequential, nn.ModuleList, nn.ModuleDict) else "PyTorch's own"
-    return "not known; its children are swapped one by one"
+    return "not known; its children are replaced one by one"
 
 
 @functools.cache

@@ -67,7 +67,7 @@ class Rotary(Fast):
     @classmethod
     def why_not(cls, module):
         if not module.__dict__.get("_sora_fast_readers"):
-            return "a block that reads its tables was not swapped"
+            return "a block that reads its tables was not replaced"
         if has_hooks(module):
             return "a hook may read its tables"
         same = are_tables(module.freqs_cos, module.freqs_sin, (module.t_dim, module.h_dim, module.w_dim), _THETA)
