@@ -77,6 +77,12 @@ def explain(what: str = "all", *, device: str = "cpu", dtype: torch.dtype = torc
     return "\n".join(lines if every else [*lines, "every backend with its reasons: sora-fast explain --all"])
 
 
+def taken(what: str, device: str, dtype: torch.dtype, grad: bool = True) -> dict[str, str]:
+    """The backend that runs each op of ``what``, a key of MODELS, for a typical problem."""
+    table, device = all_ops(), _architecture(device)
+    return {name: table[name].choose(table[name].example(device, dtype, grad)).name for name in MODELS[what]}
+
+
 def _why(op: Op, problem: Problem, taken: str, assume_validated: bool) -> str:
     """What was measured of the backend that is taken, and the one reason why not a likelier one."""
     row, said = measured.find(op, problem), []

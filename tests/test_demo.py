@@ -1,9 +1,9 @@
-"""What the demo says of its reconstructions."""
-
+"""The demo's number of steps, and what it says of its reconstructions."""
 
 import pytest
 import torch
 
+from sora_fast.cli.demo_plan import DIT_STEPS, VAE_STEPS, plan
 from sora_fast.cli.demo_stages import average_and_interpolate, quality
 
 pytest.importorskip("av", reason="the demo extra is not installed")
@@ -21,3 +21,14 @@ def test_quality_and_baseline():
     changed[:, :, 1:] += 1
     same = average_and_interpolate(first, 4, 8)[:, :, :1]
     assert torch.equal(same, average_and_interpolate(changed, 4, 8)[:, :, :1])
+
+
+def test_steps_follow_the_measured_speed():
+    chosen = plan(0.5, 0.3, 4)
+    assert (chosen.vae_steps, chosen.dit_steps) == (120, 600) and abs(chosen.training - 240) < 1e-9 < chosen.total - 240
+    slow = plan(5.0, 3.0, 4)  # never fewer than the quality needs: it takes longer, and says so
+    assert (slow.vae_steps, slow.dit_steps) == (VAE_STEPS[0], DIT_STEPS[0]) and slow.training == 60 * 5 + DIT_STEPS[0] * 3
+    assert f"about {slow.training / 60:.1f} minutes of training" in slow.sentence()
+    fast = plan(0.01, 0.01, 4)
+    assert (fast.vae_steps, fast.dit_steps) == (VAE_STEPS[1], DIT_STEPS[1])
+    assert plan(5.0, 3.0, 0) == plan(5.0, 3.0, 1e9) and plan(1.0, 1.0, 4, vae_steps=2, dit_steps=3).training == 5

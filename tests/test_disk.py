@@ -215,7 +215,7 @@ def test_figures_of_a_report_are_whole(tmp_path):
     watch = demo.Stopwatch()
     watch.stages = {str(place): 1.0 for place in range(500)}
     with only(), pytest.raises(OSError):
-        demo.save_figures(tmp_path, [], watch)
+        demo.save_figures(tmp_path, [], [], watch)
     assert json.loads((tmp_path / "figures.json").read_text("utf-8")) == {} and len(everything(tmp_path)) == 1
 
 

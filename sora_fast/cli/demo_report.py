@@ -1,4 +1,4 @@
-"""report.html of the demo: one file, pictures inside. T frames, H lines, W columns."""
+"""report.html of the demo: one file, pictures inside. T frames, H height, W width."""
 
 import base64
 import html
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..evaluation.plots import png
-from ..explanation import explain
+from ..explanation import KINDS, taken
 from ..files import save_text
 
 STYLE = """
@@ -50,6 +50,12 @@ def picture(clip_THWC: torch.Tensor, alt: str, fps: float = 12.5) -> str:
             f'src="data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}">')
 
 
+def side_by_side(left_THWC: torch.Tensor, right_THWC: torch.Tensor) -> torch.Tensor:
+    """Two uint8 clips of one size with a white gap between them."""
+    gap = left_THWC.new_full((*left_THWC.shape[:2], 8, 3), 255)
+    return torch.cat([left_THWC, gap, right_THWC], dim=2)
+
+
 def strip(clip_THWC: torch.Tensor, given: tuple[int, int], alt: str) -> str:
     """All frames of a clip side by side at half size as one <img>; the given ones at its ends have a blue frame."""
     begin, end = given
@@ -68,15 +74,13 @@ def plot(title: str, rows: Sequence[Mapping]) -> str:
     def draw(axes):
         axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#2a78d6", linewidth=1.2)
         axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
-        for place in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            place("{x:g}")
 
     data = base64.b64encode(png(draw, size=(5.2, 3.0))).decode()
     return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
 
 
 def write_report(out: Path, *, reconstructions, samples, prompted, stages: Mapping[str, float], losses,
-                 facts: Mapping[str, str]) -> Path:
+                 facts: Mapping[str, str], device: str, dtype: torch.dtype) -> Path:
     """Write OUT/report.html atomically and return its path."""
     figure = lambda clip, label: f"<figure>{picture(clip, label)}<figcaption>{label}</figcaption></figure>"
     cells = lambda values, tag="td": "".join(
@@ -109,7 +113,8 @@ def write_report(out: Path, *, reconstructions, samples, prompted, stages: Mappi
         f'<td style="width:40%"><div class=bar style="width:{100 * seconds / longest:.1f}%"></div></td></tr>'
         for name, seconds in stages.items())
     fact_rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
-    device = "cuda" if "device cuda" in facts["machine"] else "cpu"
+    used = "".join(f"<tr>{cells((op, name, KINDS[name]))}</tr>" for op, name in
+                   sorted({**taken("vae", device, dtype), **taken("dit", device, dtype)}.items()))
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>sora_fast demo</title><style>{STYLE}</style></head><body>
@@ -119,8 +124,8 @@ def write_report(out: Path, *, reconstructions, samples, prompted, stages: Mappi
 {sum(s.real is not None for s in samples)} captions: this shows that every part works, not that so small a model, so briefly
 trained, generalises.</p>
 <h2>Generated from captions</h2>
-<p>Clips and images of different sizes were denoised together, in one row of tokens. The last ones have sizes that no
-training sample had.</p>
+<p>Clips and images of different sizes were denoised together, packed into one token sequence. The last ones have sizes
+that no training sample had.</p>
 <div class=grid>{cards}</div>
 <h2>Prompted with images and clips</h2>
 <p>Given frames (blue) stay as they are, at t = 0, while the others are denoised; the DiT has met such packs in training. In
@@ -136,9 +141,9 @@ path), so it is a fair codec before its first step; the last column of the table
 <h2>Losses</h2><div class=plots>{"".join(plot(title, rows) for title, rows in losses.items())}</div>
 <h2>Time per stage</h2><table>{stage_rows}</table>
 <h2>How it was made</h2><div class=wide><table>{fact_rows}</table></div>
-<h2>What ran on which backend</h2><pre>{html.escape(explain("dit", device=device))}
-
-{html.escape(explain("vae", device=device))}</pre>
+<h2>What ran on which backend</h2>
+<div class=wide><table class=compact><tr><th>op</th><th>backend</th><th></th></tr>{used}</table></div>
+<p><small>Why, op by op: <code>sora-fast explain --device {device}</code></small></p>
 </body></html>
 """
     path = out / "report.html"

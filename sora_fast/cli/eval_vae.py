@@ -15,6 +15,7 @@ from ..evaluation.features import Features
 from ..evaluation.reconstruction import length_of, reconstruct
 from ..progress import Progress
 from ..training.vae import load_vae
+from .demo_report import side_by_side
 from .eval_report import Findings, vae_plot
 
 
@@ -38,7 +39,7 @@ def evaluate(a, training: dict, items: Sequence[MediaItem], device, function, fo
                                     last=done == sum(lengths))
                 pending = _windows(features, pending, (got, real), a.feature_frames)
                 if len(rows) < 3 and sum(len(p) for p in parts) < 33:  # for the report
-                    parts.append(torch.cat([real, got], dim=2))
+                    parts.append(side_by_side(real, got))
         except UnreadableMedia as error:
             found.skip(name, str(error))
             done += length - len(quality.errors)

@@ -48,7 +48,7 @@ class Library:
             lines.append(f"without a caption: {', '.join(names)}" + (f" and {bare - 3} more" if bare > 3 else ""))
         if self.others:
             lines.append("not read: " + ", ".join(f"{count} {suffix}" for suffix, count in self.others))
-        if self.skipped:
+        if len(self.skipped) > 1:  # of a single one its own line says all
             lines.append("skipped: " + ", ".join(f"{count} {kind}" for kind, count in self.reasons.items()))
         return "\n".join(lines + [f"skipped {shown(path)}: {shown(why)}" for path, why in self.skipped])
 

@@ -78,8 +78,8 @@ class DiTConfig(Named):
 
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
-# "tiny" is Sora-style: text, QK-norm, 3-D RoPE. The others are the paper's class-conditional models.
-PRESETS = {"tiny": DiTConfig(text_width=128)} | {
+# "tiny" is Sora-style: text, QK-norm, 3-D RoPE; "nano" is half as deep. The others are the paper's class-conditional models.
+PRESETS = {"nano": DiTConfig(depth=3, text_width=128), "tiny": DiTConfig(text_width=128)} | {
     f"{size}/{p}": DiTConfig(width, depth, heads, patch=(1, p, p), in_channels=4, learn_sigma=True, classes=1000,
                              qk_norm=False, positions=(2, 1), rope_axes=None)
     for size, (width, depth, heads) in _SIZES.items() for p in (2, 4, 8)
