@@ -167,7 +167,8 @@ def renewed(found: list[dict]) -> list[dict]:
     """``found`` without rows of kernels that launch something else now; of others the hash is the present one."""
     without_hash = lambda key: tuple(part for name, part in zip(KEY, key, strict=True) if name != "kernel_hash")
     known = {without_hash(call.key()): call for call in calls()}
-    kept = []
+    kept, changed = [], sum(not is_current(row) for row in found)
+    print(f"{changed} rows of changed kernels: compiling each call, to see whether it launches what it did", flush=True)
     for row in found:
         call = known.get(without_hash(key_of(row)))
         if not is_current(row):
