@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from . import configs, env, measured, records
 from .first_order import first_order
 from .pack import Pack
-from .precision import autocast_dtype, autocasts, no_autocast, transformed
+from .precision import autocast_dtype, no_autocast, transformed
 
 # The one visible order of "auto" where nothing was measured: kernels, PyTorch's own best composition, then the definition.
 # An op has some of them.
@@ -103,6 +105,14 @@ def _cannot(backend: Backend, problem: Problem) -> list[str]:
         return [*reasons, "Transforms of torch.func go through plain PyTorch and not through its kernels; "
                           "torch.autograd.grad does."]
     return reasons
+
+
+class Plan(NamedTuple):
+    """How a call runs: ``kind`` is PyTorch's type of its device; ``grad``: a second derivative is to be refused."""
+
+    backend: Backend
+    kind: str
+    grad: bool
 
 
 class Op:
@@ -195,48 +205,47 @@ class Op:
         logging.getLogger("sora_fast").warning("%s runs on %s. %s sora_fast.explain(%r) shows the choices.",
                                                self.name, what, reasons or "It has no other backend.", self.name)
 
-    def run(self, facts: tuple, requested: str, key: tuple | None = None, /, **arguments):
-        """Run the op on the chosen backend; the result can be differentiated once.
+    def plan(self, facts: tuple, requested: str) -> Plan:
+        """How to run a call: for ``run``, and for ``remember`` with the call's key.
+
+        Args:
+            facts: the fields of its Problem, in order, which is made of them where the choice is not remembered.
+        """
+        kind = "cpu" if facts[0] == "cpu" else _device_type(facts[0])
+        if torch.compiler.is_compiling():
+            _refuse_graphs()
+            return Plan(self.choose(self.problem(*facts), requested), kind, False)
+        # unsupported() of a backend sees its problem and the environment; what else there is (the build of our extension,
+        # installed packages) is fixed for the process
+        now = (self, requested, *_choices(), transformed(), facts)
+        found = remembered(now)
+        if found is None:
+            problem = self.problem(*facts)
+            backend = self.choose(problem, requested)
+            if _watcher is not None:
+                return Plan(_watcher(self, problem, backend), kind, problem.grad)
+            self._tell_if_slow(backend, problem, requested)
+            found = remember(now, Plan(backend, kind, problem.grad))
+        return found
+
+    def run(self, plan: Plan, key: tuple | None, /, **arguments):
+        """Run the op as planned; the result can be differentiated once.
 
         Ops have cast their tensors by now: autocast is off inside, or it would round the products that a backend
         makes in float32 (the reference's, and the angles of learned frequencies).
 
         Args:
-            facts: the fields of its Problem, in order, which is made of them where the choice is not remembered.
             key: the call's ``call_key``; where it has one, neither a graph nor a transform of torch.func is at work.
         """
-        plain = key is not None
-        if not plain and torch.compiler.is_compiling():
-            _refuse_graphs()
-            backend = self.choose(self.problem(*facts), requested)
-        else:
-            if not plain or forward_ad._current_level >= 0:
-                refuse_transforms(self.name, arguments.values())
-            backend = self._remembered(facts, requested, not plain and transformed())
-            if facts[2]:  # Problem.grad
-                arguments = first_order(arguments, self.name, plain)
-        kind = "cpu" if facts[0] == "cpu" else _device_type(facts[0])
-        if autocasts(kind):
+        backend, kind, grad = plan
+        if (key is None or forward_ad._current_level >= 0) and not torch.compiler.is_compiling():
+            refuse_transforms(self.name, arguments.values())
+        if grad:
+            arguments = first_order(arguments, self.name, key is not None)
+        if kind != "meta" and torch.is_autocast_enabled(kind):
             with no_autocast(kind):
                 return backend.run(**arguments)
         return backend.run(**arguments)
-
-    def _remembered(self, facts: tuple, requested: str, transform: bool) -> Backend:
-        """What ``choose`` answered when all that it depends on was as now.
-
-        ``unsupported`` of a backend sees its problem and the environment; what else there is (the build of our extension,
-        installed packages) is fixed for the process.
-        """
-        now = (self, requested, _forced, env.backend(), env.interpreted(), transform, records.generation, facts)
-        found = remembered(now)
-        if found is None:
-            problem = self.problem(*facts)
-            found = self.choose(problem, requested)
-            if _watcher is not None:
-                return _watcher(self, problem, found)
-            self._tell_if_slow(found, problem, requested)
-            remember(now, found)
-        return found
 
 
 # ------------------------------------------------------------------------------------------- what need not be done twice
@@ -244,8 +253,13 @@ _answers: dict[tuple, object] = {}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def call_key(op: Op, tensors: tuple, *settings, casts: bool = False) -> tuple | None:
-    """All that a call's checks and its problem depend on, but values: two calls with one key are right or wrong together.
+def _choices() -> tuple:
+    """What a choice of backend depends on beside the call."""
+    return (_forced, *env.choices(), records.generation)
+
+
+def call_key(op: Op, requested: str, tensors: tuple, *settings, casts: bool = False) -> tuple | None:
+    """All that a call's checks and its plan depend on, but values: two calls with one key are right or wrong together.
 
     None where nothing is to be remembered: in graphs and transforms, and of subclasses of tensors, fake ones among them.
 
@@ -253,28 +267,29 @@ def call_key(op: Op, tensors: tuple, *settings, casts: bool = False) -> tuple | 
         tensors: each a tensor, a Pack or None. settings: the other arguments that are checked, and whatever else the problem
             is made of. casts: the op casts its tensors as torch.autocast asks.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_dynamo_compiling() or _are_functorch_transforms_active():  # whatever else traces has fake tensors
         return None
     gpu = _emulated.get()
-    key = [op, gpu and gpu.arch, torch.is_grad_enabled()]
+    key = [op, requested, _forced, *env.choices(), records.generation, gpu and gpu.arch, torch.is_grad_enabled()]
     for tensor in tensors:
-        if tensor is None:
-            key.append(None)
-        elif type(tensor) in _PLAIN:
+        if type(tensor) in _PLAIN:
             key += (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
+        elif tensor is None:
+            key.append(None)
         elif isinstance(tensor, Pack):
-            key += tensor.facts
+            key += tensor._facts or tensor.facts
         else:
             return None
     if casts and tensors[0] is not None:
         key.append(autocast_dtype(tensors[0]))
-    for value in settings:  # with their types: 1, 1.0 and True are one key of a dict
+    key += map(type, settings)  # 1, 1.0 and True are one key of a dict
+    for value in settings:
         if type(value) in (tuple, list):
-            key += (type(value), *map(type, value), *value)
+            key += (*map(type, value), *value)
         elif isinstance(value, torch.Tensor):
             return None
         else:
-            key += (type(value), value)
+            key.append(value)
     return tuple(key)
 
 
@@ -287,8 +302,8 @@ def remembered(key: tuple | None) -> object | None:
 
 
 def remember(key: tuple | None, answer):
-    """Keep and return ``answer``."""
-    if key is not None:
+    """Keep and return ``answer``; not while somebody watches, who would miss the next call."""
+    if key is not None and _watcher is None:
         if len(_answers) >= 10_000:  # packs of all lengths come by, and nothing grows for ever
             _answers.clear()
         try:

@@ -43,6 +43,15 @@ def check_cuda_values() -> bool:
     return os.environ.get("SORA_FAST_CHECK", "0") == "1"
 
 
+_BACKEND, _INTERPRET = map(os.environ.encodekey, ("SORA_FAST_BACKEND", "TRITON_INTERPRET"))
+
+
+def choices() -> tuple:
+    """``backend()`` and ``interpreted()`` unread, to see whether they are as before: os.environ takes ten times as long."""
+    table = os.environ._data
+    return table.get(_BACKEND), table.get(_INTERPRET)
+
+
 @constant_in_graphs
 def interpreted() -> bool:
     """Whether TRITON_INTERPRET has Triton's kernels interpreted on the CPU."""

@@ -1,6 +1,7 @@
 """Results of ops that can be differentiated once: kernels have no second derivative, so no backend pretends to have one."""
 
 import torch
+from torch._C._functorch import unwrap_if_dead
 
 from .precision import transformed
 
@@ -64,20 +65,32 @@ class _NoSecond(torch.autograd.Function):
         )
 
 
+def apply(function: type[torch.autograd.Function], *arguments):
+    """``function.apply`` where neither a graph nor a transform of torch.func is at work: PyTorch's looks for those."""
+    return super(torch.autograd.Function, function).apply(*arguments)
+
+
 def first_order(arguments: dict, op: str, plain: bool = False) -> dict:
-    """``arguments`` with a second derivative refused to their tensors, and lists of tensors: one node for all of them."""
-    tensors = []
-    for value in arguments.values():
-        for each in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(each, torch.Tensor) and each.requires_grad:
-                tensors.append(each)
-    node = _FirstOrder if plain or not transformed() else _FirstOrderTransformed
-    once = iter(node.apply(op, *tensors))
-    found = {}
+    """``arguments`` with a second derivative refused to their tensors, and lists of tensors: one node for all of them.
+
+    ``plain``: no transform of torch.func is at work.
+    """
+    names, tensors, lists = [], [], {}
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor):
-            value = next(once) if value.requires_grad else value
+            if value.requires_grad:
+                names.append(name)
+                tensors.append(unwrap_if_dead(value))
         elif isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
-            value = type(value)([next(once) if each.requires_grad else each for each in value])
-        found[name] = value
+            lists[name] = value
+    for value in lists.values():
+        tensors += [unwrap_if_dead(each) for each in value if each.requires_grad]
+    if plain:
+        once = apply(_FirstOrder, op, *tensors)
+    else:
+        once = (_FirstOrderTransformed if transformed() else _FirstOrder).apply(op, *tensors)
+    once = iter(once)
+    found = arguments | dict(zip(names, once))  # noqa: B905 (the rest are those of lists, and the tie)
+    for name, value in lists.items():
+        found[name] = type(value)([next(once) if each.requires_grad else each for each in value])
     return found

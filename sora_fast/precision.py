@@ -5,6 +5,8 @@ numbers can be read; whether products of float32 keep their bits; and which dtyp
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses import FakeTensor
 
 from .env import constant_in_graphs
 
@@ -25,7 +27,7 @@ def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None
 def widen(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """``tensors`` in their common wide dtype; None stays None."""
     dtype = wide_dtype(*tensors)
-    return tuple([cast(t, dtype) for t in tensors])
+    return tuple([t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors])
 
 
 def autocasts(kind: str) -> bool:
@@ -41,7 +43,7 @@ def no_autocast(kind: str):
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """The dtype that F.linear would compute in here, or None outside torch.autocast."""
     kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if autocasts(kind) else None
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -62,9 +64,8 @@ def has_data(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` has values to read: not while a graph is traced, nor in fake and meta tensors, nor in
     those of a transform of torch.func.
     """
-    return not (torch.compiler.is_compiling() or tensor.device.type == "meta"
-                or isinstance(tensor, torch._subclasses.FakeTensor)
-                or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor)
+                or is_functorch_wrapped_tensor(tensor))
 
 
 def transformed() -> bool:

@@ -21,42 +21,46 @@ def made_up(**refusals):
         Backend(name, lambda name=name: name, lambda problem, why=why: list(why)) for name, why in refusals.items()])
 
 
+def run(op, facts, requested="auto"):
+    return op.run(op.plan(facts, requested), None)
+
+
 def test_auto_takes_the_first_of_the_visible_order():
     assert dispatch.ORDER == ("cuda", "triton", "torch", "reference")
-    assert made_up(reference=[], torch=[]).run(FACTS, "auto") == "torch"
-    assert made_up(reference=[], torch=["It cannot."]).run(FACTS, "auto") == "reference"
-    assert made_up(reference=[]).run(FACTS, "auto") == "reference"
+    assert run(made_up(reference=[], torch=[]), FACTS) == "torch"
+    assert run(made_up(reference=[], torch=["It cannot."]), FACTS) == "reference"
+    assert run(made_up(reference=[]), FACTS) == "reference"
 
 
 def test_a_named_backend_never_falls_back():
     op = made_up(reference=[], torch=["It is too small.", "It is too green."])
-    assert op.run(FACTS, "reference") == "reference"
+    assert run(op, FACTS, "reference") == "reference"
     with pytest.raises(NotImplementedError, match="made_up.*'torch'.*too small.*too green"):
-        op.run(FACTS, "torch")
+        run(op, FACTS, "torch")
     with use_backend("torch"), pytest.raises(NotImplementedError, match="too small"):
-        op.run(FACTS, "auto")
+        run(op, FACTS)
     with pytest.raises(NotImplementedError, match="made_up.*'torch'.*does not implement.*'reference'"):
-        made_up(reference=[]).run(FACTS, "torch")
+        run(made_up(reference=[]), FACTS, "torch")
     for unknown in ("fast", "", 3, None, ["torch"]):
-        op_checks.assert_refused(lambda unknown=unknown: op.run(FACTS, unknown), "made_up", "'reference'", "'torch'")
+        op_checks.assert_refused(lambda unknown=unknown: run(op, FACTS, unknown), "made_up", "'reference'", "'torch'")
 
 
 def test_when_nothing_fits_every_backend_gives_its_reasons():
     op = made_up(reference=["It has one reason.", "It has two."], torch=["It has another."], elsewhere=[])
     with pytest.raises(NotImplementedError) as caught:
-        op.run(FACTS, "auto")
+        run(op, FACTS)
     for part in ("made_up:", "[reference] It has one reason. It has two.", "[torch] It has another.", "[elsewhere]"):
         assert part in str(caught.value)
-    assert op.run(FACTS, "elsewhere") == "elsewhere"
+    assert run(op, FACTS, "elsewhere") == "elsewhere"
     op.backends["triton"] = Backend("triton", lambda: "triton", kernel="made_up")
     with pytest.raises(NotImplementedError, match=r"\[triton\] It is a kernel for CUDA GPUs and auto takes it there only"):
-        op.run(FACTS, "auto")
-    assert op.run(FACTS, "triton") == "triton"
+        run(op, FACTS)
+    assert run(op, FACTS, "triton") == "triton"
 
 
 def test_use_backend_nests_and_goes_before_the_environment(monkeypatch):
     op = made_up(reference=[], torch=[])
-    ran = lambda requested="auto": op.run(FACTS, requested)
+    ran = lambda requested="auto": run(op, FACTS, requested)
     monkeypatch.setenv("SORA_FAST_BACKEND", "reference")
     assert ran() == "reference" and ran("torch") == "torch"
     with use_backend("torch"):
@@ -127,11 +131,11 @@ def test_problems_hold_no_size_but_its_bucket():
     seen = {}
 
     def spy(op):
-        run = op.run
-        op.run = lambda facts, *rest, **arguments: seen.setdefault(op.name, []).append(op.problem(*facts)) or run(
-            facts, *rest, **arguments)
+        plan = op.plan
+        op.plan = lambda facts, requested: seen.setdefault(op.name, []).append(op.problem(*facts)) or plan(facts, requested)
         return op
 
+    dispatch.forget()  # what is remembered is planned no more
     watched = [spy(op) for op in (attention.VARLEN_ATTENTION, ops.convolution.CAUSAL_CONV3D,
                                   ops.modulation.NORM_MODULATE, ops.patches.PATCH_EMBED)]
     try:
@@ -144,7 +148,7 @@ def test_problems_hold_no_size_but_its_bucket():
             ops.patch_embed(torch.randn(n * 4), torch.randn(2, 1, 1, 2, 2), grids=[(n, 1, 1)])
     finally:
         for op in watched:
-            del op.run
+            del op.plan
     assert len(seen) == 4
     for problems in seen.values():
         assert len({replace(problem, size=()) for problem in problems}) == 1
@@ -215,12 +219,12 @@ def test_a_slow_path_on_a_gpu_is_told_once(caplog):
     op = Op("made_up", "none", lambda *facts: Problem(*facts), [refuses, Backend("reference", lambda: "slow")])
     on_gpu, on_cpu = ((device, torch.float32, False) for device in ("cuda:sm90", "cpu"))
     with caplog.at_level("WARNING", logger="sora_fast"):
-        op.run(on_cpu, "auto")
+        run(op, on_cpu)
         with use_backend("reference"):
-            op.run(on_gpu, "auto")
-        op.run(on_gpu, "reference")
+            run(op, on_gpu)
+        run(op, on_gpu, "reference")
         assert not caplog.records  # asked for, or no GPU: nothing to tell
-        assert op.run(on_gpu, "auto") == op.run(on_gpu, "auto") == "slow"
+        assert run(op, on_gpu) == run(op, on_gpu) == "slow"
     (record,) = caplog.records
     assert "made_up runs on its reference on cuda:sm90" in record.message and "It cannot today." in record.message
 

@@ -14,7 +14,7 @@ from .. import checks
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
 from ..measured import sizes
 from ..pack import Pack, check_kind, check_pack
-from ..precision import autocast, cast, has_data, widen
+from ..precision import autocast, cast, has_data
 from ..reference import attention as reference
 from . import attention_peers, attention_triton
 
@@ -50,9 +50,14 @@ def _torch_unsupported(problem: AttentionProblem) -> list[str]:
     return []
 
 
-def _sdpa(q_SQHE, k_SKHE, v_SKHE, scale, mask_QK=None):
-    """(S, Q, H, E) of S samples of one shape."""
-    q, k, v = q_SQHE.transpose(1, 2), k_SKHE.transpose(1, 2), v_SKHE.transpose(1, 2)
+def _heads_first(rows_NHE, samples: int = 1):
+    """(S, H, L, E) of the rows of ``samples`` samples of one length."""
+    rows, heads, width = rows_NHE.shape
+    return rows_NHE.view(samples, rows // samples, heads, width).transpose(1, 2)
+
+
+def _sdpa(q, k, v, scale, mask_QK=None):
+    """(S, Q, H, E) of samples (S, H, L, E)."""
     if mask_QK is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
     # SDPA is undefined on fully masked rows: unmask them, then write 0
@@ -120,7 +125,7 @@ def _torch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scal
         return reference.without_tail(out, cu_seqlens_q)
     mask = reference.visible(cu_seqlens_q, cu_seqlens_k, queries, keys, causal, window, q.device)
     with _deterministic_sdpa(q, k, v) if deterministic else nullcontext():
-        return _sdpa(q[None], k[None], v[None], scale, mask)[0]
+        return _sdpa(_heads_first(q), _heads_first(k), _heads_first(v), scale, mask)[0]
 
 
 def _zero_output(q, k, v):
@@ -137,15 +142,16 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
     outs, dtype = [], q.dtype
     # Up to a thousand tokens 16-bit SDPA on a CPU is no faster than float32, and its backward is ten times slower at lengths
     # such as 250 (27 ms instead of 2.3 ms, 3 heads of 64, torch 2.13).
-    q, k, v = widen(q, k, v)
+    if dtype not in (torch.float32, torch.float64):
+        q, k, v = q.float(), k.float(), v.float()
     left, right = window[0], 0 if causal else window[1]
     ends_q = cu_q.tolist()
     ends_k = ends_q if cu_k is cu_q else cu_k.tolist()
-    samples, parts = len(ends_q) - 1, zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True)
-    if not _equal_lengths(ends_q) or not _equal_lengths(ends_k):
-        samples = 1
+    samples = len(ends_q) - 1
+    if _equal_lengths(ends_q) and (ends_k is ends_q or _equal_lengths(ends_k)):
+        parts = ((0, ends_q[-1], 0, ends_k[-1]),)
     else:
-        parts = [(0, ends_q[-1], 0, ends_k[-1])]
+        samples, parts = 1, zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True)
     computed = False  # whether some attention ran, so that gradients reach q, k and v
     for a, b, c, d in parts:
         if b == a:
@@ -154,7 +160,8 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
             outs.append(torch.zeros_like(q[a:b]))
             continue
         mask = _mask((b - a) // samples, (d - c) // samples, left, right) if left >= 0 or right >= 0 else None
-        out = _sdpa(_samples(q, a, b, samples), _samples(k, c, d, samples), _samples(v, c, d, samples), scale, mask)
+        q_s, k_s, v_s = (q, k, v) if b - a == q.shape[0] and d - c == k.shape[0] else (q[a:b], k[c:d], v[c:d])
+        out = _sdpa(_heads_first(q_s, samples), _heads_first(k_s, samples), _heads_first(v_s, samples), scale, mask)
         outs.append(out.flatten(0, 1))
         computed = True
     if ends_q[-1] < q.shape[0] or not computed:
@@ -164,13 +171,7 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
 
 def _equal_lengths(ends: list[int]) -> bool:
     """Whether all samples have the same length."""
-    return ends == [ends[1] * place for place in range(len(ends))]
-
-
-def _samples(x_NHE, start: int, end: int, samples: int):
-    """(S, L, H, E) of rows ``start`` to ``end``."""
-    rows = x_NHE if end - start == x_NHE.shape[0] else x_NHE[start:end]
-    return rows.view(samples, -1, *rows.shape[1:])
+    return ends == list(range(0, ends[-1] + 1, ends[1] or 1))
 
 
 def _mask(queries: int, keys: int, left: int, right: int):
@@ -298,23 +299,26 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None
     torch.Size([40, 6, 64])
     """
     op = "varlen_attention"
-    key = call_key(VARLEN_ATTENTION, (q, k, v, cu_seqlens_q, cu_seqlens_k), type(max_seqlen_q), type(max_seqlen_k),
-                   type(softmax_scale), causal, window, return_lse, deterministic,
-                   torch.are_deterministic_algorithms_enabled(), casts=True)
-    facts = remembered(key)
-    if facts is None:
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    key = call_key(VARLEN_ATTENTION, backend, (q, k, v, cu_seqlens_q, cu_seqlens_k), type(max_seqlen_q), type(max_seqlen_k),
+                   type(softmax_scale), causal, window, return_lse, deterministic, casts=True)
+    plan = remembered(key)
+    if plan is None:
         cu_seqlens_q, cu_seqlens_k = _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                                             softmax_scale, window)
         q, k, v = autocast(q, k, v)
         checks.same_dtype(op, q=q, k=k, v=v)
-        facts = remember(key, _facts(q, k, needs_grad(q, k, v), causal, window, return_lse, deterministic,
-                                     cu_seqlens_k.shape[0] - 1))
+        facts = _facts(q, k, needs_grad(q, k, v), causal, window, return_lse, deterministic, cu_seqlens_k.shape[0] - 1)
+        plan = remember(key, VARLEN_ATTENTION.plan(facts, backend))
     else:
-        cu_seqlens_q, cu_seqlens_k = _cu_seqlens(op, q, k, cu_seqlens_q, cu_seqlens_k)
+        if cu_seqlens_k is None:
+            cu_seqlens_q = cu_seqlens_k = cu_seqlens_q.cu_seqlens
+        else:
+            cu_seqlens_q, cu_seqlens_k = _cu_seqlens(op, q, k, cu_seqlens_q, cu_seqlens_k)
         q, k, v = autocast(q, k, v)
-    return VARLEN_ATTENTION.run(facts, backend, key, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+    return VARLEN_ATTENTION.run(plan, key, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
                                 softmax_scale=softmax_scale, causal=causal, window=tuple(window),
-                                return_lse=return_lse, deterministic=facts[-2])
+                                return_lse=return_lse, deterministic=deterministic)
 
 
 def varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *,
@@ -348,7 +352,8 @@ def varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqle
                                         window)
     q, k, v = autocast(q, k, v)
     checks.same_dtype(op, q=q, k=k, v=v)
-    return VARLEN_ATTENTION_FORWARD.run(_facts(q, k, False, causal, window, True, False), backend, q=q, k=k,
+    plan = VARLEN_ATTENTION_FORWARD.plan(_facts(q, k, False, causal, window, True, False), backend)
+    return VARLEN_ATTENTION_FORWARD.run(plan, None, q=q, k=k,
                                         v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
                                         softmax_scale=softmax_scale, causal=causal, window=tuple(window))
 
@@ -396,11 +401,12 @@ def varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_se
         checks.shape(op, "dlse", dlse, (q.shape[1], q.shape[0]), "it is the gradient of lse")
     checks.floating(op, dout=dout, out=out, lse=lse, dlse=dlse)
     checks.same_device(op, q=q, dout=dout, out=out, lse=lse, dlse=dlse)
-    facts = _facts(q, k, False, causal, window, True, deterministic)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    plan = VARLEN_ATTENTION_BACKWARD.plan(_facts(q, k, False, causal, window, True, deterministic), backend)
     return VARLEN_ATTENTION_BACKWARD.run(
-        facts, backend, dout=dout, dlse=dlse, q=q, k=k, v=v, out=out, lse=lse, cu_seqlens_q=cu_seqlens_q,
+        plan, None, dout=dout, dlse=dlse, q=q, k=k, v=v, out=out, lse=lse, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, softmax_scale=softmax_scale, causal=causal, window=tuple(window),
-        deterministic=facts[-2])
+        deterministic=deterministic)
 
 
 def merge_attention(outs, lses, *, backend="auto"):
@@ -441,5 +447,5 @@ def merge_attention(outs, lses, *, backend="auto"):
         checks.same_device(op, **{"outs[0]": outs[0], f"outs[{place}]": out, f"lses[{place}]": lse})
         checks.same_dtype(op, **{"outs[0]": outs[0], f"outs[{place}]": out})
     q = outs[0]
-    facts = _facts(q, q, needs_grad(*outs, *lses), False, (-1, -1), True, False)
-    return MERGE_ATTENTION.run(facts, backend, outs=list(outs), lses=list(lses))
+    plan = MERGE_ATTENTION.plan(_facts(q, q, needs_grad(*outs, *lses), False, (-1, -1), True, False), backend)
+    return MERGE_ATTENTION.run(plan, None, outs=list(outs), lses=list(lses))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from .. import checks, env
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, refuse_transforms, remember, remembered
 from ..environment import cudnn_version
+from ..first_order import apply
 from ..kernels.convolution_settings import ConvSettings
 from ..measured import sizes
 from ..precision import (
@@ -50,7 +51,7 @@ class ConvolutionProblem(Problem):
 
 def _example(device: str, dtype: torch.dtype, grad: bool) -> ConvolutionProblem:
     return ConvolutionProblem(device, dtype, grad, 96, 96, (3, 3, 3), (1, 1, 1), "zeros", "zeros", 0, 1, None,
-                              cudnn=_cudnn_of(device))
+                              cudnn=_cudnn() if device.startswith("cuda") else (0, False))
 
 
 # -------------------------------------------------------------------------------------------------------- cuDNN
@@ -61,8 +62,8 @@ def _cudnn() -> tuple[int, bool]:
     return version or 0, tf32_convolutions()
 
 
-def _cudnn_of(device: str) -> tuple[int, bool]:
-    return _cudnn() if device.startswith("cuda") else (0, False)
+def _cudnn_of(x) -> tuple[int, bool]:
+    return _cudnn() if isinstance(x, torch.Tensor) and x.is_cuda else (0, False)
 
 
 def _cudnn_bugs(problem: ConvolutionProblem, dtype: torch.dtype) -> list[str]:
@@ -134,16 +135,35 @@ def _convolve(settings: ConvSettings, h, weight, bias, cache, residual):
     return y if residual is None else y + residual
 
 
+def _on_one_frame(x, taps) -> bool:
+    """Whether a 2-D convolution computes the same. On a CPU, small ones start in half the time."""
+    return x.is_cpu and x.shape[2] == 1 and taps.shape[2] == 1
+
+
 def _conv3d(x, weight, bias, stride, padding):
-    if x.device.type == "cpu" and emulated_on_cpu(x.dtype):  # PyTorch emulates it by loops thirty times slower
+    if x.is_cpu and emulated_on_cpu(x.dtype):  # PyTorch emulates it by loops thirty times slower
         wide = (None if t is None else t.float() for t in (x, weight, bias))
         return _conv3d(*wide, stride, padding).to(x.dtype)
+    if _on_one_frame(x, weight):
+        return F.conv2d(x.squeeze(2), weight.squeeze(2), bias, stride[1:], padding[1:]).unsqueeze(2)
     # On a CPU F.conv3d uses oneDNN only above B * C * T * H = 20,480 elements and unfolds smaller clips (im2col): 85 MB and
     # five times the time for 64 channels of 4 x 48 x 64.
-    if (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and has_data(x)
+    if (x.is_cpu and x.dtype == weight.dtype == torch.float32 and has_data(x)
             and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()):
         return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
+
+
+def _conv3d_backward(dy, x, taps, bias_sizes, stride, padding, wanted):
+    one_frame = _on_one_frame(x, taps)
+    if one_frame:
+        dy, x, taps, stride, padding = dy.squeeze(2), x.squeeze(2), taps.squeeze(2), stride[1:], padding[1:]
+    ones, zeros = [1] * len(stride), [0] * len(stride)
+    dx, dtaps, dbias = torch.ops.aten.convolution_backward(dy, x, taps, bias_sizes, stride, padding, ones, False, zeros, 1,
+                                                           wanted)
+    if one_frame:
+        dx, dtaps = (None if t is None else t.unsqueeze(2) for t in (dx, dtaps))
+    return dx, dtaps, dbias
 
 
 def _torch_forward(settings: ConvSettings, x, weight, bias, cache, residual, norm_weight, norm_bias):
@@ -193,10 +213,10 @@ class _SavesInput(torch.autograd.Function):
                     dtype = torch.float32
                 # dy in the memory format of the input: else a copy, and on CUDA the slower NCDHW kernels
                 layout = torch.contiguous_format if padded.is_contiguous() else torch.channels_last_3d
-                dpadded, dtaps, dbias = torch.ops.aten.convolution_backward(
+                dpadded, dtaps, dbias = _conv3d_backward(
                     dy.contiguous(memory_format=layout).to(dtype), padded.detach().to(weight.dtype).to(dtype),
                     taps.to(dtype), [taps.shape[0]] if ctx.has_bias else None, settings.stride, _conv_padding(settings),
-                    (1, 1, 1), False, (0, 0, 0), 1, (bool(data), needs[2], ctx.has_bias and needs[3]))
+                    (bool(data), needs[2], ctx.has_bias and needs[3]))
                 if needs[2]:
                     missing = weight.shape[2] - taps.shape[2]
                     dweight = (F.pad(dtaps, (0, 0, 0, 0, missing, 0)) if missing else dtaps).to(weight.dtype)
@@ -217,8 +237,8 @@ def _torch(settings: ConvSettings, *, x, weight, bias, cache, residual, norm_wei
     nothing_comes_out = settings.phase >= x.shape[2] or x.shape[0] == 0
     # torch.func transforms take no custom autograd.Function
     plain = nothing_comes_out or torch.compiler.is_compiling() or transformed()
-    run = _SavesInput.apply if needs_grad(*tensors) and not plain else _torch_forward
-    y, cache_out = run(settings, *tensors)
+    y, cache_out = (apply(_SavesInput, settings, *tensors) if needs_grad(*tensors) and not plain
+                    else _torch_forward(settings, *tensors))
     return (y, cache_out) if settings.return_cache else y
 
 
@@ -305,10 +325,10 @@ def _settings(op: str, x, weight, bias, cache, residual, *, stride, padding, tim
 
 
 def _facts(x, weight, settings: ConvSettings, grad: bool, wide: torch.dtype) -> tuple:
-    """The fields of a ConvolutionProblem except the last, which may differ at the next call."""
+    """The fields of a ConvolutionProblem."""
     s = settings
     return (device_name(x), weight.dtype, grad, x.shape[1], weight.shape[0], s.kernel, s.stride, s.time_pad, s.space_pad,
-            s.lookahead, s.upsample, s.norm, wide, sizes((x.shape[0], *x.shape[2:])))
+            s.lookahead, s.upsample, s.norm, wide, sizes((x.shape[0], *x.shape[2:])), _cudnn_of(x))
 
 
 def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zeros", space_pad="zeros", cache=None,
@@ -349,8 +369,8 @@ def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zer
     True
     """
     op = "causal_conv3d"
-    key = call_key(CAUSAL_CONV3D, (x, weight, bias, cache, residual), stride, padding, time_pad, space_pad, phase, lookahead,
-                   upsample, return_cache, casts=True)
+    key = call_key(CAUSAL_CONV3D, backend, (x, weight, bias, cache, residual), stride, padding, time_pad, space_pad, phase,
+                   lookahead, upsample, return_cache, *_cudnn_of(x), casts=True)
     found = remembered(key)
     if found is None:
         settings = _settings(op, x, weight, bias, cache, residual, stride=stride, padding=padding, time_pad=time_pad,
@@ -362,10 +382,9 @@ def causal_conv3d(x, weight, bias=None, *, stride=1, padding=None, time_pad="zer
     if found is None:
         checks.same_dtype(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
         facts = _facts(x, weight, settings, needs_grad(x, weight, bias, cache, residual), wide_dtype(x, weight))
-        found = remember(key, (facts, settings))
-    facts, settings = found
-    return CAUSAL_CONV3D.run((*facts, _cudnn_of(facts[0])), backend, key, settings=settings, x=x, weight=weight, bias=bias,
-                             cache=cache, residual=residual)
+        found = remember(key, (CAUSAL_CONV3D.plan(facts, backend), settings))
+    plan, settings = found
+    return CAUSAL_CONV3D.run(plan, key, settings=settings, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
 
 
 def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, norm="rms", groups=32, eps=1e-6,
@@ -412,8 +431,8 @@ def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, n
     torch.Size([1, 8, 5, 8, 8])
     """
     op, tensors = "norm_act_conv3d", (x, weight, bias, norm_weight, norm_bias, cache, residual)
-    key = call_key(NORM_ACT_CONV3D, tensors, norm, groups, eps, act, stride, padding, time_pad, space_pad, phase,
-                   lookahead, upsample, return_cache, casts=True)
+    key = call_key(NORM_ACT_CONV3D, backend, tensors, norm, groups, eps, act, stride, padding, time_pad, space_pad, phase,
+                   lookahead, upsample, return_cache, *_cudnn_of(x), casts=True)
     found = remembered(key)
     if found is None:
         normalization.check(op, x, norm_weight, norm_bias, norm, groups, eps, act, prefix="norm_")
@@ -428,7 +447,7 @@ def norm_act_conv3d(x, weight, bias=None, *, norm_weight=None, norm_bias=None, n
         convolved = x if autocast_dtype(x) is None or x.dtype == torch.float64 else weight
         checks.same_dtype(op, x=convolved, weight=weight, bias=bias, cache=cache, residual=residual)
         facts = _facts(x, weight, settings, needs_grad(*tensors), wide_dtype(x, weight, norm_weight, norm_bias))
-        found = remember(key, (facts, settings))
-    facts, settings = found
-    return NORM_ACT_CONV3D.run((*facts, _cudnn_of(facts[0])), backend, key, settings=settings, x=x, weight=weight, bias=bias,
-                               norm_weight=norm_weight, norm_bias=norm_bias, cache=cache, residual=residual)
+        found = remember(key, (NORM_ACT_CONV3D.plan(facts, backend), settings))
+    plan, settings = found
+    return NORM_ACT_CONV3D.run(plan, key, settings=settings, x=x, weight=weight, bias=bias, norm_weight=norm_weight,
+                               norm_bias=norm_bias, cache=cache, residual=residual)

@@ -49,12 +49,13 @@ def kl_sample(moments, noise=None, *, backend="auto"):
 
     Source: arXiv 1312.6114, appendix B.
     """
-    key = call_key(KL_SAMPLE, (moments, noise))
-    facts = remembered(key)
-    if facts is None:
+    key = call_key(KL_SAMPLE, backend, (moments, noise))
+    plan = remembered(key)
+    if plan is None:
         _check(moments, noise)
-        facts = remember(key, (device_name(moments), moments.dtype, needs_grad(moments, noise)))
-    return KL_SAMPLE.run(facts, backend, key, moments=moments, noise=noise)
+        facts = (device_name(moments), moments.dtype, needs_grad(moments, noise))
+        plan = remember(key, KL_SAMPLE.plan(facts, backend))
+    return KL_SAMPLE.run(plan, key, moments=moments, noise=noise)
 
 
 def _check(moments, noise) -> None:

@@ -13,7 +13,7 @@ from .. import checks
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
 from ..measured import sizes
 from ..pack import Pack, check_kind, check_pack
-from ..precision import cast, wide_dtype
+from ..precision import cast, wide_dtype, widen
 from ..reference import modulation as reference
 from ..reference.modulation import only_samples, pick
 from . import modulation_triton
@@ -41,78 +41,63 @@ def _example(device: str, dtype: torch.dtype, grad: bool, norm: str | None = "la
 
 
 # ---------------------------------------------------------------------------------------------- backend "torch"
-def _normalise(x_ND, norm, weight, bias, eps):
-    # weight and bias are applied outside: layer_norm accumulates their gradients less accurately over many tokens
-    h_ND = F.layer_norm(x_ND, x_ND.shape[-1:], None, None, eps) if norm == "layer" else F.rms_norm(
-        x_ND, x_ND.shape[-1:], None, eps)
-    h_ND = h_ND if weight is None else h_ND * weight
-    return h_ND if bias is None else h_ND + bias
-
-
 def _row_of_token(table, rows, tail):
     """``pick``, without its clamp if no row is -1."""
-    if rows is None:
+    if rows is None or table is None:
         return table
     return pick(table, rows) if tail else table.index_select(0, rows)
 
 
-def _modulated(x_ND, shift, scale, rows, tail, norm, weight, bias, eps):
-    dtype = x_ND.dtype
-    h_ND = _normalise(x_ND, norm, cast(weight, dtype), cast(bias, dtype), eps)
+def _modulated(x, shift, scale, rows, tail, norm, weight, bias, eps):
+    """Of tensors of one dtype."""
+    # weight and bias are applied outside: layer_norm accumulates their gradients less accurately over many tokens
+    h = F.layer_norm(x, x.shape[-1:], None, None, eps) if norm == "layer" else F.rms_norm(x, x.shape[-1:], None, eps)
+    h = h if weight is None else h * weight
+    h = h if bias is None else h + bias
+    shift, scale = _row_of_token(shift, rows, tail), None if scale is None else _row_of_token(1 + scale, rows, tail)
     if scale is not None:
-        scale = _row_of_token(1 + cast(scale, dtype), rows, tail)
-    if shift is not None:
-        shift = _row_of_token(cast(shift, dtype), rows, tail)
-    if scale is not None and shift is not None:
-        h_ND = torch.addcmul(shift, h_ND, scale)
-    elif scale is not None:
-        h_ND = h_ND * scale
+        h = h * scale if shift is None else torch.addcmul(shift, h, scale)
     elif shift is not None:
-        h_ND = h_ND + shift
-    return only_samples(h_ND, rows) if tail else h_ND
+        h = h + shift
+    return only_samples(h, rows) if tail else h
 
 
 def _gated(x, y, gate, rows, tail):
-    wide = wide_dtype(x, y, gate)
-    x_ND, y_ND, gate = cast(x, wide), cast(y, wide), _row_of_token(cast(gate, wide), rows, tail)
+    dtype = x.dtype
+    x, y, gate = widen(x, y, gate)
     if tail:
-        x_ND, y_ND = only_samples(x_ND, rows), only_samples(y_ND, rows)
-    x_ND = torch.addcmul(x_ND, gate, y_ND)
-    return cast(only_samples(x_ND, rows) if tail else x_ND, x.dtype)
+        x, y = only_samples(x, rows), only_samples(y, rows)
+    x = torch.addcmul(x, _row_of_token(gate, rows, tail), y)
+    return cast(only_samples(x, rows) if tail else x, dtype)
 
 
 # If every row has ``even`` tokens, view tokens as (R, N / R, D) and tables as (R, 1, D) instead of expanding to N rows.
-def _by_row(tokens, even: int):
-    return tokens.view(-1, even, tokens.shape[1])
-
-
-def _for_rows(table):
-    return None if table is None else table[:, None]
-
-
 def _torch_norm_modulate(x, shift, scale, rows, tail, even, *, norm, weight, bias, eps, dtype):
-    wide = wide_dtype(x, shift, scale, weight, bias)
+    dtype = dtype or x.dtype
+    x, shift, scale, weight, bias = widen(x, shift, scale, weight, bias)
     if even:
-        x, shift, scale, rows = _by_row(x, even), _for_rows(shift), _for_rows(scale), None
-    x_ND = cast(x, wide)
-    x_ND = only_samples(x_ND, rows) if tail else x_ND
-    h = cast(_modulated(x_ND, shift, scale, rows, tail, norm, weight, bias, eps), dtype or x.dtype)
+        x, rows = x.view(-1, even, x.shape[1]), None
+        shift, scale = shift if shift is None else shift.unsqueeze(1), scale if scale is None else scale.unsqueeze(1)
+    x = only_samples(x, rows) if tail else x
+    h = cast(_modulated(x, shift, scale, rows, tail, norm, weight, bias, eps), dtype)
     return h.flatten(0, 1) if even else h
 
 
 def _torch_gate_residual(x, y, gate, rows, tail, even):
-    if even:
-        return _gated(_by_row(x, even), _by_row(y, even), _for_rows(gate), None, False).flatten(0, 1)
-    return _gated(x, y, gate, rows, tail)
+    if not even:
+        return _gated(x, y, gate, rows, tail)
+    width = x.shape[1]
+    return _gated(x.view(-1, even, width), y.view(-1, even, width), gate.unsqueeze(1), None, False).flatten(0, 1)
 
 
 def _torch_gate_residual_norm_modulate(x, y, gate, shift, scale, rows, tail, even, *, norm, weight, bias, eps):
-    wide = wide_dtype(x, y, gate, shift, scale, weight, bias)
     if even:
-        x, y, gate = _by_row(x, even), _by_row(y, even), _for_rows(gate)
-        shift, scale, rows = _for_rows(shift), _for_rows(scale), None
+        width = x.shape[1]
+        x, y, gate, rows = x.view(-1, even, width), y.view(-1, even, width), gate.unsqueeze(1), None
+        shift, scale = shift if shift is None else shift.unsqueeze(1), scale if scale is None else scale.unsqueeze(1)
     x_new = _gated(x, y, gate, rows, tail)
-    h = cast(_modulated(cast(x_new, wide), shift, scale, rows, tail, norm, weight, bias, eps), y.dtype)
+    normed, shift, scale, weight, bias = widen(x_new, shift, scale, weight, bias)
+    h = cast(_modulated(normed, shift, scale, rows, tail, norm, weight, bias, eps), y.dtype)
     return (x_new.flatten(0, 1), h.flatten(0, 1)) if even else (x_new, h)
 
 
@@ -223,16 +208,17 @@ def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias
     Source: adaLN of DiT, arXiv 2212.09748.
     """
     op = "norm_modulate"
-    key = call_key(NORM_MODULATE, (x, shift, scale, weight, bias, rows), norm, eps, dtype)
-    facts = remembered(key)
-    if facts is None:
+    key = call_key(NORM_MODULATE, backend, (x, shift, scale, weight, bias, rows), norm, eps, dtype)
+    plan = remembered(key)
+    if plan is None:
         _check(op, x, None, {"shift": shift, "scale": scale}, rows, weight, bias)
         _check_norm(op, norm, eps)
         checks.require(dtype is None or getattr(dtype, "is_floating_point", False), op,
                        "dtype to be a floating torch.dtype", dtype, "pass torch.bfloat16, or leave it out for x's own")
-        facts = remember(key, _facts(x, None, None, shift, scale, weight, bias, norm))
+        facts = _facts(x, None, None, shift, scale, weight, bias, norm)
+        plan = remember(key, NORM_MODULATE.plan(facts, backend))
     where = _rows(op, x, scale if shift is None else shift, rows, key)
-    return NORM_MODULATE.run(facts, backend, key, x=x, shift=shift, scale=scale, **where, norm=norm, weight=weight,
+    return NORM_MODULATE.run(plan, key, x=x, shift=shift, scale=scale, **where, norm=norm, weight=weight,
                              bias=bias, eps=eps, dtype=dtype)
 
 
@@ -258,15 +244,16 @@ def gate_residual(x, y, gate, rows=None, *, backend="auto"):
     torch.Size([5, 8])
     """
     op = "gate_residual"
-    key = call_key(GATE_RESIDUAL, (x, y, gate, rows))
-    facts = remembered(key)
-    if facts is None:
+    key = call_key(GATE_RESIDUAL, backend, (x, y, gate, rows))
+    plan = remembered(key)
+    if plan is None:
         checks.shape(op, "gate", gate, ("R", "D"), "gate is modulation, one row per sample or frame")
         checks.tensor(op, "y", y)
         _check(op, x, y, {"gate": gate}, rows)
-        facts = remember(key, _facts(x, y, gate, None, None, None, None, None))
+        facts = _facts(x, y, gate, None, None, None, None, None)
+        plan = remember(key, GATE_RESIDUAL.plan(facts, backend))
     where = _rows(op, x, gate, rows, key)
-    return GATE_RESIDUAL.run(facts, backend, key, x=x, y=y, gate=gate, **where)
+    return GATE_RESIDUAL.run(plan, key, x=x, y=y, gate=gate, **where)
 
 
 def gate_residual_norm_modulate(x, y, gate, shift, scale, rows=None, *, norm="layer", weight=None, bias=None,
@@ -299,14 +286,15 @@ def gate_residual_norm_modulate(x, y, gate, shift, scale, rows=None, *, norm="la
     True
     """
     op = "gate_residual_norm_modulate"
-    key = call_key(GATE_RESIDUAL_NORM_MODULATE, (x, y, gate, shift, scale, weight, bias, rows), norm, eps)
-    facts = remembered(key)
-    if facts is None:
+    key = call_key(GATE_RESIDUAL_NORM_MODULATE, backend, (x, y, gate, shift, scale, weight, bias, rows), norm, eps)
+    plan = remembered(key)
+    if plan is None:
         checks.shape(op, "gate", gate, ("R", "D"), "gate is modulation, one row per sample or frame")
         checks.tensor(op, "y", y)
         _check(op, x, y, {"gate": gate, "shift": shift, "scale": scale}, rows, weight, bias)
         _check_norm(op, norm, eps)
-        facts = remember(key, _facts(x, y, gate, shift, scale, weight, bias, norm))
+        facts = _facts(x, y, gate, shift, scale, weight, bias, norm)
+        plan = remember(key, GATE_RESIDUAL_NORM_MODULATE.plan(facts, backend))
     where = _rows(op, x, gate, rows, key)
-    return GATE_RESIDUAL_NORM_MODULATE.run(facts, backend, key, x=x, y=y, gate=gate, shift=shift, scale=scale,
+    return GATE_RESIDUAL_NORM_MODULATE.run(plan, key, x=x, y=y, gate=gate, shift=shift, scale=scale,
                                            norm=norm, weight=weight, bias=bias, eps=eps, **where)

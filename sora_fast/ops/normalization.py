@@ -102,10 +102,11 @@ def norm_act(x, weight=None, bias=None, *, norm="rms", groups=32, eps=1e-6, act=
     >>> ops.norm_act(torch.randn(1, 16, 5, 8, 8), weight=torch.ones(16)).shape
     torch.Size([1, 16, 5, 8, 8])
     """
-    key = call_key(NORM_ACT, (x, weight, bias), norm, groups, eps, act)
-    facts = remembered(key)
-    if facts is None:
+    key = call_key(NORM_ACT, backend, (x, weight, bias), norm, groups, eps, act)
+    plan = remembered(key)
+    if plan is None:
         check("norm_act", x, weight, bias, norm, groups, eps, act)
-        facts = remember(key, (device_name(x), x.dtype, needs_grad(x, weight, bias), x.shape[1], norm, act,
-                               wide_dtype(x, weight, bias), sizes((x.shape[0], *x.shape[2:]))))
-    return NORM_ACT.run(facts, backend, key, x=x, weight=weight, bias=bias, norm=norm, groups=groups, eps=eps, act=act)
+        facts = (device_name(x), x.dtype, needs_grad(x, weight, bias), x.shape[1], norm, act,
+                 wide_dtype(x, weight, bias), sizes((x.shape[0], *x.shape[2:])))
+        plan = remember(key, NORM_ACT.plan(facts, backend))
+    return NORM_ACT.run(plan, key, x=x, weight=weight, bias=bias, norm=norm, groups=groups, eps=eps, act=act)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks, measured
-from ..dispatch import Backend, Op, Problem, device_name, needs_grad
+from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
 from ..pack import Pack, host_grids, token_grid
 from ..precision import autocast, no_autocast
 from ..reference import patches as reference
@@ -180,12 +180,12 @@ def _check_pack_tokens(op: str, pack: Pack, tokens: int, what: str) -> None:
                            "Pack.of(latents, patch) makes it, with pad_to where there is a tail")
 
 
-def _flatten(op: str, latents, channels: int, patch, like):
-    """A batch or list of clips as one flat buffer, and its grids; an empty list gets ``like``'s dtype."""
+def _grids_of(op: str, latents, channels: int, patch) -> tuple:
+    """The grids of a batch or list of clips."""
     if isinstance(latents, torch.Tensor):
         checks.shape(op, "latents", latents, ("B", channels, "T", "H", "W"),
                      "pass a batch, a list of (C, T, H, W), or a flat buffer with grids")
-        return latents.reshape(-1), (token_grid(op, latents.shape[-3:], patch, "{} of latents to be"),) * latents.shape[0]
+        return (token_grid(op, latents.shape[-3:], patch, "{} of latents to be"),) * latents.shape[0]
     checks.sequence(op, "latents", latents, "clips (C, T, H, W)")
     grids = []
     for index, clip in enumerate(latents):
@@ -193,9 +193,47 @@ def _flatten(op: str, latents, channels: int, patch, like):
         checks.same_dtype(op, **{"latents[0]": latents[0], f"latents[{index}]": clip})
         checks.same_device(op, **{"latents[0]": latents[0], f"latents[{index}]": clip})
         grids.append(token_grid(op, clip.shape[-3:], patch, f"{{}} of latents[{index}] to be"))
+    return tuple(grids)
+
+
+def _flat(latents, like):
+    """A batch or list of clips as one flat buffer; an empty list gets ``like``'s dtype."""
+    if isinstance(latents, torch.Tensor):
+        return latents.reshape(-1)
     flat = [clip.reshape(-1) for clip in latents] or [like.new_zeros(0)]
     with no_autocast(flat[0].device.type):
-        return torch.cat(flat), tuple(grids)
+        return torch.cat(flat)
+
+
+def _check_embed(op: str, latents, weight, bias, grids):
+    """Checks all but devices and dtypes; returns the grids, host triples or a tensor in a traced graph."""
+    checks.shape(op, "weight", weight, ("D", "C", "pt", "ph", "pw"), "use the weight of a Conv3d")
+    width, channels, *patch = weight.shape
+    numel = prod(weight.shape[1:])
+    if numel == 0:
+        raise checks.error(op, "a weight of at least one element per token", checks.show_shape(weight.shape),
+                           "use the weight of a Conv3d")
+    if bias is not None:
+        checks.shape(op, "bias", bias, (width,), "one element per column of the tokens")
+    if grids is None:
+        if isinstance(latents, torch.Tensor) and latents.dim() == 1:
+            raise ValueError(f"{op}: expected grids with a flat buffer, got None; pass the tokens in t, h, w of every "
+                             f"sample")
+        return _grids_of(op, latents, channels, patch)
+    checks.shape(op, "latents", latents, ("numel",), "with grids, pass one flat buffer of all samples")
+    sizes = _sizes(op, grids)
+    if latents.shape[0] % numel:
+        raise checks.error(op, f"a flat buffer of whole patches of {numel} elements",
+                           f"{checks.shown(latents.shape[0])} elements",
+                           "end the buffer (and its tail) on a whole patch")
+    if isinstance(grids, Pack):
+        _check_pack_tokens(op, grids, latents.shape[0] // numel, f"a flat buffer of {numel} elements")
+    elif not isinstance(sizes, torch.Tensor):
+        needed = numel * sum(t * h * w for t, h, w in sizes)
+        if latents.shape[0] < needed:
+            raise checks.error(op, f"at least the {checks.shown(needed)} elements that grids requires",
+                               checks.shown(latents.shape[0]), "pass the grids of this buffer")
+    return sizes
 
 
 def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
@@ -222,42 +260,30 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
     >>> ops.patch_embed([clip, image], torch.randn(32, 4, 1, 2, 2)).shape
     torch.Size([40, 32])
     """
-    op = "patch_embed"
-    checks.shape(op, "weight", weight, ("D", "C", "pt", "ph", "pw"), "use the weight of a Conv3d")
-    width, channels, *patch = weight.shape
+    op, key = "patch_embed", None
     pack = grids if isinstance(grids, Pack) else None
-    numel = prod(weight.shape[1:])
-    if numel == 0:
-        raise checks.error(op, "a weight of at least one element per token", checks.show_shape(weight.shape),
-                           "use the weight of a Conv3d")
-    if grids is None:
-        if isinstance(latents, torch.Tensor) and latents.dim() == 1:
-            raise ValueError(f"{op}: expected grids with a flat buffer, got None; pass the tokens in t, h, w of every "
-                             f"sample")
-        latents, grids = _flatten(op, latents, channels, patch, weight)
+    if grids is None or pack is not None:  # other grids are looked at every time
+        clips = latents if isinstance(latents, (tuple, list)) else (latents,)
+        key = call_key(PATCH_EMBED, backend, (*clips, weight, bias, grids), type(latents), casts=True)
+    found = remembered(key)
+    if found is None:
+        sizes = _check_embed(op, latents, weight, bias, grids)
     else:
-        checks.shape(op, "latents", latents, ("numel",), "with grids, pass one flat buffer of all samples")
-        grids = _sizes(op, grids)
-        if latents.shape[0] % numel:
-            raise checks.error(op, f"a flat buffer of whole patches of {numel} elements",
-                               f"{checks.shown(latents.shape[0])} elements",
-                               "end the buffer (and its tail) on a whole patch")
-        if pack is not None:
-            _check_pack_tokens(op, pack, latents.shape[0] // numel, f"a flat buffer of {numel} elements")
-        elif not isinstance(grids, torch.Tensor):
-            needed = numel * sum(t * h * w for t, h, w in grids)
-            if latents.shape[0] < needed:
-                raise checks.error(op, f"at least the {checks.shown(needed)} elements that grids requires",
-                                   checks.shown(latents.shape[0]), "pass the grids of this buffer")
-    checks.floating(op, latents=latents, weight=weight, bias=bias)
-    checks.same_device(op, latents=latents, weight=weight, bias=bias)
-    if bias is not None:
-        checks.shape(op, "bias", bias, (width,), "one element per column of the tokens")
+        plan, sizes = found
+        sizes = sizes if pack is None else pack.grids
+    latents = _flat(latents, weight) if grids is None else latents
+    if found is None:
+        checks.floating(op, latents=latents, weight=weight, bias=bias)
+        checks.same_device(op, latents=latents, weight=weight, bias=bias)
     latents, weight, bias = autocast(latents, weight, bias)
-    checks.same_dtype(op, latents=latents, weight=weight, bias=bias)
-    facts = (device_name(latents), latents.dtype, needs_grad(latents, weight, bias), width, channels * patch[0] * patch[1],
-             patch[2], isinstance(grids, torch.Tensor), measured.sizes(latents.shape))
-    return PATCH_EMBED.run(facts, backend, latents=latents, weight=weight, bias=bias, grids=grids, pack=pack)
+    if found is None:
+        checks.same_dtype(op, latents=latents, weight=weight, bias=bias)
+        width, channels, pt, ph, pw = weight.shape
+        facts = (device_name(latents), latents.dtype, needs_grad(latents, weight, bias), width, channels * pt * ph, pw,
+                 isinstance(sizes, torch.Tensor), measured.sizes(latents.shape))
+        plan = PATCH_EMBED.plan(facts, backend)
+        remember(key, (plan, sizes))
+    return PATCH_EMBED.run(plan, key, latents=latents, weight=weight, bias=bias, grids=sizes, pack=pack)
 
 
 def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
@@ -282,16 +308,29 @@ def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
     >>> [tuple(clip.shape) for clip in clips]
     [(4, 2, 8, 8), (4, 1, 4, 8)]
     """
-    op = "unpatchify"
+    pack = grids if isinstance(grids, Pack) else None
+    key = None if pack is None else call_key(UNPATCHIFY, backend, (tokens, pack), patch, channels, flat)
+    plan = remembered(key)
+    if plan is None:
+        sizes, facts = _check_unpatchify("unpatchify", tokens, grids, patch, channels, flat)
+        plan = remember(key, UNPATCHIFY.plan(facts, backend))
+    else:
+        sizes = pack.grids
+    patch = tuple(patch)
+    buffer = UNPATCHIFY.run(plan, key, tokens=tokens, grids=sizes, pack=pack, patch=patch, channels=channels)
+    return buffer if flat else _clips(buffer, sizes, patch, channels)
+
+
+def _check_unpatchify(op: str, tokens, grids, patch, channels, flat) -> tuple:
+    """The sizes of ``grids``, and the fields of a PatchesProblem."""
     checks.several(op, "patch", patch, "pt, ph, pw", 1)
     checks.whole(op, "channels", channels, 1)
     pt, ph, pw = patch
     checks.shape(op, "tokens", tokens, ("N", pt * ph * pw * channels), "a token has pt * ph * pw * C elements")
     checks.floating(op, tokens=tokens)
     sizes = _sizes(op, grids)
-    pack = grids if isinstance(grids, Pack) else None
-    if pack is not None:
-        _check_pack_tokens(op, pack, tokens.shape[0], "a row")
+    if isinstance(grids, Pack):
+        _check_pack_tokens(op, grids, tokens.shape[0], "a row")
     elif not isinstance(sizes, torch.Tensor):
         needed = sum(t * h * w for t, h, w in sizes)
         if tokens.shape[0] < needed:
@@ -300,18 +339,19 @@ def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
     if isinstance(sizes, torch.Tensor):
         checks.require(flat, op, "flat=True with a grids tensor in a traced graph", "flat=False",
                        "cut the buffer into clips outside the graph")
-    facts = (device_name(tokens), tokens.dtype, needs_grad(tokens), channels, pt * ph, pw, isinstance(sizes, torch.Tensor),
-             measured.sizes(tokens.shape[:1]))
-    buffer = UNPATCHIFY.run(facts, backend, tokens=tokens, grids=sizes, pack=pack, patch=tuple(patch),
-                            channels=channels)
-    return buffer if flat else clips(buffer, sizes, patch, channels)
+    return sizes, (device_name(tokens), tokens.dtype, needs_grad(tokens), channels, pt * ph, pw,
+                   isinstance(sizes, torch.Tensor), measured.sizes(tokens.shape[:1]))
 
 
 def clips(buffer, grids, patch, channels: int) -> list[torch.Tensor]:
     """Views (C, T, H, W) of the samples in a flat buffer; ``grids`` as in ``patch_embed``."""
+    return _clips(buffer, host_grids("clips", grids), patch, channels)
+
+
+def _clips(buffer, grids, patch, channels: int) -> list[torch.Tensor]:
     pt, ph, pw = patch
     views, start = [], 0
-    for t, h, w in host_grids("clips", grids):
+    for t, h, w in grids:
         size = channels * t * pt * h * ph * w * pw
         views.append(buffer[start : start + size].view(channels, t * pt, h * ph, w * pw))
         start += size

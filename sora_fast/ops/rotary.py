@@ -51,42 +51,42 @@ def _example(device: str, dtype: torch.dtype, grad: bool) -> RotaryProblem:
 # ---------------------------------------------------------------------------------------------- backend "torch"
 @dataclass(frozen=True)
 class _CosSin:
-    """Cosines and sines (N, 1, P) of ``settings`` and of ``coords`` at ``version``."""
+    """Cached ``_cos_sin`` of ``settings`` and of ``coords`` at ``version``."""
 
     coords: weakref.ref
     version: int
     settings: tuple
-    cos: torch.Tensor
-    sin: torch.Tensor
+    cos_sin: tuple
 
 
 _cached: _CosSin | None = None
 
 
-def _cos_sin(coords, rows, axes, theta, freqs, dtype):
-    """Cosines and sines of all angles. ``rows``: None if every token is in a sample."""
-    # coordinates of tokens outside every sample are not read and do not reach the gradient of freqs
-    angles = reference.angles(coords if rows is None else only_samples(coords, rows), axes, theta, freqs, dtype)
+def _cos_sin(coords, axes, theta, freqs, dtype, pairing) -> tuple:
+    """Cosines and sines (N, 1 or H, P) of all angles; or, for ``_rotate``, one tensor of complex numbers."""
+    angles = reference.angles(coords, axes, theta, freqs, dtype)
+    if pairing == "interleaved" and not torch.compiler.is_compiling():  # graphs fuse real arithmetic, and not complex
+        return (torch.complex(angles.cos(), angles.sin()),)
     return angles.cos(), angles.sin()
 
 
-def _cached_cos_sin(coords, axes, theta, dtype):
+def _cached_cos_sin(coords, axes, theta, dtype, pairing) -> tuple:
     """The same for fixed frequencies, cached for the next layer, which has the same coords. On CPUs only: on a GPU the cache
     would have to handle streams and CUDA graphs.
     """
     global _cached
     if not coords.is_cpu or not has_data(coords) or coords.is_inference():
-        return _cos_sin(coords, None, axes, theta, None, dtype)
-    settings = (tuple(axes), tuple(theta) if isinstance(theta, list) else theta, dtype)
-    cached = _cached
-    if (cached is not None and cached.coords() is coords and cached.version == coords._version  # not changed in place since
-            and cached.settings == settings):
-        return cached.cos, cached.sin
+        return _cos_sin(coords, axes, theta, None, dtype, pairing)
+    settings = (tuple(axes), tuple(theta) if isinstance(theta, list) else theta, dtype, pairing)
+    last = _cached
+    if (last is not None and last.coords() is coords and last.version == coords._version  # not changed in place since
+            and last.settings == settings):
+        return last.cos_sin
     with torch.inference_mode(False):  # a backward may save it later
-        cos, sin = _cos_sin(coords, None, axes, theta, None, dtype)
-    if has_data(cos):
-        _cached = _CosSin(weakref.ref(coords, _drop_cached), coords._version, settings, cos, sin)
-    return cos, sin
+        cos_sin = _cos_sin(coords, axes, theta, None, dtype, pairing)
+    if has_data(cos_sin[0]):
+        _cached = _CosSin(weakref.ref(coords, _drop_cached), coords._version, settings, cos_sin)
+    return cos_sin
 
 
 def _drop_cached(coords: weakref.ref) -> None:
@@ -96,22 +96,33 @@ def _drop_cached(coords: weakref.ref) -> None:
         _cached = None
 
 
-def _rotate(x_NHE, cos, sin, pairing):
-    """``reference.rotate`` by cosines and sines."""
-    pairs = cos.shape[-1]
-    rest = None
+def _rotate(x_NHE, cos_sin, pairing):
+    """``reference.rotate`` by what ``_cos_sin`` returns."""
+    pairs, rest = cos_sin[0].shape[-1], None
     if 2 * pairs < x_NHE.shape[-1]:
         x_NHE, rest = x_NHE[..., : 2 * pairs], x_NHE[..., 2 * pairs :]
-    interleaved = pairing == "interleaved"
-    a, b = (x_NHE[..., 0::2], x_NHE[..., 1::2]) if interleaved else (x_NHE[..., :pairs], x_NHE[..., pairs:])
-    a, b = a * cos - b * sin, a * sin + b * cos
-    rotated = torch.stack([a, b], dim=-1).flatten(-2) if interleaved else torch.cat([a, b], dim=-1)
+    if len(cos_sin) == 1:  # one product in place of nine kernels
+        rotated = torch.view_as_real(_complex(x_NHE) * cos_sin[0]).flatten(-2)
+    else:
+        cos, sin = cos_sin
+        interleaved = pairing == "interleaved"
+        a, b = (x_NHE[..., 0::2], x_NHE[..., 1::2]) if interleaved else (x_NHE[..., :pairs], x_NHE[..., pairs:])
+        a, b = a * cos - b * sin, a * sin + b * cos
+        rotated = torch.stack([a, b], dim=-1).flatten(-2) if interleaved else torch.cat([a, b], dim=-1)
     return rotated if rest is None else torch.cat([rotated, rest], dim=-1)
 
 
-def _torch_norm_rope(x, weight, bias, cos_sin, norm, pairing, eps, rows):
+def _complex(x_NHE):
+    """Channels (2i, 2i + 1) as one complex number, in place where strides allow."""
+    tokens, heads, channels = x_NHE.shape
+    n, h, e = x_NHE.stride()
+    if e != 1 or (n | h | x_NHE.storage_offset()) % 2:
+        x_NHE = x_NHE.clone(memory_format=torch.contiguous_format)
+    return torch.view_as_complex(x_NHE.view(tokens, heads, channels // 2, 2))
+
+
+def _torch_norm_rope(x, weight, bias, cos_sin, norm, pairing, eps, rows, wide):
     shape, width = x.shape, x.shape[1] * x.shape[2]
-    wide = wide_dtype(x, weight, bias, None if cos_sin is None else cos_sin[0])
     h, weight, bias = cast(x, wide), cast(weight, wide), cast(bias, wide)
     if rows is not None:
         h = only_samples(h.reshape(-1, width), rows).reshape(shape)
@@ -126,7 +137,7 @@ def _torch_norm_rope(x, weight, bias, cos_sin, norm, pairing, eps, rows):
             h = F.rms_norm(h, shape[2:], weight, eps)
         h = h if bias is None else h + bias
     if cos_sin is not None:
-        h = _rotate(h, cast(cos_sin[0], wide), cast(cos_sin[1], wide), pairing)
+        h = _rotate(h, cos_sin, pairing)
     if rows is not None:
         h = only_samples(h.reshape(-1, width), rows).reshape(shape)
     return cast(h, x.dtype)
@@ -135,12 +146,14 @@ def _torch_norm_rope(x, weight, bias, cos_sin, norm, pairing, eps, rows):
 def _torch_qk_norm_rope(q, k, coords, *, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing, eps,
                         rows, tail):
     cos_sin, rows = None, rows if tail else None
-    if coords is not None:
-        dtype = wide_dtype(q, k, freqs, q_weight, k_weight, coords if coords.is_floating_point() else None)
-        plain = rows is None and freqs is None and not coords.requires_grad
-        cos_sin = _cached_cos_sin(coords, axes, theta, dtype) if plain else _cos_sin(coords, rows, axes, theta, freqs, dtype)
-    q_out = _torch_norm_rope(q, q_weight, q_bias, cos_sin, norm, pairing, eps, rows)
-    return q_out, None if k is None else _torch_norm_rope(k, k_weight, k_bias, cos_sin, norm, pairing, eps, rows)
+    moves = coords is not None and coords.is_floating_point()
+    wide = wide_dtype(q, k, freqs, q_weight, k_weight, q_bias, k_bias, coords if moves else None)
+    if coords is not None and rows is None and freqs is None and not coords.requires_grad:
+        cos_sin = _cached_cos_sin(coords, axes, theta, wide, pairing)
+    elif coords is not None:  # of tokens outside every sample none is read, nor reaches the gradient of freqs
+        cos_sin = _cos_sin(coords if rows is None else only_samples(coords, rows), axes, theta, freqs, wide, pairing)
+    q_out = _torch_norm_rope(q, q_weight, q_bias, cos_sin, norm, pairing, eps, rows, wide)
+    return q_out, None if k is None else _torch_norm_rope(k, k_weight, k_bias, cos_sin, norm, pairing, eps, rows, wide)
 
 
 def _reference_qk_norm_rope(*, tail, **arguments):
@@ -197,14 +210,14 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
     """
     if axes is None and isinstance(q, torch.Tensor) and q.dim() == 3:
         axes = reference.default_axes(q.shape[-1])
-    key = call_key(QK_NORM_ROPE, (q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows), norm, pairing, axes, theta,
-                   eps)
-    facts = remembered(key)
-    if facts is None:
-        facts = remember(key, _check(q, k, coords, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing,
-                                     eps, rows))
+    key = call_key(QK_NORM_ROPE, backend, (q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows), norm, pairing,
+                   axes, theta, eps)
+    plan = remembered(key)
+    if plan is None:
+        facts = _check(q, k, coords, q_weight, k_weight, q_bias, k_bias, norm, axes, theta, freqs, pairing, eps, rows)
+        plan = remember(key, QK_NORM_ROPE.plan(facts, backend))
     coords, rows, tail = _coords_and_rows("qk_norm_rope", q, coords, rows, key)
-    return QK_NORM_ROPE.run(facts, backend, key, q=q, k=k, coords=coords, q_weight=q_weight, k_weight=k_weight,
+    return QK_NORM_ROPE.run(plan, key, q=q, k=k, coords=coords, q_weight=q_weight, k_weight=k_weight,
                             q_bias=q_bias, k_bias=k_bias, norm=norm, axes=axes, theta=theta, freqs=freqs,
                             pairing=pairing, eps=eps, rows=rows, tail=tail)
 

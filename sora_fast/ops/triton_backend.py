@@ -8,6 +8,7 @@ import torch
 
 from .. import configs, env
 from ..dispatch import Problem, emulated_gpu, remember, remembered
+from ..first_order import apply as apply_plain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -87,7 +88,7 @@ def apply(function: type[torch.autograd.Function], *arguments):
     if torch.is_grad_enabled():
         for each in arguments:
             if isinstance(each, torch.Tensor) and each.requires_grad:
-                return function.apply(*arguments)
+                return apply_plain(function, *arguments)
     return function.forward(_NoNode(), *arguments)
 
 
