@@ -32,7 +32,7 @@ SHIPPED = Path(__file__).parent / "tuning" / "configs"
 EVIDENCE = ("us", "heuristic_us", "n", "gpu", "command")
 
 _overrides: list[tuple[str, str, object, object]] = []
-_recordings: list[dict["Asked", object]] = []
+_recordings: list[tuple[dict["Asked", object], bool]] = []  # and whether what was tuned counts
 _found: dict["Asked", "Found"] = {}
 generation = 0  # of answers: who remembers one remembers it with this number
 
@@ -101,17 +101,21 @@ def lookup(family: str, kernel: str, problem, gpu: str, heuristic: Callable[...,
         heuristic: (problem, gpu) -> Config.
     """
     asked = Asked(family, kernel, problem, gpu)
-    default = heuristic(problem, gpu) if _recordings else None
-    for recording in _recordings:
-        recording[asked] = default
+    found = _answer(asked, heuristic)
+    for recording, tuned in _recordings:
+        recording[asked] = found.config if tuned else heuristic(problem, gpu)
+    return found
+
+
+def _answer(asked: Asked, heuristic: Callable[..., object]) -> Found:
     for of_family, of_kernel, of_problem, config in reversed(_overrides):
-        if (of_family, of_kernel) == (family, kernel) and of_problem in (None, problem):
+        if (of_family, of_kernel) == (asked.family, asked.kernel) and of_problem in (None, asked.problem):
             return Found(config, "override")
-    if _recordings:
-        return Found(default, "the heuristic")
+    if not all(tuned for _, tuned in _recordings):
+        return Found(heuristic(asked.problem, asked.gpu), "the heuristic")
     found = _found.get(asked)
     if found is None:
-        found = _found[asked] = _look(asked, heuristic(problem, gpu))
+        found = _found[asked] = _look(asked, heuristic(asked.problem, asked.gpu))
     return found
 
 
@@ -131,18 +135,20 @@ def override(family: str, kernel: str, config, problem=None) -> Iterator[None]:
 
 
 @contextmanager
-def recording() -> Iterator[dict[Asked, object]]:
+def recording(*, tuned: bool = False) -> Iterator[dict[Asked, object]]:
     """Collects what launches inside, in all threads, ask for, each with its heuristic's Config.
 
     That Config is also the answer: inside, what was tuned before is left out, and only an override goes before it.
+
+    ``tuned``: True collects the answers that launches outside are given.
     """
     collected: dict[Asked, object] = {}
-    _recordings.append(collected)
+    _recordings.append((collected, tuned))
     _changed()
     try:
         yield collected
     finally:
-        _recordings[:] = [each for each in _recordings if each is not collected]
+        _recordings[:] = [each for each in _recordings if each[0] is not collected]
         _changed()
 
 

@@ -20,25 +20,46 @@ def add_arguments(parser) -> None:
     add("--training", action="store_true", help="the model with its gradients too (default: without)")
     add("--quick", action="store_true", help="without a model: a few small sizes, to try it (default: those of models)")
     add("--device", default="cuda", help="a CUDA device")
+    add("--plan", action="store_true", help="say what would be done and how long it would take, and do nothing")
+    add("--gpu", choices=("h200", "h100", "a100", "l40s", "4090"),
+        help="with --plan: a GPU that need not be here (default: this machine's)")
     add("--jobs", type=int, metavar="N", help="processes that compile (default: one for each core, up to 16)")
 
 
 def run(arguments) -> int:
     """Set up and print what was found; 1 where something could not be measured."""
-    import torch
-
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError(f"--jobs: expected 1 or more processes, got {arguments.jobs}; pass how many there are cores")
+    if arguments.gpu and not arguments.plan:
+        raise ValueError("--gpu: expected it beside --plan, got it alone: a setup is of this machine's GPU; leave it out")
     from ..tuning.setting_up import setup
 
-    model = None
-    if arguments.model is not None:
-        from ..integrations import accelerate
-        from ..integrations.comparison import open_model
-
-        model = open_model(arguments.model).to(getattr(torch, arguments.dtype)).train(arguments.training)
-        accelerate(model)
-    found = setup(model, device=arguments.device, jobs=arguments.jobs, suite="quick" if arguments.quick else "full",
+    suite = "quick" if arguments.quick else "full"
+    model = None if arguments.model is None else _model(arguments)
+    if arguments.plan:
+        return _plan(arguments, model, suite)
+    found = setup(model, device=arguments.device, jobs=arguments.jobs, suite=suite,
                   tell=lambda line: print(line, flush=True))
     print(f"{found}\nset up in {found.seconds:.0f} s; sora-fast explain --device cuda shows what auto takes")
     return 1 if found.failed else 0
+
+
+def _model(arguments):
+    import torch
+
+    from ..integrations import accelerate
+    from ..integrations.comparison import open_model
+
+    model = open_model(arguments.model).to(getattr(torch, arguments.dtype)).train(arguments.training)
+    accelerate(model)
+    return model
+
+
+def _plan(arguments, model, suite: str) -> int:
+    from ..cyclemodel import GPUS
+    from ..tuning import plan, setting_up, walk, workers
+
+    name = f"cuda:sm{GPUS[arguments.gpu].cc}" if arguments.gpu else setting_up.gpu(arguments.device)
+    found = plan.make(walk.common(name, suite) if model is None else walk.of_model(model, name))
+    print(*found.lines(arguments.jobs or workers.usual_jobs()), sep="\n")
+    return 0

@@ -16,8 +16,8 @@ class Draw:
     def __init__(self, device: torch.device | str, seed: int, dtype: torch.dtype, *, alike: bool = False):
         emulated = str(device).startswith("emulated:")
         self.device, self.dtype, self.wide = "cpu" if emulated else device, dtype, torch.float64 if alike else torch.float32
-        self.on_gpu = emulated or torch.device(device).type == "cuda"
-        hollow = torch.device(self.device).type == "meta"  # no numbers: shapes are all there is to see
+        hollow = torch.device(self.device).type == "meta"  # no numbers: shapes are all there is to see, a GPU's
+        self.on_gpu = emulated or hollow or torch.device(device).type == "cuda"
         self.generator = None if hollow else torch.Generator("cpu" if alike else self.device).manual_seed(seed)
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0, mean: int = 0) -> torch.Tensor:

@@ -50,8 +50,10 @@ class Hollow:
             found[place], step = step, step * shape[place]
         return Hollow(shape, tuple(found), self.dtype, self.grad)
 
-    def filled(self, generator: torch.Generator, device) -> torch.Tensor:
-        """Normal numbers in its layout."""
+    def filled(self, generator: torch.Generator | None, device) -> torch.Tensor:
+        """Normal numbers in its layout; none on the device meta."""
+        if generator is None:
+            return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
         held = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True)) if prod(self.shape) else 0
         numbers = torch.randn(held, generator=generator, device=device, dtype=torch.float32).to(self.dtype)
         return numbers.as_strided(self.shape, self.stride)
@@ -66,7 +68,7 @@ class Recorded(Case):
     callers: set[str] = field(compare=False, hash=False, default_factory=set)
 
     def inputs(self, device, seed):
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
         return {name: self._made(name, value, generator, device) for name, value in self.arguments.items()}
 
     def _made(self, name: str, value, generator, device):

@@ -1,8 +1,9 @@
 """``sora_fast.setup``: kernels judged and backends timed on this machine's GPU, so that ``auto`` takes the fastest.
 
-1. The calls that a model makes, or published models, by which the rest is chosen (walk.py, recorded.py).
-2. In worker processes, where compiling is what takes long: each kernel without a record over all cases of its op, and every
-   backend on a small twin of every call (workers.py).
+1. The calls that a model makes, or published models, by which the rest is chosen (walk.py, recorded.py), and the kernels
+   that they launch (launched.py): a plan (plan.py).
+2. In worker processes (workers.py): those kernels compiled, each once; then each without a record over all cases of its op,
+   and every backend on a small twin of every call.
 3. In this process, alone on the GPU: the time of every backend that passed, call by call.
 
 What is done is on disk at once, in the user's records and measured times, and is not done again: a run that was killed goes
@@ -25,14 +26,12 @@ from ..benchmarks.case import Provider
 from ..benchmarks.runner import release
 from ..explanation import all_ops
 from ..testing.rule import random_cotangents, tensors
-from . import walk, workers
+from . import plan, walk, workers
 from .recorded import Recorded
 
 EFFORT = timing.Effort(25.0, 60.0)
-# Of one, its kernels not compiled yet, on a core of a GPU's host; a Recorded's is that of its timing. Said beforehand.
-SECONDS = {workers.Validation: 75.0, workers.Gate: 12.0, Recorded: 1.5}
 WORKER = 700 * 2**20  # bytes of the GPU that a process holds before it computes anything
-SETS = 4  # of inputs gone through in turn
+SETS, LARGE = 4, 2**28  # of inputs gone through in turn; bytes of one that leaves no L2 anything of its beginning
 
 
 @dataclass(frozen=True)
@@ -96,9 +95,8 @@ def setup(model: nn.Module | None = None, *, call: Callable | None = None, devic
         ValueError: no GPU; a model without ``call`` whose inputs are not known.
         OSError: the cache cannot be written. What had been done stays.
     """
-    place = _place(device)
+    place, name = _place(device), gpu(device)
     _refuse_inside()
-    name = dispatch.device_name(torch.empty(0, device=place))
     start = time.monotonic()
     work = walk.common(name, suite) if model is None else walk.of_model(model, name, call)
     failed: list[str] = []
@@ -110,49 +108,24 @@ def setup(model: nn.Module | None = None, *, call: Callable | None = None, devic
     return Setup(tuple(_lines(work)), tuple(failed), time.monotonic() - start)
 
 
-def needs(work: Sequence[Recorded]) -> tuple[list, list[Recorded]]:
-    """The tasks that are to be done, and the calls that are to be timed."""
-    validations: dict[tuple, workers.Validation] = {}
-    timed = []
-    for case in work:
-        op = all_ops()[case.op]
-        for name, backend in op.backends.items():
-            if not backend.kernel or backend.unsupported(case.problem) or records.settled(op.name, backend, case.problem):
-                continue
-            validations[op.name, name, case.dtype] = workers.Validation(op.name, name, case.dtype)
-        if not _is_measured(case):
-            timed.append(case)
-    return list(validations.values()), timed
-
-
-def _is_measured(case: Recorded) -> bool:
-    """Whether all that may be taken was timed, or refused."""
-    row = measured.find(all_ops()[case.op], case.problem)
-    exact = row is not None and tuple(row["size"]) == tuple(getattr(case.problem, "size", ()))
-    return exact and {provider.name for provider in _allowed(case)} <= {*row["ms"], *row["refused"]}
-
-
-def _allowed(case: Recorded) -> list[Provider]:
-    """Backends that run it and, if they are kernels, have their record."""
-    op = all_ops()[case.op]
-    return [each for each in case.providers() if not records.why_not(op.name, op.backends[each.name], case.problem)]
-
-
 # ------------------------------------------------------------------------------------------------------------ the work
 def _measure(work: list[Recorded], device: torch.device, jobs: int | None, tell, failed: list[str]) -> None:
-    validations, timed = needs(work)
-    todo = [*validations, *(workers.Gate(case) for case in timed)]
-    if not todo:
+    todo = plan.make(work)
+    if not (todo.validations or todo.groups):
         tell("setup: nothing to do, all of it is measured here")
         return
-    jobs = _jobs(timed, device, jobs, len(todo))
-    clock = _Clock(tell, sum(SECONDS[type(each)] for each in todo), jobs, SECONDS[Recorded] * len(timed))
-    tell(f"setup: {len(validations)} kernels to validate and {len(timed)} problems to time on "
-         f"{torch.cuda.get_device_name(device)}, in {jobs} {'process' if jobs == 1 else 'processes'}: about "
-         f"{_time(clock.whole)}; it may be stopped and goes on")
+    jobs = _jobs(todo, device, jobs)
+    clock = _Clock(tell, todo.seconds(jobs))
+    tell(f"setup: {len(todo.kernels)} kernels to compile, {len(todo.validations)} to validate and {len(todo.timed)} "
+         f"problems to time on {torch.cuda.get_device_name(device)}, in {jobs} {'process' if jobs == 1 else 'processes'}: "
+         f"about {_time(clock.whole)}; it may be stopped and goes on")
+    for sentence in todo.unseen:
+        tell(f"setup: its kernels are compiled only when they run: {sentence}")
     verdicts: dict[int, dict[str, str]] = {}
-    for task, found in workers.run(todo, str(device), jobs, clock.say):
-        if isinstance(found, Exception):
+    for task, found in workers.run(todo.tasks(jobs), str(device), jobs, clock.say):
+        if isinstance(task, workers.Compilation):
+            pass  # what does not compile fails again where it is launched, and is told there
+        elif isinstance(found, Exception):
             failed.append(f"{task} was not judged: {type(found).__name__}: {found}")
         elif isinstance(task, workers.Validation):
             records.save(found)
@@ -161,20 +134,20 @@ def _measure(work: list[Recorded], device: torch.device, jobs: int | None, tell,
             if found.get("torch", "").startswith("FAILED"):  # what the user would have without us: told, and taken
                 failed.append(f"{task}: PyTorch's own answer {found['torch']}")
                 found["torch"] = ""
-        clock.did(task, SECONDS[type(task)] / jobs)
-    for case in timed:
-        if id(case) in verdicts:
+        clock.did(task, todo.seconds_of(task) / jobs)
+    for group in todo.groups:
+        for case in group if id(group[0]) in verdicts else ():
             clock.say(f"timing {workers.Gate(case)}")
-            ms, refused = _times(case, verdicts[id(case)], device, failed)
+            ms, refused = _times(case, verdicts[id(group[0])], device, failed)
             if ms or refused:
                 measured.save([_row(case, ms, refused)])
-        clock.did(case, SECONDS[Recorded])
+            clock.did(case, todo.seconds_of(case))
 
 
 def _times(case: Recorded, verdicts: dict[str, str], device: torch.device, failed: list[str]) -> tuple[dict, dict]:
     """Milliseconds of each backend that passed, and why the others did not."""
     refused = {name: why for name, why in verdicts.items() if why}
-    runs = [provider for provider in _allowed(case) if verdicts.get(provider.name) == ""]
+    runs = [provider for provider in plan.allowed(case) if verdicts.get(provider.name) == ""]
     try:
         return _race(case, runs, device, refused), refused
     except Exception as error:
@@ -191,7 +164,8 @@ def _times(case: Recorded, verdicts: dict[str, str], device: torch.device, faile
 
 def _race(case: Recorded, runs: Sequence[Provider], device: torch.device, refused: dict[str, str]) -> dict[str, float]:
     """Milliseconds by backend, in turns; what cannot be run is added to ``refused``."""
-    sets = min(SETS, timing.input_sets(case.least_bytes(""), device, "cold"))
+    nbytes = case.least_bytes("")
+    sets = 1 if nbytes > LARGE else min(SETS, timing.input_sets(nbytes, device, "cold"))
     inputs = [case.inputs(device, seed=seed) for seed in range(sets)]
     stream = timing.side_stream(device)
     if stream is not None:
@@ -249,6 +223,11 @@ def _lines(work: Sequence[Recorded]) -> Iterator[Line]:
 
 
 # ----------------------------------------------------------------------------------------------------- before and between
+def gpu(device: str) -> str:
+    """"cuda:sm90" of a device of this machine."""
+    return dispatch.device_name(torch.empty(0, device=_place(device)))
+
+
 def _place(device: str) -> torch.device:
     place = torch.device(device)
     if place.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
@@ -265,14 +244,14 @@ def _refuse_inside() -> None:
         raise RuntimeError(f"setup: expected to be called before the first step, got a call inside {inside}; call it before")
 
 
-def _jobs(timed: Sequence[Recorded], device: torch.device, jobs: int | None, count: int) -> int:
+def _jobs(todo: plan.Plan, device: torch.device, jobs: int | None) -> int:
     """How many processes: as asked, or as there are cores, and the GPU has room for."""
     free, _ = torch.cuda.mem_get_info(device)
-    need = max((case.least_bytes("") for case in timed), default=0) * (SETS + 2) + WORKER
+    need = max((case.least_bytes("") for case in todo.timed), default=0) * (SETS + 2) + WORKER
     if free < need:
         raise RuntimeError(f"setup: expected {need / 2**30:.1f} GB of free memory on {device}, got {free / 2**30:.1f} GB; "
                            f"end what else holds it, or call setup before the model is moved there")
-    return max(1, min(jobs or min(workers.cores(), 16), count, int(free // (2 * WORKER))))
+    return max(1, min(jobs or workers.usual_jobs(), len(todo.tasks(2)), int(free // (2 * WORKER))))
 
 
 @contextmanager
@@ -314,8 +293,8 @@ def _ranks_meet() -> Iterator[bool]:
 class _Clock:
     """Says every few seconds how far the work is, and how long the rest will take at the pace so far."""
 
-    def __init__(self, tell, pooled: float, jobs: int, alone: float):
-        self.tell, self.whole, self.done = tell, pooled / jobs + alone, 0.0
+    def __init__(self, tell, seconds: float):
+        self.tell, self.whole, self.done = tell, seconds, 0.0
         self.start, self.last = time.monotonic(), 0.0
 
     def did(self, what, seconds: float) -> None:

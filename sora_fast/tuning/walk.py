@@ -12,6 +12,7 @@ from ..benchmarks.specs import spec
 from ..integrations.mixin import original_of
 from ..integrations.recipes import RECIPES
 from ..ops import FAMILIES
+from ..testing.cases import cases
 from . import typical
 from .recorded import Recorded, Seen, recording
 
@@ -64,6 +65,16 @@ def common(device: str, suite: str) -> list[Recorded]:
                 arguments = {name: _leaf(value, name in names) for name, value in given.items()}
                 with torch.set_grad_enabled(bool(names)), suppress(Seen):
                     getattr(ops, case.op)(**arguments)
+    return found
+
+
+def of_validation(op: str, dtype: torch.dtype, device: str) -> list[Recorded]:
+    """The calls that ``validate`` makes of an op on a GPU, in one dtype."""
+    with recording(device, run=False) as found:
+        for _, given in cases(op, dtype, "meta", models=True):
+            for grad in (False, True):
+                with torch.set_grad_enabled(grad), suppress(Seen):
+                    getattr(ops, op)(**{name: _leaf(value, grad) for name, value in given.items()})
     return found
 
 

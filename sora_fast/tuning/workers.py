@@ -1,4 +1,4 @@
-"""The tasks that setup gives to worker processes: what compiles kernels, and says whether they are right.
+"""The tasks that setup gives to worker processes: kernels to compile, and to say whether they are right.
 
 A kernel that reads past its memory ends its own process's GPU context and nobody else's: what such a worker was given after
 that is done again in another.
@@ -10,17 +10,37 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
+from .. import configs
 from ..benchmarks import gate
 from ..testing.validation import validate
+from .launched import launched
 from .recorded import Recorded
 
 TRIES = 3  # processes that a task may be lost in
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One Triton kernel, the ``place``-th that a call launches: into Triton's cache, where whoever launches it finds it."""
+
+    case: Recorded
+    place: int
+    kernel: str
+
+    def __str__(self) -> str:
+        return f"compiling {self.kernel} of {self.case.op}"
+
+    def run(self, device: str) -> str:
+        launch = launched(self.case, configs.gpu_name(torch.device(device))).launches[self.place]
+        with torch.cuda.device(device):
+            launch.fn.warmup(*launch.args, grid=launch.grid, **launch.kwargs)
+        return self.kernel
 
 
 @dataclass(frozen=True)
@@ -40,7 +60,10 @@ class Validation:
 
 @dataclass(frozen=True)
 class Gate:
-    """Every backend on the small twin of a problem; gives what is wrong with each, "" of those that passed."""
+    """Every backend on the small twin of a problem; gives what is wrong with each, "" of those that passed.
+
+    The twin's kernels have the Configs of the problem itself: what is judged is what is timed, and compiled once.
+    """
 
     case: Recorded
 
@@ -51,12 +74,15 @@ class Gate:
         small, place = self.case.small(), torch.device(device)
         truth = small.truth(small.inputs(place, seed=0), seed=0)
         found = {}
-        for provider in small.providers():
-            verdicts = gate.check(small, provider, truth, place, tuple(small.directions()))
-            (verdict,) = verdicts.values()
-            found[provider.name] = "" if verdict.status == "PASSED" else f"{verdict.status}: {verdict.reason}"
-            if not answers(device):  # the rest was not judged
-                break
+        with ExitStack() as stack:
+            for asked, config in launched(self.case, configs.gpu_name(place)).lookups.items():
+                stack.enter_context(configs.override(asked.family, asked.kernel, config))
+            for provider in small.providers():
+                verdicts = gate.check(small, provider, truth, place, tuple(small.directions()))
+                (verdict,) = verdicts.values()
+                found[provider.name] = "" if verdict.status == "PASSED" else f"{verdict.status}: {verdict.reason}"
+                if not answers(device):  # the rest was not judged
+                    break
         return found
 
 
@@ -130,3 +156,7 @@ def _no_main() -> Iterator[None]:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usual_jobs() -> int:
+    return min(cores(), 16)

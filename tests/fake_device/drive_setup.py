@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ import torch
 from fake_device.setup_process import CLEAN, TAKEN, Model, call, shorten, taken
 from sora_fast import dispatch, measured, records, setup
 from sora_fast.ops.modulation import GATE_RESIDUAL
-from sora_fast.tuning import setting_up, workers
+from sora_fast.testing import aot
+from sora_fast.tuning import setting_up, walk, workers
+from sora_fast.tuning.launched import launched
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def test_auto_takes_the_fastest_that_is_right(machine):
     model, said = Model().to("cuda").eval(), []
     assert taken(model) == dict(gate_residual="torch", norm_modulate="torch")  # no records
     report = setup(model, call=call, jobs=1, tell=said.append)
-    assert not report.failed and "2 kernels to validate and 2 problems to time on NVIDIA H200" in said[0], said
+    assert not report.failed and "2 to validate and 2 problems to time on NVIDIA H200" in said[0], said
     assert taken(model) == TAKEN
     lines = {line.op: line for line in report.lines}
     assert lines["gate_residual"].speed_up > 1 and lines["norm_modulate"].ms["triton"] > lines["norm_modulate"].ms["torch"]
@@ -94,7 +97,7 @@ def test_a_run_that_was_killed_goes_on(machine, monkeypatch):
     killed = elsewhere(machine, "16", "2")
     told, errors = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, errors
-    assert "2 kernels to validate and 2 problems to time" in told and widths() == [16]
+    assert "2 to validate and 2 problems to time" in told and widths() == [16]
     model, done = Model().to("cuda").eval(), []
     monkeypatch.setattr(setting_up._Clock, "did", lambda clock, what, seconds: done.append(str(what)))
     setup(model, call=call, jobs=1, tell=lambda line: None)
@@ -104,13 +107,41 @@ def test_a_run_that_was_killed_goes_on(machine, monkeypatch):
 def test_two_at_once(machine):
     """Of two models: the second waits for its turn, takes the first one's records as its own, and both are measured."""
     other = elsewhere(machine, "24")
-    assert "2 kernels to validate" in other.stdout.readline()
+    assert "2 to validate" in other.stdout.readline()
     model, said = Model().to("cuda").eval(), []
     report = setup(model, call=call, jobs=1, tell=said.append)
     told, errors = other.communicate()
     assert other.returncode == 0 and json.loads(told.splitlines()[-1]) == TAKEN, errors
-    assert "another process is at it" in said[0] and "0 kernels to validate and 2 problems" in said[1], said
+    assert "another process is at it" in said[0] and "0 to validate and 2 problems" in said[1], said
     assert taken(model) == TAKEN and not report.failed and widths() == [16, 16, 24, 24]
+
+
+def test_kernels_are_compiled_ahead_and_once(monkeypatch, tmp_path):
+    """Triton finds what a worker compiled of tensors without memory, when it is launched on real ones; nothing runs here."""
+    pytest.importorskip("triton")
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    here = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0,
+                           get_current_target=lambda: GPUTarget("cuda", 90, 32))
+    model = Model().to("cuda").train()
+    case = next(each for each in walk.of_model(model, "cuda:sm90", call) if each.op == "gate_residual" and each.problem.grad)
+    ahead = launched(case, "sm90-H200").launches
+    (names,) = case.directions().values()
+    given = {name: value.requires_grad_() if name in names else value for name, value in case.inputs("cuda", 0).items()}
+    needed = aot.launches(lambda: torch.autograd.backward(x := CLEAN[case.op]["triton"].run(**given), torch.ones_like(x)))
+    assert len(needed) == len(ahead) > 1
+    monkeypatch.setattr(driver, "_active", here)
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)
+        for place in range(len(ahead)):
+            workers.Compilation(case, place, "kernel").run("cuda:0")
+        compiled = sorted(tmp_path.rglob("*.cubin"))
+        for launch in needed:
+            launch.fn.device_caches.clear()
+            launch.fn.warmup(*launch.args, grid=launch.grid, **launch.kwargs)
+    assert len(compiled) == len(ahead) and sorted(tmp_path.rglob("*.cubin")) == compiled
 
 
 def test_what_cannot_be_called_now(machine):
