@@ -41,7 +41,7 @@ def _predicted(rows: Sequence[dict]) -> Table:
     cells: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         rate = row["tflops"] or (row["copy_share"] and 100 * row["copy_share"])
-        case = row["case"].replace(", sm90", "")
+        case = row["case"].replace(", sm90", "").replace(", padding 0%", "")
         if rate:
             cells.setdefault(case, {}).setdefault(_plain(row["kernel"]), []).append(f"{rate:.0f}")
     lines = [(case, *(" and ".join(dict.fromkeys(of.get(name, ()))) for name in names)) for case, of in cells.items()]
@@ -57,7 +57,7 @@ def _structure_title(found: dict[str, dict]) -> str:
 def _structure(found: dict[str, dict]) -> Table:
     """A line for each kernel, a column for each architecture; ``found``: its entries of structure.json by architecture."""
     names = sorted({name for kernels in found.values() for name in kernels})
-    lines = [(name, *(_occupancy(kernels.get(name)) for kernels in found.values()),
+    lines = [(_plain(name), *(_occupancy(kernels.get(name)) for kernels in found.values()),
               "; ".join(dict.fromkeys(_faults(kernels.get(name) for kernels in found.values())))) for name in names]
     return Table(("kernel", *found, "known faults"), lines)
 
@@ -91,5 +91,5 @@ def _emulated(family: str, rows: Sequence[dict]) -> Table:
 
 
 def _plain(kernel: str) -> str:
-    """norm_act_kernel of norm_act_kernel<float, float, 4, 6>: instances of a template share a column."""
-    return kernel.partition("<")[0]
+    """norm_act of norm_act_kernel<float, float, 4, 6>: instances of a template share a column."""
+    return kernel.partition("<")[0].removesuffix("_kernel")

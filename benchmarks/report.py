@@ -138,7 +138,8 @@ def _lead(measured: Sequence[Run]) -> str:
     counts = Counter((row["status"], is_own(row["provider"])) for row in rows)
     layers = {row["op"] for row in rows if row["family"] != MODEL}
     cases = {(row["op"], row["case"], row["dtype"]) for row in rows}
-    told = f"{len(layers)} ops" + (" and whole models" if any(row["family"] == MODEL for row in rows) else "")
+    told = f"{len(layers)} {'op' if len(layers) == 1 else 'ops'}"
+    told += (" and whole models" if any(row["family"] == MODEL for row in rows) else "")
     sides = " Runs stand side by side; times of different machines are no verdict on either." if len(measured) > 1 else ""
     who = lambda own: (f"{', '.join(f'{counts[status, own]:,} {status}' for status in STATUSES if counts[status, own])}"
                        or "no rows yet")

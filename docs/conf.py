@@ -10,5 +10,6 @@ napoleon_google_docstring, napoleon_numpy_docstring = True, False
 autodoc_default_options = {"members": True, "member-order": "bysource", "undoc-members": False}
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+html_static_path, html_css_files = ["_static"], ["tables.css"]
 html_theme, html_title = "furo", f"sora_fast {release}"
-html_show_sphinx = False
+html_show_sphinx, html_show_copyright = False, False

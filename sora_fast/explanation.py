@@ -37,13 +37,14 @@ def all_ops() -> dict[str, Op]:
     return found
 
 
-def explain(what: str = "all", *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, grad: bool = True,
+def explain(what: str = "all", *, device: str = "auto", dtype: torch.dtype = torch.bfloat16, grad: bool = True,
             assume_validated: bool = False, every: bool = False) -> str:
     """A line per op for a typical problem: what runs it, what that took here, and why not something that may be faster.
 
     Args:
         what: ``"all"``, ``"dit"``, ``"vae"``, a family or an op.
-        device: ``"cpu"``, ``"cuda"`` (this machine's) or ``"cuda:sm90"`` (any, present or not).
+        device: ``"auto"`` (a GPU where there is one), ``"cpu"``, ``"cuda"`` (this machine's) or ``"cuda:sm90"`` (any,
+            present or not).
         dtype: of the tensors. grad: whether a backward is wanted.
         assume_validated: as if every kernel had its validation record, to see what would be taken then.
         every: a line per op and backend; ``*`` marks what is taken where none is named, ``ok`` what would run if it were
@@ -151,6 +152,8 @@ def _architecture(device: str) -> str:
     """``"cpu"`` or ``"cuda:sm90"``, as problems name devices; one sentence for what is neither."""
     if re.fullmatch(r"cuda:sm\d+", device):
         return device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
     except RuntimeError:

@@ -7,7 +7,8 @@ DESCRIPTION = "Example: sora-fast explain dit --device cuda:sm90"
 
 def add_arguments(parser) -> None:
     parser.add_argument("what", nargs="?", default="all", help="all, dit, vae, a family or an op (default: all)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, or an architecture as in cuda:sm90")
+    parser.add_argument("--device", default="auto",
+                        help="auto (a GPU where there is one), cpu, cuda, or an architecture as in cuda:sm90")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="(default: %(default)s)")
     parser.add_argument("--no-grad", action="store_true", help="forward only (default: with the backward)")
     parser.add_argument("--assume-validated", action="store_true",

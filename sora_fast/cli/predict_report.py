@@ -26,6 +26,7 @@ PICTURE = """
 .binds .track i { background: var(--accent); }
 .stack { display: flex; height: 1.1rem; border-radius: .2rem; overflow: hidden; background: var(--soft); margin: .5rem 0; }
 .stack i { height: 100%; } .figure { font-size: 1.25rem; font-weight: 650; margin: .3rem 0 0; }
+.key { white-space: nowrap; margin-right: .5rem; } .wide td { min-width: 6.5rem; }
 .fault { color: var(--bad); font-weight: 650; }
 """
 WORDS = {
@@ -63,8 +64,8 @@ def _stack(prediction: Prediction) -> str:
     whole = max(prediction.cycles, sum(cycles for _, cycles in parts))
     bar = "".join(f'<i style="width:{cycles / whole * 100:.1f}%;background:{colour}" title="{name}, {cycles:,.0f}"></i>'
                   for (name, cycles), colour in zip(parts, COLOURS, strict=False))
-    key = " \u00b7 ".join(f'<span style="color:{colour}">\u25a0</span> {escaping.escape(name)} {cycles / whole:.0%}'
-                          for (name, cycles), colour in zip(parts, COLOURS, strict=False) if cycles / whole >= 0.02)
+    key = " ".join(f'<span class=key><b style="color:{colour}">\u25a0</b> {escaping.escape(name)} {cycles / whole:.0%}'
+                   "</span>" for (name, cycles), colour in zip(parts, COLOURS, strict=False) if cycles / whole >= 0.02)
     return f"<div class=stack>{bar}</div><small>{key}</small>"
 
 
@@ -92,7 +93,9 @@ def _card(prediction: Prediction, measured: Sequence[Measured]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = lambda tag, values: "".join(f"<{tag}>{escaping.escape(value)}</{tag}>" for value in values)
+    filled = [any(row[place] for row in rows) for place in range(len(heads))]  # empty columns are not shown
+    cells = lambda tag, values: "".join(f"<{tag}>{escaping.escape(value)}</{tag}>"
+                                        for value, shown in zip(values, filled, strict=True) if shown)
     lines = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f"<div class=wide><table><tr>{cells('th', heads)}</tr>{lines}</table></div>"
 
@@ -108,7 +111,7 @@ def html(predictions: Sequence[tuple[Prediction, Sequence[Measured]]], gpu: GPU)
     """The page, of predictions and what was measured of the same."""
     words = "".join(f"<dt>{escaping.escape(word)}</dt><dd>{escaping.escape(text)}</dd>" for word, text in WORDS.items())
     summary = _table(("kernel", "case", "tile", "predicted", "measured", "outside the loop", "the model's error", "binds",
-                      "blocks an SM", "faults"),
+                      "CTAs per SM", "faults"),
                      [(p.kernel, p.case, p.tile, figure(p), "; ".join(map(measured_figure, measured)),
                        f"{outside_share(p):.0%}" if p.outside else "", p.error, NAMES[p.binding],
                        f"{p.facts.blocks} ({p.facts.limit})", ", ".join(p.facts.faults())) for p, measured in predictions])
@@ -117,7 +120,7 @@ def html(predictions: Sequence[tuple[Prediction, Sequence[Measured]]], gpu: GPU)
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>sora_fast: predicted for {gpu.name}</title><style>{STYLE}{PICTURE}</style></head><body>
 <h1>Predicted for {gpu.name}, sm_{gpu.cc}</h1>
-<p class=lead>{len(predictions)} kernels by the cycle model. Predicted where "measured" is not said.</p>
+<p class=lead>{len(predictions)} kernels, by the cycle model. Every figure is predicted unless it says measured.</p>
 <details><summary>What the words and pictures mean</summary><dl>{words}</dl></details>
 <h2>In short</h2>{summary}
 <h2>Kernels</h2><div class=cards>{cards}</div>

@@ -31,7 +31,8 @@ def add_arguments(parser) -> None:
                                                    "no records come of a part (default: all)")
     add("--small", action="store_true", help="without the cases at models' sizes, which a GPU has; no records come of it "
                                                "(default: with them)")
-    add("--device", default="cpu", help="cpu, cuda, or a GPU that is emulated, as in emulated:sm90")
+    add("--device", default="auto",
+        help="auto (a GPU where there is one), cpu, cuda, or a GPU that is emulated, as in emulated:sm90")
     add("--schedules", type=int, metavar="N", help="emulated: each launch under N schedules: asynchronous copies late, "
                                                    "early, at random times (default: late alone)")
     add("--race", action="store_true", help="emulated: look for races and missing fences too (default: not)")

@@ -202,7 +202,8 @@ def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias
         NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
 
     >>> x, scale = torch.randn(5, 8), torch.randn(2, 8)
-    >>> ops.norm_modulate(x, None, scale, torch.tensor([0, 0, 0, 1, 1], dtype=torch.int32)).shape
+    >>> rows = torch.tensor([0, 0, 0, 1, 1], dtype=torch.int32)
+    >>> ops.norm_modulate(x, None, scale, rows).shape
     torch.Size([5, 8])
 
     Source: adaLN of DiT, arXiv 2212.09748.
@@ -240,7 +241,8 @@ def gate_residual(x, y, gate, rows=None, *, backend="auto"):
         NotImplementedError: the named backend, or every backend, cannot run this call; its reasons are listed.
 
     >>> x, y, gate = torch.randn(5, 8), torch.randn(5, 8), torch.randn(2, 8)
-    >>> ops.gate_residual(x, y, gate, torch.tensor([0, 0, 0, 1, 1], dtype=torch.int32)).shape
+    >>> rows = torch.tensor([0, 0, 0, 1, 1], dtype=torch.int32)
+    >>> ops.gate_residual(x, y, gate, rows).shape
     torch.Size([5, 8])
     """
     op = "gate_residual"

@@ -332,7 +332,8 @@ def assert_matches(op: str, got, inputs: Mapping[str, object], **options) -> lis
         AssertionError: a comparison failed. ValueError: an unknown op.
 
     >>> mine = lambda x, y, gate, rows: x + gate[rows] * y
-    >>> given = dict(x=torch.randn(4, 8), y=torch.randn(4, 8), gate=torch.randn(2, 8), rows=torch.tensor([0, 0, 1, 1]).int())
+    >>> given = dict(x=torch.randn(4, 8), y=torch.randn(4, 8), gate=torch.randn(2, 8))
+    >>> given["rows"] = torch.tensor([0, 0, 1, 1]).int()
     >>> results = assert_matches("gate_residual", mine, given)
     """
     results = compare_with_reference(op, got, inputs, **options)

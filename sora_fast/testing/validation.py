@@ -29,6 +29,7 @@ import torch
 from .. import dispatch, ops, records
 from ..environment import environment
 from ..explanation import all_ops
+from ..named import pick_device
 from ..precision import float32_kept
 from .cases import cases
 from .emulated import emulated_gpu
@@ -147,7 +148,7 @@ class Report:
         return "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.to_dicts())
 
 
-def validate(op: str, fn: Callable | None = None, *, backend: str = "auto", device: str = "cpu",
+def validate(op: str, fn: Callable | None = None, *, backend: str = "auto", device: str = "auto",
              dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
              progress: Callable[[str], object] = lambda text: None, case: str = "", models: bool | None = None) -> Report:
     """Run ``fn`` over the cases of ``op``, forward and backward, and compare with the reference in float64.
@@ -159,8 +160,8 @@ def validate(op: str, fn: Callable | None = None, *, backend: str = "auto", devi
         op: name of an op, as in ``sora_fast.ops``.
         fn: takes the op's keyword arguments and returns what it returns; None: our own op on ``backend``.
         backend: of our own op. dtypes: of the cases.
-        device: where it runs. The truth is computed there too. "emulated:sm90": CPU tensors inside ``emulated_gpu``, in
-            the scope that is open or, where none is, one with its defaults.
+        device: where it runs; "auto": a GPU where there is one. The truth is computed there too. "emulated:sm90": CPU
+            tensors inside ``emulated_gpu``, in the scope that is open or, where none is, one with its defaults.
         progress: called before each case with what it is.
         case: only cases whose label contains this text. models: as in ``cases``, which a ``case`` chooses from in all. A
             part of the cases makes no records.
@@ -183,6 +184,8 @@ def validate(op: str, fn: Callable | None = None, *, backend: str = "auto", devi
                       kernel_hash=records.kernel_hash(kernel, backend) if kernel else None)
     else:
         name = getattr(fn, "__name__", type(fn).__name__)
+    if device == "auto":
+        device = "cpu" if dispatch.emulated_gpu() else str(pick_device("auto"))
     emulated = device.partition(":")[2] if device.startswith("emulated:") else None
     scope = nullcontext() if emulated is None or dispatch.emulated_gpu() else emulated_gpu(emulated)
     with scope, float32_kept():
