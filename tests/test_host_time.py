@@ -14,22 +14,22 @@ from sora_fast.ops import triton_backend
 # Python functions that one call runs, PyTorch's own among them: (without, with gradients), forward. As counted with the
 # versions of constraints.txt and rounded up to a multiple of 5; a change that needs more says why here.
 MOST = {
-    "patch_embed": (50, 65),
-    "unpatchify": (50, 60),
-    "norm_modulate": (40, 50),
-    "gate_residual": (35, 45),
-    "gate_residual_norm_modulate": (50, 65),
-    "qk_norm_rope": (50, 60),
-    "varlen_attention": (50, 60),
-    "causal_conv3d": (55, 80),
-    "norm_act": (30, 40),
-    "norm_act_conv3d": (65, 95),
-    "kl_sample": (30, 40),
+    "patch_embed": (15, 20),
+    "unpatchify": (10, 15),
+    "norm_modulate": (20, 25),
+    "gate_residual": (15, 20),
+    "gate_residual_norm_modulate": (25, 30),
+    "qk_norm_rope": (30, 35),
+    "varlen_attention": (25, 30),
+    "causal_conv3d": (35, 45),
+    "norm_act": (15, 20),
+    "norm_act_conv3d": (45, 50),
+    "kl_sample": (15, 20),
 }
 # The same of Triton's backend up to the launch, without gradients; here the launchers of kernels/ count too.
 MOST_OF_TRITON = {
-    "patch_embed": 120, "unpatchify": 90, "norm_modulate": 75, "gate_residual": 75, "gate_residual_norm_modulate": 75,
-    "qk_norm_rope": 110, "varlen_attention": 105, "causal_conv3d": 95, "norm_act": 70, "norm_act_conv3d": 130,
+    "patch_embed": 60, "unpatchify": 60, "norm_modulate": 55, "gate_residual": 50, "gate_residual_norm_modulate": 55,
+    "qk_norm_rope": 75, "varlen_attention": 80, "causal_conv3d": 75, "norm_act": 55, "norm_act_conv3d": 110,
 }
 
 
