@@ -56,7 +56,7 @@ def taken(model) -> dict[str, str]:
 
 
 def shorten(patch) -> None:
-    """One case of each op, short times; and an op whose PyTorch is slow, one with a wrong fast peer."""
+    """One case of each op, short times; an op whose PyTorch is slow, one whose kernel is, with a wrong fast peer."""
     few, short = validation.cases, timing.Effort(0.0, 0.0)
     patch(validation, "cases", lambda *asked: list(few(*asked))[:1])
     patch(setting_up, "EFFORT", short)
@@ -66,13 +66,15 @@ def shorten(patch) -> None:
     patch(timing, "LEAST_SAMPLES", timing.ROUNDS)
     # a graph here would replay operators, and no time that passes between them
     patch(timing, "timer", lambda calls, device, stream: timing.Events(calls, device, stream))
-    slow = CLEAN["gate_residual"]["torch"]
-    backends = dict(GATE_RESIDUAL.backends)
-    backends["torch"] = replace(slow, run=lambda **given: (time.sleep(0.5), slow.run(**given))[1])
-    patch(GATE_RESIDUAL, "backends", backends)
     wrong = Backend("xformers", lambda x, **given: x)
-    patch(NORM_MODULATE, "backends", NORM_MODULATE.backends | {"xformers": wrong})
+    patch(GATE_RESIDUAL, "backends", GATE_RESIDUAL.backends | {"torch": _slow(CLEAN["gate_residual"]["torch"])})
+    patch(NORM_MODULATE, "backends", NORM_MODULATE.backends | {"triton": _slow(CLEAN["norm_modulate"]["triton"]),
+                                                              "xformers": wrong})
     measured.forget()
+
+
+def _slow(backend: Backend) -> Backend:
+    return replace(backend, run=lambda **given: (time.sleep(0.5), backend.run(**given))[1])
 
 
 def _die_within_write(place: int) -> None:
