@@ -42,8 +42,20 @@ def test_commands_named_in_the_text_exist():
     assert "sora-fast nothing" not in README and {"demo", "validate", "train"} <= named
 
 
-def test_tables_are_those_of_the_committed_files():
-    from sora_fast.benchmarks import pages
+def test_tables_and_figure_are_those_of_the_committed_results(tmp_path):
+    from sora_fast.benchmarks import limits, pages
 
-    for page in pages.pages():
+    root = Path(__file__).parents[1]
+    for page in pages.pages(root):
         pages.update(page, check=True)
+    limits.update(root / limits.FIGURE, check=True)
+    (tmp_path / "limits.svg").write_text((root / limits.FIGURE).read_text().replace("forward", "sideways"))
+    with pytest.raises(ValueError, match="run sora-fast bench readme"):
+        limits.update(tmp_path / "limits.svg", check=True)
+
+
+def test_pictures_are_there_and_small():
+    shown = re.findall(r"!\[.+?\]\((docs/images/[\w.]+)\)", README)
+    assert len(shown) == 2 and "Blender Foundation" in README
+    for path in shown:
+        assert (Path(__file__).parents[1] / path).stat().st_size < 200_000

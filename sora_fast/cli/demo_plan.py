@@ -19,10 +19,10 @@ from ..training.vae_loss import VAELoss, modules_of
 
 # Fewest and most steps. With the fewest the VAE is 2.5 dB or more above interpolation on every clip's held-out end, and the
 # DiT's samples are recognisable; more than the most is not seen.
-VAE_STEPS, DIT_STEPS = (60, 300), (300, 1000)
+VAE_STEPS, DIT_STEPS = (60, 300), (300, 600)
 VAE_SHARE = 0.25  # of the time: the VAE begins from principal components, the DiT from nothing
 UNTIMED = 1.15  # a step over its forward and backward: reading the batch, the optimiser, the averaged weights
-OTHER_STAGES = 100  # everything but training takes as long as about so many steps of the VAE
+OTHER_STAGES = 80  # everything but training takes as long as about so many steps of the VAE
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def seconds_per_step(vae: VAETraining, dit: DiTTraining, windows: Sequence[tuple
     noise = torch.randn(vae.clips, *fresh.latent_shape(*video.shape[2:]), device=device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=vae.precision == "bf16")
     of_vae = VAELoss(modules_of(fresh, 0.0))
-    vae_second = _time(lambda: of_vae(video, noise), autocast)
+    of_images = vae.images / (vae.clips * vae.frames)  # pixels of a batch of images over those of a batch of clips
+    vae_second = _time(lambda: of_vae(video, noise), autocast) * (1 - vae.image_share * (1 - of_images))
     clips = [LatentClip(torch.randn(fresh.latent_shape(*size)), caption, str(i), 0, size[0], dit.fps)
              for i, (caption, size) in enumerate(windows)]
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +79,7 @@ def seconds_per_step(vae: VAETraining, dit: DiTTraining, windows: Sequence[tuple
         return vae_second, _time(lambda: trainer.loss(batch)[0], autocast)
 
 
-def _time(loss: Callable[[], torch.Tensor], autocast, steps: int = 5) -> float:
+def _time(loss: Callable[[], torch.Tensor], autocast, steps: int = 4) -> float:
     """Seconds of a step with this loss, without the first, which also sets things up."""
     for step in range(steps + 1):
         if step == 1:
