@@ -298,10 +298,10 @@ def _readme_gpu(folder: str, rows: Sequence[dict]) -> list[str]:
 
 
 _ON_A_CPU = {
-    "vae": "Wan 2.1's graph, one residual block a level: `VideoVAE`, and diffusers' `AutoencoderKLWan`, accelerated and not",
-    "memory": "The most that tensors take at once, beyond weights and what goes in, by the length of the clip",
+    "vae": "Wan 2.1's graph, one block per level: `VideoVAE` beside diffusers' `AutoencoderKLWan`, accelerated or not",
+    "memory": "Peak memory of tensors, without weights and inputs, by the length of the clip",
     "packing": "A DiT trained on mixed sizes: one pack, a batch of each size, one batch padded to the longest",
-    "transformers": "diffusers' transformers, accelerated and as they are",
+    "transformers": "diffusers' transformers, accelerated and plain",
 }
 _BRIEF = ("vae", "packing")
 
@@ -311,9 +311,9 @@ def _readme_cpu(rows: Sequence[dict]) -> list[str]:
     first = rows[0]["environment"]
     packages = f", diffusers {first['packages']['diffusers']}" if "diffusers" in first["packages"] else ""
     parts = [f"### {_escaped(first['cpu'])}, one thread, float32",
-             _paragraph(f"What a CPU can tell: the processor's time of whole steps as a share of the last column's (below 1 "
-                        f"is less), the median of five rounds in turns, after all sides gave the same numbers. torch "
-                        f"{first['torch']}{packages}; `{rows[0]['command']}` makes it again. Every row: "
+             _paragraph(f"CPU time of whole steps as a share of the last column (below 1 is faster): the median of five "
+                        f"interleaved rounds, timed only after all sides had given the same results. torch "
+                        f"{first['torch']}{packages}; reproduce with `{rows[0]['command']}`. Every row: "
                         f"`benchmarks/results/cpu.jsonl`.")]
     for (name,), theirs in group(rows, "group").items():
         sides = list(dict.fromkeys(row["side"] for row in theirs))
