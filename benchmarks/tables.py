@@ -303,7 +303,7 @@ _ON_A_CPU = {
     "packing": "A DiT trained on mixed sizes: one pack, a batch of each size, one batch padded to the longest",
     "transformers": "diffusers' transformers, accelerated and plain",
 }
-_BRIEF = ("vae", "packing")
+_BRIEF = ("vae",)
 
 
 def _readme_cpu(rows: Sequence[dict]) -> list[str]:
