@@ -108,7 +108,7 @@ def test_wrong_flags_get_a_sentence(cli, tmp_path, monkeypatch):
     refused(cli("train-vae", "--keep", "0"), "keep: expected 1 or more, got 0")
     refused(cli("train-vae", "--resume"), "expected a run folder with a checkpoint", "train first")
     refused(cli("train", "--shift", "high"), "--shift: expected tokens or a number, got 'high'")
-    refused(cli("train", "--preset", "S/3"), "expected preset to be one of tiny, S/2", "'S/3'")
+    refused(cli("train", "--preset", "S/3"), "expected preset to be one of nano, tiny, S/2", "'S/3'")
     refused(cli("train", "--vae", "nowhere"), "expected a run folder of sora-fast train-vae")
     refused(cli("generate", "nowhere", "--prompt", "a", "--size", "1x8x8"), "expected a run folder of sora-fast train")
     refused(cli("generate", "nowhere", "--prompt", "a", "--size", "1x8x8", "--steps", 0), "--steps of 1 or more", "got 0")

@@ -426,7 +426,7 @@ def test_errors_are_one_sentence():
         "12 elements for each of the pack's 20 tokens": lambda: tiny(
             flat, steps, pack._copy().set_text(text.lengths).pad_to(20), text=text),
         "the latents' own pack": lambda: tiny(clips[::-1], steps, pack, text=text),
-        "one of tiny, S/2": lambda: DiT.preset("M/2"),
+        "one of nano, tiny, S/2": lambda: DiT.preset("M/2"),
     }
     for words, call in calls.items():
         with pytest.raises(ValueError, match=words) as caught:
