@@ -30,9 +30,9 @@ def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, r
     from ..kernels import attention as kernels
 
     config = _config_of_call("forward", q, k, causal, left, right)
-    made = kernels.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, config=config,
-                           **_options(q, softmax_scale, causal, left, right))
-    return [t for t in made if t is not None]
+    outputs = kernels.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, config=config,
+                              **_options(q, softmax_scale, causal, left, right))
+    return [t for t in outputs if t is not None]
 
 
 def _fake_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right):
@@ -82,15 +82,15 @@ class _Attention(torch.autograd.Function):
 
 
 def _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window, return_lse, deterministic):
-    tensors = triton_backend.apart((q, k, v, cu_seqlens_q, cu_seqlens_k))
+    tensors = triton_backend.distinct((q, k, v, cu_seqlens_q, cu_seqlens_k))
     out, lse = triton_backend.apply(_Attention, *tensors, softmax_scale, causal, *window)
     return (out, lse) if return_lse else out
 
 
 @torch.no_grad()
 def _varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window):
-    made = torch.ops.sora_fast.attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, *window)
-    return made[0], made[1]
+    outputs = torch.ops.sora_fast.attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, *window)
+    return outputs[0], outputs[1]
 
 
 @torch.no_grad()

@@ -32,12 +32,12 @@ def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings
     common = dict(tf32=tf32_products(), config=_config_of_call("forward", weight, s))
     if s.norm is None:
         y = convolution.forward(x, weight, bias, cache, residual, s, **common)
-        made = [y, reference.next_cache(x, cache, s.keep) if s.keep else None]
+        outputs = [y, reference.next_cache(x, cache, s.keep) if s.keep else None]
     else:
         norm_config = normalization_triton.config_of_call("forward", x, s.norm, s.act, weight.dtype)
-        made = norm_convolution.forward(x, weight, bias, cache, residual, norm_weight, norm_bias, s, norm_config=norm_config,
-                                        **common)
-    return [t for t in made if t is not None]
+        outputs = norm_convolution.forward(x, weight, bias, cache, residual, norm_weight, norm_bias, s,
+                                           norm_config=norm_config, **common)
+    return [t for t in outputs if t is not None]
 
 
 def _backward(dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bias, stats, wanted, *settings):
@@ -71,10 +71,10 @@ def _backward(dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bias, st
 
 def _fake_backward(dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bias, stats, wanted, *settings):
     like = lambda t: video(t, t.dtype, *t.shape)
-    made = (lambda: like(x), lambda: like(weight), lambda: bias.new_empty(bias.shape),
+    outputs = (lambda: like(x), lambda: like(weight), lambda: bias.new_empty(bias.shape),
             lambda: like(cache), lambda: norm_weight.new_empty(norm_weight.shape),
             lambda: norm_bias.new_empty(norm_bias.shape))
-    return [make() for make, want in zip(made, wanted, strict=True) if want]
+    return [make() for make, want in zip(outputs, wanted, strict=True) if want]
 
 
 operators.define(f"convolution_forward{FORWARD}", _forward, fake_forward)
@@ -87,14 +87,14 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, cache, residual, norm_weight, norm_bias, save, settings):
-        made = torch.ops.sora_fast.convolution_forward(x, weight, bias, cache, residual, norm_weight, norm_bias,
-                                                       *settings.values)
-        stats = made.pop() if settings.norm == "group" else None
+        outputs = torch.ops.sora_fast.convolution_forward(x, weight, bias, cache, residual, norm_weight, norm_bias,
+                                                          *settings.values)
+        stats = outputs.pop() if settings.norm == "group" else None
         if save:
             ctx.save_for_backward(x, weight, bias, cache, norm_weight, norm_bias, stats)
-            ctx.settings, ctx.shape = settings, made[0].shape
+            ctx.settings, ctx.shape = settings, outputs[0].shape
             ctx.set_materialize_grads(False)
-        return tuple(made)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx, dy, dcache_out=None):
@@ -113,17 +113,17 @@ class _Convolution(torch.autograd.Function):
 
 def _run(settings: ConvSettings, *, x, weight, bias, cache, residual, norm_weight=None, norm_bias=None):
     tensors = (x, weight, bias, cache, residual, norm_weight, norm_bias)
-    made = triton_backend.apply(_Convolution, *triton_backend.apart(tensors), needs_grad(*tensors), settings)
+    outputs = triton_backend.apply(_Convolution, *triton_backend.distinct(tensors), needs_grad(*tensors), settings)
     if settings.return_cache and settings.keep == 0:  # a kernel of one frame has no cache
-        return made[0], x[:, :, :0].to(weight.dtype).clone()
-    return made if settings.return_cache else made[0]
+        return outputs[0], x[:, :, :0].to(weight.dtype).clone()
+    return outputs if settings.return_cache else outputs[0]
 
 
 def _unsupported(problem) -> list[str]:
     reasons = triton_backend.unsupported(problem, problem.wide)
-    if problem.norm and problem.in_channels > normalization_triton.WIDEST:
+    if problem.norm and problem.in_channels > normalization_triton.MAX_WIDTH:
         reasons.append("Its norms hold all channels of a pixel in registers, at most "
-                       f"{normalization_triton.WIDEST:,}, and x has {checks.shown(problem.in_channels)}.")
+                       f"{normalization_triton.MAX_WIDTH:,}, and x has {checks.shown(problem.in_channels)}.")
     return reasons
 
 

@@ -8,7 +8,7 @@ from .. import checks, configs
 from ..dispatch import Backend, needs_grad
 from . import operators, triton_backend
 
-WIDEST = 8192
+MAX_WIDTH = 8192
 
 
 def _config_of_call(direction, x, y, norm, affine):
@@ -26,18 +26,18 @@ def _forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save, dtyp
     from ..kernels import modulation as kernels
 
     config = _config_of_call("forward", x, y, norm, weight is not None or bias is not None)
-    made = kernels.forward(x, y, gate, shift, scale, rows, weight, bias, norm=norm, eps=eps, save=save, dtype=dtype,
-                           config=config)
-    return [t for t in made if t is not None]
+    outputs = kernels.forward(x, y, gate, shift, scale, rows, weight, bias, norm=norm, eps=eps, save=save, dtype=dtype,
+                              config=config)
+    return [t for t in outputs if t is not None]
 
 
 def _fake_forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save, dtype):
-    made = [] if gate is None else [x.new_empty(x.shape)]
+    outputs = [] if gate is None else [x.new_empty(x.shape)]
     if norm is not None:
-        made.append(x.new_empty(x.shape, dtype=dtype))
+        outputs.append(x.new_empty(x.shape, dtype=dtype))
         if save:
-            made.append(x.new_empty((2 if norm == "layer" else 1, x.shape[0]), dtype=torch.float32))
-    return made
+            outputs.append(x.new_empty((2 if norm == "layer" else 1, x.shape[0]), dtype=torch.float32))
+    return outputs
 
 
 def _backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, norm, wanted):
@@ -69,12 +69,13 @@ class _Modulation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, gate, shift, scale, weight, bias, rows, norm, eps, save, dtype):
-        made = torch.ops.sora_fast.modulation_forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save, dtype)
+        outputs = torch.ops.sora_fast.modulation_forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save,
+                                                            dtype)
         if save:
-            normed = (x if gate is None else made[0]) if norm else None
-            ctx.save_for_backward(normed, y, gate, shift, scale, rows, weight, bias, made[-1] if norm else None)
+            normed = (x if gate is None else outputs[0]) if norm else None
+            ctx.save_for_backward(normed, y, gate, shift, scale, rows, weight, bias, outputs[-1] if norm else None)
         ctx.norm = norm
-        return tuple(made[:len(made) - bool(norm and save)])
+        return tuple(outputs[:len(outputs) - bool(norm and save)])
 
     @staticmethod
     def backward(ctx, *grads):
@@ -97,15 +98,15 @@ class _Modulation(torch.autograd.Function):
 def _run(x, y=None, gate=None, shift=None, scale=None, rows=None, *, tail, even, norm=None, weight=None, bias=None, eps=0.0,
          dtype=None):
     save = needs_grad(x, y, gate, shift, scale, weight, bias)
-    tensors = triton_backend.apart((x, y, gate, shift, scale, weight, bias))
-    made = triton_backend.apply(_Modulation, *tensors, rows, norm, eps, save, dtype or (x if y is None else y).dtype)
-    return made if len(made) > 1 else made[0]
+    tensors = triton_backend.distinct((x, y, gate, shift, scale, weight, bias))
+    outputs = triton_backend.apply(_Modulation, *tensors, rows, norm, eps, save, dtype or (x if y is None else y).dtype)
+    return outputs if len(outputs) > 1 else outputs[0]
 
 
 def _unsupported(problem) -> list[str]:
     reasons = triton_backend.unsupported(problem, problem.wide)
-    if problem.width > WIDEST:
-        reasons.append(f"Its kernels hold a whole row in registers, at most {WIDEST:,} elements, and x has "
+    if problem.width > MAX_WIDTH:
+        reasons.append(f"Its kernels hold a whole row in registers, at most {MAX_WIDTH:,} elements, and x has "
                        f"{checks.shown(problem.width)} columns.")
     return reasons
 

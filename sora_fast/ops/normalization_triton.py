@@ -6,7 +6,7 @@ from .. import checks, configs
 from ..dispatch import Backend
 from . import operators, triton_backend
 
-WIDEST = 2048
+MAX_WIDTH = 2048
 
 
 def config_of_call(direction: str, x, norm, act, y_dtype):
@@ -87,13 +87,13 @@ class _NormAct(torch.autograd.Function):
 
 
 def _run(x, weight=None, bias=None, *, norm, groups, eps, act):
-    return triton_backend.apply(_NormAct, *triton_backend.apart((x, weight, bias)), norm, groups, eps, act)
+    return triton_backend.apply(_NormAct, *triton_backend.distinct((x, weight, bias)), norm, groups, eps, act)
 
 
 def _unsupported(problem) -> list[str]:
     reasons = triton_backend.unsupported(problem, problem.wide)
-    if problem.channels > WIDEST:
-        reasons.append(f"Its kernels hold all channels of a pixel in registers, at most {WIDEST:,}, and x has "
+    if problem.channels > MAX_WIDTH:
+        reasons.append(f"Its kernels hold all channels of a pixel in registers, at most {MAX_WIDTH:,}, and x has "
                        f"{checks.shown(problem.channels)}.")
     return reasons
 

@@ -141,7 +141,7 @@ class _Unpatchify(torch.autograd.Function):
 
 
 def _patch_embed(latents, weight, bias, *, grids, pack):
-    tensors = triton_backend.apart((latents, weight, bias))
+    tensors = triton_backend.distinct((latents, weight, bias))
     return triton_backend.apply(_PatchEmbed, *tensors, *_on_device(grids, pack, latents))
 
 

@@ -10,7 +10,7 @@ from ..dispatch import Backend
 from ..to_device import outside_pools
 from . import operators, triton_backend
 
-WIDEST = 8192  # elements of all heads of a token, which a program holds in registers
+MAX_WIDTH = 8192  # elements of all heads of a token, which a program holds in registers
 _TENSORS = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias", "freqs")  # those with gradients, in the kernels' order
 
 
@@ -56,9 +56,9 @@ def _forward(q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows, norm
     from ..kernels import rotary as kernels
 
     config = _config_of_call("forward", q, k, q_weight, k_weight, q_bias, k_bias, coords, freqs, norm, pairing)
-    made = kernels.forward(q, k, coords, q_weight, k_weight, q_bias, k_bias, _table(coords, freqs, axes, theta), rows,
-                           norm=norm, pairing=pairing, eps=eps, config=config)
-    return [t for t in made if t is not None]
+    outputs = kernels.forward(q, k, coords, q_weight, k_weight, q_bias, k_bias, _table(coords, freqs, axes, theta), rows,
+                              norm=norm, pairing=pairing, eps=eps, config=config)
+    return [t for t in outputs if t is not None]
 
 
 def _fake_forward(q, k, *settings):
@@ -95,19 +95,19 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, q_bias, k_bias, freqs, coords, rows, norm, axes, theta, pairing, eps):
         affine = (q_weight, k_weight, q_bias, k_bias)
-        made = torch.ops.sora_fast.rotary_forward(q, k, coords, *affine, freqs, rows, norm, axes, theta, pairing, eps)
+        outputs = torch.ops.sora_fast.rotary_forward(q, k, coords, *affine, freqs, rows, norm, axes, theta, pairing, eps)
         needed = norm is not None or freqs is not None
         ctx.save_for_backward(*((q, k) if needed else (None, None)), coords, *affine, freqs, rows)
         ctx.settings = (norm, axes, theta, pairing, eps)
         ctx.set_materialize_grads(False)  # no zeros are made for unused outputs
-        return tuple(made)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx, d_q, d_k=None):
         wanted = list(ctx.needs_input_grad[:len(_TENSORS)])
         for place, name in enumerate(_TENSORS):
-            came = {"q": d_q, "k": d_k}.get(name[0])  # freqs get a gradient from either
-            wanted[place] = wanted[place] and (name == "freqs" or came is not None)
+            d_out = {"q": d_q, "k": d_k}.get(name[0])  # freqs get a gradient from either
+            wanted[place] = wanted[place] and (name == "freqs" or d_out is not None)
         gradients = [None] * len(_TENSORS)
         if any(wanted) and not (d_q is None and d_k is None):
             with torch.no_grad():
@@ -122,17 +122,17 @@ def _run(q, k, coords, *, q_weight, k_weight, q_bias, k_bias, norm, axes, theta,
         coords = freqs = None
     bases = theta if isinstance(theta, (tuple, list)) else (theta,) * 3
     axes, bases = ([], []) if coords is None or freqs is not None else (list(axes), [float(base) for base in bases])
-    tensors = triton_backend.apart((q, k, q_weight, k_weight, q_bias, k_bias, freqs, coords, rows))
-    made = triton_backend.apply(_Rotary, *tensors, norm, axes, bases, pairing, eps)
-    return made[0], made[1] if k is not None else None
+    tensors = triton_backend.distinct((q, k, q_weight, k_weight, q_bias, k_bias, freqs, coords, rows))
+    outputs = triton_backend.apply(_Rotary, *tensors, norm, axes, bases, pairing, eps)
+    return outputs[0], outputs[1] if k is not None else None
 
 
 def _unsupported(problem) -> list[str]:
     reasons = triton_backend.unsupported(problem, problem.wide)
     heads = max(problem.heads, problem.key_heads)
     padded = configs.bucket(heads) * configs.bucket(problem.head_dim)
-    if padded > WIDEST:
-        reasons.append(f"Its kernels hold all heads of a token in registers, at most {WIDEST:,} elements, and "
+    if padded > MAX_WIDTH:
+        reasons.append(f"Its kernels hold all heads of a token in registers, at most {MAX_WIDTH:,} elements, and "
                        f"{checks.shown(heads)} heads of {checks.shown(problem.head_dim)} are {checks.shown(padded)}, both "
                        f"rounded up to powers of two.")
     if problem.moves:

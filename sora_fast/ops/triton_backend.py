@@ -92,7 +92,7 @@ def apply(function: type[torch.autograd.Function], *arguments):
     return function.forward(_NoNode(), *arguments)
 
 
-def apart(tensors):
+def distinct(tensors):
     """The inputs of an autograd.Function, with repeated tensors as views: torch.compile would trace them as one."""
     if not torch.compiler.is_compiling():
         return tensors
