@@ -33,7 +33,7 @@ from sora_fast.dispatch import use_backend
 from sora_fast.environment import environment
 from sora_fast.files import save_text
 from sora_fast.integrations import accelerate, recipes
-from sora_fast.models.dit import Block, DiTConfig
+from sora_fast.models.dit import DiTBlock, DiTConfig
 from sora_fast.models.vae import PRESETS
 from sora_fast.nn import Residual
 from sora_fast.pack import Pack
@@ -106,7 +106,7 @@ def packing() -> Iterator[tuple[str, Sides]]:
 
     def trained(parts: list[tuple], padded: bool):
         """``parts``: (pack, tokens (N,), samples (S,)) of each forward, which together are the whole."""
-        blocks = model(lambda: nn.ModuleList(Block(DIT) for _ in range(LAYERS)), CPU, torch.float32)
+        blocks = model(lambda: nn.ModuleList(DiTBlock(DIT) for _ in range(LAYERS)), CPU, torch.float32)
         optimizer = torch.optim.AdamW(blocks.parameters(), lr=1e-4, weight_decay=0.0)
         given = []
         for pack, tokens, samples in parts:

@@ -290,6 +290,6 @@ def peers() -> list[Provider]:
         Provider("flash_attn_4", packed(libraries.flash_attn_4), unavailable=Refusal(libraries.FLASH_ATTN_4)),
         # where lengths are known, a causal mask and cuDNN before 9.25 can be used where they are right
         Provider("cudnn_frontend", _cudnn, _with_lengths,
-                 Refusal(replace(libraries.CUDNN, masks="causal", more=Limits.more), empty=False), _cudnn_details),
+                 Refusal(replace(libraries.CUDNN, masks="causal", other_reasons=Limits.other_reasons), empty=False), _cudnn_details),
         Provider("xformers", _xformers, _with_bias, Refusal(libraries.XFORMERS, empty=False)),
     ]

@@ -183,6 +183,6 @@ def test_angles_are_those_of_the_coordinates_as_they_are():
         torch.testing.assert_close(run(pack), right(pack))
     other = pack.coords
     del pack
-    assert ops.rotary._last is not None
+    assert ops.rotary._cached is not None
     del other
-    assert ops.rotary._last is None  # nothing outlives the coordinates
+    assert ops.rotary._cached is None  # nothing outlives the coordinates

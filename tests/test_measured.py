@@ -52,7 +52,8 @@ def test_the_fastest_is_taken_where_it_was_measured(op):
     assert taken(op) == "torch"
     for elsewhere in (dict(size=(256,)), dict(width=16), dict(grad=True), dict(dtype=torch.float16)):
         assert taken(op, replace(PROBLEM, **elsewhere)) == "triton"
-    call = lambda: op.run((PROBLEM.device, PROBLEM.dtype, PROBLEM.grad, PROBLEM.width, PROBLEM.size), "auto")
+    facts = (PROBLEM.device, PROBLEM.dtype, PROBLEM.grad, PROBLEM.width, PROBLEM.size)
+    call = lambda: op.run(op.plan(facts, "auto"), None)
     assert call() == "torch"  # which is remembered, until something else is measured
     measured.save([line(op, dict(triton=2.0, torch=1.0, flash_attn=0.5))])
     assert taken(op) == call() == "flash_attn"
