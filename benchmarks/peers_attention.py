@@ -229,7 +229,7 @@ def _packed(call, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_
 
 
 def _flash_attn_3_details(case: Case, device: torch.device) -> dict:
-    forward = libraries.only_the_forward_of_flash_attn_3()
+    forward = libraries.flash_attn_3_is_forward_only()
     return dict(module="fa3_fwd_interface" if forward else "flash_attn_interface")
 
 
@@ -290,6 +290,7 @@ def peers() -> list[Provider]:
         Provider("flash_attn_4", packed(libraries.flash_attn_4), unavailable=Refusal(libraries.FLASH_ATTN_4)),
         # where lengths are known, a causal mask and cuDNN before 9.25 can be used where they are right
         Provider("cudnn_frontend", _cudnn, _with_lengths,
-                 Refusal(replace(libraries.CUDNN, masks="causal", other_reasons=Limits.other_reasons), empty=False), _cudnn_details),
+                 Refusal(replace(libraries.CUDNN, masks="causal", other_reasons=Limits.other_reasons), empty=False),
+                 _cudnn_details),
         Provider("xformers", _xformers, _with_bias, Refusal(libraries.XFORMERS, empty=False)),
     ]

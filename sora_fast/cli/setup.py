@@ -20,7 +20,7 @@ def add_arguments(parser) -> None:
     add("--training", action="store_true", help="the model with its gradients too (default: without)")
     add("--quick", action="store_true", help="without a model: a few small sizes, to try it (default: those of models)")
     add("--device", default="cuda", help="a CUDA device")
-    add("--plan", action="store_true", help="say what would be done and how long it would take, and do nothing (default: do it)")
+    add("--plan", action="store_true", help="say what would be done and how long it would take (default: do it)")
     add("--gpu", choices=("h200", "h100", "a100", "l40s", "4090"),
         help="with --plan: a GPU that need not be here (default: this machine's)")
     add("--jobs", type=int, metavar="N", help="processes that compile (default: one for each core, up to 16)")

@@ -89,7 +89,7 @@ class CudaKernel:
         wanted = self.name.replace(" ", "")
         for name in there:
             if ptx.demangled(name).replace(" ", "") == wanted:
-                return csrc_launch.alone(whole, name)
+                return csrc_launch.isolate_kernel(whole, name)
         raise RuntimeError(f"{self.name}: expected a __global__ function of this name in the source, got "
                            f"{', '.join(map(ptx.demangled, there)) or 'none'}; templates are there once they are "
                            f"instantiated (template __global__ void f<4>(...);)")

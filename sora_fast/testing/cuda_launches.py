@@ -72,4 +72,4 @@ def machine_code(kernel: str, cc: int) -> cubins.Function:
                     (code,) = cubins.functions(path, f"^{re.escape(name)}$")
                     return code
     raise RuntimeError(f"cuda_launches: expected machine code of {kernel} for sm_{cc} in the CUDA extension, got none; "
-                       f"{cuda_backend.AGAIN}")
+                       f"{cuda_backend.HOW_TO_BUILD}")
