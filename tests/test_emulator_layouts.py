@@ -52,7 +52,8 @@ def test_descriptors_address_what_cute_lays_out(said):
         name, _, rows, block, step = key
         rows, block, step = int(rows), int(block), int(step)
         start, lead, stride, swizzle = matrix.decode(descriptor)
-        got = matrix.layout_offsets(swizzle, lead, stride, name.startswith("MN"), rows, 16, 2, start % 1024) + start // 1024 * 1024
+        got = matrix.layout_offsets(swizzle, lead, stride, name.startswith("MN"), rows, 16, 2, start % 1024)
+        got = got + start // 1024 * 1024
         want = tiles[name][block * 64 : block * 64 + rows, step * 16 : step * 16 + 16]
         assert (got == want).all(), (kind, *key)
         count += 1
