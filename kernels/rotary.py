@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .launch import contiguous, num_sms, on, registers, rows_dense
-from .rotary_config import BackwardConfig, ForwardConfig, head_block
+from .rotary_config import BackwardConfig, ForwardConfig, head_block, pair_block
 from .rotary_tiles import (
     add_at,
     affine_heads,
@@ -28,12 +28,21 @@ from .rotary_tiles import (
     load_affine,
     load_heads,
     normalise,
+    pairs,
+    parts_of,
     rotation,
-    squares_of_all,
     store_pairs,
+    store_parts,
+    sum_of_all,
     sum_of_row,
+    sum_parts,
+    sum_products,
+    through_norm,
+    turn,
+    turn_back,
     zero_heads,
 )
+from .rows import add_rows, multiply_rows, scale_row
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -43,25 +52,28 @@ def _epilogue(firsts, seconds, out, weight, bias, cos, sin, token, valid, tokens
             BLOCK_P: tl.constexpr):
     """Norm and rotation of the pairs that were loaded, and their store."""
     PIECES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    PARTS: tl.constexpr = parts_of(E, BLOCK_P)
     AFFINE: tl.constexpr = PIECES if NORM == "rms_all" else 1  # pieces of weight and bias
     TURNS: tl.constexpr = PIECES if PER_HEAD else 1  # pieces of the angles
+    # 0 for a token of no sample, whose output is 0 then: a masked load costs less than to mask the output
     if weight is not None:
-        weight_a, weight_b = affine_heads(weight, H, NORM, E, P, PAIRING, BLOCK_H, BLOCK_P)
+        weight_a, weight_b = affine_heads(weight, valid, H, NORM, E, P, PAIRING, BLOCK_H, BLOCK_P)
     if bias is not None:
-        bias_a, bias_b = affine_heads(bias, H, NORM, E, P, PAIRING, BLOCK_H, BLOCK_P)
-    squares = squares_of_all(firsts, seconds, NORM, PIECES)
+        bias_a, bias_b = affine_heads(bias, valid, H, NORM, E, P, PAIRING, BLOCK_H, BLOCK_P)
+    squares = 0.0
+    if NORM == "rms_all":
+        squares = sum_of_all(firsts, seconds, firsts, seconds, PIECES, PARTS)
     for piece in tl.static_range(PIECES):
         a, b, head = firsts[piece], seconds[piece], heads(piece, BLOCK_H)
         if NORM is not None:
             a, b, _ = normalise(a, b, squares, valid & (head < H), eps, H, E, P, NORM, PAIRING, BLOCK_P)
         if weight is not None:
-            a, b = a * weight_a[piece % AFFINE], b * weight_b[piece % AFFINE]
+            a, b = multiply_rows(a, weight_a[piece % AFFINE], PARTS), multiply_rows(b, weight_b[piece % AFFINE], PARTS)
         if bias is not None:
-            a, b = a + bias_a[piece % AFFINE], b + bias_b[piece % AFFINE]
+            a, b = add_rows(a, bias_a[piece % AFFINE], PARTS), add_rows(b, bias_b[piece % AFFINE], PARTS)
         if P > 0:
-            a, b = a * cos[piece % TURNS] - b * sin[piece % TURNS], a * sin[piece % TURNS] + b * cos[piece % TURNS]
-        store_pairs(out + (token * H + head) * E, tl.where(valid, a, 0.0), tl.where(valid, b, 0.0),
-                     (token < tokens) & (head < H), E, P, PAIRING, BLOCK_P)
+            a, b = turn(a, b, cos[piece % TURNS], sin[piece % TURNS], PARTS)
+        store_parts(out + (token * H + head) * E, a, b, (token < tokens) & (head < H), E, P, PAIRING, BLOCK_P)
 
 
 @triton.jit(do_not_specialize=["tokens", "q_token", "q_head", "k_token", "k_head"])
@@ -80,7 +92,7 @@ def forward_kernel(q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, coord
     if P > 0:
         at_t, at_h, at_w = coordinates(coords, token, valid)
         for piece in tl.static_range((H + BLOCK_H - 1) // BLOCK_H if PER_HEAD else 1):
-            c_, s_ = rotation(at_t, at_h, at_w, freqs, heads(piece, BLOCK_H), H, P, PER_HEAD, BLOCK_P)
+            c_, s_ = rotation(at_t, at_h, at_w, valid, freqs, heads(piece, BLOCK_H), E, H, P, PER_HEAD, BLOCK_P)
             cos, sin = cos + (c_,), sin + (s_,)
     _epilogue(a, b, q_out, q_weight, q_bias, cos, sin, token, valid, tokens, eps, H, E, P, NORM, PAIRING, PER_HEAD, BLOCK_H,
             BLOCK_P)
@@ -93,13 +105,14 @@ def forward_kernel(q, k, q_out, k_out, q_weight, k_weight, q_bias, k_bias, coord
 def _store_sums(sums, a, b, head, H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr,
                 PAIRING: tl.constexpr, BLOCK_P: tl.constexpr):
     """A program's sums of a weight's or bias's gradient, of each head or of all."""
-    a, b = tl.sum(a, 0, keep_dims=True), tl.sum(b, 0, keep_dims=True)
-    if NORM == "rms_all":
-        store_pairs(sums + head * E, a, b, head < H, E, P, PAIRING, BLOCK_P)
-    else:
-        a, b = tl.sum(a, 1, keep_dims=True), tl.sum(b, 1, keep_dims=True)
-        one = tl.zeros([1, 1, 1], tl.int32)
-        store_pairs(sums + one, a, b, one == 0, E, P, PAIRING, BLOCK_P)
+    for part in tl.static_range(parts_of(E, BLOCK_P)):
+        of_a, of_b = tl.sum(a[part], 0, keep_dims=True), tl.sum(b[part], 0, keep_dims=True)
+        if NORM == "rms_all":
+            store_pairs(sums + head * E, of_a, of_b, head < H, part, E, P, PAIRING, BLOCK_P)
+        else:
+            of_a, of_b = tl.sum(of_a, 1, keep_dims=True), tl.sum(of_b, 1, keep_dims=True)
+            one = tl.zeros([1, 1, 1], tl.int32)
+            store_pairs(sums + one, of_a, of_b, one == 0, part, E, P, PAIRING, BLOCK_P)
 
 
 @triton.jit
@@ -111,11 +124,12 @@ def _walk(d_out, x, dx, weight, bias, coords, freqs, rows, weight_sums, bias_sum
     PIECES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     AFFINE: tl.constexpr = PIECES if NORM == "rms_all" else 1  # pieces of weight and bias
     TURNS: tl.constexpr = PIECES if PER_HEAD else 1  # pieces of the angles
+    PARTS: tl.constexpr = parts_of(E, BLOCK_P)
     WIDTH: tl.constexpr = H * E if NORM == "rms_all" else E
     program = tl.program_id(0).to(tl.int64)
-    zeros = zero_heads(AFFINE, BLOCK_N, BLOCK_H, BLOCK_P)
+    zeros = zero_heads(AFFINE, PARTS, BLOCK_N, BLOCK_H, BLOCK_P)
     weight_a, weight_b, bias_a, bias_b = zeros, zeros, zeros, zeros
-    angle_zeros = zero_heads(TURNS, BLOCK_N, BLOCK_H if PER_HEAD else 1, BLOCK_P)
+    angle_zeros = zero_heads(TURNS, PARTS, BLOCK_N, BLOCK_H if PER_HEAD else 1, BLOCK_P)
     sum_t, sum_h, sum_w = angle_zeros, angle_zeros, angle_zeros
 
     for first in range(program * run, tl.minimum((program + 1) * run, tokens), BLOCK_N):
@@ -125,22 +139,23 @@ def _walk(d_out, x, dx, weight, bias, coords, freqs, rows, weight_sums, bias_sum
                             BLOCK_H, BLOCK_P)
         if x is not None:
             a, b = load_heads(x + token * x_token * X_UNIT, x_head * X_UNIT, valid, H, E, P, PAIRING, BLOCK_H, BLOCK_P)
-            squares = squares_of_all(a, b, NORM, PIECES)
+            squares = 0.0
+            if NORM == "rms_all":
+                squares = sum_of_all(a, b, a, b, PIECES, PARTS)
         if P > 0:
             t, h, w = coordinates(coords, token, valid)
             if not PER_HEAD:
-                cos, sin = rotation(t, h, w, freqs, token, H, P, PER_HEAD, BLOCK_P)
+                cos, sin = rotation(t, h, w, None, freqs, token, E, H, P, PER_HEAD, BLOCK_P)
         if weight is not None:
-            weights_a, weights_b = affine_heads(weight, H, NORM, E, P, PAIRING, BLOCK_H, BLOCK_P)
-        along = tl.zeros([BLOCK_N, 1, 1], tl.float32)  # of all heads together
+            weights_a, weights_b = affine_heads(weight, None, H, NORM, E, P, PAIRING, BLOCK_H, BLOCK_P)
         normed_a, normed_b, grads_a, grads_b, rstds = (), (), (), (), ()
         for piece in tl.static_range(PIECES):
             head = heads(piece, BLOCK_H)
             g, f = ga[piece], gb[piece]
             if P > 0:
                 if PER_HEAD:
-                    cos, sin = rotation(t, h, w, freqs, head, H, P, PER_HEAD, BLOCK_P)
-                g, f = g * cos + f * sin, f * cos - g * sin
+                    cos, sin = rotation(t, h, w, None, freqs, head, E, H, P, PER_HEAD, BLOCK_P)
+                g, f = turn_back(g, f, cos, sin, PARTS)
             if x is not None:
                 c, d = a[piece], b[piece]
                 if NORM is not None:
@@ -150,39 +165,46 @@ def _walk(d_out, x, dx, weight, bias, coords, freqs, rows, weight_sums, bias_sum
             if freq_sums is not None:
                 turned_a, turned_b = c, d
                 if weight is not None:
-                    turned_a, turned_b = c * weights_a[piece % AFFINE], d * weights_b[piece % AFFINE]
+                    turned_a = multiply_rows(c, weights_a[piece % AFFINE], PARTS)
+                    turned_b = multiply_rows(d, weights_b[piece % AFFINE], PARTS)
                 if bias is not None:
-                    biases_a, biases_b = load_affine(bias, head, H, NORM, E, P, PAIRING, BLOCK_P)
-                    turned_a, turned_b = turned_a + biases_a, turned_b + biases_b
-                d_angle = turned_a * f - turned_b * g  # the same before the turn as after it
-                if not PER_HEAD:
-                    d_angle = tl.sum(d_angle, 1, keep_dims=True)
-                sum_t = add_at(sum_t, t * d_angle, piece % TURNS, TURNS)
-                sum_h = add_at(sum_h, h * d_angle, piece % TURNS, TURNS)
-                sum_w = add_at(sum_w, w * d_angle, piece % TURNS, TURNS)
+                    biases_a, biases_b = load_affine(bias, None, head, H, NORM, E, P, PAIRING, BLOCK_P)
+                    turned_a, turned_b = add_rows(turned_a, biases_a, PARTS), add_rows(turned_b, biases_b, PARTS)
+                d_angles = ()
+                for part in tl.static_range(PARTS):
+                    d_angle = turned_a[part] * f[part] - turned_b[part] * g[part]  # the same before the turn as after it
+                    if not PER_HEAD:
+                        d_angle = tl.sum(d_angle, 1, keep_dims=True)
+                    d_angles = d_angles + (d_angle,)
+                sum_t = add_at(sum_t, scale_row(d_angles, t, PARTS), piece % TURNS, TURNS, PARTS)
+                sum_h = add_at(sum_h, scale_row(d_angles, h, PARTS), piece % TURNS, TURNS, PARTS)
+                sum_w = add_at(sum_w, scale_row(d_angles, w, PARTS), piece % TURNS, TURNS, PARTS)
             if weight_sums is not None:
-                weight_a = add_at(weight_a, g * c, piece % AFFINE, AFFINE)
-                weight_b = add_at(weight_b, f * d, piece % AFFINE, AFFINE)
+                weight_a = add_at(weight_a, multiply_rows(g, c, PARTS), piece % AFFINE, AFFINE, PARTS)
+                weight_b = add_at(weight_b, multiply_rows(f, d, PARTS), piece % AFFINE, AFFINE, PARTS)
             if bias_sums is not None:
-                bias_a = add_at(bias_a, g, piece % AFFINE, AFFINE)
-                bias_b = add_at(bias_b, f, piece % AFFINE, AFFINE)
+                bias_a = add_at(bias_a, g, piece % AFFINE, AFFINE, PARTS)
+                bias_b = add_at(bias_b, f, piece % AFFINE, AFFINE, PARTS)
             if weight is not None:
-                g, f = g * weights_a[piece % AFFINE], f * weights_b[piece % AFFINE]
-            if NORM == "rms_all":
-                along += sum_of_row(g * c + f * d, NORM)
+                g = multiply_rows(g, weights_a[piece % AFFINE], PARTS)
+                f = multiply_rows(f, weights_b[piece % AFFINE], PARTS)
             grads_a, grads_b = grads_a + (g,), grads_b + (f,)
         if dx is not None:
+            if NORM == "rms_all":
+                along = sum_of_all(grads_a, grads_b, normed_a, normed_b, PIECES, PARTS)
             for piece in tl.static_range(PIECES):
-                head = heads(piece, BLOCK_H)
-                g, f = grads_a[piece], grads_b[piece]
+                g, f, head = grads_a[piece], grads_b[piece], heads(piece, BLOCK_H)
                 if NORM is not None:
-                    c, d, rstd = normed_a[piece], normed_b[piece], rstds[piece]
+                    c, d = normed_a[piece], normed_b[piece]
                     if NORM != "rms_all":
-                        along = sum_of_row(g * c + f * d, NORM)
-                    mean = sum_of_row(g + f, NORM) * (1.0 / WIDTH) if NORM == "layer_head" else 0.0
-                    g, f = (g - c * (along * (1.0 / WIDTH)) - mean) * rstd, (f - d * (along * (1.0 / WIDTH)) - mean) * rstd
+                        along = sum_of_row(sum_products(g, f, c, d, PARTS), NORM)
+                    mean = 0.0
+                    if NORM == "layer_head":
+                        mean = sum_of_row(sum_parts(g, f, PARTS), NORM) * (1.0 / WIDTH)
+                    g = through_norm(g, c, along * (1.0 / WIDTH), mean, rstds[piece], PARTS)
+                    f = through_norm(f, d, along * (1.0 / WIDTH), mean, rstds[piece], PARTS)
                 # of a token of no sample nothing was read, and its gradients are 0
-                store_pairs(dx + (token * H + head) * E, g, f, (token < tokens) & (head < H), E, P, PAIRING, BLOCK_P)
+                store_parts(dx + (token * H + head) * E, g, f, (token < tokens) & (head < H), E, P, PAIRING, BLOCK_P)
 
     for piece in tl.static_range(AFFINE):
         head = heads(piece, BLOCK_H)
@@ -192,15 +214,16 @@ def _walk(d_out, x, dx, weight, bias, coords, freqs, rows, weight_sums, bias_sum
         if bias_sums is not None:
             _store_sums(bias_sums + program * SUMS, bias_a[piece], bias_b[piece], head, H, E, P, NORM, PAIRING, BLOCK_P)
     if freq_sums is not None:
-        pair = tl.arange(0, BLOCK_P)[None, None, :]
         HEADS: tl.constexpr = H if PER_HEAD else 1
         for piece in tl.static_range(TURNS):
             head = heads(piece, BLOCK_H)
-            at = freq_sums + program * SUMS + (head * P if PER_HEAD else 0) + pair
-            mask = (pair < P) & (head < H) if PER_HEAD else pair < P
-            tl.store(at, tl.sum(sum_t[piece], 0, keep_dims=True), mask=mask)
-            tl.store(at + HEADS * P, tl.sum(sum_h[piece], 0, keep_dims=True), mask=mask)
-            tl.store(at + 2 * HEADS * P, tl.sum(sum_w[piece], 0, keep_dims=True), mask=mask)
+            for part in tl.static_range(PARTS):
+                pair = pairs(part, BLOCK_P)
+                at = freq_sums + program * SUMS + (head * P if PER_HEAD else 0) + pair
+                mask = (pair < P) & (head < H) if PER_HEAD else pair < P
+                tl.store(at, tl.sum(sum_t[piece][part], 0, keep_dims=True), mask=mask)
+                tl.store(at + HEADS * P, tl.sum(sum_h[piece][part], 0, keep_dims=True), mask=mask)
+                tl.store(at + 2 * HEADS * P, tl.sum(sum_w[piece][part], 0, keep_dims=True), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "run", "d_q_out_token", "d_q_out_head", "d_k_out_token", "d_k_out_head", "q_token",
@@ -259,8 +282,8 @@ def _constants(heads, key_heads, head_dim, coords, freqs, norm, pairing, config)
     rotated = coords is not None
     return dict(H=heads, HK=key_heads, E=head_dim, P=freqs.shape[-1] if rotated else 0, NORM=norm,
                 PAIRING=pairing if rotated else "interleaved", PER_HEAD=rotated and freqs.dim() == 3, BLOCK_N=config.tokens,
-                BLOCK_H=head_block(heads), BLOCK_HK=head_block(key_heads),
-                BLOCK_P=triton.next_power_of_2(max((head_dim + 1) // 2, 1)), num_warps=config.warps)
+                BLOCK_H=head_block(heads, head_dim, config.warps), BLOCK_HK=head_block(key_heads, head_dim, config.warps),
+                BLOCK_P=pair_block(head_dim), num_warps=config.warps)
 
 
 def _together(*tensors) -> bool:

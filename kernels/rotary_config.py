@@ -43,20 +43,25 @@ class BackwardConfig:
     programs: int
 
 
-def tile(heads: int, head_dim: int) -> int:
-    """Numbers of one token in registers: both lengths of a tile are powers of two."""
-    return triton.next_power_of_2(max(heads, 1)) * max(triton.next_power_of_2(max(head_dim, 1)), 2)
+def pair_block(head_dim: int) -> int:
+    """Pairs of a part: all, to the next power of two, or a quarter of it where three cover them: 3 * 16 of 36."""
+    pairs = max((head_dim + 1) // 2, 1)
+    block = triton.next_power_of_2(pairs)
+    return block // 4 if block >= 4 and 4 * pairs <= 3 * block else block
 
 
-def head_block(heads: int) -> int:
-    """Heads of a piece: 8 of 24 or 40, 4 of 12, 16 of 32."""
-    return split_row(max(heads, 1), 16, 1)[0]
+def head_block(heads: int, head_dim: int, warps: int) -> int:
+    """Heads of a piece, with the least padding: 8 of 24 or 40.
+
+    Near 8 elements a thread: it then loads 16 bytes, and once a weight that is one head's for all.
+    """
+    return split_row(max(heads, 1), max(32 * 8 * warps // (2 * pair_block(head_dim)), 1), 1)[0]
 
 
 def elements_of(heads: int, head_dim: int) -> int:
-    """Of one token in registers, all pieces together."""
-    block = head_block(heads)
-    return -(-heads // block) * tile(block, head_dim)
+    """Of one token in registers, padding and all."""
+    block, pairs = split_row(max(heads, 1), 1, 1), pair_block(head_dim)
+    return block[0] * block[1] * 2 * pairs * triton.cdiv(max((head_dim + 1) // 2, 1), pairs)
 
 
 def _tokens(launch: Launch) -> tuple[int, int]:
