@@ -280,10 +280,12 @@ def _strided(tensor):
 
 def _constants(heads, key_heads, head_dim, coords, freqs, norm, pairing, config):
     rotated = coords is not None
-    return dict(H=heads, HK=key_heads, E=head_dim, P=freqs.shape[-1] if rotated else 0, NORM=norm,
-                PAIRING=pairing if rotated else "interleaved", PER_HEAD=rotated and freqs.dim() == 3, BLOCK_N=config.tokens,
-                BLOCK_H=head_block(heads, head_dim, config.warps), BLOCK_HK=head_block(key_heads, head_dim, config.warps),
-                BLOCK_P=pair_block(head_dim), num_warps=config.warps)
+    pairing = pairing if rotated else "interleaved"
+    return dict(H=heads, HK=key_heads, E=head_dim, P=freqs.shape[-1] if rotated else 0, NORM=norm, PAIRING=pairing,
+                PER_HEAD=rotated and freqs.dim() == 3, BLOCK_N=config.tokens,
+                BLOCK_H=head_block(heads, head_dim, pairing, config.warps),
+                BLOCK_HK=head_block(key_heads, head_dim, pairing, config.warps), BLOCK_P=pair_block(head_dim),
+                num_warps=config.warps)
 
 
 def _together(*tensors) -> bool:

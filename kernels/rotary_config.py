@@ -50,12 +50,14 @@ def pair_block(head_dim: int) -> int:
     return block // 4 if block >= 4 and 4 * pairs <= 3 * block else block
 
 
-def head_block(heads: int, head_dim: int, warps: int) -> int:
+def head_block(heads: int, head_dim: int, pairing: str, warps: int) -> int:
     """Heads of a piece, with the least padding: 8 of 24 or 40.
 
-    Near 8 elements a thread: it then loads 16 bytes, and once a weight that is one head's for all.
+    Near 8 elements a thread in each load, which takes both elements of pairs side by side and one of "half": a thread then
+    loads 16 bytes, and once a weight that is one head's for all.
     """
-    return split_row(max(heads, 1), max(32 * 8 * warps // (2 * pair_block(head_dim)), 1), 1)[0]
+    columns = pair_block(head_dim) * (2 if pairing == "interleaved" else 1)
+    return split_row(max(heads, 1), max(32 * 8 * warps // columns, 1), 1)[0]
 
 
 def elements_of(heads: int, head_dim: int) -> int:
