@@ -1,5 +1,6 @@
 """Configs of QK-norm and rotation: what the best ones depend on, and the heuristics for shapes that are not tuned."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,7 @@ class BackwardConfig:
     programs: int
 
 
+@functools.cache
 def pair_block(head_dim: int) -> int:
     """Pairs of a part: all, to the next power of two, or a quarter of it where three cover them: 3 * 16 of 36."""
     pairs = max((head_dim + 1) // 2, 1)
@@ -50,6 +52,7 @@ def pair_block(head_dim: int) -> int:
     return block // 4 if block >= 4 and 4 * pairs <= 3 * block else block
 
 
+@functools.cache
 def head_block(heads: int, head_dim: int, pairing: str, warps: int) -> int:
     """Heads of a piece, with the least padding: 8 of 24 or 40.
 

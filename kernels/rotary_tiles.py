@@ -15,8 +15,8 @@ import triton.language as tl
 from .rows import add_rows, mean_of, multiply_rows, rstd_of, scale_row
 
 
-@triton.jit
-def parts_of(E: tl.constexpr, BLOCK_P: tl.constexpr):
+@triton.constexpr_function
+def parts_of(E, BLOCK_P):
     return ((E + 1) // 2 + BLOCK_P - 1) // BLOCK_P
 
 

@@ -111,7 +111,7 @@ def row_issue(family: str, direction: str) -> dict[str, int]:
             forward = kernel in ("forward_kernel", "embed_kernel", "permute_kernel")
             if kernel == "reduce_slots_kernel" or forward != (direction == "forward"):
                 continue
-            ways = {True: " back", False: " there"}.get(case.constexprs.get("BACK"), "")
+            ways = {True: " to tokens", False: " from tokens"}.get(case.constexprs.get("TO_TOKENS"), "")
             work = Work(family, case, tensor_bytes(launch), lambda: None, 0)
             found[f"{name}, {kernel}{ways}"] = round(100 * issue_over_dram(work.kernel(GPU[90]), GPU[90]))
     return found
