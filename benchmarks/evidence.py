@@ -50,13 +50,13 @@ def block(results: Path, kernels: Path = KERNELS) -> str:
         passed = [row for row in proven if row["passed"] and row["op"] in ops]
         failed = sum(not row["passed"] and not row["refused"] for row in proven if row["op"] in ops)
         gpus = sorted({record["gpu"] for record in judged if record["op"] in ops and record.get("passed")})
-        lines.append((f"[{title}](docs/kernels/{family}.md)", ", ".join(str(capability) for capability in SHARED),
+        lines.append((f"[{title}](docs/kernels/{family}.md)",
                       f"{len(passed):,} calls" + (f", {failed} fail" if failed else ""),
                       _spread([row for row in guessed if row["family"] == family]), ", ".join(gpus) or "no GPU yet"))
     gpu = guessed[0]["gpu"] if guessed else "H200"
-    heads = ("kernels", "compile for sm_", "[pass in the emulator](kernels/PROOF.md)", f"predicted on an {gpu}, 16 bits",
-             "validated on")
-    return "\n\n".join(filter(None, (Table(heads, lines).markdown(), _errors(guessed))))
+    heads = ("kernels", "[pass in the emulator](kernels/PROOF.md)", f"predicted on an {gpu}, 16 bits", "validated on")
+    compiled = f"All compile for sm_{', '.join(str(capability) for capability in SHARED)}."
+    return "\n\n".join(filter(None, (Table(heads, lines).markdown(), " ".join(filter(None, (compiled, _errors(guessed)))))))
 
 
 def _errors(rows: Sequence[dict]) -> str:
@@ -83,7 +83,7 @@ def _spread(rows: Sequence[dict]) -> str:
         if rates:
             told.append(f"{direction} {_range(rates, '{:.0f}')} TFLOP/s")
         elif shares:
-            told.append(f"{direction} {_range([100 * share for share in shares], '{:.0f}')}% of the copy rate")
+            told.append(f"{direction} {_range([100 * share for share in shares], '{:.0f}')}% of copying")
     return "; ".join(told) or "not yet"
 
 
