@@ -51,10 +51,10 @@ def block(results: Path, kernels: Path = KERNELS) -> str:
         failed = sum(not row["passed"] and not row["refused"] for row in proven if row["op"] in ops)
         gpus = sorted({record["gpu"] for record in judged if record["op"] in ops and record.get("passed")})
         lines.append((f"[{title}](docs/kernels/{family}.md)",
-                      f"{len(passed):,} calls" + (f", {failed} fail" if failed else ""),
-                      _spread([row for row in guessed if row["family"] == family]), ", ".join(gpus) or "no GPU yet"))
+                      f"{len(passed):,}" + (f", {failed} fail" if failed else ""),
+                      _spread([row for row in guessed if row["family"] == family]), ", ".join(gpus) or "none yet"))
     gpu = guessed[0]["gpu"] if guessed else "H200"
-    heads = ("kernels", "[pass in the emulator](kernels/PROOF.md)", f"predicted on an {gpu}, 16 bits", "validated on")
+    heads = ("kernels", "[calls passed in the emulator](kernels/PROOF.md)", f"predicted on an {gpu}, 16 bits", "validated on")
     compiled = f"All compile for sm_{', '.join(str(capability) for capability in SHARED)}."
     return "\n\n".join(filter(None, (Table(heads, lines).markdown(), " ".join(filter(None, (compiled, _errors(guessed)))))))
 
