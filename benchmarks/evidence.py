@@ -54,7 +54,7 @@ def block(results: Path, kernels: Path = KERNELS) -> str:
                       f"{len(passed):,}" + (f", {failed} fail" if failed else ""),
                       _spread([row for row in guessed if row["family"] == family]), ", ".join(gpus) or "none yet"))
     gpu = guessed[0]["gpu"] if guessed else "H200"
-    heads = ("kernels", "[calls passed in the emulator](kernels/PROOF.md)", f"predicted on an {gpu}, 16 bits", "validated on")
+    heads = ("kernels", "[pass in the emulator](kernels/PROOF.md)", f"predicted on an {gpu}, 16 bits", "validated on")
     compiled = f"All compile for sm_{', '.join(str(capability) for capability in SHARED)}."
     return "\n\n".join(filter(None, (Table(heads, lines).markdown(), " ".join(filter(None, (compiled, _errors(guessed)))))))
 
