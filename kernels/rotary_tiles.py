@@ -205,7 +205,7 @@ def sum_products(a, b, c, d, PARTS: tl.constexpr):
 @triton.jit
 def normalise(a, b, squares, mask, eps, H: tl.constexpr, E: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr,
               PAIRING: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Normed pairs of a piece, and rstd; 0 where ``mask`` is off, even if eps is 0. ``squares``: of ``squares_of_all``."""
+    """Normed pairs of a piece, and rstd; 0 where ``mask`` is off, even if eps is 0. ``squares``: of ``sum_of_all``."""
     PARTS: tl.constexpr = parts_of(E, BLOCK_P)
     if NORM == "layer_head":
         mean = mean_of(sum_of_row(sum_parts(a, b, PARTS), NORM), E)

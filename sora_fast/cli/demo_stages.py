@@ -127,8 +127,8 @@ def demo(arguments, out: Path) -> int:
     common = dict(seed=arguments.seed, device=arguments.device, threads=threads, precision=precision, tensorboard=False,
                   save_every=10**9)
     vae_config = VAETraining(out=str(out / "vae"), short_side=SHORT_SIDE, fps=FPS, warmup=15, **common)
-    # Its few steps are best spent on the noisy end, where the caption decides, and on clean patches: memorised ones need
-    # no copy of the noise. No sample is guided, so none is trained without its caption.
+    # Found by trying, for a few hundred steps: clean patches as the prediction, most steps near the noisy end. No sample is
+    # guided, so none is trained without its caption.
     dit_config = DiTTraining(out=str(out / "dit"), vae=str(out / "vae"), preset="nano", lr=4e-3, warmup=15, ema=0.97,
                              prediction="x0", shift="8", condition_dropout=0.0, fps=FPS, frames=FRAMES, budget=640,
                              look_ahead=32, **common)

@@ -311,7 +311,7 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None
         facts = _facts(q, k, needs_grad(q, k, v), causal, window, return_lse, deterministic, cu_seqlens_k.shape[0] - 1)
         plan = remember(key, VARLEN_ATTENTION.plan(facts, backend))
     else:
-        if cu_seqlens_k is None:
+        if cu_seqlens_k is None:  # a Pack, as when this key was made: the common call, without a function in between
             cu_seqlens_q = cu_seqlens_k = cu_seqlens_q.cu_seqlens
         else:
             cu_seqlens_q, cu_seqlens_k = _cu_seqlens(op, q, k, cu_seqlens_q, cu_seqlens_k)
@@ -332,7 +332,7 @@ def varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqle
         cu_seqlens_q, cu_seqlens_k: (S + 1,) int32, or a Pack, as in ``varlen_attention``.
         max_seqlen_q, max_seqlen_k: ints, hints that never change the result.
         softmax_scale, causal, window: float, bool, (left, right), as in ``varlen_attention``.
-        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
+        backend: str; "auto", or "reference", "triton" by name; or an installed library, as in ``varlen_attention``.
 
     Returns:
         out (Nq, H, E) in q's dtype, lse (H, Nq) float32 (float64 for float64).
@@ -376,7 +376,7 @@ def varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_se
         max_seqlen_q, max_seqlen_k: ints, hints that never change the result.
         softmax_scale, causal, window: float, bool, (left, right), as in ``varlen_attention``.
         deterministic: bool, bitwise reproducible gradients.
-        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
+        backend: str; "auto", or "reference", "triton" by name.
 
     Returns:
         dq (Nq, H, E), dk (Nk, Hk, E), dv (Nk, Hk, E) in their tensors' dtypes.
@@ -415,7 +415,7 @@ def merge_attention(outs, lses, *, backend="auto"):
     Args:
         outs: list of (N, H, E), one floating dtype.
         lses: list of (H, N), natural log-sum-exps; -inf where a part had no keys.
-        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
+        backend: str; "auto", or "reference", "torch" by name.
 
     Returns:
         out (N, H, E) in their dtype, lse (H, N); out 0 and lse -inf where no part had keys.

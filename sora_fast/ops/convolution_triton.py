@@ -72,8 +72,8 @@ def _backward(dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bias, st
 def _fake_backward(dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bias, stats, wanted, *settings):
     like = lambda t: video(t, t.dtype, *t.shape)
     outputs = (lambda: like(x), lambda: like(weight), lambda: bias.new_empty(bias.shape),
-            lambda: like(cache), lambda: norm_weight.new_empty(norm_weight.shape),
-            lambda: norm_bias.new_empty(norm_bias.shape))
+               lambda: like(cache), lambda: norm_weight.new_empty(norm_weight.shape),
+               lambda: norm_bias.new_empty(norm_bias.shape))
     return [make() for make, want in zip(outputs, wanted, strict=True) if want]
 
 

@@ -34,7 +34,7 @@ def kl_sample(moments, noise=None, *, backend="auto"):
     Args:
         moments: (B, 2C, ...) floating: mean, then log-variance (clamped to [-30, 20]).
         noise: (B, C, ...) standard normal samples of any floating dtype; None: z is the mean.
-        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
+        backend: str; "auto", or "reference", "torch" by name.
 
     Returns:
         z (B, C, ...) in moments' dtype; kl (B,) in nats, summed over a sample's elements, float32 (float64 for float64).

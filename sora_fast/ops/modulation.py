@@ -192,7 +192,7 @@ def norm_modulate(x, shift, scale, rows=None, *, norm="layer", weight=None, bias
         bias: (D,) of the norm, or None.
         eps: float, added to the variance or mean square.
         dtype: torch.dtype of the result, default x's; 16 bits suit the next layer if x is a float32 residual stream.
-        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
+        backend: str; "auto", or "reference", "torch", "triton" by name.
 
     Returns:
         (N, D) in ``dtype``; 0 on tokens of no sample, which are never read.
@@ -231,7 +231,7 @@ def gate_residual(x, y, gate, rows=None, *, backend="auto"):
         y: (N, D), floating.
         gate: (R, D), any floating dtype.
         rows: (N,) int32, a Pack, or None, as in ``norm_modulate``.
-        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
+        backend: str; "auto", or "reference", "torch", "triton" by name.
 
     Returns:
         (N, D) in x's dtype; 0 on tokens of no sample, which are never read.
@@ -273,7 +273,7 @@ def gate_residual_norm_modulate(x, y, gate, shift, scale, rows=None, *, norm="la
         weight: (D,) of the norm, or None.
         bias: (D,) of the norm, or None.
         eps: float, added to the variance or mean square.
-        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
+        backend: str; "auto", or "reference", "torch", "triton" by name.
 
     Returns:
         ``(x_new, h)``: x_new (N, D) in x's dtype, h (N, D) in y's dtype (float32 stream, 16-bit branch).

@@ -246,7 +246,7 @@ def patch_embed(latents, weight, bias=None, *, grids=None, backend="auto"):
         bias: (D,), or None.
         grids: host data, the tokens in t, h, w of each sample: triples, an int CPU tensor (S, 3), or a Pack; for a flat
             buffer only, where it is required. In a traced graph pass a Pack or a CPU tensor to keep sizes dynamic.
-        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
+        backend: str; "auto", or "reference", "torch", "triton" by name.
 
     Returns:
         (N, D) in latents' dtype (under autocast, in its dtype), tokens in t, h, w order, samples concatenated; tail tokens
@@ -295,7 +295,7 @@ def unpatchify(tokens, grids, patch, channels, *, flat=False, backend="auto"):
         patch: (pt, ph, pw) ints.
         channels: int C.
         flat: bool; return the flat buffer (tail 0) instead of views of it, for traced code.
-        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
+        backend: str; "auto", or "reference", "torch", "triton" by name.
 
     Returns:
         list of (C, T, H, W), views of one flat buffer, in tokens' dtype.

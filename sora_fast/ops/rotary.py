@@ -192,7 +192,7 @@ def qk_norm_rope(q, k, coords, *, q_weight=None, k_weight=None, q_bias=None, k_b
         pairing: str; "interleaved" rotates channels (2i, 2i + 1), "half" (i, i + R/2), each by angle i.
         eps: float, added to the mean square or variance.
         rows: (N,) int32; tokens with -1 belong to no sample: output 0, gradient 0, never read. Or the Pack.
-        backend: str; "auto", or "reference", "torch", "triton", "cuda" by name.
+        backend: str; "auto", or "reference", "torch", "triton" by name.
 
     Returns:
         (q, k) in their dtype and shapes; k is None if it was not given. Angles are computed in at least float32.

@@ -15,11 +15,11 @@ from ..explanation import all_ops
 from . import launched, walk, workers
 from .recorded import Recorded
 
-# Seconds of a core (AMD EPYC) in which Triton 3.9 and its ptxas compile a kernel for sm_90: means of two of each function.
+# Seconds of a core (AMD EPYC) in which Triton 3.9 and its ptxas compile a kernel for sm_90: rounded means of 45 kernels.
 COMPILE = dict(attention=2.1, convolution=2.0, modulation=0.6, normalization=0.9, patches=1.5, rotary=2.7)
 # Assumed seconds: of a process that begins; beside compiling, of a validated call, of a gate and of a backend that is timed.
 PROCESS, CALL, GATE, BACKEND = 10.0, 0.3, 1.0, 0.4
-FLOPS, BYTES, TIMES = 3e14, 2e12, 10  # assumed of a backend: per second; and how often it is called when it is timed
+FLOPS, BYTES, TIMES = 3e14, 2e12, 10  # assumed of a backend: per second; and the calls of a timing
 
 
 @dataclass(frozen=True)
