@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from . import configs, env, measured, records
-from .first_order import first_order
+from .first_order import first_order, run_once
 from .pack import Pack
 from .precision import autocast_dtype, no_autocast, transformed
 
@@ -88,6 +88,7 @@ class Backend:
 
     ``kernel``: the module of sora_fast.kernels with its kernel, such as "modulation"; "" is plain PyTorch, which needs no
     record. For ``explain``: ``config``, the configs.Found of a typical call (None: none to choose), and ``note``.
+    ``foreign``: whether a call's backward is others' kernels, whose gradients may look constant to autograd.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Backend:
     kernel: str = ""
     config: Callable[[Problem], configs.Found] | None = None
     note: Callable[[Problem], str] = lambda problem: ""
+    foreign: Callable[[Problem], bool] = lambda problem: False
 
 
 def _cannot(backend: Backend, problem: Problem) -> list[str]:
@@ -108,11 +110,13 @@ def _cannot(backend: Backend, problem: Problem) -> list[str]:
 
 
 class Plan(NamedTuple):
-    """How a call runs: ``kind`` is PyTorch's type of its device; ``grad``: a second derivative is to be refused."""
+    """How a call runs: ``kind`` is PyTorch's type of its device; ``grad``: a second derivative is to be refused;
+    ``foreign``: the backend's answer."""
 
     backend: Backend
     kind: str
     grad: bool
+    foreign: bool = False
 
 
 class Op:
@@ -223,9 +227,10 @@ class Op:
             problem = self.problem(*facts)
             backend = self.choose(problem, requested)
             if _watcher is not None:
-                return Plan(_watcher(self, problem, backend), kind, problem.grad)
-            self._tell_if_slow(backend, problem, requested)
-            found = remember(now, Plan(backend, kind, problem.grad))
+                backend = _watcher(self, problem, backend)
+            else:
+                self._tell_if_slow(backend, problem, requested)
+            found = remember(now, Plan(backend, kind, problem.grad, backend.foreign(problem)))
         return found
 
     def run(self, plan: Plan, key: tuple | None, /, **arguments):
@@ -237,15 +242,16 @@ class Op:
         Args:
             key: the call's ``call_key``; where it has one, neither a graph nor a transform of torch.func is at work.
         """
-        backend, kind, grad = plan
+        backend, kind, grad, foreign = plan
         if (key is None or forward_ad._current_level >= 0) and not torch.compiler.is_compiling():
             refuse_transforms(self.name, arguments.values())
-        if grad:
-            arguments = first_order(arguments, self.name, key is not None)
+        hooks = grad and key is not None and not foreign
+        if grad and not hooks:
+            arguments = first_order(arguments, self.name)
         if kind != "meta" and torch.is_autocast_enabled(kind):
             with no_autocast(kind):
-                return backend.run(**arguments)
-        return backend.run(**arguments)
+                return run_once(self.name, backend.run, arguments) if hooks else backend.run(**arguments)
+        return run_once(self.name, backend.run, arguments) if hooks else backend.run(**arguments)
 
 
 # ------------------------------------------------------------------------------------------- what need not be done twice

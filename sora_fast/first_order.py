@@ -1,4 +1,12 @@
-"""Results of ops that can be differentiated once: kernels have no second derivative, so no backend pretends to have one."""
+"""Results of ops that can be differentiated once: kernels have no second derivative, so no backend pretends to have one.
+
+A backend's gradient may look constant to autograd, which would then say no more than that nothing requires a gradient, or
+nothing at all. So, where create_graph=True keeps a graph of the backward, every gradient leads back to all inputs of its op
+through a node that raises. Without create_graph nothing of this runs but a hook for each output.
+"""
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch._C._functorch import unwrap_if_dead
@@ -6,12 +14,66 @@ from torch._C._functorch import unwrap_if_dead
 from .precision import transformed
 
 
-class _FirstOrder(torch.autograd.Function):
-    """The identity of tensors, differentiable once.
+def _sentence(op: str) -> str:
+    return (f"{op}: expected to be differentiated once, got a second backward through its gradient; "
+            f"use sora_fast.reference.{op}, which is plain PyTorch, where second derivatives are needed")
 
-    The last output, which holds nothing, ties gradients to the inputs: a backend's gradient may look constant to
-    autograd, which would then say no more than that nothing requires a gradient.
-    """
+
+class _NoSecond(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, tie, op):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[2]
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(_sentence(ctx.op))
+
+
+def _follow(tie: torch.Tensor, op: str, grads: tuple):
+    """Before the backward of the last node of ``op``: what it makes follows from ``tie``, which leads to the inputs."""
+    if torch.is_grad_enabled():  # create_graph=True
+        return tuple(None if grad is None else _NoSecond.apply(grad, tie, op) for grad in grads)
+
+
+class _Follows(torch.autograd.Function):
+    """The first ``count`` of ``tensors``, as functions of the others to autograd alone."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        ctx.save_for_backward(*tensors[count:])
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return (None, *grads, *map(torch.zeros_like, ctx.saved_tensors))
+
+
+def opaque(backward: Callable) -> Callable:
+    """For the backward of an autograd.Function that autograd cannot see through: its results follow from its cotangents."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx, *cotangents):
+        grads = backward(ctx, *cotangents)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = grads if isinstance(grads, tuple) else (grads,)
+            made = [grad for grad in grads if grad is not None]
+            by = [each for each in cotangents if each is not None and each.requires_grad]
+            if made and by:
+                made = iter(_Follows.apply(len(made), *made, *by))
+                return tuple(None if grad is None else next(made) for grad in grads)
+        return grads
+
+    return wrapped
+
+
+class _FirstOrder(torch.autograd.Function):
+    """The identity of tensors, differentiable once; the last output, which holds nothing, ties gradients to the inputs."""
 
     @staticmethod
     def forward(ctx, op, *tensors):
@@ -46,34 +108,48 @@ class _FirstOrderTransformed(_FirstOrder):
         ctx.set_materialize_grads(False)
 
 
-class _NoSecond(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, tie, op):
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.op = inputs[2]
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError(
-            f"{ctx.op}: expected to be differentiated once, got a second backward through its gradient; "
-            f"use sora_fast.reference.{ctx.op}, which is plain PyTorch, where second derivatives are needed"
-        )
-
-
 def apply(function: type[torch.autograd.Function], *arguments):
     """``function.apply`` where neither a graph nor a transform of torch.func is at work: PyTorch's looks for those."""
     return super(torch.autograd.Function, function).apply(*arguments)
 
 
-def first_order(arguments: dict, op: str, plain: bool = False) -> dict:
+def run_once(op: str, run: Callable, arguments: dict):
+    """``run(**arguments)`` where no transform of torch.func is at work; a second derivative is refused."""
+    tensors = []
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad:
+                arguments[name] = value = unwrap_if_dead(value)
+                tensors.append(value)
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+            arguments[name] = type(value)(map(unwrap_if_dead, value))
+            tensors += [each for each in arguments[name] if each.requires_grad]
+    outputs = run(**arguments)
+    tie = torch._C._functions.DelayedError(_sentence(op), len(tensors))(*tensors)
+    tie = tie if len(tensors) == 1 else tie[0]
+    tie.data = tie.new_empty(0)  # it holds the tensors' nodes, and none of their data
+    hook = functools.partial(_follow, tie, op)
+    tied = []
+    for output in (outputs,) if isinstance(outputs, torch.Tensor) else outputs:
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            # A view that is changed in place gets another node, but what it is a view of keeps its own.
+            whole = output._base
+            if whole is None or whole.grad_fn is None:
+                whole = output
+            for each in tensors:
+                if whole is each or whole is each._base:  # its node is not the op's
+                    whole = output = output.view_as(output)
+                    break
+            whole.grad_fn.register_prehook(hook)
+        tied.append(output)
+    return tied[0] if isinstance(outputs, torch.Tensor) else type(outputs)(tied)
+
+
+def first_order(arguments: dict, op: str) -> dict:
     """``arguments`` with a second derivative refused to their tensors, and lists of tensors: one node for all of them.
 
-    ``plain``: no transform of torch.func is at work.
+    For transforms of torch.func, for subclasses of tensors, and for others' kernels (``Backend.foreign``), whose gradients
+    look constant.
     """
     names, tensors, lists = [], [], {}
     for name, value in arguments.items():
@@ -85,11 +161,7 @@ def first_order(arguments: dict, op: str, plain: bool = False) -> dict:
             lists[name] = value
     for value in lists.values():
         tensors += [unwrap_if_dead(each) for each in value if each.requires_grad]
-    if plain:
-        once = apply(_FirstOrder, op, *tensors)
-    else:
-        once = (_FirstOrderTransformed if transformed() else _FirstOrder).apply(op, *tensors)
-    once = iter(once)
+    once = iter(_FirstOrderTransformed.apply(op, *tensors) if transformed() else apply(_FirstOrder, op, *tensors))
     found = arguments | dict(zip(names, once))  # noqa: B905 (the rest are those of lists, and the tie)
     for name, value in lists.items():
         found[name] = type(value)([next(once) if each.requires_grad else each for each in value])

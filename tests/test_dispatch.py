@@ -6,8 +6,9 @@ from dataclasses import replace
 import op_checks
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from sora_fast import dispatch, ops, use_backend
+from sora_fast import dispatch, first_order, ops, use_backend
 from sora_fast.dispatch import Backend, Op, Problem
 from sora_fast.ops import attention, operators
 
@@ -237,3 +238,50 @@ def test_an_operator_that_is_defined_anew_takes_the_old_ones_place():
         gc.collect()
         assert torch.equal(torch.ops.sora_fast.times(x), factor * x)
         assert torch.ops.sora_fast.times(x.to("meta")).shape == (3,)
+
+
+class Cubed(torch.autograd.Function):
+    """With a gradient that autograd takes for a constant, as a kernel's."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.detach() ** 3
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return (3 * x * x * grad).detach()
+
+
+class OursCubed(Cubed):
+    backward = staticmethod(first_order.opaque(Cubed.backward))
+
+
+@pytest.mark.parametrize("backend", (
+    Backend("torch", lambda x: x ** 3), Backend("torch", lambda x: (x ** 3).view(3, 2).flatten()),
+    Backend("torch", lambda x: OursCubed.apply(x)), Backend("torch", lambda x: OursCubed.apply(x).view(6)),
+    Backend("torch", lambda x: Cubed.apply(x), foreign=lambda problem: True)),
+    ids=("PyTorch's", "a view", "ours", "a view of ours", "others'"))
+@pytest.mark.parametrize("change", (lambda y: y, lambda y: y.mul_(2)), ids=("", "changed in place"))
+def test_a_second_derivative_is_refused(backend, change):
+    """Whether autograd could take it or would take the first for a constant, and whatever becomes of the result."""
+    op, x = Op("made_up", "none", lambda *facts: Problem(*facts), [backend]), torch.arange(6.0).requires_grad_()
+    x_of_op = x * 1
+    key = dispatch.call_key(op, "torch", (x_of_op,))
+    y = change(op.run(op.plan(("cpu", torch.float32, True), "torch"), key, x=x_of_op))
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    torch.testing.assert_close(grad.detach(), 3 * x.detach() ** 2 * (1 if y.sum() == 225 else 2))
+    for of in (x, x_of_op):
+        with pytest.raises(RuntimeError) as caught:
+            torch.autograd.grad(grad.sum(), of, retain_graph=True, allow_unused=True)
+        op_checks.assert_sentence(str(caught.value), "made_up")
+
+
+def test_what_refuses_it_keeps_no_tensor():
+    op = Op("made_up", "none", lambda *facts: Problem(*facts), [Backend("torch", lambda x, y: x + y)])
+    x, y = (torch.ones(3, requires_grad=True) * 2 for _ in range(2))
+    out = op.run(op.plan(("cpu", torch.float32, True), "torch"), dispatch.call_key(op, "torch", (x, y)), x=x, y=y)
+    storages = [StorageWeakRef(t.untyped_storage()) for t in (x, y)]
+    del x, y
+    assert all(each.expired() for each in storages) and out.sum() == 12

@@ -6,6 +6,7 @@ import torch
 
 from .. import configs
 from ..dispatch import Backend, Problem
+from ..first_order import opaque
 from ..kernels import arch
 from ..precision import tf32_products
 from . import operators, triton_backend
@@ -71,6 +72,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @opaque
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, stats, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
         with torch.no_grad():

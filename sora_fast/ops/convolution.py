@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .. import checks, env
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, refuse_transforms, remember, remembered
 from ..environment import cudnn_version
-from ..first_order import apply
+from ..first_order import apply, opaque
 from ..kernels.convolution_settings import ConvSettings
 from ..measured import sizes
 from ..precision import (
@@ -186,6 +186,7 @@ class _SavesInput(torch.autograd.Function):
         return _torch_forward(settings, x, weight, bias, cache, residual, norm_weight, norm_bias)
 
     @staticmethod
+    @opaque
     def backward(ctx, dy, dcache_out):
         settings, needs = ctx.settings, ctx.needs_input_grad
         refuse_transforms("causal_conv3d" if settings.norm is None else "norm_act_conv3d", (dy, dcache_out))

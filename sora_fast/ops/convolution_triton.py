@@ -4,6 +4,7 @@ import torch
 
 from .. import checks, configs
 from ..dispatch import Backend, needs_grad
+from ..first_order import opaque
 from ..kernels.convolution_settings import ConvSettings
 from ..precision import tf32_products
 from ..reference import convolution as reference
@@ -97,6 +98,7 @@ class _Convolution(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @opaque
     def backward(ctx, dy, dcache_out=None):
         x, weight, bias, cache, norm_weight, norm_bias, stats = ctx.saved_tensors
         need_x, need_weight, need_bias, need_cache, need_residual, *need_norm = ctx.needs_input_grad[:7]

@@ -6,6 +6,7 @@ import torch
 
 from .. import checks, configs
 from ..dispatch import Backend, needs_grad
+from ..first_order import opaque
 from . import operators, triton_backend
 
 MAX_WIDTH = 8192
@@ -78,6 +79,7 @@ class _Modulation(torch.autograd.Function):
         return tuple(outputs[:len(outputs) - bool(norm and save)])
 
     @staticmethod
+    @opaque
     def backward(ctx, *grads):
         x, y, gate, shift, scale, rows, weight, bias, stats = ctx.saved_tensors
         dx_new = None if gate is None else grads[0]

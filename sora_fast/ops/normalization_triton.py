@@ -4,6 +4,7 @@ import torch
 
 from .. import checks, configs
 from ..dispatch import Backend
+from ..first_order import opaque
 from . import operators, triton_backend
 
 MAX_WIDTH = 2048
@@ -77,6 +78,7 @@ class _NormAct(torch.autograd.Function):
         return y
 
     @staticmethod
+    @opaque
     def backward(ctx, dy):
         x, weight, bias, *stats = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])

@@ -73,33 +73,42 @@ def _runs(grids) -> list[tuple[int, int, int, int]]:
     return runs
 
 
+def _split(x, runs, numel):
+    """``x`` in parts of ``runs``, with ``numel`` elements for each token, and how many are left over.
+
+    Slices would each have a gradient as large as x.
+    """
+    if len(runs) == 1 and prod(runs[0]) * numel == x.shape[0]:
+        return (x,), 0
+    *parts, rest = x.split([*(prod(run) * numel for run in runs), x.shape[0] - sum(prod(run) for run in runs) * numel])
+    return parts, rest.shape[0]
+
+
 def _patchify(latents, grids, patch, channels):
     """``reference.cut``, batched over runs of samples of one size."""
     pt, ph, pw = patch
     numel = channels * pt * ph * pw
-    parts, start = [], 0
-    for samples, t, h, w in _runs(grids):
-        end = start + samples * t * h * w * numel
-        clips = latents[start:end].reshape(samples, channels, t, pt, h, ph, w, pw)
-        parts.append(clips.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(samples * t * h * w, numel))
-        start = end
-    if start < latents.shape[0] or not parts:
-        parts.append(latents.new_zeros(((latents.shape[0] - start) // numel, numel)))
+    runs, parts = _runs(grids), []
+    clips, left = _split(latents, runs, numel)
+    for (samples, t, h, w), clip in zip(runs, clips, strict=True):
+        cut = clip.reshape(samples, channels, t, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        parts.append(cut.reshape(samples * t * h * w, numel))
+    if left or not parts:
+        parts.append(latents.new_zeros((left // numel, numel)))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _merge_patches(tokens, grids, patch, channels):
     """``reference.unpatchify``, batched over runs of samples of one size."""
     pt, ph, pw = patch
-    parts, start = [], 0
-    for samples, t, h, w in _runs(grids):
-        end = start + samples * t * h * w
-        clips = tokens[start:end].reshape(samples, t, h, w, pt, ph, pw, channels)
+    runs, parts = _runs(grids), []
+    tokens_of_runs, left = _split(tokens, runs, 1)
+    for (samples, t, h, w), run in zip(runs, tokens_of_runs, strict=True):
+        clips = run.reshape(samples, t, h, w, pt, ph, pw, channels)
         # always a copy: with one token of one pixel per sample, reshape(-1) would return a view of tokens
         parts.append(clips.permute(0, 7, 1, 4, 2, 5, 3, 6).clone(memory_format=torch.contiguous_format).view(-1))
-        start = end
-    if start < tokens.shape[0] or not parts:
-        parts.append(tokens.new_zeros((tokens.shape[0] - start) * tokens.shape[1]))
+    if left or not parts:
+        parts.append(tokens.new_zeros(left * tokens.shape[1]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

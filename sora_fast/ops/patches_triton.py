@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from .. import checks, configs
 from ..dispatch import Backend
+from ..first_order import opaque
 from ..precision import has_data
 from ..to_device import to_device
 from . import operators, triton_backend
@@ -117,6 +118,7 @@ class _PatchEmbed(torch.autograd.Function):
         return torch.ops.sora_fast.patch_embed_forward(latents, weight, bias, grids, cu_seqlens)
 
     @staticmethod
+    @opaque
     def backward(ctx, d_out):
         wanted = list(ctx.needs_input_grad[:3])
         with torch.no_grad():
@@ -134,6 +136,7 @@ class _Unpatchify(torch.autograd.Function):
         return torch.ops.sora_fast.patches_permute(tokens, grids, cu_seqlens, patch, channels, False)
 
     @staticmethod
+    @opaque
     def backward(ctx, d_flat):
         with torch.no_grad():
             d_tokens = torch.ops.sora_fast.patches_permute(d_flat, *ctx.saved_tensors, ctx.patch, ctx.channels, True)

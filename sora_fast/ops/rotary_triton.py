@@ -7,6 +7,7 @@ import torch
 
 from .. import checks, configs
 from ..dispatch import Backend
+from ..first_order import opaque
 from ..to_device import outside_pools
 from . import operators, triton_backend
 
@@ -103,6 +104,7 @@ class _Rotary(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @opaque
     def backward(ctx, d_q, d_k=None):
         wanted = list(ctx.needs_input_grad[:len(_TENSORS)])
         for place, name in enumerate(_TENSORS):
