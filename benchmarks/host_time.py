@@ -43,15 +43,21 @@ CALLS, LEAST_ROUNDS, SECONDS = 20, 5, 0.6  # of a sample; of a row, all sides of
 COLUMNS = ("backend", "op", "what", "ours_us", "eager_us", "more_us", "python_calls", "peer", "peer_us")
 
 
-def calls(grad: bool, device: torch.device | str = "cpu", video_dtype=torch.float32) -> dict[str, tuple[Callable, Callable]]:
-    """By op: a call of ours, and plain PyTorch for a batch of equal samples."""
-    leaf = lambda *shape, dtype=torch.float32: torch.randn(*shape, device=device, dtype=dtype).requires_grad_(grad)
+def calls(grad: bool, device: torch.device | str = "cpu", kernels: bool = False) -> dict[str, tuple[Callable, Callable]]:
+    """By op: a call of ours, and plain PyTorch for a batch of equal samples.
+
+    ``kernels``: videos are as kernels take them, in bfloat16 and with their channels last; a copy is no host time.
+    """
+    leaf = lambda *shape: torch.randn(*shape, device=device).requires_grad_(grad)
+    of_video = dict(dtype=torch.bfloat16, memory_format=torch.channels_last_3d) if kernels else dict(dtype=torch.float32)
     pack = Pack([(1, 2, 4)] * S, device=device)
     x, y, q, k, v = leaf(N, D), leaf(N, D), leaf(N, H, E), leaf(N, H, E), leaf(N, H, E)
     shift, scale, gate = leaf(S, 6 * D).chunk(6, -1)[:3]
     weight, cos, sin = leaf(E), *torch.randn(2, N, 1, E // 2, device=device)
     clips, projection, bias, tokens = leaf(S, 4, 1, 4, 8), leaf(D, 4, 1, 2, 2), leaf(D), leaf(N, 16)
-    video, kernel, channels = (leaf(*shape, dtype=video_dtype) for shape in ((1, 64, 1, 4, 4), (64, 64, 3, 3, 3), (64,)))
+    video, kernel = (torch.randn(*shape, device=device).to(**of_video).requires_grad_(grad)
+                     for shape in ((1, 64, 1, 4, 4), (64, 64, 3, 3, 3)))
+    channels = torch.randn(64, device=device, dtype=video.dtype).requires_grad_(grad)
     moments, noise = leaf(2, 8, 4, 4), torch.randn(2, 4, 4, 4, device=device)
 
     each = lambda t: t.view(S, LENGTH, -1)
@@ -212,10 +218,9 @@ def measure(device: torch.device, tell: Callable[[dict], None]) -> list[dict]:
         tell(found[-1])
 
     for backend, context in backends_of(device):
-        video = torch.float32 if backend == "torch" else torch.bfloat16  # which the CUDA convolution takes
         with context(), use_backend(backend):
             for grad in (False, True):
-                for op, (ours, eager) in calls(grad, device, video).items():
+                for op, (ours, eager) in calls(grad, device, backend != "torch").items():
                     try:
                         ours()
                     except NotImplementedError:  # this backend does not have it, or not its backward

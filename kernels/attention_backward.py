@@ -26,6 +26,7 @@ from .attention_tiles import (
     store_tile,
     tile_coords,
 )
+from .integers import cdiv
 
 PAD = 128  # rows; every BLOCK_M divides it
 
@@ -35,7 +36,7 @@ def pad_count(queries: int, samples: int) -> int:
 
     Row i of sample s, whose first row is a, is at (ceil(a / PAD) + s) * PAD + i, so samples do not overlap.
     """
-    return triton.cdiv(queries, PAD) + samples + 1
+    return cdiv(queries, PAD) + samples + 1
 
 
 @triton.jit

@@ -11,20 +11,22 @@ Rows past the end of cu_seqlens form an extra sample S, which has no keys: its o
 import triton
 import triton.language as tl
 
+from .integers import cdiv, next_power_of_2
+
 LOG2E = tl.constexpr(1.4426950408889634)  # softmax uses exp2, which the hardware has (MUFU.EX2)
 
 
 def capacity(rows: int, samples: int, block: int) -> int:
     """The most tiles of ``block`` rows that ``samples`` and the tail can have: the last tile of each may be partial."""
-    return triton.cdiv(rows, block) + samples
+    return cdiv(rows, block) + samples
 
 
 def chunks(head_dim: int, split: bool) -> tuple[int, int]:
     """The powers of two that a head dim is loaded in: (64, 16) for 72, (128, 0) for 128. An MMA needs K of at least 16."""
     if not split:
-        return triton.next_power_of_2(head_dim), 0
+        return next_power_of_2(head_dim), 0
     one = 1 << head_dim.bit_length() - 1
-    two = max(triton.next_power_of_2(head_dim - one), 16) if head_dim > one else 0
+    two = max(next_power_of_2(head_dim - one), 16) if head_dim > one else 0
     return (2 * one, 0) if two == one else (one, two)
 
 

@@ -8,13 +8,13 @@ convolution_config.py.
 from dataclasses import replace
 
 import torch
-import triton
 
 from .convolution_backward import dgrad_kernel, wgrad_kernel
 from .convolution_config import Config, WgradConfig, box_sides
 from .convolution_forward import forward_kernel
 from .convolution_settings import ConvSettings
 from .convolution_tma import can_load, conv_tma, wgrad_tma
+from .integers import cdiv
 from .launch import MAXNREG, dense, num_sms, on, precision
 
 # Prologue and epilogue of a wgrad program, in K iterations (estimate): it fills the pipeline and stores the accumulators.
@@ -64,9 +64,9 @@ def forward(x, weight, bias, cache, residual, settings: ConvSettings, *, tf32, c
         conv_tma(x, cache, weight, bias, residual, y, None, settings, frames=x.shape[2], out_frames=y.shape[2],
                  config=config)
         return y
-    programs = y.shape[0] * y.shape[2] * triton.cdiv(y.shape[3] * y.shape[4], config.pixels)
+    programs = y.shape[0] * y.shape[2] * cdiv(y.shape[3] * y.shape[4], config.pixels)
     with on(x.device):
-        forward_kernel[(programs * triton.cdiv(out_channels, config.channels),)](
+        forward_kernel[(programs * cdiv(out_channels, config.channels),)](
             x, cache, weight, bias, residual, y, *_sizes(settings, x, cache),
             **_constants(settings, in_channels, out_channels, x.dtype, tf32), SPACE=settings.space_pad,
             BLOCK_P=config.pixels, BLOCK_C=config.channels, BLOCK_K=config.block_k, num_warps=config.warps,
@@ -104,9 +104,9 @@ def dgrad(dy, weight, dcache_out, x_shape, cached, settings: ConvSettings, *, wa
             keep=keep, transposed=True, config=config)
     elif dx.numel() or dcache is not None and dcache.numel():
         constants = _constants(settings, in_channels, dy.shape[1], dy.dtype, tf32) | dict(UP=up, WIDE=folded)
-        tiles = triton.cdiv(triton.cdiv(sizes[0], sh) * triton.cdiv(sizes[1], sw), config.pixels) * sh * sw
+        tiles = cdiv(cdiv(sizes[0], sh) * cdiv(sizes[1], sw), config.pixels) * sh * sw
         with on(dy.device):
-            dgrad_kernel[(batch * count * tiles * triton.cdiv(in_channels, config.channels),)](
+            dgrad_kernel[(batch * count * tiles * cdiv(in_channels, config.channels),)](
                 dy, weight, added, dx, dcache, frames, cached, *sizes, *dy.shape[2:], settings.phase,
                 settings.kernel[0] - 1 - settings.lookahead, *origin, keep, start, **constants, BLOCK_P=config.pixels,
                 BLOCK_C=config.channels, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages,
@@ -153,10 +153,10 @@ def wgrad(dy, x, cache, weight, settings: ConvSettings, *, tf32, config: WgradCo
     if not by_tma:
         config = replace(config, extra_out=0, taps=1)
     kt, kh, kw = settings.kernel
-    tiles = (triton.cdiv(out_channels, config.out_channels + config.extra_out)
-             * triton.cdiv(in_channels, config.in_channels + config.extra_in) * kt * kh * triton.cdiv(kw, config.taps))
+    tiles = (cdiv(out_channels, config.out_channels + config.extra_out)
+             * cdiv(in_channels, config.in_channels + config.extra_in) * kt * kh * cdiv(kw, config.taps))
     high, wide = box_sides(config.pixels)
-    units = dy.shape[0] * dy.shape[2] * triton.cdiv(dy.shape[3], high) * triton.cdiv(dy.shape[4], wide)
+    units = dy.shape[0] * dy.shape[2] * cdiv(dy.shape[3], high) * cdiv(dy.shape[4], wide)
     splits, run = _split_k(units, tiles, num_sms(dy.device) * config.programs)
     sums = torch.empty((splits, out_channels, *settings.kernel, in_channels), dtype=torch.float32, device=dy.device)
     if by_tma:
@@ -179,7 +179,7 @@ def _split_k(units: int, tiles: int, resident: int) -> tuple[int, int]:
     """
     found = []
     for waves in (1, 2, 3):
-        run = triton.cdiv(units, min(units, max(1, waves * resident // tiles)))
-        splits = triton.cdiv(units, run)
-        found.append((triton.cdiv(splits * tiles, resident) * (run + EDGE_ITERATIONS), splits, run))
+        run = cdiv(units, min(units, max(1, waves * resident // tiles)))
+        splits = cdiv(units, run)
+        found.append((cdiv(splits * tiles, resident) * (run + EDGE_ITERATIONS), splits, run))
     return min(found)[1:]

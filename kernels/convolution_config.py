@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from . import arch
+from .integers import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def box_sides(pixels: int) -> tuple[int, int]:
 
 def covered(channels: int, tile: int) -> int:
     """Channels that are computed where ``channels`` are done in tiles."""
-    return triton.cdiv(channels, tile) * tile
+    return cdiv(channels, tile) * tile
 
 
 def _parts(channels: int, most: int) -> tuple[int, int]:
@@ -79,7 +79,7 @@ def _parts(channels: int, most: int) -> tuple[int, int]:
 def _tile(channels: int) -> int:
     """128, or 64 where 128 would leave more of the last tile empty: 128 for 96, 64 for 160 and 192."""
     if channels <= 64:
-        return max(16, triton.next_power_of_2(channels))
+        return max(16, next_power_of_2(channels))
     return min((128, 64), key=lambda tile: covered(channels, tile))
 
 
@@ -101,7 +101,7 @@ def _heuristic(launch: Launch, made: int, summed: int, gpu: str) -> Config:
     block_k = min((32, 16) if small or launch.dtype == torch.float32 else (64, 32, 16),
                   key=lambda block: (covered(summed, block), -block))
     if gpu == "cpu":  # the interpreter: few programs of small tiles
-        return Config(64, max(16, min(64, triton.next_power_of_2(made))), 0, block_k, 4, 2, False)
+        return Config(64, max(16, min(64, next_power_of_2(made))), 0, block_k, 4, 2, False)
     if launch.dtype == torch.float32:
         return Config(64, min(_tile(made), 64), 0, block_k, 4, 2, False)
     if not loads_by_tma(launch, gpu):

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .convolution_config import box_sides
 from .convolution_indexing import aliased_frames, input_frame, locate_box, next_box, output_for_tap
 from .convolution_settings import ConvSettings
+from .integers import cdiv
 from .launch import MAXNREG, on
 
 
@@ -266,7 +267,7 @@ def conv_tma(source, cache, weight, bias, added, out, out_cache, settings: ConvS
     if not transposed:
         keep, cached = out_frames, 0 if cache is None else cache.shape[2]
     first = -cached if out_cache is not None else 0
-    boxes = batch * (out.shape[2] - first) * triton.cdiv(height, high) * triton.cdiv(width, wide)
+    boxes = batch * (out.shape[2] - first) * cdiv(height, high) * cdiv(width, wide)
     if boxes == 0:
         return
 
@@ -276,7 +277,7 @@ def conv_tma(source, cache, weight, bias, added, out, out_cache, settings: ConvS
 
     left, _, top, _ = settings.padding
     with on(out.device):
-        tma_kernel[(boxes * triton.cdiv(made, config.channels + config.extra),)](
+        tma_kernel[(boxes * cdiv(made, config.channels + config.extra),)](
             *(_frames(clip, config.pixels, config.block_k) for clip in (source, cache)), weights(config.channels),
             weights(config.extra), bias, added, out, out_cache if first else None, first, frames, cached, out_frames, height,
             width, settings.phase, kt - 1 - settings.lookahead, top, left, keep, MADE=made, SUMMED=summed, KT=kt, KH=kh,

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv, next_power_of_2
 from .launch import contiguous, num_sms, on, registers, rows_dense
 from .modulation_config import BackwardConfig, ForwardConfig, backward_tile, tile
 from .rows import (
@@ -308,7 +309,7 @@ def forward(x, y, gate, shift, scale, rows, weight, bias, *, norm, eps, save, dt
     if tokens and width:
         block, count = tile(width)
         with on(x.device):
-            forward_kernel[(triton.cdiv(tokens, config.tokens),)](
+            forward_kernel[(cdiv(tokens, config.tokens),)](
                 x, y, gate, shift, scale, rows, weight, bias, x_new, h, stats, tokens, gate_stride, shift_stride,
                 scale_stride, eps, D=width, NORM=norm, ONE_ROW=_one_row(rows, gate, shift, scale), BLOCK_N=config.tokens,
                 BLOCK_D=block, PIECES=count, num_warps=config.warps)
@@ -338,8 +339,8 @@ def backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, *,
     dx, dy = dense(like, want_x), dense(y, want_y)
     d_gate, d_shift, d_scale = table(gate, want_gate), table(shift, want_shift), table(scale, want_scale)
 
-    run = max(triton.cdiv(tokens, num_sms(device) * config.programs), config.tokens)
-    programs = triton.cdiv(tokens, run)
+    run = max(cdiv(tokens, num_sms(device) * config.programs), config.tokens)
+    programs = cdiv(tokens, run)
     sums = lambda want: torch.empty((2 * programs, width), dtype=torch.float32, device=device) if want else None
     total = lambda want: torch.zeros((programs, width), dtype=torch.float32, device=device) if want else None
     dh_sums = sums(want_shift or want_scale and bias is not None)
@@ -356,8 +357,8 @@ def backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, *,
                 NORM=norm, ONE_ROW=one_row, BLOCK_D=block, PIECES=count, num_warps=config.warps,
                 maxnreg=registers(config.warps, config.programs, 8))
             if join:
-                span, block = 8, min(128, triton.next_power_of_2(width))
-                reduce_slots_kernel[(triton.cdiv(2 * programs, span), triton.cdiv(width, block))](
+                span, block = 8, min(128, next_power_of_2(width))
+                reduce_slots_kernel[(cdiv(2 * programs, span), cdiv(width, block))](
                     dh_sums, dhx_sums, dxy_sums, slot_rows, weight, bias, d_gate, d_shift, d_scale, 2 * programs, D=width,
                     SPAN=span, BLOCK_S=16, BLOCK_D=block, num_warps=4)
     d_weight = weight_sums.sum(dim=0).to(weight.dtype) if want_weight else None

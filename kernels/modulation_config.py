@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 
+from .integers import cdiv, next_power_of_2
 from .rows import split_row
 
 
@@ -62,7 +62,7 @@ def backward_heuristic(launch: Launch, gpu: str) -> BackwardConfig:
     80 without a norm; 24 elements take 168, with a gate 242, and 119 without a norm.
     """
     block, count = backward_tile(launch.width)
-    warps = min(max(triton.next_power_of_2(triton.cdiv(block * count, 32 * 24)), 1), 8)
+    warps = min(max(next_power_of_2(cdiv(block * count, 32 * 24)), 1), 8)
     wide, gated = block * count > 2048, launch.y_dtype is not None
     if launch.norm is None:
         resident = 16 if wide else 24

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv, next_power_of_2
 from .launch import channels_last, contiguous, num_sms, on, registers
 from .normalization_config import Config, tile
 from .rows import (
@@ -274,8 +275,8 @@ def _video(batch, channels, frames, height, width, dtype, device):
 def _split_runs(x, samples, size, config):
     """``(run, runs)``: pixels of one sample that a program loops over, at least four tiles; and runs per sample."""
     programs = max(num_sms(x.device) * config.programs // samples, 1)
-    run = max(triton.cdiv(size, programs * config.pixels), 4) * config.pixels
-    return run, triton.cdiv(size, run)
+    run = max(cdiv(size, programs * config.pixels), 4) * config.pixels
+    return run, cdiv(size, run)
 
 
 def _tile(channels, norm, config):
@@ -285,7 +286,7 @@ def _tile(channels, norm, config):
 
 def _join_tile(channels_of_group):
     """4 elements per thread (8 spilled) and many threads: there are few programs, each bound by the latency of its loads."""
-    block = triton.next_power_of_2(channels_of_group)
+    block = next_power_of_2(channels_of_group)
     return dict(BLOCK_R=max(2048 // block, 1), BLOCK_G=block, num_warps=16)
 
 
@@ -298,7 +299,7 @@ def _group_stats(x, groups, eps, config):
         run, runs = _split_runs(x, batch, size, config)
         means, squares = (torch.empty((batch * runs, channels), dtype=torch.float32, device=x.device) for _ in range(2))
         stats_kernel[(batch * runs,)](x, means, squares, size, run, runs, C=channels, BLOCK_P=config.pixels,
-                                      BLOCK_C=triton.next_power_of_2(channels), num_warps=config.warps,
+                                      BLOCK_C=next_power_of_2(channels), num_warps=config.warps,
                                       maxnreg=registers(config.warps, config.programs, 8))
         merge_stats_kernel[(batch * groups,)](means, squares, stats, batch, size, run, runs, eps, C=channels,
                                              GROUP_C=channels // groups, **_join_tile(channels // groups))
@@ -331,7 +332,7 @@ def forward(x, weight, bias, *, norm, groups, eps, act, dtype, config: Config, c
         samples, size = batch, height * width
         if not keep:  # frames do not matter: treat each sample, or for rms the whole batch, as one frame
             samples, frames, size = (1, 1, x.numel() // max(channels, 1)) if norm == "rms" else (batch, 1, frames * size)
-        grid = samples * (frames + copied) * triton.cdiv(size, config.pixels)
+        grid = samples * (frames + copied) * cdiv(size, config.pixels)
         if grid and channels:
             forward_kernel[(grid,)](
                 x, cache if copied else None, weight, bias, stats, y, cache_out if kept else None, samples, frames, size,

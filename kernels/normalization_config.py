@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 
+from .integers import cdiv, next_power_of_2
 from .rows import split_row
 
 
@@ -40,15 +40,15 @@ def tile(channels: int, norm: str) -> tuple[int, int]:
 
     Group norm has one piece: a thread holds statistics of each of its channels, and those of more channels would spill.
     """
-    whole = triton.next_power_of_2(max(channels, 1))
+    whole = next_power_of_2(max(channels, 1))
     return (whole, 1) if norm == "group" else split_row(max(channels, 1), max(whole // 2, 128))
 
 
 def config_of_threads(launch: Launch, elements: int, warps: int, resident: int, most: int = 512) -> Config:
     """``elements`` per thread and ``resident`` warps per SM; at most ``most`` pixels per tile, a limit for few channels."""
     block, count = tile(launch.channels, launch.norm)
-    warps = max(warps, triton.next_power_of_2(block * count) // (32 * elements))
-    pixels = triton.next_power_of_2(triton.cdiv(32 * warps * elements, block * count))
+    warps = max(warps, next_power_of_2(block * count) // (32 * elements))
+    pixels = next_power_of_2(cdiv(32 * warps * elements, block * count))
     return Config(warps, min(pixels, most), max(resident // warps, 1))
 
 

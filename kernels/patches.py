@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv, next_power_of_2
 from .launch import MAXNREG, TF32X3, contiguous, num_sms, on, registers
 from .patches_config import GemmConfig, PermuteConfig
 
@@ -294,7 +295,7 @@ def _steps(grids) -> int:
 def _constants(weight, config: GemmConfig) -> dict:
     """What the kernels of a product know when they are compiled."""
     width, channels, pt, ph, pw = weight.shape
-    run = triton.next_power_of_2(pw)
+    run = next_power_of_2(pw)
     if config.block_k % run:
         raise ValueError(f"patches: expected block_k to be a multiple of {run}, got {config.block_k}; choose another Config")
     return dict(D=width, C=channels, PT=pt, PH=ph, PW=pw, PRECISION=_precision(weight.dtype), BLOCK_N=config.block_n,
@@ -314,19 +315,18 @@ def embed(latents, weight, bias, grids, cu_seqlens, *, config: GemmConfig):
     out = torch.empty((tokens, width), dtype=latents.dtype, device=latents.device)
     if tokens and width:
         constants = _constants(weight, config)
-        # ceil(a / b) is -(-a // b): triton.cdiv on the host is five Python calls, each time
-        tiles, columns = -(-tokens // config.block_n), -(-width // config.block_d)
+        tiles, columns = cdiv(tokens, config.block_n), cdiv(width, config.block_d)
         # all columns of a tile of tokens, but for few tokens, which would leave SMs idle, and large patches,
         # which each block of columns reads again
         blocks = -(columns // (-4 * num_sms(latents.device) // tiles))
         rest = prod(patch[:-1]) - constants["BLOCK_R"]
-        rest = 1 << (rest - 1).bit_length() if rest > 0 else 0  # a power of two
+        rest = next_power_of_2(rest) if rest > 0 else 0
         if rest > constants["BLOCK_R"]:
             blocks, rest = 1, 0
         if weight.dtype.itemsize == 2 and width % 8 == 0 and config.warps == 4:  # three blocks on an SM; others would spill
             constants["maxnreg"] = registers(config.warps, 3)
         with on(latents.device):
-            embed_kernel[(tiles * -(-columns // blocks),)](
+            embed_kernel[(tiles * cdiv(columns, blocks),)](
                 latents, weight, bias, grids, cu_seqlens, out, tokens, grids.shape[0], _steps(grids), blocks, REST_R=rest,
                 **constants)
     return out
@@ -341,7 +341,7 @@ def embed_latents_gradient(d_out, weight, grids, cu_seqlens, *, config: GemmConf
     if tokens:
         constants = _constants(weight, config)
         with on(d_out.device):
-            latents_kernel[(triton.cdiv(tokens, config.block_n) * triton.cdiv(rows, constants["BLOCK_R"]),)](
+            latents_kernel[(cdiv(tokens, config.block_n) * cdiv(rows, constants["BLOCK_R"]),)](
                 d_out, weight, grids, cu_seqlens, d_latents, tokens, grids.shape[0], _steps(grids), **constants)
     return d_latents
 
@@ -356,10 +356,10 @@ def embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, *, want_wei
     rows, elements = prod(weight.shape[1:4]), prod(weight.shape[1:])
     d_out, latents = d_out.contiguous(), latents.contiguous()
     constants = _constants(weight, config)
-    tiles = triton.cdiv(width, config.block_d) * (triton.cdiv(rows, constants["BLOCK_R"]) if want_weight else 1)
+    tiles = cdiv(width, config.block_d) * (cdiv(rows, constants["BLOCK_R"]) if want_weight else 1)
     shares = max(4 * num_sms(d_out.device) // max(tiles, 1), 1)
-    length = max(triton.cdiv(triton.cdiv(tokens, shares), config.block_n), 1) * config.block_n
-    shares = triton.cdiv(tokens, length)
+    length = max(cdiv(cdiv(tokens, shares), config.block_n), 1) * config.block_n
+    shares = cdiv(tokens, length)
     sums = lambda *shape: torch.empty((shares, *shape), dtype=torch.float32, device=d_out.device)
     weight_sums = sums(width, elements) if want_weight else None
     bias_sums = sums(width) if want_bias else None
@@ -381,10 +381,10 @@ def permute(source, grids, cu_seqlens, patch, channels, *, to_tokens, config: Pe
     out = torch.empty((tokens, elements) if to_tokens else tokens * elements, dtype=source.dtype, device=source.device)
     if tokens:
         pt, ph, pw = patch
-        parts = triton.cdiv(pt * ph, config.block_r) * triton.cdiv(channels, config.block_c)
+        parts = cdiv(pt * ph, config.block_r) * cdiv(channels, config.block_c)
         with on(source.device):
-            permute_kernel[(triton.cdiv(tokens, config.block_n) * parts,)](
+            permute_kernel[(cdiv(tokens, config.block_n) * parts,)](
                 source, grids, cu_seqlens, out, tokens, grids.shape[0], _steps(grids), TO_TOKENS=to_tokens, C=channels,
                 PT=pt, PH=ph, PW=pw, BLOCK_N=config.block_n, BLOCK_R=config.block_r, BLOCK_C=config.block_c,
-                BLOCK_W=triton.next_power_of_2(pw), num_warps=config.warps, maxnreg=128)  # ptxas' own 56 would spill
+                BLOCK_W=next_power_of_2(pw), num_warps=config.warps, maxnreg=128)  # ptxas' own 56 would spill
     return out

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from . import arch
+from .integers import next_power_of_2
 from .rows import split_row
 
 
@@ -50,7 +50,7 @@ LONGEST_RUN = 64  # the largest pw: a tile holds all elements of a patch along w
 
 def _padded(launch: Launch) -> int:
     """Elements of a patch, with rows and runs padded to powers of two; at least 16, the least that tl.dot supports."""
-    return max(triton.next_power_of_2(launch.rows) * triton.next_power_of_2(launch.run), 16)
+    return max(next_power_of_2(launch.rows) * next_power_of_2(launch.run), 16)
 
 
 def embed_heuristic(launch: Launch, gpu: str) -> GemmConfig:
@@ -64,13 +64,13 @@ def embed_heuristic(launch: Launch, gpu: str) -> GemmConfig:
     if launch.dtype == torch.float32:
         if padded <= 64 and not small:
             return GemmConfig(32 if arch.uses_mma_sync(gpu) else 64, 64, max(padded, 32), warps=4, stages=3)
-        return GemmConfig(64, 64, max(triton.next_power_of_2(launch.run), 32), warps=8, stages=2)
+        return GemmConfig(64, 64, max(next_power_of_2(launch.run), 32), warps=8, stages=2)
     if launch.width % 8 != 0:
         return GemmConfig(64, 64, min(padded, 64), warps=4, stages=2)
     if padded <= 64:
         return GemmConfig(64, 64, padded, warps=4, stages=3)
     if padded <= 256:
-        fits = not small or launch.rows * triton.next_power_of_2(launch.run) <= 192
+        fits = not small or launch.rows * next_power_of_2(launch.run) <= 192
         return GemmConfig(64, 64, 128, warps=4, stages=3 if fits else 2)
     if launch.run < 8:  # the addresses of 64 elements in shorter runs, or of more tokens, spill
         return GemmConfig(64, 64 if small else 128, 32, warps=8, stages=3)
@@ -109,10 +109,10 @@ def permute_heuristic(launch: Launch, gpu: str) -> PermuteConfig:
     """Tiles of 4096 elements, 32 per thread: channels without padding (3 x 16 for 48), and 32 tokens or more if a patch has
     at most 128 elements.
     """
-    run = triton.next_power_of_2(launch.run)
-    channels = split_row(launch.width, 128)[0] if launch.width >= 8 else triton.next_power_of_2(launch.width)
+    run = next_power_of_2(launch.run)
+    channels = split_row(launch.width, 128)[0] if launch.width >= 8 else next_power_of_2(launch.width)
     channels = min(channels, 128, max(512 // run, 1))
-    rows = min(triton.next_power_of_2(launch.rows), max(128 // (run * channels), 1))
+    rows = min(next_power_of_2(launch.rows), max(128 // (run * channels), 1))
     tokens = min(max(4096 // (run * channels * rows), 8), 16 if gpu == "cpu" else 256)
     return PermuteConfig(tokens, rows, channels, warps=4)
 

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .integers import cdiv
 from .launch import contiguous, num_sms, on, registers, rows_dense
 from .rotary_config import BackwardConfig, ForwardConfig, head_block, pair_block
 from .rotary_tiles import (
@@ -273,16 +274,18 @@ def _strided(tensor):
     if tensor is None:
         return None, 0, 0, 1
     tensor = rows_dense(tensor)
-    token, head = (tensor.stride(axis) if tensor.shape[axis] != 1 else 0 for axis in (0, 1))
-    unit = math.gcd(token, head, tensor.shape[2], 16)
+    (tokens, heads, head_dim), (token, head, _) = tensor.shape, tensor.stride()
+    token, head = token if tokens != 1 else 0, head if heads != 1 else 0
+    unit = math.gcd(token, head, head_dim, 16)
     return tensor, token // unit, head // unit, unit
 
 
-def _constants(heads, key_heads, head_dim, coords, freqs, norm, pairing, config):
-    rotated = coords is not None
-    pairing = pairing if rotated else "interleaved"
-    return dict(H=heads, HK=key_heads, E=head_dim, P=freqs.shape[-1] if rotated else 0, NORM=norm, PAIRING=pairing,
-                PER_HEAD=rotated and freqs.dim() == 3, BLOCK_N=config.tokens,
+@functools.cache
+def _constants(heads, key_heads, head_dim, axes, norm, pairing, config):
+    """``axes``: the shape of freqs; () where nothing is rotated."""
+    pairing = pairing if axes else "interleaved"
+    return dict(H=heads, HK=key_heads, E=head_dim, P=axes[-1] if axes else 0, NORM=norm, PAIRING=pairing,
+                PER_HEAD=len(axes) == 3, BLOCK_N=config.tokens,
                 BLOCK_H=head_block(heads, head_dim, pairing, config.warps),
                 BLOCK_HK=head_block(key_heads, head_dim, pairing, config.warps), BLOCK_P=pair_block(head_dim),
                 num_warps=config.warps)
@@ -310,10 +313,11 @@ def forward(q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows, *, no
     if q.numel():
         tokens, heads, head_dim = q.shape
         (q, *q_strides, q_unit), (k, *k_strides, k_unit) = map(_strided, (q, k))
-        constants = _constants(heads, 0 if k is None else k.shape[1], head_dim, coords, freqs, norm, pairing, config)
+        axes = () if coords is None else freqs.shape
+        constants = _constants(heads, 0 if k is None else k.shape[1], head_dim, axes, norm, pairing, config)
         inputs = contiguous(q_weight, k_weight, q_bias, k_bias, coords, freqs, rows)
         with on(q.device):
-            forward_kernel[(triton.cdiv(tokens, config.tokens),)](
+            forward_kernel[(cdiv(tokens, config.tokens),)](
                 q, k, q_out, k_out, *inputs, tokens, *q_strides, *k_strides, eps, Q_UNIT=q_unit, K_UNIT=k_unit, **constants)
     return q_out, k_out
 
@@ -347,16 +351,17 @@ def backward(d_q_out, d_k_out, q, k, coords, q_weight, k_weight, q_bias, k_bias,
     empty = lambda like, want: torch.empty(like.shape, dtype=like.dtype, device=device) if want else None
     d_q, d_k = empty(d_q_out, want_q), empty(d_k_out, want_k)
 
-    blocks = triton.cdiv(tokens, config.tokens) if d_q_out.numel() else 0
-    run = max(triton.cdiv(sides * blocks, num_sms(device) * config.programs), 1) * config.tokens
-    programs = triton.cdiv(tokens, run) if blocks else 0
+    blocks = cdiv(tokens, config.tokens) if d_q_out.numel() else 0
+    run = max(cdiv(sides * blocks, num_sms(device) * config.programs), 1) * config.tokens
+    programs = cdiv(tokens, run) if blocks else 0
     summed = [tensor if want else None for tensor, want in zip(
         (q_weight, k_weight, q_bias, k_bias, freqs, freqs), (*wanted[2:], want_freqs and for_k), strict=True)]
     sizes = [0 if tensor is None else tensor.numel() for tensor in summed]
     sums = torch.empty((programs, sum(sizes)), dtype=torch.float32, device=device)
 
     if programs:
-        constants = _constants(heads, d_k_out.shape[1] if for_k else 0, head_dim, coords, freqs, norm, pairing, config)
+        axes = () if coords is None else freqs.shape
+        constants = _constants(heads, d_k_out.shape[1] if for_k else 0, head_dim, axes, norm, pairing, config)
         reads_x = norm is not None or want_freqs
         (d_q_out, *d_q_out_strides, d_q_out_unit), (d_k_out, *d_k_out_strides, d_k_out_unit) = map(
             _strided, (d_q_out, d_k_out if for_k else None))

@@ -4,8 +4,8 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 
+from .integers import cdiv, next_power_of_2
 from .rows import split_row
 
 
@@ -48,7 +48,7 @@ class BackwardConfig:
 def pair_block(head_dim: int) -> int:
     """Pairs of a part: all, to the next power of two, or a quarter of it where three cover them: 3 * 16 of 36."""
     pairs = max((head_dim + 1) // 2, 1)
-    block = triton.next_power_of_2(pairs)
+    block = next_power_of_2(pairs)
     return block // 4 if block >= 4 and 4 * pairs <= 3 * block else block
 
 
@@ -66,7 +66,7 @@ def head_block(heads: int, head_dim: int, pairing: str, warps: int) -> int:
 def elements_of(heads: int, head_dim: int) -> int:
     """Of one token in registers, padding and all."""
     block, pairs = split_row(max(heads, 1), 1, 1), pair_block(head_dim)
-    return block[0] * block[1] * 2 * pairs * triton.cdiv(max((head_dim + 1) // 2, 1), pairs)
+    return block[0] * block[1] * 2 * pairs * cdiv(max((head_dim + 1) // 2, 1), pairs)
 
 
 def _tokens(launch: Launch) -> tuple[int, int]:
@@ -91,7 +91,7 @@ def backward_heuristic(launch: Launch, gpu: str) -> BackwardConfig:
     """
     tokens, elements = _tokens(launch)
     if launch.norm == "rms_all":
-        warps = min(triton.next_power_of_2(triton.cdiv(elements, 32 * 20)), 16)
+        warps = min(next_power_of_2(cdiv(elements, 32 * 20)), 16)
     else:
         warps = min(1 << max(elements // (32 * 16), 1).bit_length() - 1, 16)
     # of 65,536 registers: up to 128 a thread, 55 where there is nothing to sum, 168 for 24 learned sums

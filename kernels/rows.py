@@ -9,6 +9,8 @@ import functools
 import triton
 import triton.language as tl
 
+from .integers import cdiv, next_power_of_2
+
 MAX_PIECES = 8  # loops over pieces are unrolled
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as @triton.jit reads it; inline PTX is not available
 
@@ -19,10 +21,10 @@ def split_row(size: int, target: int, min_block: int = 8) -> tuple[int, int]:
 
     ``target``, ``min_block`` and block are powers of two; 8 16-bit elements are a 16-byte access.
     """
-    min_block = min(min_block, triton.next_power_of_2(max(size, 8)))
-    blocks = [min_block << i for i in range(size.bit_length()) if triton.cdiv(size, min_block << i) <= MAX_PIECES]
-    block = min(blocks, key=lambda block: (triton.cdiv(size, block) * block, max(block / target, target / block)))
-    return block, triton.cdiv(size, block)
+    min_block = min(min_block, next_power_of_2(max(size, 8)))
+    blocks = [min_block << i for i in range(size.bit_length()) if cdiv(size, min_block << i) <= MAX_PIECES]
+    block = min(blocks, key=lambda block: (cdiv(size, block) * block, max(block / target, target / block)))
+    return block, cdiv(size, block)
 
 
 @triton.jit

@@ -28,8 +28,8 @@ MOST = {
 }
 # The same of Triton's backend up to the launch, without gradients; here the launchers of kernels/ count too.
 MOST_OF_TRITON = {
-    "patch_embed": 60, "unpatchify": 60, "norm_modulate": 55, "gate_residual": 50, "gate_residual_norm_modulate": 55,
-    "qk_norm_rope": 85, "varlen_attention": 80, "causal_conv3d": 75, "norm_act": 55, "norm_act_conv3d": 110,
+    "patch_embed": 55, "unpatchify": 40, "norm_modulate": 50, "gate_residual": 45, "gate_residual_norm_modulate": 50,
+    "qk_norm_rope": 55, "varlen_attention": 75, "causal_conv3d": 65, "norm_act": 45, "norm_act_conv3d": 90,
 }
 
 
