@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,21 +164,32 @@ def is_current(row: dict) -> bool:
     return row["kernel_hash"] == now or row["backend"] == "cuda" and now is None
 
 
-def renewed(found: list[dict]) -> list[dict]:
-    """``found`` without rows of kernels that launch something else now; of others the hash is the present one."""
+def renew(wanted: Callable[[str], bool], late: Callable[[], bool]) -> bool:
+    """Drop rows of kernels that launch something else now; of others the hash becomes the present one.
+
+    True if it became ``late``: rows may be left.
+    """
     without_hash = lambda key: tuple(part for name, part in zip(KEY, key, strict=True) if name != "kernel_hash")
     known = {without_hash(call.key()): call for call in calls()}
-    kept, changed = [], sum(not is_current(row) for row in found)
-    print(f"{changed} rows of changed kernels: compiling each call, to see whether it launches what it did", flush=True)
-    for row in found:
+    stale = [row for row in rows() if not is_current(row) and wanted(row["op"])]
+    if stale:
+        print(f"{len(stale)} rows of changed kernels: each call is compiled, to see whether it launches what it did",
+              flush=True)
+    for place, row in enumerate(stale, start=1):
         call = known.get(without_hash(key_of(row)))
-        if not is_current(row):
-            if call is None or not launches_alike(row, call):
-                print("dropped:", ", ".join(row[name] for name in KEY if isinstance(row[name], str)), flush=True)
-                continue
-            row = row | dict(zip(KEY, call.key(), strict=True))
-        kept.append(row)
-    return kept
+        alike = call is not None and launches_alike(row, call)
+        now = [row | dict(zip(KEY, call.key(), strict=True))] if alike else []
+
+        def replace(text, row=row, now=now):
+            kept = [now if key_of(each) == key_of(row) else [each] for each in files.json_lines(text)]
+            return "".join(json.dumps(each) + "\n" for each in sum(kept, []))
+
+        files.edit(ROWS, replace)
+        print(f"{place} of {len(stale)}: {', '.join(row[name] for name in KEY[:6])}: {'holds on' if alike else 'dropped'}",
+              flush=True)
+        if late():
+            return True
+    return False
 
 
 def table(found: list[dict]) -> str:
@@ -223,17 +235,18 @@ def main() -> int:
     parser.add_argument("--op", action="append", help="only these ops; repeat for several")
     arguments = parser.parse_args()
     start = time.monotonic()
-    if not all(map(is_current, rows())):
-        files.edit(ROWS, lambda text: "".join(json.dumps(row) + "\n" for row in renewed(list(files.json_lines(text)))))
+    late = lambda: time.monotonic() - start > 60 * arguments.minutes
+    wanted = lambda op: not arguments.op or op in arguments.op
+    stopped = renew(wanted, late)
     done = {key_of(row) for row in rows()}
-    missing = [call for call in calls() if call.key() not in done and (not arguments.op or call.op in arguments.op)]
+    missing = [] if stopped else [call for call in calls() if call.key() not in done and wanted(call.op)]
     for place, call in enumerate(missing, start=1):
         row = prove(call)
         files.edit(ROWS, lambda text, row=row: text + json.dumps(row) + "\n")
         verdict = "passed" if row["passed"] else "refused" if row["refused"] else "FAILED"
         print(f"{place} of {len(missing)}: {call.op}, {call.backend}, {call.arch}, {call.dtype}, {call.label!r}: {verdict} "
               f"({row['seconds']} s)", flush=True)
-        if time.monotonic() - start > 60 * arguments.minutes:
+        if late():
             break
     found = rows()
     files.save_text(TABLE, table(found))
