@@ -43,9 +43,10 @@ def aot_cases():
                 wants |= {name: dict(expected_drains=count * links) for name, count in
                           (("forward_kernel", 1), ("dq_kernel", 2), ("dkdv_kernel", 2))}
             if (head_dim, gpu) == (128, "sm90"):
-                # before and behind the main loop (tests/test_machine_code.py); with Triton 3.6 some in it, as is
-                # predicted to be no slower
-                wants["dkdv_kernel"] |= dict(allowed_spills=48 if triton_minor() == "3.6" else 2)
+                # before and behind the main loop (tests/test_machine_code.py; with a group, sora-fast predict says it); with
+                # Triton 3.6 some in it, as is predicted to be no slower
+                spills = 18 if "group" in options else 2
+                wants["dkdv_kernel"] |= dict(allowed_spills=48 if triton_minor() == "3.6" else spills)
             if (head_dim, dtype, gpu) == (64, bf16, "sm80"):
                 wants["schedule_kernel"] = dict(ccs=tuple(SHARED), wants_wide=False, wants_matrix=False)
             label = [f"{head_dim} {str(dtype).removeprefix('torch.')}", *(f"{k} {v}" for k, v in options.items()), gpu]
