@@ -88,7 +88,7 @@ class Backend:
 
     ``kernel``: the module of sora_fast.kernels with its kernel, such as "modulation"; "" is plain PyTorch, which needs no
     record. For ``explain``: ``config``, the configs.Found of a typical call (None: none to choose), and ``note``.
-    ``foreign``: whether a call's backward is others' kernels, whose gradients may look constant to autograd.
+    ``foreign``: its backward is others' kernels, whose gradients autograd may take for constants or cannot derive again.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Backend:
     kernel: str = ""
     config: Callable[[Problem], configs.Found] | None = None
     note: Callable[[Problem], str] = lambda problem: ""
-    foreign: Callable[[Problem], bool] = lambda problem: False
+    foreign: bool = False
 
 
 def _cannot(backend: Backend, problem: Problem) -> list[str]:
@@ -110,13 +110,11 @@ def _cannot(backend: Backend, problem: Problem) -> list[str]:
 
 
 class Plan(NamedTuple):
-    """How a call runs: ``kind`` is PyTorch's type of its device; ``grad``: a second derivative is to be refused;
-    ``foreign``: the backend's answer."""
+    """How a call runs: ``kind`` is PyTorch's type of its device; ``grad``: a second derivative is to be refused."""
 
     backend: Backend
     kind: str
     grad: bool
-    foreign: bool = False
 
 
 class Op:
@@ -230,7 +228,7 @@ class Op:
                 backend = _watcher(self, problem, backend)
             else:
                 self._tell_if_slow(backend, problem, requested)
-            found = remember(now, Plan(backend, kind, problem.grad, backend.foreign(problem)))
+            found = remember(now, Plan(backend, kind, problem.grad))
         return found
 
     def run(self, plan: Plan, key: tuple | None, /, **arguments):
@@ -242,10 +240,10 @@ class Op:
         Args:
             key: the call's ``call_key``; where it has one, neither a graph nor a transform of torch.func is at work.
         """
-        backend, kind, grad, foreign = plan
+        backend, kind, grad = plan
         if (key is None or forward_ad._current_level >= 0) and not torch.compiler.is_compiling():
             refuse_transforms(self.name, arguments.values())
-        hooks = grad and key is not None and not foreign
+        hooks = grad and key is not None and not backend.foreign
         if grad and not hooks:
             arguments = first_order(arguments, self.name)
         if kind != "meta" and torch.is_autocast_enabled(kind):

@@ -2,7 +2,8 @@
 
 A backend's gradient may look constant to autograd, which would then say no more than that nothing requires a gradient, or
 nothing at all. So, where create_graph=True keeps a graph of the backward, every gradient leads back to all inputs of its op
-through a node that raises. Without create_graph nothing of this runs but a hook for each output.
+through a node that raises. Without create_graph a hook on each output is all that runs: an identity of the inputs, a node
+in Python, takes some 30 us longer on a slow core.
 """
 
 import functools
@@ -148,8 +149,7 @@ def run_once(op: str, run: Callable, arguments: dict):
 def first_order(arguments: dict, op: str) -> dict:
     """``arguments`` with a second derivative refused to their tensors, and lists of tensors: one node for all of them.
 
-    For transforms of torch.func, for subclasses of tensors, and for others' kernels (``Backend.foreign``), whose gradients
-    look constant.
+    For transforms of torch.func, for subclasses of tensors, and for backwards of others' kernels (``Backend.foreign``).
     """
     names, tensors, lists = [], [], {}
     for name, value in arguments.items():

@@ -186,8 +186,7 @@ def _mask(queries: int, keys: int, left: int, right: int):
 VARLEN_ATTENTION = Op("varlen_attention", "attention", _example, [
     attention_triton.ATTENTION,
     *attention_peers.ATTENTION,
-    Backend("torch", _torch_varlen_attention, _torch_unsupported, note=_torch_note,
-            foreign=lambda problem: True),
+    Backend("torch", _torch_varlen_attention, _torch_unsupported, note=_torch_note, foreign=True),
     Backend("reference", reference.varlen_attention)], AttentionProblem)
 VARLEN_ATTENTION_FORWARD = Op("varlen_attention_forward", "attention", _example_with_lse, [
     attention_triton.FORWARD,

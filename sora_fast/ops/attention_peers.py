@@ -321,7 +321,7 @@ _PACKED = {"flash_attn": (flash_attn, FLASH_ATTN.reasons),
            "flash_attn_3": (flash_attn_3, lambda problem: flash_attn_3_limits().reasons(problem)),
            "flash_attn_4": (flash_attn_4, FLASH_ATTN_4.reasons),
            "cudnn": (_cudnn, CUDNN.reasons)}
-ATTENTION = (*(Backend(name, functools.partial(_run, call), reasons, foreign=lambda problem: True)
+ATTENTION = (*(Backend(name, functools.partial(_run, call), reasons, foreign=True)
                for name, (call, reasons) in _PACKED.items()),
-             Backend("xformers", _run_xformers, XFORMERS.reasons, foreign=lambda problem: True))
+             Backend("xformers", _run_xformers, XFORMERS.reasons, foreign=True))
 FORWARD = tuple(Backend(name, functools.partial(_forward, call), reasons) for name, (call, reasons) in _PACKED.items())
