@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import arch
 from .integers import cdiv, next_power_of_2
 from .rows import split_row
 
@@ -67,8 +68,11 @@ def backward_heuristic(launch: Launch, gpu: str) -> Config:
 
     8 warps for more than 1024 channels: a thread then holds weights and biases of 8 channels; with 4 warps, 16 would spill.
     """
+    wide = launch.channels > 1024
+    # 168 registers where 16 elements of rms need more than 128, or the loop spills
+    resident = 12 if arch.capability(gpu) == 120 and launch.norm == "rms" and not wide else 16
     # the interpreter adds the pixels of a tile sequentially: with more, its error exceeds that of a GPU's tree reduction
-    return config_of_threads(launch, 16, 8 if launch.channels > 1024 else 4, 16, 16 if gpu == "cpu" else 512)
+    return config_of_threads(launch, 16, 8 if wide else 4, resident, 16 if gpu == "cpu" else 512)
 
 
 HEURISTICS = dict(forward=forward_heuristic, backward=backward_heuristic)

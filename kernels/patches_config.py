@@ -65,8 +65,8 @@ def embed_heuristic(launch: Launch, gpu: str) -> GemmConfig:
         if padded <= 64 and not small:
             return GemmConfig(32 if arch.uses_mma_sync(gpu) else 64, 64, max(padded, 32), warps=4, stages=3)
         return GemmConfig(64, 64, max(next_power_of_2(launch.run), 32), warps=8, stages=2)
-    if launch.width % 8 != 0:
-        return GemmConfig(64, 64, min(padded, 64), warps=4, stages=2)
+    if launch.width % 8 != 0:  # stores of 2 bytes: the addresses of more would spill
+        return GemmConfig(64, 32, min(padded, 64), warps=4, stages=2)
     if padded <= 64:
         return GemmConfig(64, 64, padded, warps=4, stages=3)
     if padded <= 256:

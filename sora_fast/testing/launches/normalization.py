@@ -11,7 +11,7 @@ from ...kernels.normalization_config import HEURISTICS, Launch
 
 
 def both(channels, x_dtype, y_dtype, weight_dtype, norm, groups=32, keep=0, bias=False, size=(2, 3, 8, 8), cached=2,
-         wanted=(True, True, True)):
+         wanted=(True, True, True), gpu="sm90"):
     """Forward and backward on tensors without memory; ``size``: batch, frames, height, width."""
     batch, frames, height, width = size
     make = lambda *shape, dtype: torch.empty(*shape, dtype=dtype, device="meta")
@@ -20,10 +20,10 @@ def both(channels, x_dtype, y_dtype, weight_dtype, norm, groups=32, keep=0, bias
     bias = weight if bias else None
     launch = Launch(channels, 2**24, norm, "silu", x_dtype, y_dtype)
     facts = dict(norm=norm, groups=groups, eps=1e-24, act="silu")
-    y, _, stats = forward(x, weight, bias, dtype=y_dtype, config=HEURISTICS["forward"](launch, "sm90"),
+    y, _, stats = forward(x, weight, bias, dtype=y_dtype, config=HEURISTICS["forward"](launch, gpu),
                           cache=video(cached, y_dtype) if keep else None, keep=keep, **facts)
     backward(y, x, weight, bias, stats, wanted=(*wanted[:2], wanted[2] and bias is not None),
-             config=HEURISTICS["backward"](launch, "sm90"), **facts)
+             config=HEURISTICS["backward"](launch, gpu), **facts)
 
 
 def aot_cases():
@@ -32,11 +32,13 @@ def aot_cases():
     # sums are a thousandth of what is read; the grouped backward stores nothing else in the first of its two launches
     small = dict(wants_wide=False)
     grouped = wants | dict(stats_kernel=small, merge_stats_kernel=small, reduce_sums_kernel=small, backward_kernel=small)
-    yield "96, bfloat16, keep 4", partial(both, 96, bf16, bf16, bf16, "rms", keep=4), wants
-    yield "192, bfloat16", partial(both, 192, bf16, bf16, bf16, "rms"), wants
-    yield "384, bfloat16", partial(both, 384, bf16, bf16, bf16, "rms"), wants
-    yield "160, float32 to bfloat16", partial(both, 160, f32, bf16, f32, "rms"), wants
-    yield "2048, float32", partial(both, 2048, f32, f32, f32, "rms", bias=True), wants
+    for gpu, ccs, end in (("sm90", (80, 86, 89, 90, 100), ""), ("sm120", (120,), ", sm120")):
+        for name, case in (("96, bfloat16, keep 4", partial(both, 96, bf16, bf16, bf16, keep=4)),
+                           ("192, bfloat16", partial(both, 192, bf16, bf16, bf16)),
+                           ("384, bfloat16", partial(both, 384, bf16, bf16, bf16)),
+                           ("160, float32 to bfloat16", partial(both, 160, f32, bf16, f32)),
+                           ("2048, float32", partial(both, 2048, f32, f32, f32, bias=True))):
+            yield name + end, partial(case, norm="rms", gpu=gpu), wants | dict(ccs=ccs)
     yield "128, group", partial(both, 128, bf16, bf16, bf16, "group", bias=True), grouped
     yield "384, group, keep 4", partial(both, 384, bf16, bf16, f32, "group", keep=4, bias=True), grouped
 
