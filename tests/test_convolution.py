@@ -15,7 +15,7 @@ from op_checks import double, same_bits, with_grad
 
 from sora_fast import explain, ops, reference
 from sora_fast.dispatch import Op
-from sora_fast.ops import convolution
+from sora_fast.ops import convolution, convolution_torch
 from sora_fast.testing import assert_matches
 
 OPS = ("causal_conv3d", "norm_act_conv3d")
@@ -417,7 +417,7 @@ def test_wrong_kernels_fail():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cpu_without_16_bit_convolutions_rounds_float32_ones(dtype, monkeypatch):
-    monkeypatch.setattr(convolution, "emulated_on_cpu", lambda asked: asked == dtype)
+    monkeypatch.setattr(convolution_torch, "emulated_on_cpu", lambda asked: asked == dtype)
     seen, plain = [], torch.ops.aten.convolution_backward
 
     def backward(dy, *arguments):

@@ -3,20 +3,17 @@
 Nq query rows, Nk key rows, H heads, Hk key heads (Hk divides H), E head dim, S samples.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import checks
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
 from ..measured import sizes
 from ..pack import Pack, check_kind, check_pack
-from ..precision import autocast, cast, has_data
+from ..precision import autocast
 from ..reference import attention as reference
-from . import attention_peers, attention_triton
+from . import attention_peers, attention_torch, attention_triton
 
 
 @dataclass(frozen=True)
@@ -43,150 +40,12 @@ def _example_with_lse(device: str, dtype: torch.dtype, grad: bool) -> AttentionP
     return replace(_example(device, dtype, False), return_lse=True)
 
 
-# ---------------------------------------------------------------------------------------------- backend "torch"
-def _torch_unsupported(problem: AttentionProblem) -> list[str]:
-    if problem.return_lse:
-        return ["PyTorch's scaled_dot_product_attention does not return a differentiable log-sum-exp."]
-    return []
-
-
-def _heads_first(rows_NHE, samples: int = 1):
-    """(S, H, L, E) of the rows of ``samples`` samples of one length."""
-    rows, heads, width = rows_NHE.shape
-    return rows_NHE.view(samples, rows // samples, heads, width).transpose(1, 2)
-
-
-def _sdpa(q, k, v, scale, mask_QK=None):
-    """(S, Q, H, E) of samples (S, H, L, E)."""
-    if mask_QK is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-    # SDPA is undefined on fully masked rows: unmask them, then write 0
-    sees_Q = mask_QK.any(dim=1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask_QK | ~sees_Q[:, None])[None, None], scale=scale)
-    return torch.where(sees_Q[:, None, None], out.transpose(1, 2), 0)
-
-
-def _varlen_applies(device: str, dtype: torch.dtype, deterministic: bool) -> bool:
-    """Whether torch.nn.attention.varlen (PyTorch's FlashAttention-2, sm_80 and later) supports this call."""
-    return (device.startswith("cuda:sm") and int(device.removeprefix("cuda:sm")) >= 80 and not deterministic
-            and dtype in (torch.float16, torch.bfloat16))
-
-
-# From PyTorch 2.14 on varlen_attn hands rows of more than 128 without a window to cuDNN on sm_90 and sm_100. Its version
-# there, 9.24, is wrong on samples without queries or keys (attention_peers.CUDNN).
-VARLEN_MAY_BE_CUDNN = torch.__version__ >= (2, 14)
-
-
-def _torch_varlen(q, k, v, cu_q, cu_k, scale, window):
-    from torch.nn.attention.varlen import varlen_attn
-
-    if VARLEN_MAY_BE_CUDNN and window == (-1, -1):
-        # A window as long as the row sees every key: FlashAttention treats it as no window, and cuDNN refuses it.
-        # num_splits would turn cuDNN off in the forward only.
-        window = (k.shape[0], -1)
-    # max_seqlen sizes its grid. It is only a hint here, so pass the number of rows: CTAs past a sample's end exit
-    return varlen_attn(q, k, v, cu_q, cu_k, q.shape[0], k.shape[0], scale=scale, window_size=window)
-
-
-def _torch_note(problem: AttentionProblem) -> str:
-    """For ``explain``: what PyTorch runs."""
-    if not _varlen_applies(problem.device, problem.dtype, problem.deterministic):
-        return ""
-    kept = f" (kept from cuDNN, which PyTorch {torch.__version__} prefers, by a window as long as the row)"
-    return f"FlashAttention-2 by torch.nn.attention.varlen{kept if VARLEN_MAY_BE_CUDNN else ''}"
-
-
-def _deterministic_sdpa(q, k, v):
-    """A context in which SDPA's gradients have the same bits every time.
-
-    Its memory-efficient kernel and cuDNN's add up dq in any order, unless use_deterministic_algorithms is on: then they are
-    left to PyTorch, else its composition of matrix products runs, with all scores in memory.
-    """
-    if q.is_cuda and needs_grad(q, k, v) and not torch.are_deterministic_algorithms_enabled():
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
-
-
-def _torch_varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window, return_lse,
-                            deterministic):
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    queries, keys = q.shape[0], k.shape[0]
-    if queries == 0 or keys == 0 or cu_seqlens_q.shape[0] == 1:
-        return _zero_output(q, k, v)
-    copies = q.shape[1] // k.shape[1]
-    if copies > 1:
-        k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
-    if q.is_cpu and has_data(cu_seqlens_q) and (cu_seqlens_k is cu_seqlens_q or has_data(cu_seqlens_k)):
-        return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window)
-    q, k, v = (reference.without_tail(t, cu) for t, cu in
-               ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k)))
-    if _varlen_applies(device_name(q), q.dtype, deterministic):
-        out = _torch_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, (window[0], 0) if causal else window)
-        return reference.without_tail(out, cu_seqlens_q)
-    mask = reference.visible(cu_seqlens_q, cu_seqlens_k, queries, keys, causal, window, q.device)
-    with _deterministic_sdpa(q, k, v) if deterministic else nullcontext():
-        return _sdpa(_heads_first(q), _heads_first(k), _heads_first(v), scale, mask)[0]
-
-
-def _zero_output(q, k, v):
-    """Zeros for queries without keys; part of the graph, so that gradients are zeros. Reads no element of q, k or v."""
-    never = torch.zeros((), dtype=torch.bool, device=q.device)
-    return torch.where(never, q, torch.zeros((), dtype=q.dtype, device=q.device)) + k[:0].sum() + v[:0].sum()
-
-
-def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
-    """On a CPU the lengths are known: one dense SDPA per sample, or one batched SDPA if all have the same shape.
-
-    A sample's rows only meet rows of the same sample.
-    """
-    outs, dtype = [], q.dtype
-    # Up to a thousand tokens 16-bit SDPA on a CPU is no faster than float32, and its backward is ten times slower at lengths
-    # such as 250 (27 ms instead of 2.3 ms, 3 heads of 64, torch 2.13).
-    if dtype not in (torch.float32, torch.float64):
-        q, k, v = q.float(), k.float(), v.float()
-    left, right = window[0], 0 if causal else window[1]
-    ends_q = cu_q.tolist()
-    ends_k = ends_q if cu_k is cu_q else cu_k.tolist()
-    samples = len(ends_q) - 1
-    if _equal_lengths(ends_q) and (ends_k is ends_q or _equal_lengths(ends_k)):
-        parts = ((0, ends_q[-1], 0, ends_k[-1]),)
-    else:
-        samples, parts = 1, zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True)
-    computed = False  # whether some attention ran, so that gradients reach q, k and v
-    for a, b, c, d in parts:
-        if b == a:
-            continue
-        if d == c:
-            outs.append(torch.zeros_like(q[a:b]))
-            continue
-        mask = _mask((b - a) // samples, (d - c) // samples, left, right) if left >= 0 or right >= 0 else None
-        q_s, k_s, v_s = (q, k, v) if b - a == q.shape[0] and d - c == k.shape[0] else (q[a:b], k[c:d], v[c:d])
-        out = _sdpa(_heads_first(q_s, samples), _heads_first(k_s, samples), _heads_first(v_s, samples), scale, mask)
-        outs.append(out.flatten(0, 1))
-        computed = True
-    if ends_q[-1] < q.shape[0] or not computed:
-        outs.append(_zero_output(q[ends_q[-1]:], k, v))
-    return cast(outs[0] if len(outs) == 1 else torch.cat(outs), dtype)
-
-
-def _equal_lengths(ends: list[int]) -> bool:
-    """Whether all samples have the same length."""
-    return ends == list(range(0, ends[-1] + 1, ends[1] or 1))
-
-
-def _mask(queries: int, keys: int, left: int, right: int):
-    """(Q, K) bool: the keys that each query of a sample attends to."""
-    distance = torch.arange(-keys, 0, device="cpu")[None, :] - torch.arange(-queries, 0, device="cpu")[:, None]
-    mask = torch.ones_like(distance, dtype=torch.bool)
-    mask = mask if left < 0 else mask & (distance >= -left)
-    return mask if right < 0 else mask & (distance <= right)
-
-
+# ----------------------------------------------------------------------------------------------------- backends
 # Installed peers come after "triton". The order here is that of the table; dispatch.ORDER decides the choice.
 VARLEN_ATTENTION = Op("varlen_attention", "attention", _example, [
     attention_triton.ATTENTION,
     *attention_peers.ATTENTION,
-    Backend("torch", _torch_varlen_attention, _torch_unsupported, note=_torch_note, foreign=True),
+    Backend("torch", attention_torch.run, attention_torch.unsupported, note=attention_torch.note, foreign=True),
     Backend("reference", reference.varlen_attention)], AttentionProblem)
 VARLEN_ATTENTION_FORWARD = Op("varlen_attention_forward", "attention", _example_with_lse, [
     attention_triton.FORWARD,

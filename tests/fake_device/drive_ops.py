@@ -9,7 +9,7 @@ from torch.nn.attention import varlen
 from sora_fast import Pack, configs, explain, ops
 from sora_fast.explanation import all_ops
 from sora_fast.kernels import rotary
-from sora_fast.ops import attention, cuda_backend, rotary_triton, uploads
+from sora_fast.ops import attention_torch, cuda_backend, rotary_triton, uploads
 from sora_fast.testing import truth
 from sora_fast.testing.cases import cases
 from sora_fast.testing.rule import run, same_bits
@@ -146,13 +146,13 @@ def test_flash_attention_is_kept(monkeypatch):
         return kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
 
     monkeypatch.setattr(varlen, "varlen_attn", of_2_14)
-    monkeypatch.setattr(attention, "VARLEN_MAY_BE_CUDNN", True)
+    monkeypatch.setattr(attention_torch, "VARLEN_MAY_BE_CUDNN", True)
     for masks in (dict(), dict(causal=True), dict(window=(3, -1)), dict(window=(-1, 2))):
         compared = truth("varlen_attention", attention_inputs() | masks).compare(on("varlen_attention", "torch"))
         assert not (failed := [str(each) for each in compared if not each.passed]), f"{masks}: {failed}"
     assert chosen == ["flash"] * 4
     assert "FlashAttention-2 by torch.nn.attention.varlen (kept from cuDNN" in explain("varlen_attention", device="cuda")
-    monkeypatch.setattr(attention, "VARLEN_MAY_BE_CUDNN", False)
+    monkeypatch.setattr(attention_torch, "VARLEN_MAY_BE_CUDNN", False)
     on("varlen_attention", "torch")(**attention_inputs())
     assert chosen[4:] == ["cudnn"]  # as an older PyTorch is called, which has no such choice
     assert "kept from cuDNN" not in explain("varlen_attention", device="cuda")
@@ -160,14 +160,14 @@ def test_flash_attention_is_kept(monkeypatch):
 
 def test_deterministic_attention_by_pytorch(monkeypatch):
     """Its gradients come from no kernel that adds up dq in any order."""
-    fused, sdpa = [], attention.F.scaled_dot_product_attention
+    fused, sdpa = [], attention_torch.F.scaled_dot_product_attention
 
     def watched(*arguments, **options):
         cuda = torch.backends.cuda
         fused.append(cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled())
         return sdpa(*arguments, **options)
 
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(attention_torch.F, "scaled_dot_product_attention", watched)
     inputs = attention_inputs() | dict(deterministic=True)
     call = on("varlen_attention", "torch")
     compared = truth("varlen_attention", inputs).compare(call)
