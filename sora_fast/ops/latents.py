@@ -16,9 +16,9 @@ def _torch_kl_sample(moments, noise):
     mean, logvar = cast(moments, wide_dtype(moments, noise)).chunk(2, dim=1)
     logvar = logvar.clamp(-30.0, 20.0)
     std = torch.exp(0.5 * logvar)
-    z = mean.clone() if noise is None else torch.addcmul(mean, std, cast(noise, mean.dtype))
+    z = mean.clone() if noise is None else mean + std * cast(noise, mean.dtype)
     # for small log-variances std^2 - 1 would cancel; expm1 does not
-    kl = 0.5 * (torch.addcmul(torch.expm1(logvar) - logvar, mean, mean)).flatten(1).sum(1)
+    kl = 0.5 * (torch.expm1(logvar) - logvar + mean * mean).flatten(1).sum(1)
     return cast(z, moments.dtype), cast(kl, wide_dtype(moments))
 
 

@@ -48,6 +48,11 @@ def _row_of_token(table, rows, tail):
     return pick(table, rows) if tail else table.index_select(0, rows)
 
 
+def _multiply_add(summand, a, b):
+    """summand + a * b in one pass; but where gradients are wanted, addcmul's backward multiplies by its value of 1 too."""
+    return summand + a * b if needs_grad(summand, a, b) else torch.addcmul(summand, a, b)
+
+
 def _modulated(x, shift, scale, rows, tail, norm, weight, bias, eps):
     """Of tensors of one dtype."""
     # weight and bias are applied outside: layer_norm accumulates their gradients less accurately over many tokens
@@ -56,7 +61,7 @@ def _modulated(x, shift, scale, rows, tail, norm, weight, bias, eps):
     h = h if bias is None else h + bias
     shift, scale = _row_of_token(shift, rows, tail), None if scale is None else _row_of_token(1 + scale, rows, tail)
     if scale is not None:
-        h = h * scale if shift is None else torch.addcmul(shift, h, scale)
+        h = h * scale if shift is None else _multiply_add(shift, h, scale)
     elif shift is not None:
         h = h + shift
     return only_samples(h, rows) if tail else h
@@ -67,7 +72,7 @@ def _gated(x, y, gate, rows, tail):
     x, y, gate = widen(x, y, gate)
     if tail:
         x, y = only_samples(x, rows), only_samples(y, rows)
-    x = torch.addcmul(x, _row_of_token(gate, rows, tail), y)
+    x = _multiply_add(x, _row_of_token(gate, rows, tail), y)
     return cast(only_samples(x, rows) if tail else x, dtype)
 
 
