@@ -2,6 +2,8 @@
 autograd node.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 
@@ -100,14 +102,18 @@ def _conv3d(x, weight, bias, stride, padding):
 
 
 def _conv3d_backward(dy, x, taps, bias_sizes, stride, padding, wanted):
-    one_frame = _on_one_frame(x, taps)
-    if one_frame:
-        dy, x, taps, stride, padding = dy.squeeze(2), x.squeeze(2), taps.squeeze(2), stride[1:], padding[1:]
+    # On a CPU PyTorch leaves oneDNN out of the backward of one clip of so few elements, but not out of a batch of frames.
+    as_batch = x.is_cpu and taps.shape[2] == 1 and (x.shape[2] == 1 or max(stride) == 1 and prod(x.shape[:4]) <= 20480)
+    if as_batch:
+        batch = x.shape[0]
+        dy, x = (t.transpose(1, 2).flatten(0, 1) for t in (dy, x))
+        taps, stride, padding = taps.squeeze(2), stride[1:], padding[1:]
     ones, zeros = [1] * len(stride), [0] * len(stride)
     dx, dtaps, dbias = torch.ops.aten.convolution_backward(dy, x, taps, bias_sizes, stride, padding, ones, False, zeros, 1,
                                                            wanted)
-    if one_frame:
-        dx, dtaps = (None if t is None else t.unsqueeze(2) for t in (dx, dtaps))
+    if as_batch:
+        dx = None if dx is None else dx.unflatten(0, (batch, -1)).transpose(1, 2)
+        dtaps = None if dtaps is None else dtaps.unsqueeze(2)
     return dx, dtaps, dbias
 
 

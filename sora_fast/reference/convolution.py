@@ -37,13 +37,19 @@ def pad_time(x, cache, kernel_frames: int, lookahead: int, time_pad: str):
     first, last = seen[:, :, :1], seen[:, :, -1:]
     if time_pad == "zeros":
         first, last = torch.zeros_like(first), torch.zeros_like(last)
-    parts = [first.expand(-1, -1, max(before, 0), -1, -1), seen, last.expand(-1, -1, lookahead, -1, -1)]
-    return torch.cat(parts, dim=2)
+    if before <= 0 and lookahead == 0:
+        return seen
+    return torch.cat([first.expand(-1, -1, max(before, 0), -1, -1), seen, last.expand(-1, -1, lookahead, -1, -1)], dim=2)
 
 
 def upsample_space(x, factor: int, height_axis: int = 3):
     """Every pixel ``factor`` x ``factor`` times; width is the axis after ``height_axis``."""
-    return x if factor == 1 else x.repeat_interleave(factor, height_axis + 1).repeat_interleave(factor, height_axis)
+    if factor == 1:
+        return x
+    before, (height, width), after = (x.shape[:height_axis], x.shape[height_axis : height_axis + 2],
+                                      x.shape[height_axis + 2 :])
+    repeated = x.unsqueeze(height_axis + 2).unsqueeze(height_axis + 1).expand(*before, height, factor, width, factor, *after)
+    return repeated.reshape(*before, height * factor, width * factor, *after)
 
 
 def pad_space(x, padding, space_pad: str):
