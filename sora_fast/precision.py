@@ -5,6 +5,7 @@ numbers can be read; whether products of float32 keep their bits; and which dtyp
 from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 
@@ -80,6 +81,13 @@ def emulated_on_cpu(dtype: torch.dtype) -> bool:
     """
     supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
     return supported is not None and torch.backends.mkldnn.is_available() and not getattr(torch.ops.mkldnn, supported)()
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """F.linear; in float32 on a CPU that has no products in x's dtype."""
+    if not (x.is_cpu and emulated_on_cpu(x.dtype)):
+        return F.linear(x, weight, bias)
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------- TF32

@@ -21,6 +21,7 @@ from ..nn import Masking, PatchEmbed3d, VarlenAttention, random_masking
 from ..nn.masking import PATTERNS, check_ratio
 from ..other_names import Named
 from ..pack import Pack, check_pack
+from ..precision import linear
 from ..reference.patches import cut
 from .dit import Mlp, check_grids, check_positions, sincos
 
@@ -120,7 +121,7 @@ class Encoder(nn.Module):
         """Patches (M, P) as ``MAE.patches`` cuts them, those of ``pack`` -> tokens (M, D)."""
         check_pack("MAE", pack, patches=patches)
         proj = self.x_embedder.proj
-        x = F.linear(patches, proj.weight.flatten(1), proj.bias)  # what ops.patch_embed does once patches are cut
+        x = linear(patches, proj.weight.flatten(1), proj.bias)  # what ops.patch_embed does once patches are cut
         x = x + self.config.embedding(pack, self.config.width, proj.weight.dtype)
         for block in self.blocks:
             x = block(x, pack)

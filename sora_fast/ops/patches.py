@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-import torch.nn.functional as F
 
 from .. import checks, measured
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
 from ..pack import Pack, host_grids, token_grid
-from ..precision import autocast, no_autocast
+from ..precision import autocast, linear, no_autocast
 from ..reference import patches as reference
 from . import patches_triton
 
@@ -122,7 +121,7 @@ def _torch_patch_embed(latents, weight, bias, *, grids, pack):
         patches = _patchify(latents, grids, patch, channels)
         count, in_samples = patches.shape[0], sum([t * h * w for t, h, w in grids])
         in_sample = None if in_samples == count else torch.arange(count, device=latents.device) < in_samples
-    out = F.linear(patches, weight.flatten(1), bias)
+    out = linear(patches, weight.flatten(1), bias)
     # needed even without a bias: the gradient of a tail token, which may be NaN, must not reach the weight
     return out if in_sample is None else torch.where(in_sample[:, None], out, 0)
 
