@@ -11,6 +11,7 @@ import torch
 
 from .convolution_backward import dgrad_kernel, wgrad_kernel
 from .convolution_config import Config, WgradConfig, box_sides
+from .convolution_folding import folded
 from .convolution_forward import forward_kernel
 from .convolution_settings import ConvSettings
 from .convolution_tma import can_load, conv_tma, wgrad_tma
@@ -87,11 +88,11 @@ def dgrad(dy, weight, dcache_out, x_shape, cached, settings: ConvSettings, *, wa
     batch, in_channels, frames, height, width = x_shape
     make = lambda count: empty((batch, in_channels, count, height, width), dy)
     keep = 0 if dcache_out is None else dcache_out.shape[2]
-    folded = settings.repeats_pixels
+    repeats = settings.repeats_pixels
     want_cache = want_cache and cached > 0
     left, right, top, bottom = settings.padding
     u = settings.upsample
-    if not folded:
+    if not repeats:
         dx, dcache = make(frames if want_x or frames else 0), make(cached) if want_cache else None
         sizes, start, origin, added, up = (height, width), -cached if want_cache else 0, (top, left), dcache_out, u
     else:
@@ -103,7 +104,7 @@ def dgrad(dy, weight, dcache_out, x_shape, cached, settings: ConvSettings, *, wa
         conv_tma(dy, None, weight, None, added, dx, dcache, settings, frames=frames, out_frames=dy.shape[2], cached=cached,
             keep=keep, transposed=True, config=config)
     elif dx.numel() or dcache is not None and dcache.numel():
-        constants = _constants(settings, in_channels, dy.shape[1], dy.dtype, tf32) | dict(UP=up, WIDE=folded)
+        constants = _constants(settings, in_channels, dy.shape[1], dy.dtype, tf32) | dict(UP=up, WIDE=repeats)
         tiles = cdiv(cdiv(sizes[0], sh) * cdiv(sizes[1], sw), config.pixels) * sh * sw
         with on(dy.device):
             dgrad_kernel[(batch * count * tiles * cdiv(in_channels, config.channels),)](
@@ -111,32 +112,13 @@ def dgrad(dy, weight, dcache_out, x_shape, cached, settings: ConvSettings, *, wa
                 settings.kernel[0] - 1 - settings.lookahead, *origin, keep, start, **constants, BLOCK_P=config.pixels,
                 BLOCK_C=config.channels, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages,
                 maxnreg=MAXNREG)
-    if folded:
-        seen = _folded(wide, settings, height, width)
+    if repeats:
+        seen = folded(wide, settings, 2)
         if keep:
             seen[:, seen.shape[1] - keep:] += dcache_out.permute(0, 2, 3, 4, 1)
         own = lambda part: part.to(dy.dtype).contiguous().permute(0, 4, 1, 2, 3)
         dx, dcache = own(seen[:, cached:]), own(seen[:, :cached])
     return dx if want_x else None, dcache if want_cache else None
-
-
-def _folded(wide, settings: ConvSettings, height: int, width: int):
-    """Add the gradients of padding and of upsampled copies to those of the pixels that they repeat.
-
-    ``wide`` (B, T, u H + top + bottom, u W + left + right, C), modified in place -> (B, T, H, W, C).
-    """
-    left, right, top, bottom = settings.padding
-    for axis, low, high in ((2, top, bottom), (3, left, right)):
-        size = wide.shape[axis] - low - high
-        before, wide, after = wide.split((low, size, high), axis)
-        if settings.space_pad == "replicate":
-            wide.narrow(axis, 0, 1).add_(before.sum(axis, keepdim=True))
-            wide.narrow(axis, size - 1, 1).add_(after.sum(axis, keepdim=True))
-        elif settings.space_pad == "reflect":
-            wide.narrow(axis, 1 if low else 0, low).add_(before.flip(axis))
-            wide.narrow(axis, size - 1 - high if high else 0, high).add_(after.flip(axis))
-    u = settings.upsample
-    return wide if u == 1 else wide.unflatten(3, (width, u)).unflatten(2, (height, u)).sum((3, 5))
 
 
 def wgrad(dy, x, cache, weight, settings: ConvSettings, *, tf32, config: WgradConfig):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ..dispatch import needs_grad, refuse_transforms
 from ..first_order import apply, opaque
+from ..kernels.convolution_folding import folded
 from ..kernels.convolution_settings import ConvSettings
 from ..precision import cast, emulated_on_cpu, has_data, transformed, wide_dtype
 from ..reference import convolution as reference
@@ -40,23 +41,27 @@ def _only_last_tap(settings: ConvSettings, x, cache) -> bool:
             and (cache is None or cache.shape[2] == 0))
 
 
-def _zeros_around(settings: ConvSettings, x, cache) -> tuple[int, ...]:
-    """F.pad's left, right, top, bottom, before and after of the frames seen, where all padding is zeros; below 0 it cuts."""
-    around = settings.padding if _conv_padding(settings) == (0, 0, 0) else (0, 0, 0, 0)
+def _around(settings: ConvSettings) -> tuple[int, int, int, int]:
+    """What padding in space is left to do before the convolution."""
+    return settings.padding if _conv_padding(settings) == (0, 0, 0) else (0, 0, 0, 0)
+
+
+def _before_and_after(settings: ConvSettings, x, cache) -> tuple[int, int]:
+    """Frames of padding before and after those of cache and clip; below 0 so many of them are cut off."""
     if _only_last_tap(settings, x, cache):
-        return *around, 0, 0
+        return 0, 0
     cached = 0 if cache is None else cache.shape[2]
-    before = settings.kernel[0] - 1 - settings.lookahead - cached - settings.phase
-    return *around, before, settings.lookahead
-
-
-def _padded(x, pads: tuple[int, ...]):
-    return F.pad(x, pads) if any(pads) else x
+    return settings.kernel[0] - 1 - settings.lookahead - cached - settings.phase, settings.lookahead
 
 
 def _pad(settings: ConvSettings, h, cache):
+    before, after = _before_and_after(settings, h, cache)
+    pads = (*_around(settings), before, after)
     if not _replicates_input(settings):
-        padded = _padded(reference.history(h, cache), _zeros_around(settings, h, cache))
+        padded = reference.history(h, cache)
+        padded = F.pad(padded, pads) if any(pads) else padded
+    elif h.is_cpu and h.numel() and settings.time_pad == settings.space_pad and settings.upsample == 1 and before >= 0:
+        padded = F.pad(reference.history(h, cache), pads, mode=settings.time_pad)
     else:
         padded = h if _only_last_tap(settings, h, cache) else reference.pad_time(
             h, cache, settings.kernel[0], settings.lookahead, settings.time_pad)[:, :, settings.phase :]
@@ -64,11 +69,22 @@ def _pad(settings: ConvSettings, h, cache):
             padded = reference.upsample_space(padded.movedim(1, -1), settings.upsample, 2).movedim(-1, 1)
         else:
             padded = reference.upsample_space(padded, settings.upsample)
-        if _conv_padding(settings) == (0, 0, 0):
-            padded = reference.pad_space(padded, settings.padding, settings.space_pad)
+        padded = reference.pad_space(padded, pads[:4], settings.space_pad)
     if padded.device.type == "cuda":
         padded = padded.contiguous(memory_format=torch.channels_last_3d)
     return padded
+
+
+def _unpad(settings: ConvSettings, dpadded, x, cache):
+    """The way back through ``_pad``: gradients of the frames of cache and clip; ``dpadded`` may be modified in place."""
+    before, after = _before_and_after(settings, x, cache)
+    dframes = folded(dpadded, settings, 3, _around(settings))
+    sizes = (max(before, 0), dframes.shape[2] - max(before, 0) - after, after)
+    first, own, last = dframes.split(sizes, dim=2)
+    if settings.time_pad == "replicate":
+        own[:, :, :1] += first.sum(2, keepdim=True)
+        own[:, :, -1:] += last.sum(2, keepdim=True)
+    return F.pad(own, (0, 0, 0, 0, -before, 0)) if before < 0 else own
 
 
 def _taps(settings: ConvSettings, h, cache, weight):
@@ -141,85 +157,55 @@ class _SavesInput(torch.autograd.Function):
     def backward(ctx, dy, dcache_out):
         settings, needs = ctx.settings, ctx.needs_input_grad
         refuse_transforms("causal_conv3d" if settings.norm is None else "norm_act_conv3d", (dy, dcache_out))
-        x, weight, cache, norm_weight, norm_bias = ctx.saved_tensors
-        needs_data, wants = (needs[1], needs[4]), (needs[2], ctx.has_bias and needs[3])
-        if settings.norm is None and not _replicates_input(settings):
-            dx, dcache, *of_weight = _backward_of_zeros(settings, x, weight, cache, dy, dcache_out, needs_data, wants)
-            of_norm = None, None
-        else:
-            leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in
-                      zip((x, cache, norm_weight, norm_bias), (needs[1], needs[4], needs[6], needs[7]), strict=True)]
-            (dx, dcache, *of_norm), *of_weight = _backward_by_graph(settings, leaves, weight, dy, dcache_out, wants)
-        dweight, dbias = (None if t is None else t.to(weight.dtype) for t in of_weight)
-        return (None, dx, dweight, dbias, dcache, dy if needs[5] else None, *of_norm)
+        x, weight, cache, *of_norm = ctx.saved_tensors
+        needs_of_norm = (needs[1], *needs[6:])
+        leaves = [None if t is None else t.detach().requires_grad_(settings.norm is not None and need)
+                  for t, need in zip((x, *of_norm), needs_of_norm, strict=True)]
+        with torch.enable_grad():
+            h = _activate(settings, *leaves, weight.dtype)
+        wanted = (any(needs_of_norm), needs[4], needs[2], ctx.has_bias and needs[3])
+        with torch.no_grad():
+            dh, dcache, dweight, dbias = _backward(settings, h.detach(), weight.detach(), cache, dy, dcache_out, wanted)
+        grads = [None, None, None]
+        if h.requires_grad and dh is not None:
+            found = iter(torch.autograd.grad(h, [leaf for leaf in leaves if leaf is not None and leaf.requires_grad], dh))
+            grads = [next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
+        elif dh is not None:
+            grads[0] = cast(dh, x.dtype)
+        return None, grads[0], dweight, dbias, dcache, dy if needs[5] else None, *grads[1:]
 
 
-def _backward_of_padded(settings: ConvSettings, dy, x, cache, weight, padded, dtype, wants):
-    """Gradients of ``padded``, weight and bias, computed in ``dtype``; ``wants``: which of the three."""
-    if dy.is_cpu and emulated_on_cpu(dtype):
-        dtype = torch.float32
-    taps = _taps(settings, x, cache, weight)
-    # dy in the memory format of the input: else a copy, and on CUDA the slower NCDHW kernels
-    layout = torch.contiguous_format if padded.is_contiguous() else torch.channels_last_3d
-    dpadded, dtaps, dbias = _conv3d_backward(
-        cast(dy.contiguous(memory_format=layout), dtype), cast(cast(padded, weight.dtype), dtype), cast(taps, dtype),
-        [taps.shape[0]] if wants[2] else None, settings.stride, _conv_padding(settings), wants)
-    missing = weight.shape[2] - taps.shape[2]
-    return dpadded, F.pad(dtaps, (0, 0, 0, 0, missing, 0)) if missing and wants[1] else dtaps, dbias
-
-
-def _backward_of_zeros(settings: ConvSettings, x, weight, cache, dy, dcache_out, needs, wants):
-    """Gradients of x, cache, weight and bias, where all that goes before the convolution is zeros around the frames."""
-    dseen = dweight = dbias = dx = dcache = None
-    cached = 0 if cache is None else cache.shape[2]
-    with torch.no_grad():
-        if dy is not None:
-            dseen, dweight, dbias = _backward_of_padded(
-                settings, dy, x, cache, weight, _pad(settings, x, None if cache is None else cast(cache, x.dtype)),
-                weight.dtype, (any(needs), *wants))
-            if any(needs):
-                dseen = cast(_padded(dseen, tuple(-side for side in _zeros_around(settings, x, cache))), x.dtype)
-        if any(needs):
-            if dcache_out is not None:
-                shape = (*x.shape[:2], cached + x.shape[2], *x.shape[3:])
-                dseen = x.new_zeros(shape) if dseen is None else dseen
-                kept = dcache_out.shape[2]
-                dseen[:, :, dseen.shape[2] - kept:] += cast(dcache_out, x.dtype)
-            if dseen is not None:
-                dx = dseen[:, :, cached:] if needs[0] else None
-                dcache = cast(dseen[:, :, :cached], cache.dtype) if needs[1] else None
-    return dx, dcache, dweight, dbias
-
-
-def _backward_by_graph(settings: ConvSettings, leaves, weight, dy, dcache_out, wants):
-    """Gradients of ``leaves`` = x, cache, norm_weight, norm_bias, by autograd through what goes before the convolution; of
-    weight and bias.
-    """
-    x, cache, norm_weight, norm_bias = leaves
-    data = [t for t in leaves if t is not None and t.requires_grad]
-    dweight = dbias = None
-    grads = {}
-    with torch.enable_grad():
-        h = _activate(settings, x, norm_weight, norm_bias, weight.dtype)
-        frames = None if cache is None else cache.to(h.dtype)
-        outputs, cotangents = [], []
-        if dcache_out is not None:
-            outputs.append(reference.next_cache(h, frames, settings.keep))
-            cotangents.append(dcache_out.to(h.dtype))
-        if dy is not None:
-            padded = _pad(settings, h, frames)
-            # A replicated frame or pixel accumulates several gradients. On a CPU, where float32 convolutions cost little
-            # more, they are not rounded before that sum.
-            dtype = h.dtype if _replicates_input(settings) and dy.is_cpu else weight.dtype
-            dpadded, dweight, dbias = _backward_of_padded(settings, dy, h, frames, weight.detach(), padded.detach(), dtype,
-                                                          (bool(data), *wants))
-            outputs.append(padded)
-            cotangents.append(None if dpadded is None else dpadded.to(h.dtype))
-        pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if o.requires_grad]
-        if data and pairs:
-            found = torch.autograd.grad([o for o, _ in pairs], data, [g for _, g in pairs], allow_unused=True)
-            grads = {id(leaf): grad for leaf, grad in zip(data, found, strict=True)}
-    return [grads.get(id(leaf)) for leaf in leaves], dweight, dbias
+def _backward(settings: ConvSettings, h, weight, cache, dy, dcache_out, wanted):
+    """Gradients of h, in its dtype, and of cache, weight and bias in theirs; None where not ``wanted`` or nothing came."""
+    dframes = dh = dcache = dweight = dbias = None
+    of_frames, cached = any(wanted[:2]), 0 if cache is None else cache.shape[2]
+    if dy is not None:
+        padded = _pad(settings, h, None if cache is None else cast(cache, h.dtype))
+        taps = _taps(settings, h, cache, weight)
+        # A replicated frame or pixel accumulates several gradients. On a CPU, where float32 convolutions cost little more,
+        # they are not rounded before that sum.
+        dtype = h.dtype if _replicates_input(settings) and dy.is_cpu else weight.dtype
+        if dy.is_cpu and emulated_on_cpu(dtype):
+            dtype = torch.float32
+        # dy in the memory format of the input: else a copy, and on CUDA the slower NCDHW kernels
+        layout = torch.contiguous_format if padded.is_contiguous() else torch.channels_last_3d
+        dpadded, dtaps, dbias = _conv3d_backward(
+            cast(dy.contiguous(memory_format=layout), dtype), cast(cast(padded, weight.dtype), dtype), cast(taps, dtype),
+            [taps.shape[0]] if wanted[3] else None, settings.stride, _conv_padding(settings), (of_frames, *wanted[2:]))
+        if wanted[2]:
+            missing = weight.shape[2] - taps.shape[2]
+            dweight = cast(F.pad(dtaps, (0, 0, 0, 0, missing, 0)) if missing else dtaps, weight.dtype)
+        dbias = cast(dbias, weight.dtype)
+        if of_frames:
+            dframes = _unpad(settings, cast(dpadded, h.dtype), h, cache)
+    if of_frames and dcache_out is not None:
+        if dframes is None:
+            dframes = h.new_zeros((*h.shape[:2], cached + h.shape[2], *h.shape[3:]))
+        dframes[:, :, dframes.shape[2] - dcache_out.shape[2]:] += dcache_out
+    if dframes is not None:
+        dh = dframes[:, :, cached:] if wanted[0] else None
+        dcache = cast(dframes[:, :, :cached], cache.dtype) if wanted[1] else None
+    return dh, dcache, dweight, dbias
 
 
 def run(settings: ConvSettings, *, x, weight, bias, cache, residual, norm_weight=None, norm_bias=None):
