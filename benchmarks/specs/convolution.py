@@ -336,12 +336,12 @@ _STREAM = dict(cache=2)  # the last kT - 1 frames of the chunk before
 # Wan decodes one latent frame at a time, 1, 2 or 4 frames of its stages; HunyuanVideo a tile of 5, which is 9 or 17.
 CASES = [
     _case("3x3x3, 96 channels, cache in and out", (96, 96), (2, 12, 16), **_QUICK32, cache=2, return_cache=True),
-    _case("(1, 3, 3), stride 2, uneven padding", (48, 48), (2, 24, 32), **_QUICK32, kernel=(1, 3, 3), stride=(1, 2, 2),
+    _case("(1, 3, 3), stride 2, uneven padding", (48, 48), (2, 64, 96), **_QUICK32, kernel=(1, 3, 3), stride=(1, 2, 2),
           padding=(0, 1, 0, 1)),
-    _case("(3, 1, 1), 48 to 96 channels, replicate", (48, 96), (3, 12, 16), **_QUICK32, kernel=(3, 1, 1), **_REPLICATE),
+    _case("(3, 1, 1), 48 to 96 channels, replicate", (48, 96), (3, 48, 64), **_QUICK32, kernel=(3, 1, 1), **_REPLICATE),
     _case("3x3x3, 32 channels, residual, 16 bits", (32, 32), (2, 12, 16), **_QUICK, cache=2, residual=True),
-    _case("(1, 3, 3), 48 to 24 channels, upsampled", (48, 24), (2, 12, 16), **_QUICK32, kernel=(1, 3, 3), upsample=2),
-    _case("3x3x3, 96 to 3 channels, replicate", (96, 3), (2, 12, 16), **_QUICK32, **_REPLICATE),
+    _case("(1, 3, 3), 48 to 24 channels, upsampled", (48, 24), (2, 32, 48), **_QUICK32, kernel=(1, 3, 3), upsample=2),
+    _case("3x3x3, 96 to 3 channels, replicate", (96, 3), (2, 32, 48), **_QUICK32, **_REPLICATE),
 
     _case("Wan 2.1, 480p, 96 channels", (96, 96), (4, 480, 832), **_STREAM),
     _case("Wan 2.1, 480p, 192 channels", (192, 192), (4, 240, 416), **_STREAM),

@@ -44,12 +44,7 @@ def pad_time(x, cache, kernel_frames: int, lookahead: int, time_pad: str):
 
 def upsample_space(x, factor: int, height_axis: int = 3):
     """Every pixel ``factor`` x ``factor`` times; width is the axis after ``height_axis``."""
-    if factor == 1:
-        return x
-    before, (height, width), after = (x.shape[:height_axis], x.shape[height_axis : height_axis + 2],
-                                      x.shape[height_axis + 2 :])
-    repeated = x.unsqueeze(height_axis + 2).unsqueeze(height_axis + 1).expand(*before, height, factor, width, factor, *after)
-    return repeated.reshape(*before, height * factor, width * factor, *after)
+    return x if factor == 1 else x.repeat_interleave(factor, height_axis + 1).repeat_interleave(factor, height_axis)
 
 
 def pad_space(x, padding, space_pad: str):
