@@ -272,7 +272,7 @@ QUICK = (
     _quick("a clip and images", (96, 30, 30, 12), 4, 64),
     _quick("cross attention to text, one sample without text", (64, 40, 17), 4, 32, keys=(13, 0, 7)),
     _quick("grouped heads of 72", (70, 33), 6, 72, key_heads=2, dtype=torch.bfloat16),
-    _quick("causal, window 24, more keys than queries", (144, 93), 4, 80, keys=(240, 93), causal=True, window=(24, 0)),
+    _quick("causal, window 24, more keys than queries", (96, 62), 4, 80, keys=(160, 62), causal=True, window=(24, 0)),
     _quick("forward with its log-sum-exp", (64, 20), 4, 64, op=FORWARD_OP),
     _quick("backward from out and log-sum-exp", (64, 20), 4, 64, op=BACKWARD_OP),
     _quick("3 parts", (200,), 4, 64, op=MERGE, parts=3),
