@@ -101,17 +101,31 @@ def _convolve(settings: ConvSettings, h, weight, bias, cache, residual):
     return y if residual is None else y + residual
 
 
-def _on_one_frame(x, taps) -> bool:
-    """Whether a 2-D convolution computes the same. On a CPU, small ones start in half the time."""
-    return x.is_cpu and x.shape[2] == 1 and taps.shape[2] == 1
+def _by_frames(x, taps, stride, backward: bool = False) -> bool:
+    """Whether to convolve the frames as a batch, in 2-D, on a CPU.
+
+    It starts in half the time, which counts for one frame; of frames with channels last it takes no copies. And PyTorch
+    leaves oneDNN out of the backward of one clip of up to 20,480 elements along B, C, T and H, but of no batch.
+    """
+    if not x.is_cpu or taps.shape[2] > 1 or x.shape[2] > 1 and stride[0] > 1:
+        return False
+    return x.shape[2] == 1 or not x.is_contiguous() or backward and max(stride) == 1 and prod(x.shape[:4]) <= 20480
+
+
+def _frames(clip):
+    return clip.transpose(1, 2).flatten(0, 1)
+
+
+def _clip(frames, batch: int):
+    return None if frames is None else frames.unflatten(0, (batch, frames.shape[0] // batch)).transpose(1, 2)
 
 
 def _conv3d(x, weight, bias, stride, padding):
     if x.is_cpu and emulated_on_cpu(x.dtype):  # PyTorch emulates it by loops thirty times slower
         wide = (None if t is None else t.float() for t in (x, weight, bias))
         return _conv3d(*wide, stride, padding).to(x.dtype)
-    if _on_one_frame(x, weight):
-        return F.conv2d(x.squeeze(2), weight.squeeze(2), bias, stride[1:], padding[1:]).unsqueeze(2)
+    if _by_frames(x, weight, stride):
+        return _clip(F.conv2d(_frames(x), weight.squeeze(2), bias, stride[1:], padding[1:]), x.shape[0])
     # On a CPU F.conv3d uses oneDNN only above B * C * T * H = 20,480 elements and unfolds smaller clips (im2col): 85 MB and
     # five times the time for 64 channels of 4 x 48 x 64.
     if (x.is_cpu and x.dtype == weight.dtype == torch.float32 and has_data(x)
@@ -121,18 +135,14 @@ def _conv3d(x, weight, bias, stride, padding):
 
 
 def _conv3d_backward(dy, x, taps, bias_sizes, stride, padding, wanted):
-    # On a CPU PyTorch leaves oneDNN out of the backward of one clip of so few elements, but not out of a batch of frames.
-    as_batch = x.is_cpu and taps.shape[2] == 1 and (x.shape[2] == 1 or max(stride) == 1 and prod(x.shape[:4]) <= 20480)
-    if as_batch:
-        batch = x.shape[0]
-        dy, x = (t.transpose(1, 2).flatten(0, 1) for t in (dy, x))
-        taps, stride, padding = taps.squeeze(2), stride[1:], padding[1:]
+    by_frames, batch = _by_frames(x, taps, stride, backward=True), x.shape[0]
+    if by_frames:
+        dy, x, taps, stride, padding = _frames(dy), _frames(x), taps.squeeze(2), stride[1:], padding[1:]
     ones, zeros = [1] * len(stride), [0] * len(stride)
     dx, dtaps, dbias = torch.ops.aten.convolution_backward(dy, x, taps, bias_sizes, stride, padding, ones, False, zeros, 1,
                                                            wanted)
-    if as_batch:
-        dx = None if dx is None else dx.unflatten(0, (batch, -1)).transpose(1, 2)
-        dtaps = None if dtaps is None else dtaps.unsqueeze(2)
+    if by_frames:
+        dx, dtaps = _clip(dx, batch), None if dtaps is None else dtaps.unsqueeze(2)
     return dx, dtaps, dbias
 
 
