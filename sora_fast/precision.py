@@ -85,7 +85,7 @@ def emulated_on_cpu(dtype: torch.dtype) -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """F.linear; in float32 on a CPU that has no products in x's dtype."""
-    if not (x.is_cpu and emulated_on_cpu(x.dtype)):
+    if x.dtype.itemsize > 2 or not (x.is_cpu and emulated_on_cpu(x.dtype)):
         return F.linear(x, weight, bias)
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 

@@ -41,26 +41,21 @@ def _only_last_tap(settings: ConvSettings, x, cache) -> bool:
             and (cache is None or cache.shape[2] == 0))
 
 
-def _around(settings: ConvSettings) -> tuple[int, int, int, int]:
-    """What padding in space is left to do before the convolution."""
-    return settings.padding if _conv_padding(settings) == (0, 0, 0) else (0, 0, 0, 0)
-
-
-def _before_and_after(settings: ConvSettings, x, cache) -> tuple[int, int]:
-    """Frames of padding before and after those of cache and clip; below 0 so many of them are cut off."""
+def _pads(settings: ConvSettings, x, cache) -> tuple[int, int, int, int, int, int]:
+    """left, right, top, bottom that the convolution does not pad itself; frames before and after, cut off where below 0."""
+    around = settings.padding if _conv_padding(settings) == (0, 0, 0) else (0, 0, 0, 0)
     if _only_last_tap(settings, x, cache):
-        return 0, 0
+        return *around, 0, 0
     cached = 0 if cache is None else cache.shape[2]
-    return settings.kernel[0] - 1 - settings.lookahead - cached - settings.phase, settings.lookahead
+    return *around, settings.kernel[0] - 1 - settings.lookahead - cached - settings.phase, settings.lookahead
 
 
 def _pad(settings: ConvSettings, h, cache):
-    before, after = _before_and_after(settings, h, cache)
-    pads = (*_around(settings), before, after)
+    pads = _pads(settings, h, cache)
     if not _replicates_input(settings):
-        padded = reference.history(h, cache)
+        padded = h if cache is None else reference.history(h, cache)
         padded = F.pad(padded, pads) if any(pads) else padded
-    elif h.is_cpu and h.numel() and settings.time_pad == settings.space_pad and settings.upsample == 1 and before >= 0:
+    elif h.is_cpu and h.numel() and settings.time_pad == settings.space_pad and settings.upsample == 1 and pads[4] >= 0:
         padded = F.pad(reference.history(h, cache), pads, mode=settings.time_pad)
     else:
         padded = h if _only_last_tap(settings, h, cache) else reference.pad_time(
@@ -80,8 +75,8 @@ def _pad(settings: ConvSettings, h, cache):
 
 def _unpad(settings: ConvSettings, dpadded, x, cache):
     """The way back through ``_pad``: gradients of the frames of cache and clip; ``dpadded`` may be modified in place."""
-    before, after = _before_and_after(settings, x, cache)
-    dframes = folded(dpadded, settings, 3, _around(settings))
+    *around, before, after = _pads(settings, x, cache)
+    dframes = folded(dpadded, settings, 3, around)
     sizes = (max(before, 0), dframes.shape[2] - max(before, 0) - after, after)
     first, own, last = dframes.split(sizes, dim=2)
     if settings.time_pad == "replicate":
@@ -112,20 +107,13 @@ def _by_frames(x, taps, stride, backward: bool = False) -> bool:
     return x.shape[2] == 1 or not x.is_contiguous() or backward and max(stride) == 1 and prod(x.shape[:4]) <= 20480
 
 
-def _frames(clip):
-    return clip.transpose(1, 2).flatten(0, 1)
-
-
-def _clip(frames, batch: int):
-    return None if frames is None else frames.unflatten(0, (batch, frames.shape[0] // batch)).transpose(1, 2)
-
-
 def _conv3d(x, weight, bias, stride, padding):
     if x.is_cpu and emulated_on_cpu(x.dtype):  # PyTorch emulates it by loops thirty times slower
         wide = (None if t is None else t.float() for t in (x, weight, bias))
         return _conv3d(*wide, stride, padding).to(x.dtype)
     if _by_frames(x, weight, stride):
-        return _clip(F.conv2d(_frames(x), weight.squeeze(2), bias, stride[1:], padding[1:]), x.shape[0])
+        y = F.conv2d(x.transpose(1, 2).flatten(0, 1), weight.squeeze(2), bias, stride[1:], padding[1:])
+        return y.view(x.shape[0], x.shape[2], *y.shape[1:]).transpose(1, 2)
     # On a CPU F.conv3d uses oneDNN only above B * C * T * H = 20,480 elements and unfolds smaller clips (im2col): 85 MB and
     # five times the time for 64 channels of 4 x 48 x 64.
     if (x.is_cpu and x.dtype == weight.dtype == torch.float32 and has_data(x)
@@ -135,14 +123,16 @@ def _conv3d(x, weight, bias, stride, padding):
 
 
 def _conv3d_backward(dy, x, taps, bias_sizes, stride, padding, wanted):
-    by_frames, batch = _by_frames(x, taps, stride, backward=True), x.shape[0]
+    by_frames, batch, frames = _by_frames(x, taps, stride, backward=True), x.shape[0], x.shape[2]
     if by_frames:
-        dy, x, taps, stride, padding = _frames(dy), _frames(x), taps.squeeze(2), stride[1:], padding[1:]
+        dy, x = (clip.transpose(1, 2).flatten(0, 1) for clip in (dy, x))
+        taps, stride, padding = taps.squeeze(2), stride[1:], padding[1:]
     ones, zeros = [1] * len(stride), [0] * len(stride)
     dx, dtaps, dbias = torch.ops.aten.convolution_backward(dy, x, taps, bias_sizes, stride, padding, ones, False, zeros, 1,
                                                            wanted)
     if by_frames:
-        dx, dtaps = _clip(dx, batch), None if dtaps is None else dtaps.unsqueeze(2)
+        dx = None if dx is None else dx.view(batch, frames, *dx.shape[1:]).transpose(1, 2)
+        dtaps = None if dtaps is None else dtaps.unsqueeze(2)
     return dx, dtaps, dbias
 
 

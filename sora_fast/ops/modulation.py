@@ -48,11 +48,6 @@ def _row_of_token(table, rows, tail):
     return pick(table, rows) if tail else table.index_select(0, rows)
 
 
-def _multiply_add(summand, a, b):
-    """summand + a * b in one pass; but where gradients are wanted, addcmul's backward multiplies by its value of 1 too."""
-    return summand + a * b if needs_grad(summand, a, b) else torch.addcmul(summand, a, b)
-
-
 def _modulated(x, shift, scale, rows, tail, norm, weight, bias, eps):
     """Of tensors of one dtype."""
     # weight and bias are applied outside: layer_norm accumulates their gradients less accurately over many tokens
@@ -60,10 +55,11 @@ def _modulated(x, shift, scale, rows, tail, norm, weight, bias, eps):
     h = h if weight is None else h * weight
     h = h if bias is None else h + bias
     shift, scale = _row_of_token(shift, rows, tail), None if scale is None else _row_of_token(1 + scale, rows, tail)
-    if scale is not None:
-        h = h * scale if shift is None else _multiply_add(shift, h, scale)
-    elif shift is not None:
-        h = h + shift
+    if scale is None or shift is None or torch.is_grad_enabled():  # as in _gated
+        h = h if scale is None else h * scale
+        h = h if shift is None else h + shift
+    else:
+        h = torch.addcmul(shift, h, scale)
     return only_samples(h, rows) if tail else h
 
 
@@ -72,7 +68,9 @@ def _gated(x, y, gate, rows, tail):
     x, y, gate = widen(x, y, gate)
     if tail:
         x, y = only_samples(x, rows), only_samples(y, rows)
-    x = _multiply_add(x, _row_of_token(gate, rows, tail), y)
+    gate = _row_of_token(gate, rows, tail)
+    # addcmul is one pass, but its backward makes two more: it multiplies by its value of 1 too
+    x = x + gate * y if torch.is_grad_enabled() else torch.addcmul(x, gate, y)
     return cast(only_samples(x, rows) if tail else x, dtype)
 
 
