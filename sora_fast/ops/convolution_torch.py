@@ -2,6 +2,7 @@
 autograd node.
 """
 
+import itertools
 from math import prod
 
 import torch
@@ -96,15 +97,12 @@ def _convolve(settings: ConvSettings, h, weight, bias, cache, residual):
     return y if residual is None else y + residual
 
 
-def _by_frames(x, taps, stride, backward: bool = False) -> bool:
-    """Whether to convolve the frames as a batch, in 2-D, on a CPU.
+def _by_frames(x, taps, stride) -> bool:
+    """Whether to convolve frames as a batch, in 2-D, with a kernel of one frame.
 
-    It starts in half the time, which counts for one frame; of frames with channels last it takes no copies. And PyTorch
-    leaves oneDNN out of the backward of one clip of up to 20,480 elements along B, C, T and H, but of no batch.
+    On a CPU this starts in half the time, which counts for one frame; of frames with channels last it takes no copies.
     """
-    if not x.is_cpu or taps.shape[2] > 1 or x.shape[2] > 1 and stride[0] > 1:
-        return False
-    return x.shape[2] == 1 or not x.is_contiguous() or backward and max(stride) == 1 and prod(x.shape[:4]) <= 20480
+    return (x.is_cpu and taps.shape[2] == 1 and (x.shape[2] == 1 or stride[0] == 1 and not x.is_contiguous()))
 
 
 def _conv3d(x, weight, bias, stride, padding):
@@ -123,17 +121,66 @@ def _conv3d(x, weight, bias, stride, padding):
 
 
 def _conv3d_backward(dy, x, taps, bias_sizes, stride, padding, wanted):
-    by_frames, batch, frames = _by_frames(x, taps, stride, backward=True), x.shape[0], x.shape[2]
-    if by_frames:
-        dy, x = (clip.transpose(1, 2).flatten(0, 1) for clip in (dy, x))
-        taps, stride, padding = taps.squeeze(2), stride[1:], padding[1:]
-    ones, zeros = [1] * len(stride), [0] * len(stride)
-    dx, dtaps, dbias = torch.ops.aten.convolution_backward(dy, x, taps, bias_sizes, stride, padding, ones, False, zeros, 1,
-                                                           wanted)
-    if by_frames:
-        dx = None if dx is None else dx.view(batch, frames, *dx.shape[1:]).transpose(1, 2)
-        dtaps = None if dtaps is None else dtaps.unsqueeze(2)
-    return dx, dtaps, dbias
+    """Gradients of x, taps and bias, those that are ``wanted``."""
+    arguments = (bias_sizes, stride, padding, [1] * 3, False, [0] * 3, 1)
+    backward = torch.ops.aten.convolution_backward
+    if _by_frames(x, taps, stride):
+        bias_sizes, stride, padding, ones, *_ = arguments
+        dx, dtaps, dbias = backward(*(t.transpose(1, 2).flatten(0, 1) for t in (dy, x)), taps.squeeze(2), bias_sizes,
+                                    stride[1:], padding[1:], ones[1:], False, [0] * 2, 1, wanted)
+        dx = None if dx is None else dx.view(x.shape[0], x.shape[2], *dx.shape[1:]).transpose(1, 2)
+        return dx, None if dtaps is None else dtaps.unsqueeze(2), dbias
+    if not _is_unfolded(x, taps):
+        return backward(dy, x, taps, *arguments, wanted)
+    dx = _dx_by_frames(dy, x, taps, stride, padding) if wanted[0] else None
+    if max(stride) == 1 and wanted[1]:
+        return dx, _dtaps_by_taps(dy, x, taps, padding), dy.sum((0, 2, 3, 4)) if wanted[2] else None
+    return dx, *backward(dy, x, taps, *arguments, (False, *wanted[1:]))[1:]
+
+
+def _is_unfolded(x, taps) -> bool:
+    """Whether a backward of PyTorch unfolds the clip, to more than a megabyte: that takes five to ten times as long.
+
+    On a CPU it leaves oneDNN out for one clip of up to 20,480 elements along B, C, T and H.
+    """
+    return (x.is_cpu and x.dtype == torch.float32 and x.shape[0] == 1 and prod(x.shape[:4]) <= 20480
+            and max(taps.shape[3:]) > 1 and x.numel() * prod(taps.shape[2:]) > 2**18)
+
+
+def _dx_by_frames(dy, x, taps, stride, padding):
+    """A 2-D convolution of a batch of frames for each frame of the kernel: oneDNN takes those."""
+    count, dx = dy.shape[2], None
+    dy_frames = dy.transpose(1, 2).flatten(0, 1)
+    for k in range(taps.shape[2]):
+        seen = slice(k, k + (count - 1) * stride[0] + 1, stride[0])
+        frames = x[:, :, seen].transpose(1, 2).flatten(0, 1)
+        dframes, _, _ = torch.ops.aten.convolution_backward(dy_frames, frames, taps[:, :, k], None, stride[1:], padding[1:],
+                                                            [1] * 2, False, [0] * 2, 1, (True, False, False))
+        dframes = dframes.unflatten(0, (x.shape[0], count)).transpose(1, 2)
+        if dframes.shape == x.shape:
+            return dframes
+        dx = x.new_zeros(x.shape) if dx is None else dx
+        dx[:, :, seen] += dframes
+    return dx
+
+
+def _dtaps_by_taps(dy, x, taps, padding):
+    """A matrix product for each tap, of one clip with stride 1, without a copy: what a tap sees is x from some pixel on.
+
+    oneDNN is as fast, but adds up pixel after pixel, which errs ten times as much.
+    """
+    _, top, left = padding
+    x = F.pad(x, (left, left, top, top))
+    (_, cin, _, height, width), (_, cout, frames, high, wide) = x.shape, dy.shape
+    (kt, kh, kw), pixels = taps.shape[2:], frames * height * width
+    # dy as wide as x; 0 in between. The last pixels of the last frame are such zeros and would reach past x's end.
+    pixels -= (kh - 1) * width + kw - 1
+    dy = F.pad(dy, (0, width - wide, 0, height - high)).view(cout, -1)[:, :pixels]
+    x, dtaps = x.reshape(cin, -1), taps.new_empty(kt, kh, kw, cout, cin)
+    for t, h, w in itertools.product(range(kt), range(kh), range(kw)):
+        start = (t * height + h) * width + w
+        torch.mm(dy, x[:, start:start + pixels].t(), out=dtaps[t, h, w])
+    return dtaps.permute(3, 4, 0, 1, 2).contiguous()
 
 
 def _forward(settings: ConvSettings, x, weight, bias, cache, residual, norm_weight, norm_bias):
