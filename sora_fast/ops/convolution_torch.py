@@ -122,45 +122,40 @@ def _conv3d(x, weight, bias, stride, padding):
 
 def _conv3d_backward(dy, x, taps, bias_sizes, stride, padding, wanted):
     """Gradients of x, taps and bias, those that are ``wanted``."""
-    arguments = (bias_sizes, stride, padding, [1] * 3, False, [0] * 3, 1)
     backward = torch.ops.aten.convolution_backward
     if _by_frames(x, taps, stride):
-        bias_sizes, stride, padding, ones, *_ = arguments
         dx, dtaps, dbias = backward(*(t.transpose(1, 2).flatten(0, 1) for t in (dy, x)), taps.squeeze(2), bias_sizes,
-                                    stride[1:], padding[1:], ones[1:], False, [0] * 2, 1, wanted)
+                                    stride[1:], padding[1:], [1] * 2, False, [0] * 2, 1, wanted)
         dx = None if dx is None else dx.view(x.shape[0], x.shape[2], *dx.shape[1:]).transpose(1, 2)
         return dx, None if dtaps is None else dtaps.unsqueeze(2), dbias
-    if not _is_unfolded(x, taps):
-        return backward(dy, x, taps, *arguments, wanted)
-    dx = _dx_by_frames(dy, x, taps, stride, padding) if wanted[0] else None
-    if max(stride) == 1 and wanted[1]:
-        return dx, _dtaps_by_taps(dy, x, taps, padding), dy.sum((0, 2, 3, 4)) if wanted[2] else None
-    return dx, *backward(dy, x, taps, *arguments, (False, *wanted[1:]))[1:]
+    if _is_unfolded(x, taps, stride):
+        return (_dx_by_frames(dy, x, taps, padding) if wanted[0] else None,
+                _dtaps_by_taps(dy, x, taps, padding) if wanted[1] else None, dy.sum((0, 2, 3, 4)) if wanted[2] else None)
+    return backward(dy, x, taps, bias_sizes, stride, padding, [1] * 3, False, [0] * 3, 1, wanted)
 
 
-def _is_unfolded(x, taps) -> bool:
+def _is_unfolded(x, taps, stride) -> bool:
     """Whether a backward of PyTorch unfolds the clip, to more than a megabyte: that takes five to ten times as long.
 
     On a CPU it leaves oneDNN out for one clip of up to 20,480 elements along B, C, T and H.
     """
-    return (x.is_cpu and x.dtype == torch.float32 and x.shape[0] == 1 and prod(x.shape[:4]) <= 20480
+    return (x.is_cpu and x.dtype == torch.float32 and x.shape[0] == max(stride) == 1 and prod(x.shape[:4]) <= 20480
             and max(taps.shape[3:]) > 1 and x.numel() * prod(taps.shape[2:]) > 2**18)
 
 
-def _dx_by_frames(dy, x, taps, stride, padding):
-    """A 2-D convolution of a batch of frames for each frame of the kernel: oneDNN takes those."""
+def _dx_by_frames(dy, x, taps, padding):
+    """A 2-D convolution of a batch of frames for each frame of the kernel, with stride 1: oneDNN takes those."""
     count, dx = dy.shape[2], None
     dy_frames = dy.transpose(1, 2).flatten(0, 1)
     for k in range(taps.shape[2]):
-        seen = slice(k, k + (count - 1) * stride[0] + 1, stride[0])
-        frames = x[:, :, seen].transpose(1, 2).flatten(0, 1)
-        dframes, _, _ = torch.ops.aten.convolution_backward(dy_frames, frames, taps[:, :, k], None, stride[1:], padding[1:],
+        frames = x[:, :, k:k + count].transpose(1, 2).flatten(0, 1)
+        dframes, _, _ = torch.ops.aten.convolution_backward(dy_frames, frames, taps[:, :, k], None, [1] * 2, padding[1:],
                                                             [1] * 2, False, [0] * 2, 1, (True, False, False))
         dframes = dframes.unflatten(0, (x.shape[0], count)).transpose(1, 2)
-        if dframes.shape == x.shape:
+        if count == x.shape[2]:
             return dframes
         dx = x.new_zeros(x.shape) if dx is None else dx
-        dx[:, :, seen] += dframes
+        dx[:, :, k:k + count] += dframes
     return dx
 
 
