@@ -435,3 +435,24 @@ def test_a_cpu_without_16_bit_convolutions_rounds_float32_ones(dtype, monkeypatc
     want = (expected, *torch.autograd.grad(expected, wide, dy.float()))
     assert all(a.dtype == dtype and torch.equal(a, b.to(dtype)) for a, b in zip(got, want, strict=True))
     assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("frames, kernel, settings", [
+    (4, (3, 3, 3), dict(cache=torch.randn(1, 9, 2, 29, 37), return_cache=True)),
+    (5, (2, 3, 5), dict(padding=(2, 1, 0, 3), time_pad="replicate", space_pad="replicate")),
+    (3, (1, 5, 3), {}),
+], ids=lambda value: str(value) if isinstance(value, tuple) else None)
+def test_the_backward_of_a_clip_that_pytorch_would_unfold(frames, kernel, settings, monkeypatch):
+    """On a CPU by frames and by taps; torch.ops.aten.convolution_backward sees frames alone."""
+    seen, plain = [], torch.ops.aten.convolution_backward
+
+    def backward(dy, *arguments):
+        seen.append(dy.dim())
+        return plain(dy, *arguments)
+
+    x, weight, bias = torch.randn(1, 9, frames, 29, 37), torch.randn(7, 9, *kernel) / 15, torch.randn(7)
+    inputs = dict(x=x, weight=weight, bias=bias) | settings
+    run = lambda **inputs: ops.causal_conv3d(**inputs, backend="torch")
+    monkeypatch.setattr(torch.ops.aten, "convolution_backward", backward)
+    assert_matches("causal_conv3d", run, inputs)
+    assert set(seen) == {4}
