@@ -34,3 +34,9 @@ def test_memory_is_what_is_held_at_once():
         b = torch.empty(250_000)
         return b + 1
     assert 2_000_000 <= cpu.most_held(step) < 2_001_000  # and a scalar
+
+
+def test_every_transformer_has_its_sides():
+    pytest.importorskip("diffusers")
+    cases = dict(cpu.transformers())
+    assert len(cases) == 2 * len(cpu.TRANSFORMERS) and all(list(sides) == ["accelerated", "plain"] for sides in cases.values())
