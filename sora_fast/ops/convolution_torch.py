@@ -140,7 +140,7 @@ def _is_unfolded(x, taps, stride) -> bool:
     On a CPU it leaves oneDNN out for one clip of up to 20,480 elements along B, C, T and H.
     """
     return (x.is_cpu and x.dtype == torch.float32 and x.shape[0] == max(stride) == 1 and prod(x.shape[:4]) <= 20480
-            and max(taps.shape[3:]) > 1 and x.numel() * prod(taps.shape[2:]) > 2**18)
+            and max(taps.shape[3:]) > 1 and x.numel() * prod(taps.shape[2:]) > 2**18 and has_data(x))
 
 
 def _dx_by_frames(dy, x, taps, padding):
