@@ -36,7 +36,7 @@ FAULTS = [
     Fault("definition: attention sees the next sample's keys", "sora_fast/reference/attention.py",
           "mask = inside & (seg_q[:, None] == seg_k[None, :])", "mask = inside & (seg_q[:, None] >= seg_k[None, :])",
           "tests/test_op_wrappers.py"),  # on a CPU only a traced graph takes the whole pack at once
-    Fault("torch backend: attention ignores a mask's left edge", "sora_fast/ops/attention.py",
+    Fault("torch backend: attention ignores a mask's left edge", "sora_fast/ops/attention_torch.py",
           "return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window)",
           "return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, (-1, window[1]))",
           "tests/test_attention.py"),

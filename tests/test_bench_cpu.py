@@ -39,4 +39,5 @@ def test_memory_is_what_is_held_at_once():
 def test_every_transformer_has_its_sides():
     pytest.importorskip("diffusers")
     cases = dict(cpu.transformers())
-    assert len(cases) == 2 * len(cpu.TRANSFORMERS) and all(list(sides) == ["accelerated", "plain"] for sides in cases.values())
+    assert len(cases) == 2 * len(cpu.TRANSFORMERS)
+    assert all(list(sides) == ["accelerated", "plain"] for sides in cases.values())

@@ -56,8 +56,6 @@ def _pad(settings: ConvSettings, h, cache):
     if not _replicates_input(settings):
         padded = h if cache is None else reference.history(h, cache)
         padded = F.pad(padded, pads) if any(pads) else padded
-    elif h.is_cpu and h.numel() and settings.time_pad == settings.space_pad and settings.upsample == 1 and pads[4] >= 0:
-        padded = F.pad(reference.history(h, cache), pads, mode=settings.time_pad)
     else:
         padded = h if _only_last_tap(settings, h, cache) else reference.pad_time(
             h, cache, settings.kernel[0], settings.lookahead, settings.time_pad)[:, :, settings.phase :]
@@ -159,22 +157,25 @@ def _dx_by_frames(dy, x, taps, padding):
     return dx
 
 
-def _dtaps_by_taps(dy, x, taps, padding):
-    """A matrix product for each tap, of one clip with stride 1, without a copy: what a tap sees is x from some pixel on.
+def _dtaps_by_taps(dy, x, taps, padding, chunk: int = 512):
+    """Matrix products for each tap, of one clip with stride 1, without a copy: what a tap sees is x from some pixel on.
 
-    oneDNN is as fast, but adds up pixel after pixel, which errs ten times as much.
+    oneDNN is as fast, but adds up pixel after pixel, which errs ten times as much; so would one product of all pixels of few
+    channels. Here ``chunk`` pixels are added up, and then the sums.
     """
     _, top, left = padding
     x = F.pad(x, (left, left, top, top))
-    (_, cin, _, height, width), (_, cout, frames, high, wide) = x.shape, dy.shape
-    (kt, kh, kw), pixels = taps.shape[2:], frames * height * width
-    # dy as wide as x; 0 in between. The last pixels of the last frame are such zeros and would reach past x's end.
-    pixels -= (kh - 1) * width + kw - 1
-    dy = F.pad(dy, (0, width - wide, 0, height - high)).view(cout, -1)[:, :pixels]
-    x, dtaps = x.reshape(cin, -1), taps.new_empty(kt, kh, kw, cout, cin)
+    (_, cin, _, height, width), (_, cout, _, high, wide) = x.shape, dy.shape
+    kt, kh, kw = taps.shape[2:]
+    dy = F.pad(dy, (0, width - wide, 0, height - high)).view(cout, -1)  # as wide as x: 0 in between
+    count, last = -(-dy.shape[1] // chunk), ((kt - 1) * height + kh - 1) * width + kw - 1
+    dy = F.pad(dy, (0, count * chunk - dy.shape[1])).view(cout, count, chunk).transpose(0, 1)
+    x = F.pad(x.reshape(cin, -1), (0, max(last + count * chunk - x.numel() // cin, 0)))
+    dtaps = taps.new_empty(kt, kh, kw, cout, cin)
     for t, h, w in itertools.product(range(kt), range(kh), range(kw)):
         start = (t * height + h) * width + w
-        torch.mm(dy, x[:, start:start + pixels].t(), out=dtaps[t, h, w])
+        seen = x[:, start:start + count * chunk].unflatten(1, (count, chunk)).permute(1, 2, 0)
+        torch.sum(torch.bmm(dy, seen), 0, out=dtaps[t, h, w])
     return dtaps.permute(3, 4, 0, 1, 2).contiguous()
 
 
@@ -248,8 +249,8 @@ def _backward(settings: ConvSettings, h, weight, cache, dy, dcache_out, wanted):
             dframes = h.new_zeros((*h.shape[:2], cached + h.shape[2], *h.shape[3:]))
         dframes[:, :, dframes.shape[2] - dcache_out.shape[2]:] += dcache_out
     if dframes is not None:
-        dh = dframes[:, :, cached:] if wanted[0] else None
         dcache = cast(dframes[:, :, :cached], cache.dtype) if wanted[1] else None
+        dh = (dframes[:, :, cached:] if cached else dframes) if wanted[0] else None
     return dh, dcache, dweight, dbias
 
 
