@@ -48,7 +48,7 @@ def _pads(settings: ConvSettings, x, cache) -> tuple[int, int, int, int, int, in
     if _only_last_tap(settings, x, cache):
         return *around, 0, 0
     cached = 0 if cache is None else cache.shape[2]
-    return *around, settings.kernel[0] - 1 - settings.lookahead - cached - settings.phase, settings.lookahead
+    return *around, settings.kernel[0] - 1 - settings.lookahead - cached, settings.lookahead
 
 
 def _pad(settings: ConvSettings, h, cache):
@@ -56,6 +56,7 @@ def _pad(settings: ConvSettings, h, cache):
     if not _replicates_input(settings):
         padded = h if cache is None else reference.history(h, cache)
         padded = F.pad(padded, pads) if any(pads) else padded
+        padded = padded[:, :, settings.phase:] if settings.phase else padded
     else:
         padded = h if _only_last_tap(settings, h, cache) else reference.pad_time(
             h, cache, settings.kernel[0], settings.lookahead, settings.time_pad)[:, :, settings.phase :]
@@ -75,6 +76,7 @@ def _pad(settings: ConvSettings, h, cache):
 def _unpad(settings: ConvSettings, dpadded, x, cache):
     """The way back through ``_pad``: gradients of the frames of cache and clip; ``dpadded`` may be modified in place."""
     *around, before, after = _pads(settings, x, cache)
+    before -= settings.phase
     dframes = folded(dpadded, settings, 3, around)
     sizes = (max(before, 0), dframes.shape[2] - max(before, 0) - after, after)
     first, own, last = dframes.split(sizes, dim=2)
