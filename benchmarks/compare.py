@@ -15,7 +15,7 @@ in both begins as UNDECIDED, and only evidence makes it something else:
 The five statistics are evidence on a shared CPU, where the slowest quarter of the samples stretches every interval over the
 other's. Peers are the control: where their software is the same in both runs, what they moved by is the machine's doing. A
 row is FAST or SLOW only where it moved farther from the peers of its own case than any peer did (BEYOND), and none is where
-the peers as a whole moved far (MACHINE): what keeps a core from one keeps it from another in its own way. Else it is
+the peers as a whole moved far (BUSY): what keeps a core from one keeps it from another in its own way. Else it is
 UNDECIDED. SLOW alone fails nothing: the ratio must be beyond the caller's threshold. A row that PASSED and is FAILED or
 ERROR now fails the comparison; one that is UNSUPPORTED or missing now is listed. Other commits, torch versions and drivers
 are what a comparison is for, and stand in its header. Another device, dtype, suite, L2 state, timer or shape is refused.
@@ -34,7 +34,7 @@ GAP = 0.005  # below it two centres are one
 MOVED = 0.05  # of all five statistics at once: more than noise does
 NARROW = 0.02  # of the centre: an interval from which sameness can be read
 LEAST_PEERS = 8  # rows of other libraries in both runs; fewer do not tell what the machine did
-MACHINE = 1.25  # times, that the middle one of all peers moved: the machine was busy in one of the runs
+BUSY = 1.25  # times, that the middle one of all peers moved: the machine was busy in one of the runs
 BEYOND = 1.5  # times the farthest that a peer moved from the others of its case, as a logarithm
 VERDICTS = ("SAME", "UNDECIDED", "FAST", "SLOW")  # in the order of the table: what matters stands at its end
 
@@ -181,7 +181,7 @@ class Drift:
         place, name = _cell(base), base["provider"]
         if verdict not in ("FAST", "SLOW") or name not in self._moved.get(place, {}) or self._middle is None:
             return verdict, why
-        if abs(self._middle) > math.log(MACHINE):
+        if abs(self._middle) > math.log(BUSY):
             return "UNDECIDED", f"the machine was busy: the peers moved to {math.exp(self._middle):.3f}"
         control = [far for (_, other), far in self._alone.items() if other != name and not (is_own(name) and is_own(other))]
         drift = self._of_peers(place, name)

@@ -154,7 +154,7 @@ def transformers() -> Iterator[tuple[str, Sides]]:
 
         def side(fast: bool, train: bool, kind=kind, tiny=tiny, sizes=sizes, batch=batch, frames=frames, name=name):
             module = model(lambda: kind(**tiny | sizes), CPU, torch.float32).eval()
-            given = _INPUTS[name](module.config, Draw(CPU, 1, torch.float32), batch, frames, 4, 3)
+            given = _INPUTS[name](module.config, Draw(CPU, 1, torch.float32), batch, frames, height=4, width=3)
             if fast:
                 accelerate(module)
             call = lambda: module(return_dict=False, **given)[0]

@@ -438,9 +438,9 @@ def test_a_cpu_without_16_bit_convolutions_rounds_float32_ones(dtype, monkeypatc
 
 
 @pytest.mark.parametrize("frames, kernel, settings", [
-    (4, (3, 3, 3), dict(cache=torch.randn(1, 9, 2, 29, 37), return_cache=True)),
+    (4, (3, 3, 3), dict(cache=torch.randn(1, 24, 2, 45, 53), return_cache=True)),
     (5, (2, 3, 5), dict(padding=(2, 1, 0, 3), time_pad="replicate", space_pad="replicate")),
-    (3, (1, 5, 3), {}),
+    (5, (1, 5, 3), {}),
 ], ids=lambda value: str(value) if isinstance(value, tuple) else None)
 def test_the_backward_of_a_clip_that_pytorch_would_unfold(frames, kernel, settings, monkeypatch):
     """On a CPU by frames and by taps, as exact as by unfolding: torch.ops.aten.convolution_backward sees frames alone."""
@@ -459,7 +459,7 @@ def test_the_backward_of_a_clip_that_pytorch_would_unfold(frames, kernel, settin
         dy = torch.randn(y.shape, generator=draw).to(dtype)
         return torch.autograd.grad(y, [value for value in given.values() if isinstance(value, torch.Tensor)], dy)
 
-    x, weight, bias = torch.randn(1, 9, frames, 29, 37), torch.randn(7, 9, *kernel) / 15, torch.randn(7)
+    x, weight, bias = torch.randn(1, 24, frames, 45, 53), torch.randn(7, 24, *kernel) / 25, torch.randn(7)
     inputs = dict(x=x, weight=weight, bias=bias) | settings
     exact = grads(torch.float64, "reference")
     monkeypatch.setattr(torch.ops.aten, "convolution_backward", backward)

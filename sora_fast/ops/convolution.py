@@ -13,12 +13,7 @@ from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, 
 from ..environment import cudnn_version
 from ..kernels.convolution_settings import ConvSettings
 from ..measured import sizes
-from ..precision import (
-    autocast,
-    autocast_dtype,
-    tf32_convolutions,
-    wide_dtype,
-)
+from ..precision import autocast, autocast_dtype, tf32_convolutions, wide_dtype
 from ..reference import convolution as reference
 from . import convolution_cuda, convolution_torch, convolution_triton, normalization
 

@@ -105,6 +105,12 @@ def _by_frames(x, taps, stride) -> bool:
     return (x.is_cpu and taps.shape[2] == 1 and (x.shape[2] == 1 or stride[0] == 1 and not x.is_contiguous()))
 
 
+def _takes_onednn(x, weight) -> bool:
+    """Whether oneDNN convolves it: not all that PyTorch hands to it by itself."""
+    return (x.is_cpu and x.dtype == weight.dtype == torch.float32 and has_data(x)
+            and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available())
+
+
 def _conv3d(x, weight, bias, stride, padding):
     if x.is_cpu and emulated_on_cpu(x.dtype):  # PyTorch emulates it by loops thirty times slower
         wide = (None if t is None else t.float() for t in (x, weight, bias))
@@ -114,8 +120,7 @@ def _conv3d(x, weight, bias, stride, padding):
         return y.view(x.shape[0], x.shape[2], *y.shape[1:]).transpose(1, 2)
     # On a CPU F.conv3d uses oneDNN only above B * C * T * H = 20,480 elements and unfolds smaller clips (im2col): 85 MB and
     # five times the time for 64 channels of 4 x 48 x 64.
-    if (x.is_cpu and x.dtype == weight.dtype == torch.float32 and has_data(x)
-            and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()):
+    if _takes_onednn(x, weight):
         return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
 
@@ -128,19 +133,26 @@ def _conv3d_backward(dy, x, taps, bias_sizes, stride, padding, wanted):
                                     stride[1:], padding[1:], [1] * 2, False, [0] * 2, 1, wanted)
         dx = None if dx is None else dx.view(x.shape[0], x.shape[2], *dx.shape[1:]).transpose(1, 2)
         return dx, None if dtaps is None else dtaps.unsqueeze(2), dbias
-    if _is_unfolded(x, taps, stride):
-        return (_dx_by_frames(dy, x, taps, padding) if wanted[0] else None,
-                _dtaps_by_taps(dy, x, taps, padding) if wanted[1] else None, dy.sum((0, 2, 3, 4)) if wanted[2] else None)
-    return backward(dy, x, taps, bias_sizes, stride, padding, [1] * 3, False, [0] * 3, 1, wanted)
+    unfolded = _unfolded(x, taps, stride)
+    if unfolded <= 2**18:
+        return backward(dy, x, taps, bias_sizes, stride, padding, [1] * 3, False, [0] * 3, 1, wanted)
+    dx, dtaps, dbias = _dx_by_frames(dy, x, taps, padding) if wanted[0] else None, None, None
+    if wanted[1] and unfolded > 2**22:
+        dtaps, dbias = _dtaps_by_taps(dy, x, taps, padding), dy.sum((0, 2, 3, 4)) if wanted[2] else None
+    elif any(wanted[1:]):
+        wanted = (False, *wanted[1:])
+        _, dtaps, dbias = backward(dy, x, taps, bias_sizes, stride, padding, [1] * 3, False, [0] * 3, 1, wanted)
+    return dx, dtaps, dbias
 
 
-def _is_unfolded(x, taps, stride) -> bool:
-    """Whether a backward of PyTorch unfolds the clip, to more than a megabyte: that takes five to ten times as long.
+def _unfolded(x, taps, stride) -> int:
+    """Elements that PyTorch's backward unfolds a clip to, which takes up to ten times as long as what goes around it.
 
-    On a CPU it leaves oneDNN out for one clip of up to 20,480 elements along B, C, T and H.
+    0 where it does not, or where there is nothing to go around with. It leaves oneDNN out for one clip of up to 20,480
+    elements along B, C, T and H.
     """
-    return (x.is_cpu and x.dtype == torch.float32 and x.shape[0] == max(stride) == 1 and prod(x.shape[:4]) <= 20480
-            and max(taps.shape[3:]) > 1 and x.numel() * prod(taps.shape[2:]) > 2**18 and has_data(x))
+    small = x.shape[0] == max(stride) == 1 and prod(x.shape[:4]) <= 20480
+    return x.numel() * prod(taps.shape[2:]) if small and max(taps.shape[3:]) > 1 and _takes_onednn(x, taps) else 0
 
 
 def _dx_by_frames(dy, x, taps, padding):
@@ -159,24 +171,26 @@ def _dx_by_frames(dy, x, taps, padding):
     return dx
 
 
-def _dtaps_by_taps(dy, x, taps, padding, chunk: int = 512):
+def _dtaps_by_taps(dy, x, taps, padding, most: int = 512):
     """Matrix products for each tap, of one clip with stride 1, without a copy: what a tap sees is x from some pixel on.
 
     oneDNN is as fast, but adds up pixel after pixel, which errs ten times as much; so would one product of all pixels of few
-    channels. Here ``chunk`` pixels are added up, and then the sums.
+    channels. Here ``most`` pixels at a time are added up, and then the sums.
     """
     _, top, left = padding
     x = F.pad(x, (left, left, top, top))
     (_, cin, _, height, width), (_, cout, _, high, wide) = x.shape, dy.shape
     kt, kh, kw = taps.shape[2:]
     dy = F.pad(dy, (0, width - wide, 0, height - high)).view(cout, -1)  # as wide as x: 0 in between
-    count, last = -(-dy.shape[1] // chunk), ((kt - 1) * height + kh - 1) * width + kw - 1
-    dy = F.pad(dy, (0, count * chunk - dy.shape[1])).view(cout, count, chunk).transpose(0, 1)
-    x = F.pad(x.reshape(cin, -1), (0, max(last + count * chunk - x.numel() // cin, 0)))
+    count = -(-dy.shape[1] // most)
+    pixels = -(-dy.shape[1] // count)
+    dy = F.pad(dy, (0, count * pixels - dy.shape[1])).view(cout, count, pixels).transpose(0, 1)
+    last = ((kt - 1) * height + kh - 1) * width + kw - 1
+    x = F.pad(x.reshape(cin, -1), (0, max(last + count * pixels - x.numel() // cin, 0)))
     dtaps = taps.new_empty(kt, kh, kw, cout, cin)
     for t, h, w in itertools.product(range(kt), range(kh), range(kw)):
         start = (t * height + h) * width + w
-        seen = x[:, start:start + count * chunk].unflatten(1, (count, chunk)).permute(1, 2, 0)
+        seen = x[:, start:start + count * pixels].unflatten(1, (count, pixels)).permute(1, 2, 0)
         torch.sum(torch.bmm(dy, seen), 0, out=dtaps[t, h, w])
     return dtaps.permute(3, 4, 0, 1, 2).contiguous()
 

@@ -32,13 +32,13 @@ def aot_cases():
     # sums are a thousandth of what is read; the grouped backward stores nothing else in the first of its two launches
     small = dict(wants_wide=False)
     grouped = wants | dict(stats_kernel=small, merge_stats_kernel=small, reduce_sums_kernel=small, backward_kernel=small)
-    for gpu, ccs, end in (("sm90", (80, 86, 89, 90, 100), ""), ("sm120", (120,), ", sm120")):
+    for gpu, ccs, suffix in (("sm90", (80, 86, 89, 90, 100), ""), ("sm120", (120,), ", sm120")):
         for name, case in (("96, bfloat16, keep 4", partial(both, 96, bf16, bf16, bf16, keep=4)),
                            ("192, bfloat16", partial(both, 192, bf16, bf16, bf16)),
                            ("384, bfloat16", partial(both, 384, bf16, bf16, bf16)),
                            ("160, float32 to bfloat16", partial(both, 160, f32, bf16, f32)),
                            ("2048, float32", partial(both, 2048, f32, f32, f32, bias=True))):
-            yield name + end, partial(case, norm="rms", gpu=gpu), wants | dict(ccs=ccs)
+            yield name + suffix, partial(case, norm="rms", gpu=gpu), wants | dict(ccs=ccs)
     yield "128, group", partial(both, 128, bf16, bf16, bf16, "group", bias=True), grouped
     yield "384, group, keep 4", partial(both, 384, bf16, bf16, f32, "group", keep=4, bias=True), grouped
 
