@@ -168,7 +168,7 @@ def integers(op: str, name: str, value: torch.Tensor, dtypes: Sequence[torch.dty
 
 def looked_at(value: torch.Tensor) -> bool:
     """Whether values may be read for a warning: on a CPU outside a graph; nothing waits for a GPU to be warned."""
-    return value.device.type == "cpu" and has_data(value)
+    return value.is_cpu and has_data(value)
 
 
 def warn_once(owner: object, of: str, sentence: str) -> None:
@@ -183,9 +183,9 @@ def values_are_visible(value: torch.Tensor) -> bool:
     """Whether reading numbers out of ``value`` is allowed here: never while tracing, never by a silent GPU wait."""
     if not has_data(value):
         return False
-    if value.device.type == "cpu":
+    if value.is_cpu:
         return True
-    return value.device.type == "cuda" and env.check_cuda_values()
+    return value.is_cuda and env.check_cuda_values()
 
 
 def cu_seqlens(op: str, name: str, value: torch.Tensor, total: int, owner: str) -> None:

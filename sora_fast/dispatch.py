@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from . import configs, env, measured, records
-from .first_order import first_order, run_once
+from .first_order import PLAIN, first_order, run_once, tied
 from .pack import Pack
 from .precision import autocast_dtype, no_autocast, transformed
 
@@ -89,6 +89,7 @@ class Backend:
     ``kernel``: the module of sora_fast.kernels with its kernel, such as "modulation"; "" is plain PyTorch, which needs no
     record. For ``explain``: ``config``, the configs.Found of a typical call (None: none to choose), and ``note``.
     ``foreign``: its backward is others' kernels, whose gradients autograd may take for constants or cannot derive again.
+    ``hooked``: the same of some nodes; ``run`` takes ``hook`` (or None), a hook to register on each of them.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Backend:
     config: Callable[[Problem], configs.Found] | None = None
     note: Callable[[Problem], str] = lambda problem: ""
     foreign: bool = False
+    hooked: bool = False
 
 
 def _cannot(backend: Backend, problem: Problem) -> list[str]:
@@ -243,18 +245,24 @@ class Op:
         backend, kind, grad = plan
         if (key is None or forward_ad._current_level >= 0) and not torch.compiler.is_compiling():
             refuse_transforms(self.name, arguments.values())
-        hooks = grad and key is not None and not backend.foreign
-        if grad and not hooks:
-            arguments = first_order(arguments, self.name)
+        run = backend.run
+        if grad:
+            if key is None or backend.foreign:
+                arguments = first_order(arguments, self.name)
+            elif backend.hooked:
+                arguments["hook"], _ = tied(self.name, arguments)
+            else:
+                arguments = dict(op=self.name, run=run, arguments=arguments)
+                run = run_once
         if kind != "meta" and torch.is_autocast_enabled(kind):
             with no_autocast(kind):
-                return run_once(self.name, backend.run, arguments) if hooks else backend.run(**arguments)
-        return run_once(self.name, backend.run, arguments) if hooks else backend.run(**arguments)
+                return run(**arguments)
+        return run(**arguments)
 
 
 # ------------------------------------------------------------------------------------------- what need not be done twice
 _answers: dict[tuple, object] = {}
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_SINGLE = frozenset((type(None), bool, int, float, str, type, torch.dtype))
 
 
 def _choices() -> tuple:
@@ -274,22 +282,26 @@ def call_key(op: Op, requested: str, tensors: tuple, *settings, casts: bool = Fa
     if is_dynamo_compiling() or _are_functorch_transforms_active():  # whatever else traces has fake tensors
         return None
     gpu = _emulated.get()
-    key = [op, requested, _forced, *env.choices(), records.generation, gpu and gpu.arch, torch.is_grad_enabled()]
+    key = [op, requested, _forced, env.choices(), records.generation, gpu and gpu.arch, torch.is_grad_enabled()]
     for tensor in tensors:
-        if type(tensor) in _PLAIN:
-            key += (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
+        if type(tensor) in PLAIN:
+            key.append((tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad))
         elif tensor is None:
             key.append(None)
         elif isinstance(tensor, Pack):
-            key += tensor._facts or tensor.facts
+            key.append(tensor._facts or tensor.facts)
         else:
             return None
-    if casts and tensors[0] is not None:
+    if casts and type(tensors[0]) in PLAIN:
         key.append(autocast_dtype(tensors[0]))
-    key += map(type, settings)  # 1, 1.0 and True are one key of a dict
-    for value in settings:
-        if type(value) in (tuple, list):
-            key += (*map(type, value), *value)
+    kinds = tuple(map(type, settings))  # 1, 1.0 and True are one key of a dict
+    key.append(kinds)
+    if _SINGLE.issuperset(kinds):
+        key.append(settings)
+        return tuple(key)
+    for kind, value in zip(kinds, settings):  # noqa: B905 (of one length)
+        if kind is tuple or kind is list:
+            key += (tuple(map(type, value)), tuple(value))
         elif isinstance(value, torch.Tensor):
             return None
         else:
@@ -388,9 +400,9 @@ def _emulated_name() -> str:
 
 def device_name(tensor: torch.Tensor) -> str:
     """``"cpu"``, ``"cuda:sm90"``, ``"emulated:sm90"``, or the bare device type of others."""
-    if tensor.device.type == "cpu":
+    if tensor.is_cpu:
         return _emulated_name()
-    if tensor.device.type == "cuda" and not isinstance(tensor, torch._subclasses.FakeTensor):
+    if tensor.is_cuda and not isinstance(tensor, torch._subclasses.FakeTensor):
         return _capability(tensor.device.index)
     return tensor.device.type
 

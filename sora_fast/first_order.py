@@ -10,9 +10,12 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch._C._functorch import unwrap_if_dead
+from torch._C._functorch import is_functorch_wrapped_tensor, unwrap_if_dead
 
 from .precision import transformed
+
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))  # the types of tensors that are no subclass's
+_NOTHING = torch.empty(0)
 
 
 def _sentence(op: str) -> str:
@@ -36,8 +39,10 @@ class _NoSecond(torch.autograd.Function):
         raise RuntimeError(_sentence(ctx.op))
 
 
-def _follow(tie: torch.Tensor, op: str, grads: tuple):
-    """Before the backward of the last node of ``op``: what it makes follows from ``tie``, which leads to the inputs."""
+def _follow(tie: torch.Tensor, op: str, grads: tuple, _=None):
+    """Before the backward of the last node of ``op``, or after that of a node of others: ``grads`` follow from ``tie``,
+    which leads to the inputs.
+    """
     if torch.is_grad_enabled():  # create_graph=True
         return tuple(None if grad is None else _NoSecond.apply(grad, tie, op) for grad in grads)
 
@@ -114,24 +119,42 @@ def apply(function: type[torch.autograd.Function], *arguments):
     return super(torch.autograd.Function, function).apply(*arguments)
 
 
+@functools.cache
+def _error(op: str, count: int):
+    """The node behind a second derivative, of ``count`` tensors."""
+    return torch._C._functions.DelayedError(_sentence(op), count)
+
+
+def tied(op: str, arguments: dict) -> tuple[Callable, list[torch.Tensor]]:
+    """A hook that refuses a second derivative of ``op``, and those of ``arguments`` that require a gradient.
+
+    It is for ``register_prehook`` of the op's last nodes, or ``register_hook`` of each that is others': with
+    create_graph=True, what comes there leads to a node that raises, and on to the tensors. No transform of torch.func is
+    at work.
+    """
+    tensors = []
+    for value in arguments.values():
+        kind = type(value)
+        if kind in PLAIN:
+            if value.requires_grad:
+                tensors.append(value)
+        elif (kind is list or kind is tuple) and value and isinstance(value[0], torch.Tensor):
+            tensors += [each for each in value if each.requires_grad]
+    tie = _error(op, len(tensors))(*tensors)
+    if is_functorch_wrapped_tensor(tie if len(tensors) == 1 else tie[0]):  # left of a transform that has ended
+        tie = _error(op, len(tensors))(*map(unwrap_if_dead, tensors))
+    tie = tie if len(tensors) == 1 else tie[0]
+    tie.data = _NOTHING if tie.is_cpu else tie.new_empty(0)  # it holds the tensors' nodes, and none of their data
+    return functools.partial(_follow, tie, op), tensors
+
+
 def run_once(op: str, run: Callable, arguments: dict):
     """``run(**arguments)`` where no transform of torch.func is at work; a second derivative is refused."""
-    tensors = []
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor):
-            if value.requires_grad:
-                arguments[name] = value = unwrap_if_dead(value)
-                tensors.append(value)
-        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
-            arguments[name] = type(value)(map(unwrap_if_dead, value))
-            tensors += [each for each in arguments[name] if each.requires_grad]
+    hook, tensors = tied(op, arguments)
     outputs = run(**arguments)
-    tie = torch._C._functions.DelayedError(_sentence(op), len(tensors))(*tensors)
-    tie = tie if len(tensors) == 1 else tie[0]
-    tie.data = tie.new_empty(0)  # it holds the tensors' nodes, and none of their data
-    hook = functools.partial(_follow, tie, op)
-    tied = []
-    for output in (outputs,) if isinstance(outputs, torch.Tensor) else outputs:
+    alone = type(outputs) in PLAIN
+    hooked = []
+    for output in (outputs,) if alone else outputs:
         if isinstance(output, torch.Tensor) and output.requires_grad:
             # A view that is changed in place gets another node, but what it is a view of keeps its own.
             whole = output._base
@@ -142,8 +165,8 @@ def run_once(op: str, run: Callable, arguments: dict):
                     whole = output = output.view_as(output)
                     break
             whole.grad_fn.register_prehook(hook)
-        tied.append(output)
-    return tied[0] if isinstance(outputs, torch.Tensor) else type(outputs)(tied)
+        hooked.append(output)
+    return hooked[0] if alone else type(outputs)(hooked)
 
 
 def first_order(arguments: dict, op: str) -> dict:

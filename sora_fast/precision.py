@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
+from torch.compiler import is_dynamo_compiling
 
 from .env import constant_in_graphs
 
@@ -27,6 +28,11 @@ def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None
 
 def widen(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """``tensors`` in their common wide dtype; None stays None."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is not torch.float32:
+            break
+    else:
+        return tensors
     dtype = wide_dtype(*tensors)
     return tuple([t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors])
 
@@ -43,7 +49,8 @@ def no_autocast(kind: str):
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """The dtype that F.linear would compute in here, or None outside torch.autocast."""
-    kind = tensor.device.type
+    # ``device.type`` is printed anew every time: 5 us on a slow core, which a call spends on nothing else
+    kind = "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
@@ -65,7 +72,7 @@ def has_data(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` has values to read: not while a graph is traced, nor in fake and meta tensors, nor in
     those of a transform of torch.func.
     """
-    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor)
+    return not (is_dynamo_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor)
                 or is_functorch_wrapped_tensor(tensor))
 
 

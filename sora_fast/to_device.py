@@ -16,7 +16,7 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     the host wait as ever: they would be read before they are there.
     """
     device = torch.device(device)
-    if device.type != "cuda" or tensor.device.type != "cpu":
+    if device.type != "cuda" or not tensor.is_cpu:
         return tensor.to(device)
     return (tensor.pin_memory() if has_data(tensor) else tensor).to(device, non_blocking=True)
 

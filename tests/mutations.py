@@ -37,8 +37,8 @@ FAULTS = [
           "mask = inside & (seg_q[:, None] == seg_k[None, :])", "mask = inside & (seg_q[:, None] >= seg_k[None, :])",
           "tests/test_op_wrappers.py"),  # on a CPU only a traced graph takes the whole pack at once
     Fault("torch backend: attention ignores a mask's left edge", "sora_fast/ops/attention_torch.py",
-          "return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window)",
-          "return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, (-1, window[1]))",
+          "return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window, hook)",
+          "return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, (-1, window[1]), hook)",
           "tests/test_attention.py"),
     Fault("kernel: attention drops the mask of the last key", "kernels/attention_tiles.py",
           "visible = key < k_len\n", "visible = key <= k_len\n", "tests/test_emulated_core.py"),

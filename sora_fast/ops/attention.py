@@ -45,7 +45,7 @@ def _example_with_lse(device: str, dtype: torch.dtype, grad: bool) -> AttentionP
 VARLEN_ATTENTION = Op("varlen_attention", "attention", _example, [
     attention_triton.ATTENTION,
     *attention_peers.ATTENTION,
-    Backend("torch", attention_torch.run, attention_torch.unsupported, note=attention_torch.note, foreign=True),
+    Backend("torch", attention_torch.run, attention_torch.unsupported, note=attention_torch.note, hooked=True),
     Backend("reference", reference.varlen_attention)], AttentionProblem)
 VARLEN_ATTENTION_FORWARD = Op("varlen_attention_forward", "attention", _example_with_lse, [
     attention_triton.FORWARD,

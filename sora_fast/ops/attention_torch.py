@@ -23,13 +23,21 @@ def _heads_first(rows_NHE, samples: int = 1):
     return rows_NHE.view(samples, rows // samples, heads, width).transpose(1, 2)
 
 
-def _sdpa(q, k, v, scale, mask_QK=None):
+def _hooked(out, hook):
+    """``out``, whose gradients cannot be derived again, with ``hook`` at its node."""
+    if hook is not None and out.requires_grad:
+        out.grad_fn.register_hook(hook)
+    return out
+
+
+def _sdpa(q, k, v, scale, mask_QK, hook):
     """(S, Q, H, E) of samples (S, H, L, E)."""
     if mask_QK is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+        return _hooked(F.scaled_dot_product_attention(q, k, v, scale=scale), hook).transpose(1, 2)
     # SDPA is undefined on fully masked rows: unmask them, then write 0
     sees_Q = mask_QK.any(dim=1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask_QK | ~sees_Q[:, None])[None, None], scale=scale)
+    mask = (mask_QK | ~sees_Q[:, None])[None, None]
+    out = _hooked(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), hook)
     return torch.where(sees_Q[:, None, None], out.transpose(1, 2), 0)
 
 
@@ -74,25 +82,26 @@ def _deterministic_sdpa(q, k, v):
     return nullcontext()
 
 
-def run(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window, return_lse,
-                            deterministic):
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    queries, keys = q.shape[0], k.shape[0]
+def run(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window, return_lse, deterministic, hook=None):
+    """``hook``: as Backend.hooked has it."""
+    queries, heads, width = q.shape
+    keys, key_heads, _ = k.shape
+    scale = width ** -0.5 if softmax_scale is None else softmax_scale
     if queries == 0 or keys == 0 or cu_seqlens_q.shape[0] == 1:
-        return _zero_output(q, k, v)
-    copies = q.shape[1] // k.shape[1]
-    if copies > 1:
+        return _hooked(_zero_output(q, k, v), hook)
+    if key_heads != heads:
+        copies = heads // key_heads
         k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
     if q.is_cpu and has_data(cu_seqlens_q) and (cu_seqlens_k is cu_seqlens_q or has_data(cu_seqlens_k)):
-        return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window)
+        return _cpu_sample_by_sample(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window, hook)
     q, k, v = (reference.without_tail(t, cu) for t, cu in
                ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k)))
     if _varlen_applies(device_name(q), q.dtype, deterministic):
         out = _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, (window[0], 0) if causal else window)
-        return reference.without_tail(out, cu_seqlens_q)
+        return reference.without_tail(_hooked(out, hook), cu_seqlens_q)
     mask = reference.visible(cu_seqlens_q, cu_seqlens_k, queries, keys, causal, window, q.device)
     with _deterministic_sdpa(q, k, v) if deterministic else nullcontext():
-        return _sdpa(_heads_first(q), _heads_first(k), _heads_first(v), scale, mask)[0]
+        return _sdpa(_heads_first(q), _heads_first(k), _heads_first(v), scale, mask, hook)[0]
 
 
 def _zero_output(q, k, v):
@@ -101,24 +110,29 @@ def _zero_output(q, k, v):
     return torch.where(never, q, torch.zeros((), dtype=q.dtype, device=q.device)) + k[:0].sum() + v[:0].sum()
 
 
-def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
+def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window, hook):
     """On a CPU the lengths are known: one dense SDPA per sample, or one batched SDPA if all have the same shape.
 
     A sample's rows only meet rows of the same sample.
     """
-    outs, dtype = [], q.dtype
+    dtype = q.dtype
     # Up to a thousand tokens 16-bit SDPA on a CPU is no faster than float32, and its backward is ten times slower at lengths
     # such as 250 (27 ms instead of 2.3 ms, 3 heads of 64, torch 2.13).
-    if dtype not in (torch.float32, torch.float64):
+    if dtype is not torch.float32 and dtype is not torch.float64:
         q, k, v = q.float(), k.float(), v.float()
     left, right = window[0], 0 if causal else window[1]
     ends_q = cu_q.tolist()
     ends_k = ends_q if cu_k is cu_q else cu_k.tolist()
-    samples = len(ends_q) - 1
+    samples, queries, keys = len(ends_q) - 1, q.shape[0], k.shape[0]
     if _equal_lengths(ends_q) and (ends_k is ends_q or _equal_lengths(ends_k)):
+        if ends_q[-1] == queries and ends_k[-1] == keys:
+            mask = _mask(queries // samples, keys // samples, left, right) if left >= 0 or right >= 0 else None
+            out = _sdpa(_heads_first(q, samples), _heads_first(k, samples), _heads_first(v, samples), scale, mask, hook)
+            return cast(out.flatten(0, 1), dtype)
         parts = ((0, ends_q[-1], 0, ends_k[-1]),)
     else:
         samples, parts = 1, zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True)
+    outs = []
     computed = False  # whether some attention ran, so that gradients reach q, k and v
     for a, b, c, d in parts:
         if b == a:
@@ -127,12 +141,11 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window):
             outs.append(torch.zeros_like(q[a:b]))
             continue
         mask = _mask((b - a) // samples, (d - c) // samples, left, right) if left >= 0 or right >= 0 else None
-        q_s, k_s, v_s = (q, k, v) if b - a == q.shape[0] and d - c == k.shape[0] else (q[a:b], k[c:d], v[c:d])
-        out = _sdpa(_heads_first(q_s, samples), _heads_first(k_s, samples), _heads_first(v_s, samples), scale, mask)
+        out = _sdpa(*(_heads_first(t, samples) for t in (q[a:b], k[c:d], v[c:d])), scale, mask, hook)
         outs.append(out.flatten(0, 1))
         computed = True
-    if ends_q[-1] < q.shape[0] or not computed:
-        outs.append(_zero_output(q[ends_q[-1]:], k, v))
+    if ends_q[-1] < queries or not computed:
+        outs.append(_hooked(_zero_output(q[ends_q[-1]:], k, v), hook))
     return cast(outs[0] if len(outs) == 1 else torch.cat(outs), dtype)
 
 

@@ -63,12 +63,12 @@ def _pad(settings: ConvSettings, h, cache):
         u = settings.upsample
         if u > 1 and padded.is_cpu and padded.numel():  # in a fifth of the time that repeat_interleave takes
             padded = F.interpolate(padded, scale_factor=(1.0, float(u), float(u)), mode="nearest-exact")
-        elif padded.device.type == "cuda":  # channels last, like the convolution: avoids a second copy of the large tensor
+        elif padded.is_cuda:  # channels last, like the convolution: avoids a second copy of the large tensor
             padded = reference.upsample_space(padded.movedim(1, -1), u, 2).movedim(-1, 1)
         else:
             padded = reference.upsample_space(padded, u)
         padded = reference.pad_space(padded, pads[:4], settings.space_pad)
-    if padded.device.type == "cuda":
+    if padded.is_cuda:
         padded = padded.contiguous(memory_format=torch.channels_last_3d)
     return padded
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from .. import checks
 from ..dispatch import Backend, Op, Problem, call_key, device_name, needs_grad, remember, remembered
@@ -43,18 +42,20 @@ def _example(device: str, dtype: torch.dtype, grad: bool, norm: str | None = "la
 # ---------------------------------------------------------------------------------------------- backend "torch"
 def _row_of_token(table, rows, tail):
     """``pick``, without its clamp if no row is -1."""
-    if rows is None or table is None:
-        return table
     return pick(table, rows) if tail else table.index_select(0, rows)
 
 
 def _modulated(x, shift, scale, rows, tail, norm, weight, bias, eps):
     """Of tensors of one dtype."""
     # weight and bias are applied outside: layer_norm accumulates their gradients less accurately over many tokens
-    h = F.layer_norm(x, x.shape[-1:], None, None, eps) if norm == "layer" else F.rms_norm(x, x.shape[-1:], None, eps)
+    width = x.shape[-1:]
+    h = torch.layer_norm(x, width, eps=eps) if norm == "layer" else torch.rms_norm(x, width, eps=eps)
     h = h if weight is None else h * weight
     h = h if bias is None else h + bias
-    shift, scale = _row_of_token(shift, rows, tail), None if scale is None else _row_of_token(1 + scale, rows, tail)
+    scale = None if scale is None else 1 + scale
+    if rows is not None:
+        shift = None if shift is None else _row_of_token(shift, rows, tail)
+        scale = None if scale is None else _row_of_token(scale, rows, tail)
     if scale is None or shift is None or torch.is_grad_enabled():  # as in _gated
         h = h if scale is None else h * scale
         h = h if shift is None else h + shift
@@ -68,7 +69,7 @@ def _gated(x, y, gate, rows, tail):
     x, y, gate = widen(x, y, gate)
     if tail:
         x, y = only_samples(x, rows), only_samples(y, rows)
-    gate = _row_of_token(gate, rows, tail)
+    gate = gate if rows is None else _row_of_token(gate, rows, tail)
     # addcmul is one pass, but its backward makes two more: it multiplies by its value of 1 too
     x = x + gate * y if torch.is_grad_enabled() else torch.addcmul(x, gate, y)
     return cast(only_samples(x, rows) if tail else x, dtype)

@@ -24,7 +24,7 @@ def only_samples(x_ND, rows):
     """``x_ND`` with 0 on tokens of no sample, whose contents (NaN included) go no further, nor do gradients."""
     if rows is None:
         return x_ND
-    if rows.device.type == "cpu" and has_data(rows) and not bool((rows < 0).any()):
+    if rows.is_cpu and has_data(rows) and not bool((rows < 0).any()):
         return x_ND  # no tail: checking N ints is cheaper than copying N x D elements
     return torch.where((rows >= 0)[:, None], x_ND, torch.zeros((), dtype=x_ND.dtype, device=x_ND.device))
 
