@@ -15,7 +15,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor, unwrap_if_dead
 from .precision import transformed
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))  # the types of tensors that are no subclass's
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, device="cpu", dtype=torch.float32)
 
 
 def _sentence(op: str) -> str:

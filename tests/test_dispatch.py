@@ -3,10 +3,13 @@
 import gc
 from dataclasses import replace
 
+import numpy as np
 import op_checks
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
 
 from sora_fast import dispatch, first_order, ops, use_backend
 from sora_fast.dispatch import Backend, Op, Problem
@@ -240,6 +243,37 @@ def test_an_operator_that_is_defined_anew_takes_the_old_ones_place():
         assert torch.ops.sora_fast.times(x.to("meta")).shape == (3,)
 
 
+def test_an_operator_is_dispatched_where_somebody_sees_it_or_arguments_are_converted():
+    given, arguments = [], (torch.ones(6), 1.0, (2, 3))
+
+    def added(x, amount, sizes):
+        given.append((amount, sizes))
+        return (x + amount).view(list(sizes))
+
+    call = operators.define("added(Tensor x, float amount, int[] sizes) -> Tensor", added,
+                            lambda x, amount, sizes: x.new_empty(sizes))
+    direct = lambda: given[-1][1] is arguments[2]  # PyTorch makes a list of it
+    assert call(*arguments).shape == (2, 3) and direct()
+    with FlopCounterMode(display=False):
+        assert call(*arguments).shape == (2, 3) and not direct()
+    with FakeTensorMode() as mode:
+        assert isinstance(call(mode.from_tensor(arguments[0]), *arguments[1:]), FakeTensor)
+    with torch.profiler.profile() as profile:
+        call(*arguments)
+    assert any(event.key == "sora_fast::added" for event in profile.key_averages())
+    for amount, sizes in ((1, (2, 3)), (1.0, (2, np.int64(3)))):
+        assert call(arguments[0], amount, sizes).shape == (2, 3) and not direct()
+        assert [type(value) for value in (given[-1][0], *given[-1][1])] == [float, int, int]
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="eager")(*arguments), torch.full((2, 3), 2.0))
+    assert not direct()
+
+    class Added(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: call(x, 1.0, (2, 3)))
+        backward = staticmethod(lambda ctx, grad: grad.flatten())
+
+    Added.apply(torch.ones(6, requires_grad=True)).mul_(2)  # what an operator makes is no view of anything
+
+
 class Cubed(torch.autograd.Function):
     """With a gradient that autograd takes for a constant, as a kernel's."""
 
@@ -254,6 +288,12 @@ class Cubed(torch.autograd.Function):
         return (3 * x * x * grad).detach()
 
 
+def others_node(x, hook):
+    cubed = Cubed.apply(x)
+    cubed.grad_fn.register_hook(hook)
+    return cubed.view(2, 3).flatten()
+
+
 class OursCubed(Cubed):
     backward = staticmethod(first_order.opaque(Cubed.backward))
 
@@ -261,8 +301,8 @@ class OursCubed(Cubed):
 @pytest.mark.parametrize("backend", (
     Backend("torch", lambda x: x ** 3), Backend("torch", lambda x: (x ** 3).view(3, 2).flatten()),
     Backend("torch", lambda x: OursCubed.apply(x)), Backend("torch", lambda x: OursCubed.apply(x).view(6)),
-    Backend("torch", lambda x: Cubed.apply(x), foreign=True)),
-    ids=("PyTorch's", "a view", "ours", "a view of ours", "others'"))
+    Backend("torch", lambda x: Cubed.apply(x), foreign=True), Backend("torch", others_node, hooked=True)),
+    ids=("PyTorch's", "a view", "ours", "a view of ours", "others'", "a node of others"))
 @pytest.mark.parametrize("change", (lambda y: y, lambda y: y.mul_(2)), ids=("", "changed in place"))
 def test_a_second_derivative_is_refused(backend, change):
     """Whether autograd could take it or would take the first for a constant, and whatever becomes of the result."""

@@ -1,5 +1,6 @@
 """Backend "triton" of varlen_attention and of its raw forward and backward."""
 
+import functools
 from functools import partial
 
 import torch
@@ -10,6 +11,14 @@ from ..first_order import opaque
 from ..kernels import arch
 from ..precision import tf32_products
 from . import operators, triton_backend
+
+
+@functools.cache
+def _kernels():
+    """Imported at the first launch: they need Triton, which need not be there."""
+    from ..kernels import attention
+
+    return attention
 
 
 def _config_of_call(kernel, q, k, causal, left, right):
@@ -28,11 +37,9 @@ def _options(q, softmax_scale, causal, left, right):
 
 
 def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right):
-    from ..kernels import attention as kernels
-
     config = _config_of_call("forward", q, k, causal, left, right)
-    outputs = kernels.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, config=config,
-                              **_options(q, softmax_scale, causal, left, right))
+    outputs = _kernels().forward(q, k, v, cu_seqlens_q, cu_seqlens_k, config=config,
+                                 **_options(q, softmax_scale, causal, left, right))
     return [t for t in outputs if t is not None]
 
 
@@ -42,11 +49,9 @@ def _fake_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, le
 
 
 def _backward(dout, dlse, q, k, v, out, lse, stats, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right):
-    from ..kernels import attention as kernels
-
     dq, dkdv = (_config_of_call(kernel, q, k, causal, left, right) for kernel in ("dq", "dkdv"))
-    return kernels.backward(dout, dlse, q, k, v, out, lse, stats, cu_seqlens_q, cu_seqlens_k, dq_config=dq, dkdv_config=dkdv,
-                            **_options(q, softmax_scale, causal, left, right))
+    return _kernels().backward(dout, dlse, q, k, v, out, lse, stats, cu_seqlens_q, cu_seqlens_k, dq_config=dq,
+                               dkdv_config=dkdv, **_options(q, softmax_scale, causal, left, right))
 
 
 def _fake_backward(dout, dlse, q, k, v, *arguments):
@@ -54,10 +59,11 @@ def _fake_backward(dout, dlse, q, k, v, *arguments):
 
 
 _PACK = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, float? softmax_scale, bool causal, int left, int right"
-operators.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_PACK}) -> Tensor[]", _forward,
-                 _fake_forward)
-operators.define(f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-                 f"Tensor? stats, {_PACK}) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
+_attention_forward = operators.define(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_PACK}) -> Tensor[]", _forward, _fake_forward)
+_attention_backward = operators.define(
+    f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"Tensor? stats, {_PACK}) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
 
 
 class _Attention(torch.autograd.Function):
@@ -65,7 +71,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
-        out, lse, *stats = torch.ops.sora_fast.attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+        out, lse, *stats = _attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
         ctx.save_for_backward(q, k, v, out, lse, *(stats or [None]), cu_seqlens_q, cu_seqlens_k)
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -77,8 +83,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, stats, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
         with torch.no_grad():
             dout = torch.zeros_like(out) if dout is None else dout
-            found = torch.ops.sora_fast.attention_backward(dout, dlse, q, k, v, out, lse, stats, cu_seqlens_q,
-                                                           cu_seqlens_k, *ctx.options)
+            found = _attention_backward(dout, dlse, q, k, v, out, lse, stats, cu_seqlens_q, cu_seqlens_k, *ctx.options)
         wanted = [gradient if want else None for gradient, want in zip(found, ctx.needs_input_grad, strict=False)]
         return (*wanted, *[None] * (2 + len(ctx.options)))
 
@@ -91,7 +96,7 @@ def _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, cau
 
 @torch.no_grad()
 def _varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window):
-    outputs = torch.ops.sora_fast.attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, *window)
+    outputs = _attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, *window)
     return outputs[0], outputs[1]
 
 
@@ -99,8 +104,8 @@ def _varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_sc
 def _varlen_attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window,
                                deterministic):
     dlse = None if dlse is None else dlse.float()
-    return torch.ops.sora_fast.attention_backward(dout.to(q.dtype), dlse, q, k, v, out.to(q.dtype), lse.float(),
-                                                  None, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, *window)
+    return _attention_backward(dout.to(q.dtype), dlse, q, k, v, out.to(q.dtype), lse.float(), None, cu_seqlens_q,
+                               cu_seqlens_k, softmax_scale, causal, *window)
 
 
 def _unsupported(problem: Problem, backward: bool = False) -> list[str]:

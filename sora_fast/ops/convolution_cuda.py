@@ -8,7 +8,7 @@ from ..kernels.convolution_settings import ConvSettings
 from ..kernels.launch import aligned, dense
 from ..reference import convolution as reference
 from . import cuda_backend, normalization_cuda, operators
-from .convolution_outputs import FORWARD, fake_forward
+from .convolution_outputs import FORWARD, fake_forward, settings_of
 from .operators import video
 
 TILE_CHANNELS = (256, 192, 160, 128, 96)  # N of a tile; csrc/convolution.cu
@@ -20,7 +20,7 @@ def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings
     Workspace: with a norm, or with a spatial padding other than zeros, the convolution's input, of x's size in weight's
     dtype (with its padding and the cached frames before it).
     """
-    s = ConvSettings.of(weight, *settings)
+    s = settings_of(weight, *settings)
     batch, channels, frames, height, width = x.shape
     (kt, kh, kw), (left, _, top, _) = s.kernel, s.padding
     y = video(x, weight.dtype, batch, weight.shape[0], *s.out_sizes(frames, height, width))
@@ -56,12 +56,11 @@ def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings
     return [y] if cache_out is None else [y, cache_out]
 
 
-operators.define(f"convolution_cuda_forward{FORWARD}", _forward, fake_forward)
+_convolution_cuda_forward = operators.define(f"convolution_cuda_forward{FORWARD}", _forward, fake_forward)
 
 
 def _run(settings: ConvSettings, *, x, weight, bias, cache, residual, norm_weight=None, norm_bias=None):
-    made = torch.ops.sora_fast.convolution_cuda_forward(x, weight, bias, cache, residual, norm_weight, norm_bias,
-                                                        *settings.values)
+    made = _convolution_cuda_forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings.values)
     if settings.return_cache and settings.keep == 0:  # a kernel of one frame has no cache
         return made[0], x[:, :, :0].to(weight.dtype).clone()
     return tuple(made) if settings.return_cache else made[0]

@@ -1,5 +1,7 @@
 """What the convolution's kernel backends share: the schema of their forwards, and its fake implementation."""
 
+import functools
+
 import torch
 
 from ..kernels.convolution_settings import ConvSettings
@@ -9,6 +11,16 @@ from .operators import video
 TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? cache"
 NORM = "Tensor? norm_weight, Tensor? norm_bias"
 FORWARD = f"({TENSORS}, Tensor? residual, {NORM}, {ConvSettings.SCHEMA}) -> Tensor[]"
+
+
+@functools.lru_cache(maxsize=1024)
+def _settings(*values) -> ConvSettings:
+    return ConvSettings(*values)
+
+
+def settings_of(weight, stride, padding, *others) -> ConvSettings:
+    """``ConvSettings.of`` a launch's arguments, which come again and again."""
+    return _settings(tuple(weight.shape[2:]), tuple(stride), tuple(padding), *others)
 
 
 def fake_forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings):

@@ -1,5 +1,7 @@
 """Backend "triton" of causal_conv3d and norm_act_conv3d."""
 
+import functools
+
 import torch
 
 from .. import checks, configs
@@ -9,8 +11,16 @@ from ..kernels.convolution_settings import ConvSettings
 from ..precision import tf32_products
 from ..reference import convolution as reference
 from . import normalization_triton, operators, triton_backend
-from .convolution_outputs import FORWARD, NORM, TENSORS, fake_forward
+from .convolution_outputs import FORWARD, NORM, TENSORS, fake_forward, settings_of
 from .operators import video
+
+
+@functools.cache
+def _kernels():
+    """Imported at the first launch: they need Triton, which need not be there."""
+    from ..kernels import convolution, norm_convolution
+
+    return convolution, norm_convolution
 
 
 def _config_of_call(kernel, weight, settings: ConvSettings):
@@ -27,9 +37,8 @@ def _typical_config(problem) -> configs.Found:
 # ------------------------------------------------------------------------------------------------------------ the ops
 def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings):
     """[y], then cache_out if ``keep``, then the statistics of a group norm."""
-    from ..kernels import convolution, norm_convolution
-
-    s = ConvSettings.of(weight, *settings)
+    convolution, norm_convolution = _kernels()
+    s = settings_of(weight, *settings)
     common = dict(tf32=tf32_products(), config=_config_of_call("forward", weight, s))
     if s.norm is None:
         y = convolution.forward(x, weight, bias, cache, residual, s, **common)
@@ -43,9 +52,8 @@ def _forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings
 
 def _backward(dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bias, stats, wanted, *settings):
     """Those gradients of (x, weight, bias, cache, norm_weight, norm_bias) that are ``wanted``."""
-    from ..kernels import convolution, norm_convolution
-
-    s = ConvSettings.of(weight, *settings)
+    convolution, norm_convolution = _kernels()
+    s = settings_of(weight, *settings)
     want_x, want_weight, want_bias, want_cache, want_norm_weight, want_norm_bias = wanted
     dgrad, wgrad = (_config_of_call(kernel, weight, s) for kernel in ("dgrad", "wgrad"))
     cached = 0 if cache is None else cache.shape[2]
@@ -78,9 +86,10 @@ def _fake_backward(dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bia
     return [make() for make, want in zip(outputs, wanted, strict=True) if want]
 
 
-operators.define(f"convolution_forward{FORWARD}", _forward, fake_forward)
-operators.define(f"convolution_backward(Tensor dy, Tensor? dcache_out, {TENSORS}, {NORM}, Tensor? stats, bool[] wanted, "
-                 f"{ConvSettings.SCHEMA}) -> Tensor[]", _backward, _fake_backward)
+_convolution_forward = operators.define(f"convolution_forward{FORWARD}", _forward, fake_forward)
+_convolution_backward = operators.define(
+    f"convolution_backward(Tensor dy, Tensor? dcache_out, {TENSORS}, {NORM}, Tensor? stats, bool[] wanted, "
+    f"{ConvSettings.SCHEMA}) -> Tensor[]", _backward, _fake_backward)
 
 
 class _Convolution(torch.autograd.Function):
@@ -88,8 +97,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, cache, residual, norm_weight, norm_bias, save, settings):
-        outputs = torch.ops.sora_fast.convolution_forward(x, weight, bias, cache, residual, norm_weight, norm_bias,
-                                                          *settings.values)
+        outputs = _convolution_forward(x, weight, bias, cache, residual, norm_weight, norm_bias, *settings.values)
         stats = outputs.pop() if settings.norm == "group" else None
         if save:
             ctx.save_for_backward(x, weight, bias, cache, norm_weight, norm_bias, stats)
@@ -107,7 +115,7 @@ class _Convolution(torch.autograd.Function):
         if dy is None:  # only cache_out was used
             dy = weight.new_zeros(ctx.shape)
         with torch.no_grad():
-            found = iter(torch.ops.sora_fast.convolution_backward(
+            found = iter(_convolution_backward(
                 dy, dcache_out, x, weight, bias, cache, norm_weight, norm_bias, stats, wanted, *ctx.settings.values))
         dx, dweight, dbias, dcache, *of_norm = [next(found) if want else None for want in wanted]
         return dx, dweight, dbias, dcache, given if need_residual else None, *of_norm, None, None

@@ -1,5 +1,6 @@
 """Backend "triton" of norm_modulate, gate_residual and gate_residual_norm_modulate."""
 
+import functools
 from functools import partial
 
 import torch
@@ -10,6 +11,14 @@ from ..first_order import opaque
 from . import operators, triton_backend
 
 MAX_WIDTH = 8192
+
+
+@functools.cache
+def _kernels():
+    """Imported at the first launch: they need Triton, which need not be there."""
+    from ..kernels import modulation
+
+    return modulation
 
 
 def _config_of_call(direction, x, y, norm, affine):
@@ -24,11 +33,9 @@ def _typical_config(problem, gated: bool) -> configs.Found:
 
 
 def _forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save, dtype):
-    from ..kernels import modulation as kernels
-
     config = _config_of_call("forward", x, y, norm, weight is not None or bias is not None)
-    outputs = kernels.forward(x, y, gate, shift, scale, rows, weight, bias, norm=norm, eps=eps, save=save, dtype=dtype,
-                              config=config)
+    outputs = _kernels().forward(x, y, gate, shift, scale, rows, weight, bias, norm=norm, eps=eps, save=save, dtype=dtype,
+                                 config=config)
     return [t for t in outputs if t is not None]
 
 
@@ -42,12 +49,10 @@ def _fake_forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save,
 
 
 def _backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, norm, wanted):
-    from ..kernels import modulation as kernels
-
     config = _config_of_call("backward", x if dx_new is None else dx_new, y, norm,
                              weight is not None or bias is not None)
-    found = kernels.backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, norm=norm, wanted=wanted,
-                             config=config)
+    found = _kernels().backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, norm=norm, wanted=wanted,
+                                config=config)
     return [t for t in found if t is not None]
 
 
@@ -57,12 +62,14 @@ def _fake_backward(dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, sta
 
 
 # Forward: those of x_new, h and stats that exist. Backward: the wanted gradients of x, y, gate, shift, scale, weight, bias.
-operators.define("modulation_forward(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? rows, "
-                 "Tensor? weight, Tensor? bias, str? norm, float eps, bool save, ScalarType dtype) -> Tensor[]",
-                 _forward, _fake_forward)
-operators.define("modulation_backward(Tensor? dx_new, Tensor? dh, Tensor? x, Tensor? y, Tensor? gate, Tensor? shift, "
-                 "Tensor? scale, Tensor? rows, Tensor? weight, Tensor? bias, Tensor? stats, str? norm, bool[] wanted) "
-                 "-> Tensor[]", _backward, _fake_backward)
+_modulation_forward = operators.define(
+    "modulation_forward(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? rows, "
+    "Tensor? weight, Tensor? bias, str? norm, float eps, bool save, ScalarType dtype) -> Tensor[]",
+    _forward, _fake_forward)
+_modulation_backward = operators.define(
+    "modulation_backward(Tensor? dx_new, Tensor? dh, Tensor? x, Tensor? y, Tensor? gate, Tensor? shift, "
+    "Tensor? scale, Tensor? rows, Tensor? weight, Tensor? bias, Tensor? stats, str? norm, bool[] wanted) "
+    "-> Tensor[]", _backward, _fake_backward)
 
 
 class _Modulation(torch.autograd.Function):
@@ -70,8 +77,7 @@ class _Modulation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, gate, shift, scale, weight, bias, rows, norm, eps, save, dtype):
-        outputs = torch.ops.sora_fast.modulation_forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save,
-                                                            dtype)
+        outputs = _modulation_forward(x, y, gate, shift, scale, rows, weight, bias, norm, eps, save, dtype)
         if save:
             normed = (x if gate is None else outputs[0]) if norm else None
             ctx.save_for_backward(normed, y, gate, shift, scale, rows, weight, bias, outputs[-1] if norm else None)
@@ -89,7 +95,7 @@ class _Modulation(torch.autograd.Function):
         same = wanted[0] and not ctx.norm and rows is None
         wanted[0] = wanted[0] and not same
         with torch.no_grad():
-            found = iter(torch.ops.sora_fast.modulation_backward(
+            found = iter(_modulation_backward(
                 dx_new, dh, x, y, gate, shift, scale, rows, weight, bias, stats, ctx.norm, wanted))
         gradients = [next(found) if want else None for want in wanted]
         if same:

@@ -48,12 +48,13 @@ def _fake_forward(x, weight, bias, eps, act):
     return video(x, x.dtype, *x.shape)
 
 
-operators.define("norm_act_cuda_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, str? act) -> Tensor",
-                 _forward, _fake_forward)
+_norm_act_cuda_forward = operators.define(
+    "norm_act_cuda_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, str? act) -> Tensor",
+    _forward, _fake_forward)
 
 
 def _run(x, weight=None, bias=None, *, norm, groups, eps, act):
-    return torch.ops.sora_fast.norm_act_cuda_forward(x, weight, bias, eps, act)
+    return _norm_act_cuda_forward(x, weight, bias, eps, act)
 
 
 def unsupported(norm: str | None, channels: int, dtype: torch.dtype) -> list[str]:

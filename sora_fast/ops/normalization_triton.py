@@ -1,5 +1,7 @@
 """Backend "triton" of norm_act."""
 
+import functools
+
 import torch
 
 from .. import checks, configs
@@ -8,6 +10,14 @@ from ..first_order import opaque
 from . import operators, triton_backend
 
 MAX_WIDTH = 2048
+
+
+@functools.cache
+def _kernels():
+    """Imported at the first launch: they need Triton, which need not be there."""
+    from ..kernels import normalization
+
+    return normalization
 
 
 def config_of_call(direction: str, x, norm, act, y_dtype):
@@ -26,18 +36,14 @@ def _typical_config(problem) -> configs.Found:
 
 def launch_forward(x, weight, bias, norm, groups, eps, act, dtype, cache=None, keep=0):
     """``(y, cache_out, stats)`` of kernels.normalization.forward, with the Config for this call. Outside autograd."""
-    from ..kernels import normalization as kernels
-
-    return kernels.forward(x, weight, bias, norm=norm, groups=groups, eps=eps, act=act, dtype=dtype, cache=cache, keep=keep,
-                           config=config_of_call("forward", x, norm, act, dtype))
+    return _kernels().forward(x, weight, bias, norm=norm, groups=groups, eps=eps, act=act, dtype=dtype, cache=cache,
+                              keep=keep, config=config_of_call("forward", x, norm, act, dtype))
 
 
 def launch_backward(dy, x, weight, bias, stats, norm, groups, eps, act, wanted):
     """``(dx, dweight, dbias)`` of kernels.normalization.backward, with the Config for this call. Outside autograd."""
-    from ..kernels import normalization as kernels
-
-    return kernels.backward(dy, x, weight, bias, stats, norm=norm, groups=groups, eps=eps, act=act, wanted=wanted,
-                            config=config_of_call("backward", x, norm, act, dy.dtype))
+    return _kernels().backward(dy, x, weight, bias, stats, norm=norm, groups=groups, eps=eps, act=act, wanted=wanted,
+                               config=config_of_call("backward", x, norm, act, dy.dtype))
 
 
 def _forward(x, weight, bias, norm, groups, eps, act):
@@ -61,10 +67,12 @@ def _fake_backward(dy, x, weight, bias, stats, norm, groups, eps, act, wanted):
 
 
 # Forward: y, and the statistics of a group norm. Backward: the wanted gradients of x, weight and bias.
-operators.define("norm_act_forward(Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps, str? act) "
-                 "-> Tensor[]", _forward, _fake_forward)
-operators.define("norm_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? stats, str norm, "
-                 "int groups, float eps, str? act, bool[] wanted) -> Tensor[]", _backward, _fake_backward)
+_norm_act_forward = operators.define(
+    "norm_act_forward(Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps, str? act) "
+    "-> Tensor[]", _forward, _fake_forward)
+_norm_act_backward = operators.define(
+    "norm_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? stats, str norm, "
+    "int groups, float eps, str? act, bool[] wanted) -> Tensor[]", _backward, _fake_backward)
 
 
 class _NormAct(torch.autograd.Function):
@@ -72,7 +80,7 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, norm, groups, eps, act):
-        y, *stats = torch.ops.sora_fast.norm_act_forward(x, weight, bias, norm, groups, eps, act)
+        y, *stats = _norm_act_forward(x, weight, bias, norm, groups, eps, act)
         ctx.save_for_backward(x, weight, bias, *stats)
         ctx.facts = norm, groups, eps, act
         return y
@@ -83,8 +91,7 @@ class _NormAct(torch.autograd.Function):
         x, weight, bias, *stats = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         with torch.no_grad():
-            found = iter(torch.ops.sora_fast.norm_act_backward(dy, x, weight, bias, stats[0] if stats else None, *ctx.facts,
-                                                               wanted))
+            found = iter(_norm_act_backward(dy, x, weight, bias, stats[0] if stats else None, *ctx.facts, wanted))
         return (*(next(found) if want else None for want in wanted), None, None, None, None)
 
 

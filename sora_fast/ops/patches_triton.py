@@ -1,5 +1,6 @@
 """Backend "triton" of patch_embed and unpatchify."""
 
+import functools
 from functools import partial
 from math import prod
 
@@ -15,6 +16,14 @@ from . import operators, triton_backend
 from .uploads import uploaded_grids
 
 LONGEST_RUN = 64
+
+
+@functools.cache
+def _kernels():
+    """Imported at the first launch: they need Triton, which need not be there."""
+    from ..kernels import patches
+
+    return patches
 
 
 def _copies(like, sizes):
@@ -38,7 +47,7 @@ def _on_device(grids, pack, like) -> tuple[torch.Tensor, torch.Tensor]:
         return grids, F.pad(grids.prod(1).cumsum(0), (1, 0)).to(torch.int32)
     if not has_data(like):
         # uploaded when the graph runs: while it is traced, sizes may be symbols and tensors fake
-        return tuple(torch.ops.sora_fast.patches_grids(like.new_empty(0), [n for grid in grids for n in grid]))
+        return tuple(_patches_grids(like.new_empty(0), [n for grid in grids for n in grid]))
     return uploaded_grids(grids, device)
 
 
@@ -56,10 +65,8 @@ def _typical_config(kernel: str, problem) -> configs.Found:
 
 
 def _embed(latents, weight, bias, grids, cu_seqlens):
-    from ..kernels import patches as kernels
-
     config = _gemm_config("embed", latents, latents.shape[0] // prod(weight.shape[1:]), weight)
-    return kernels.embed(latents, weight, bias, grids, cu_seqlens, config=config)
+    return _kernels().embed(latents, weight, bias, grids, cu_seqlens, config=config)
 
 
 def _fake_embed(latents, weight, bias, grids, cu_seqlens):
@@ -67,17 +74,15 @@ def _fake_embed(latents, weight, bias, grids, cu_seqlens):
 
 
 def _embed_backward(d_out, latents, weight, grids, cu_seqlens, wanted):
-    from ..kernels import patches as kernels
-
     want_latents, want_weight, want_bias = wanted
     found = []
     if want_latents:
         config = _gemm_config("latents", d_out, d_out.shape[0], weight)
-        found.append(kernels.embed_latents_gradient(d_out, weight, grids, cu_seqlens, config=config))
+        found.append(_kernels().embed_latents_gradient(d_out, weight, grids, cu_seqlens, config=config))
     if want_weight or want_bias:
         config = _gemm_config("weight", d_out, d_out.shape[0], weight)
-        found += kernels.embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, want_weight=want_weight,
-                                               want_bias=want_bias, config=config)
+        found += _kernels().embed_weight_gradient(d_out, latents, weight, grids, cu_seqlens, want_weight=want_weight,
+                                                  want_bias=want_bias, config=config)
     return [t for t in found if t is not None]
 
 
@@ -87,11 +92,9 @@ def _fake_embed_backward(d_out, latents, weight, grids, cu_seqlens, wanted):
 
 
 def _permute(source, grids, cu_seqlens, patch, channels, to_tokens):
-    from ..kernels import patches as kernels
-
     tokens = source.numel() // (channels * prod(patch))
     config = _config("permute", source, tokens, channels, patch[0] * patch[1], patch[2]).config
-    return kernels.permute(source, grids, cu_seqlens, patch, channels, to_tokens=to_tokens, config=config)
+    return _kernels().permute(source, grids, cu_seqlens, patch, channels, to_tokens=to_tokens, config=config)
 
 
 def _fake_permute(source, grids, cu_seqlens, patch, channels, to_tokens):
@@ -100,13 +103,16 @@ def _fake_permute(source, grids, cu_seqlens, patch, channels, to_tokens):
 
 
 # sizes: t, h, w of every sample, concatenated. Backward: the wanted gradients of latents, weight and bias.
-operators.define("patches_grids(Tensor like, SymInt[] sizes) -> Tensor[]", _copies, _fake_copies)
-operators.define("patch_embed_forward(Tensor latents, Tensor weight, Tensor? bias, Tensor grids, Tensor cu_seqlens) "
-                 "-> Tensor", _embed, _fake_embed)
-operators.define("patch_embed_backward(Tensor d_out, Tensor latents, Tensor weight, Tensor grids, Tensor cu_seqlens, "
-                 "bool[] wanted) -> Tensor[]", _embed_backward, _fake_embed_backward)
-operators.define("patches_permute(Tensor source, Tensor grids, Tensor cu_seqlens, int[] patch, int channels, "
-                 "bool to_tokens) -> Tensor", _permute, _fake_permute)
+_patches_grids = operators.define("patches_grids(Tensor like, SymInt[] sizes) -> Tensor[]", _copies, _fake_copies)
+_patch_embed_forward = operators.define(
+    "patch_embed_forward(Tensor latents, Tensor weight, Tensor? bias, Tensor grids, Tensor cu_seqlens) -> Tensor",
+    _embed, _fake_embed)
+_patch_embed_backward = operators.define(
+    "patch_embed_backward(Tensor d_out, Tensor latents, Tensor weight, Tensor grids, Tensor cu_seqlens, "
+    "bool[] wanted) -> Tensor[]", _embed_backward, _fake_embed_backward)
+_patches_permute = operators.define(
+    "patches_permute(Tensor source, Tensor grids, Tensor cu_seqlens, int[] patch, int channels, "
+    "bool to_tokens) -> Tensor", _permute, _fake_permute)
 
 
 class _PatchEmbed(torch.autograd.Function):
@@ -115,14 +121,14 @@ class _PatchEmbed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, latents, weight, bias, grids, cu_seqlens):
         ctx.save_for_backward(latents, weight, grids, cu_seqlens)
-        return torch.ops.sora_fast.patch_embed_forward(latents, weight, bias, grids, cu_seqlens)
+        return _patch_embed_forward(latents, weight, bias, grids, cu_seqlens)
 
     @staticmethod
     @opaque
     def backward(ctx, d_out):
         wanted = list(ctx.needs_input_grad[:3])
         with torch.no_grad():
-            found = iter(torch.ops.sora_fast.patch_embed_backward(d_out, *ctx.saved_tensors, wanted))
+            found = iter(_patch_embed_backward(d_out, *ctx.saved_tensors, wanted))
         return (*(next(found) if want else None for want in wanted), None, None)
 
 
@@ -133,13 +139,13 @@ class _Unpatchify(torch.autograd.Function):
     def forward(ctx, tokens, grids, cu_seqlens, patch, channels):
         ctx.save_for_backward(grids, cu_seqlens)
         ctx.patch, ctx.channels = patch, channels
-        return torch.ops.sora_fast.patches_permute(tokens, grids, cu_seqlens, patch, channels, False)
+        return _patches_permute(tokens, grids, cu_seqlens, patch, channels, False)
 
     @staticmethod
     @opaque
     def backward(ctx, d_flat):
         with torch.no_grad():
-            d_tokens = torch.ops.sora_fast.patches_permute(d_flat, *ctx.saved_tensors, ctx.patch, ctx.channels, True)
+            d_tokens = _patches_permute(d_flat, *ctx.saved_tensors, ctx.patch, ctx.channels, True)
         return d_tokens, None, None, None, None
 
 

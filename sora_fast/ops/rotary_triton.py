@@ -15,6 +15,14 @@ MAX_WIDTH = 8192  # elements of all heads of a token, which a program holds in r
 _TENSORS = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias", "freqs")  # those with gradients, in the kernels' order
 
 
+@functools.cache
+def _kernels():
+    """Imported at the first launch: they need Triton, which need not be there."""
+    from ..kernels import rotary
+
+    return rotary
+
+
 def _config_of_call(direction, q, k, q_weight, k_weight, q_bias, k_bias, coords, freqs, norm, pairing):
     there = k if q is None else q
     turned = None if coords is None else "fixed" if freqs is None else "learned"
@@ -42,9 +50,7 @@ def _table(coords, freqs, axes, theta):
 @functools.cache
 @torch.inference_mode(False)  # an ordinary tensor: it is cached, and a later backward may use it
 def _fixed(axes: tuple[int, ...], theta: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    from ..kernels import rotary as kernels
-
-    make = partial(kernels.frequencies, axes, theta, device)
+    make = partial(_kernels().frequencies, axes, theta, device)
     if device.type != "cuda":
         return make()
     if torch.cuda.is_current_stream_capturing():
@@ -54,11 +60,9 @@ def _fixed(axes: tuple[int, ...], theta: tuple[float, ...], device: torch.device
 
 
 def _forward(q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows, norm, axes, theta, pairing, eps):
-    from ..kernels import rotary as kernels
-
     config = _config_of_call("forward", q, k, q_weight, k_weight, q_bias, k_bias, coords, freqs, norm, pairing)
-    outputs = kernels.forward(q, k, coords, q_weight, k_weight, q_bias, k_bias, _table(coords, freqs, axes, theta), rows,
-                              norm=norm, pairing=pairing, eps=eps, config=config)
+    outputs = _kernels().forward(q, k, coords, q_weight, k_weight, q_bias, k_bias, _table(coords, freqs, axes, theta), rows,
+                                 norm=norm, pairing=pairing, eps=eps, config=config)
     return [t for t in outputs if t is not None]
 
 
@@ -68,11 +72,10 @@ def _fake_forward(q, k, *settings):
 
 def _backward(d_q, d_k, q, k, coords, q_weight, k_weight, q_bias, k_bias, freqs, rows, norm, axes, theta, pairing, eps,
               wanted):
-    from ..kernels import rotary as kernels
-
     config = _config_of_call("backward", d_q, d_k, q_weight, k_weight, q_bias, k_bias, coords, freqs, norm, pairing)
-    found = kernels.backward(d_q, d_k, q, k, coords, q_weight, k_weight, q_bias, k_bias, _table(coords, freqs, axes, theta),
-                             rows, norm=norm, pairing=pairing, eps=eps, wanted=wanted, config=config)
+    found = _kernels().backward(d_q, d_k, q, k, coords, q_weight, k_weight, q_bias, k_bias,
+                                _table(coords, freqs, axes, theta), rows, norm=norm, pairing=pairing, eps=eps, wanted=wanted,
+                                config=config)
     return [t for t in found if t is not None]
 
 
@@ -85,9 +88,10 @@ def _fake_backward(d_q, d_k, q, k, coords, q_weight, k_weight, q_bias, k_bias, f
 _SETTINGS = ("Tensor? coords, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? freqs, "
              "Tensor? rows, str? norm, int[] axes, float[] theta, str pairing, float eps")
 # Forward: q, and k if given. Backward: the wanted gradients of q, k, their weights, their biases and freqs.
-operators.define(f"rotary_forward(Tensor q, Tensor? k, {_SETTINGS}) -> Tensor[]", _forward, _fake_forward)
-operators.define(f"rotary_backward(Tensor? d_q, Tensor? d_k, Tensor? q, Tensor? k, {_SETTINGS}, bool[] wanted) "
-                 f"-> Tensor[]", _backward, _fake_backward)
+_rotary_forward = operators.define(f"rotary_forward(Tensor q, Tensor? k, {_SETTINGS}) -> Tensor[]", _forward, _fake_forward)
+_rotary_backward = operators.define(
+    f"rotary_backward(Tensor? d_q, Tensor? d_k, Tensor? q, Tensor? k, {_SETTINGS}, bool[] wanted) -> Tensor[]",
+    _backward, _fake_backward)
 
 
 class _Rotary(torch.autograd.Function):
@@ -96,7 +100,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, q_bias, k_bias, freqs, coords, rows, norm, axes, theta, pairing, eps):
         affine = (q_weight, k_weight, q_bias, k_bias)
-        outputs = torch.ops.sora_fast.rotary_forward(q, k, coords, *affine, freqs, rows, norm, axes, theta, pairing, eps)
+        outputs = _rotary_forward(q, k, coords, *affine, freqs, rows, norm, axes, theta, pairing, eps)
         needed = norm is not None or freqs is not None
         ctx.save_for_backward(*((q, k) if needed else (None, None)), coords, *affine, freqs, rows)
         ctx.settings = (norm, axes, theta, pairing, eps)
@@ -113,7 +117,7 @@ class _Rotary(torch.autograd.Function):
         gradients = [None] * len(_TENSORS)
         if any(wanted) and not (d_q is None and d_k is None):
             with torch.no_grad():
-                found = iter(torch.ops.sora_fast.rotary_backward(d_q, d_k, *ctx.saved_tensors, *ctx.settings, wanted))
+                found = iter(_rotary_backward(d_q, d_k, *ctx.saved_tensors, *ctx.settings, wanted))
             gradients = [next(found) if want else None for want in wanted]
         return (*gradients, *[None] * 7)
 

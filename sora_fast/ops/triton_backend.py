@@ -60,12 +60,18 @@ def config(family: str, kernel: str, device: torch.device | str, *launch, **name
     return found
 
 
+@functools.cache
+def _kind(device: torch.device) -> str:
+    """``device.type``, which PyTorch prints anew every time."""
+    return device.type
+
+
 def _gpu_name(device: torch.device | str) -> str:
     """The GPU name for config look-up; "cpu" in the interpreter, "sm90" if one is emulated, or asked about by tensors of
     the device meta."""
     if isinstance(device, str):
         return configs.gpu_name(device) if device.startswith("cuda") else "cpu"
-    if device.type in ("cpu", "meta"):
+    if _kind(device) in ("cpu", "meta"):
         gpu = emulated_gpu()
         return "cpu" if gpu is None else gpu.arch
     return configs.gpu_name(device)

@@ -203,7 +203,7 @@ def recording(device: str, *, run: bool = True) -> Iterator[list[Recorded]]:
                 raise Seen
             return backend.run(**arguments)
 
-        return replace(backend, run=watched)
+        return replace(backend, run=watched, hooked=False)
 
     def note(op: Op, problem: Problem, arguments: dict) -> None:
         if op.name in LEFT_OUT or all(name == "reference" or not backend.kernel and name == "torch"
