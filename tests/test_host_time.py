@@ -18,19 +18,19 @@ MOST = {
     # CPUs have no products in them
     "patch_embed": (20, 25),
     "unpatchify": (15, 15),
-    "norm_modulate": (20, 25),
+    "norm_modulate": (15, 20),
     "gate_residual": (15, 20),
-    "gate_residual_norm_modulate": (25, 30),
-    "qk_norm_rope": (30, 40),  # two outputs have a hook each
-    "varlen_attention": (25, 30),
+    "gate_residual_norm_modulate": (15, 25),
+    "qk_norm_rope": (30, 35),  # two outputs have a hook each
+    "varlen_attention": (25, 25),
     "causal_conv3d": (35, 45),
-    "norm_act": (15, 20),
-    "norm_act_conv3d": (45, 50),
+    "norm_act": (15, 15),
+    "norm_act_conv3d": (40, 50),
     "kl_sample": (15, 20),
 }
 # The same of Triton's backend up to the launch, without gradients; here the launchers of kernels/ count too.
 MOST_OF_TRITON = {
-    "patch_embed": 55, "unpatchify": 40, "norm_modulate": 50, "gate_residual": 45, "gate_residual_norm_modulate": 50,
+    "patch_embed": 55, "unpatchify": 40, "norm_modulate": 45, "gate_residual": 45, "gate_residual_norm_modulate": 50,
     "qk_norm_rope": 55, "varlen_attention": 75, "causal_conv3d": 65, "norm_act": 45, "norm_act_conv3d": 90,
 }
 
