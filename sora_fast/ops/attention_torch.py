@@ -1,9 +1,11 @@
 """Backend "torch" of varlen_attention: PyTorch's scaled_dot_product_attention, or its FlashAttention-2 for packed rows."""
 
+import functools
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch._C import _len_torch_dispatch_stack
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..dispatch import Problem, device_name, needs_grad
@@ -30,15 +32,11 @@ def _hooked(out, hook):
     return out
 
 
-def _sdpa(q, k, v, scale, mask_QK, hook):
-    """(S, Q, H, E) of samples (S, H, L, E)."""
-    if mask_QK is None:
-        return _hooked(F.scaled_dot_product_attention(q, k, v, scale=scale), hook).transpose(1, 2)
-    # SDPA is undefined on fully masked rows: unmask them, then write 0
-    sees_Q = mask_QK.any(dim=1)
-    mask = (mask_QK | ~sees_Q[:, None])[None, None]
-    out = _hooked(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), hook)
-    return torch.where(sees_Q[:, None, None], out.transpose(1, 2), 0)
+def _sdpa(q, k, v, scale, mask_QK, sees_Q, hook):
+    """(S, Q, H, E) of samples (S, H, L, E): 0 where ``sees_Q`` is False, rows that ``mask_QK`` does not mask either."""
+    mask = None if mask_QK is None else mask_QK[None, None]
+    out = _hooked(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), hook).transpose(1, 2)
+    return out if sees_Q is None else torch.where(sees_Q[:, None, None], out, 0)
 
 
 def _varlen_applies(device: str, dtype: torch.dtype, deterministic: bool) -> bool:
@@ -100,8 +98,10 @@ def run(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal, window, r
         out = _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, (window[0], 0) if causal else window)
         return reference.without_tail(_hooked(out, hook), cu_seqlens_q)
     mask = reference.visible(cu_seqlens_q, cu_seqlens_k, queries, keys, causal, window, q.device)
+    sees = mask.any(dim=1)
+    mask |= ~sees[:, None]  # SDPA is undefined on rows that are masked altogether
     with _deterministic_sdpa(q, k, v) if deterministic else nullcontext():
-        return _sdpa(_heads_first(q), _heads_first(k), _heads_first(v), scale, mask, hook)[0]
+        return _sdpa(_heads_first(q), _heads_first(k), _heads_first(v), scale, mask, sees, hook)[0]
 
 
 def _zero_output(q, k, v):
@@ -115,20 +115,21 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window, hook):
 
     A sample's rows only meet rows of the same sample.
     """
-    dtype = q.dtype
+    given = q.dtype
     # Up to a thousand tokens 16-bit SDPA on a CPU is no faster than float32, and its backward is ten times slower at lengths
     # such as 250 (27 ms instead of 2.3 ms, 3 heads of 64, torch 2.13).
-    if dtype is not torch.float32 and dtype is not torch.float64:
+    if given is not torch.float32 and given is not torch.float64:
         q, k, v = q.float(), k.float(), v.float()
+    dtype = q.dtype
     left, right = window[0], 0 if causal else window[1]
     ends_q = cu_q.tolist()
     ends_k = ends_q if cu_k is cu_q else cu_k.tolist()
     samples, queries, keys = len(ends_q) - 1, q.shape[0], k.shape[0]
     if _equal_lengths(ends_q) and (ends_k is ends_q or _equal_lengths(ends_k)):
         if ends_q[-1] == queries and ends_k[-1] == keys:
-            mask = _mask(queries // samples, keys // samples, left, right) if left >= 0 or right >= 0 else None
-            out = _sdpa(_heads_first(q, samples), _heads_first(k, samples), _heads_first(v, samples), scale, mask, hook)
-            return cast(out.flatten(0, 1), dtype)
+            mask = _mask(queries // samples, keys // samples, left, right, dtype)
+            out = _sdpa(_heads_first(q, samples), _heads_first(k, samples), _heads_first(v, samples), scale, *mask, hook)
+            return cast(out.flatten(0, 1), given)
         parts = ((0, ends_q[-1], 0, ends_k[-1]),)
     else:
         samples, parts = 1, zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True)
@@ -140,13 +141,13 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window, hook):
         if d == c:
             outs.append(torch.zeros_like(q[a:b]))
             continue
-        mask = _mask((b - a) // samples, (d - c) // samples, left, right) if left >= 0 or right >= 0 else None
-        out = _sdpa(*(_heads_first(t, samples) for t in (q[a:b], k[c:d], v[c:d])), scale, mask, hook)
+        mask = _mask((b - a) // samples, (d - c) // samples, left, right, dtype)
+        out = _sdpa(*(_heads_first(t, samples) for t in (q[a:b], k[c:d], v[c:d])), scale, *mask, hook)
         outs.append(out.flatten(0, 1))
         computed = True
     if ends_q[-1] < queries or not computed:
         outs.append(_hooked(_zero_output(q[ends_q[-1]:], k, v), hook))
-    return cast(outs[0] if len(outs) == 1 else torch.cat(outs), dtype)
+    return cast(outs[0] if len(outs) == 1 else torch.cat(outs), given)
 
 
 def _equal_lengths(ends: list[int]) -> bool:
@@ -154,9 +155,24 @@ def _equal_lengths(ends: list[int]) -> bool:
     return ends == list(range(0, ends[-1] + 1, ends[1] or 1))
 
 
-def _mask(queries: int, keys: int, left: int, right: int):
-    """(Q, K) bool: the keys that each query of a sample attends to."""
+def _mask(queries: int, keys: int, left: int, right: int, dtype: torch.dtype):
+    """(Q, K) to add to a sample's scores, or None for nothing; and (Q,) bool, which queries see a key, or None for all."""
+    if left < 0 and right < 0:
+        return None, None
+    small = queries * keys <= 2**18 and not _len_torch_dispatch_stack()  # 1 MB, and no tensor of a mode is kept
+    return (_kept_mask if small else _make_mask)(queries, keys, left, right, dtype)
+
+
+def _make_mask(queries: int, keys: int, left: int, right: int, dtype: torch.dtype):
     distance = torch.arange(-keys, 0, device="cpu")[None, :] - torch.arange(-queries, 0, device="cpu")[:, None]
-    mask = torch.ones_like(distance, dtype=torch.bool)
-    mask = mask if left < 0 else mask & (distance >= -left)
-    return mask if right < 0 else mask & (distance <= right)
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    hidden = hidden if left < 0 else hidden | (distance < -left)
+    hidden = hidden if right < 0 else hidden | (distance > right)
+    # all keys may be to the right of the first queries' windows; SDPA is undefined on rows that are masked altogether
+    blind = queries - keys - right if right >= 0 else 0
+    hidden[:max(blind, 0)] = False
+    mask = torch.zeros(hidden.shape, dtype=dtype, device="cpu").masked_fill_(hidden, -torch.inf)
+    return mask, torch.arange(queries, device="cpu") >= blind if blind > 0 else None
+
+
+_kept_mask = functools.lru_cache(maxsize=32)(torch.inference_mode(False)(_make_mask))  # a backward saves it
