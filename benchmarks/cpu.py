@@ -6,7 +6,8 @@ Groups: "vae" (Wan 2.1's graph: decode, encode, a training step), "memory" (over
 trained on mixed sizes), "transformers" (diffusers' own, accelerated and plain). Every side of a group computes the same
 numbers, which is looked at first; then all take turns, ROUNDS times, on one thread in float32. What is kept is the
 processor's time, which other work on the machine does not count into, and for each round the share of the base's: ``share``
-is the middle one. Groups that the file has and --only does not name stay as they are.
+is the middle one. Freed memory stays with the process (``keep_memory``). Groups that the file has and --only does not name
+stay as they are.
 
 A row: row "cpu", schema, group, case, side, base (the side that shares are of), seconds (the middle one), samples, share,
 bytes (of "memory": the most that tensors held beyond what was there before), command, environment.
@@ -15,10 +16,12 @@ N tokens, S samples, D width.
 """
 
 import argparse
+import ctypes
 import gc
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -45,8 +48,8 @@ from .model.dit import _Padded, _PaddedAttention
 from .model.vae import VAECase, _inputs, _Ours, _step, _theirs, _vae, _Wan
 
 FILE = Path(__file__).parent / "results" / "cpu.jsonl"
-ROUNDS = 5
-LEAST_SECONDS = 0.3  # of a sample
+ROUNDS = 7
+LEAST_SECONDS = 1.0  # of a sample: shorter ones are noisy
 ALIKE = 1e-3  # of the norm of all numbers that a step gives
 CPU = torch.device("cpu")
 Sides = dict[str, Callable[[], object]]  # the base is the last
@@ -200,18 +203,30 @@ def alternating(case: str, sides: Sides) -> dict[str, list[float]]:
         if not (far := apart(kept[side], kept[base])) <= ALIKE:
             raise AssertionError(f"cpu: expected {side} to give what {base} gives, got {far:.1e} of it apart ({case})")
     del kept
-    start = time.process_time()
-    sides[base]()
-    calls = max(1, round(LEAST_SECONDS / (time.process_time() - start)))  # short samples are noisy
-    found = {side: [] for side in sides}
+    calls, found = {}, {side: [] for side in sides}
+    for side, step in sides.items():
+        start = time.process_time()
+        step()
+        calls[side] = max(1, round(LEAST_SECONDS / (time.process_time() - start)))
     for _ in range(ROUNDS):
         for side, step in sides.items():
             gc.collect()
             start = time.process_time()
-            for _ in range(calls):
+            for _ in range(calls[side]):
                 step()
-            found[side].append((time.process_time() - start) / calls)
+            found[side].append((time.process_time() - start) / calls[side])
     return found
+
+
+def keep_memory() -> None:
+    """From now on freed memory stays with the process, as other allocators than glibc's keep it.
+
+    glibc gives large blocks back to the system, which hands out every page anew. Steps with large temporaries take up to
+    twice as long with that, how long depends on what else the machine does, and it says nothing about the arithmetic.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own from the system
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def most_held(step: Callable[[], object]) -> int:
@@ -254,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=FILE, help="(default: %(default)s)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
+    keep_memory()
     where = environment(CPU)
     found = [row for row in (rows.read(options.out) if options.out.exists() else []) if row["group"] not in options.only]
     for group, measure in GROUPS.items():

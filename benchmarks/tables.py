@@ -308,13 +308,13 @@ _BRIEF = ("vae",)
 
 def _readme_cpu(rows: Sequence[dict]) -> list[str]:
     """A table for each group: of every case, each side's share of the base's time or memory, and the base's own."""
-    first = rows[0]["environment"]
+    first, rounds = rows[0]["environment"], max(len(row["samples"] or ()) for row in rows)
     packages = f", diffusers {first['packages']['diffusers']}" if "diffusers" in first["packages"] else ""
     parts = [f"### {_escaped(first['cpu'])}, one thread, float32",
-             _paragraph(f"CPU time of whole steps as a share of the last column (below 1 is faster): the median of five "
-                        f"interleaved rounds, timed only after all sides had given the same results. torch "
-                        f"{first['torch']}{packages}; reproduce with `{rows[0]['command']}`. Every row: "
-                        f"`benchmarks/results/cpu.jsonl`.")]
+             _paragraph(f"CPU time of whole steps as a share of the last column (below 1 is faster): the median of {rounds} "
+                        f"interleaved rounds, timed only after all sides had given the same results, and with freed memory "
+                        f"kept for the next step. torch {first['torch']}{packages}; reproduce with `{rows[0]['command']}`. "
+                        f"Every row: `benchmarks/results/cpu.jsonl`.")]
     for (name,), theirs in group(rows, "group").items():
         sides = list(dict.fromkeys(row["side"] for row in theirs))
         lines = []
