@@ -122,12 +122,13 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window, hook):
         q, k, v = q.float(), k.float(), v.float()
     dtype = q.dtype
     left, right = window[0], 0 if causal else window[1]
+    masked = left >= 0 or right >= 0
     ends_q = cu_q.tolist()
     ends_k = ends_q if cu_k is cu_q else cu_k.tolist()
     samples, queries, keys = len(ends_q) - 1, q.shape[0], k.shape[0]
     if _equal_lengths(ends_q) and (ends_k is ends_q or _equal_lengths(ends_k)):
         if ends_q[-1] == queries and ends_k[-1] == keys:
-            mask = _mask(queries // samples, keys // samples, left, right, dtype)
+            mask = _mask(queries // samples, keys // samples, left, right, dtype) if masked else (None, None)
             out = _sdpa(_heads_first(q, samples), _heads_first(k, samples), _heads_first(v, samples), scale, *mask, hook)
             return cast(out.flatten(0, 1), given)
         parts = ((0, ends_q[-1], 0, ends_k[-1]),)
@@ -141,7 +142,7 @@ def _cpu_sample_by_sample(q, k, v, cu_q, cu_k, scale, causal, window, hook):
         if d == c:
             outs.append(torch.zeros_like(q[a:b]))
             continue
-        mask = _mask((b - a) // samples, (d - c) // samples, left, right, dtype)
+        mask = _mask((b - a) // samples, (d - c) // samples, left, right, dtype) if masked else (None, None)
         out = _sdpa(*(_heads_first(t, samples) for t in (q[a:b], k[c:d], v[c:d])), scale, *mask, hook)
         outs.append(out.flatten(0, 1))
         computed = True
@@ -156,9 +157,7 @@ def _equal_lengths(ends: list[int]) -> bool:
 
 
 def _mask(queries: int, keys: int, left: int, right: int, dtype: torch.dtype):
-    """(Q, K) to add to a sample's scores, or None for nothing; and (Q,) bool, which queries see a key, or None for all."""
-    if left < 0 and right < 0:
-        return None, None
+    """(Q, K) to add to a sample's scores, and (Q,) bool, which queries see a key, or None for all."""
     small = queries * keys <= 2**18 and not _len_torch_dispatch_stack()  # 1 MB, and no tensor of a mode is kept
     return (_kept_mask if small else _make_mask)(queries, keys, left, right, dtype)
 
