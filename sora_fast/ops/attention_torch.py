@@ -163,7 +163,8 @@ def _mask(queries: int, keys: int, left: int, right: int, dtype: torch.dtype):
 
 
 def _make_mask(queries: int, keys: int, left: int, right: int, dtype: torch.dtype):
-    distance = torch.arange(-keys, 0, device="cpu")[None, :] - torch.arange(-queries, 0, device="cpu")[:, None]
+    from_end = lambda count: torch.arange(-count, 0, device="cpu", dtype=torch.int32)
+    distance = from_end(keys)[None, :] - from_end(queries)[:, None]
     hidden = torch.zeros_like(distance, dtype=torch.bool)
     hidden = hidden if left < 0 else hidden | (distance < -left)
     hidden = hidden if right < 0 else hidden | (distance > right)
