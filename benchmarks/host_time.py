@@ -93,7 +93,7 @@ def calls(grad: bool, device: torch.device | str = "cpu", kernels: bool = False)
         "qk_norm_rope": (lambda: ops.qk_norm_rope(q, k, pack, q_weight=weight, k_weight=weight, axes=AXES),
                          lambda: (turned(q), turned(k))),
         "varlen_attention": (lambda: ops.varlen_attention(q, k, v, pack), lambda: F.scaled_dot_product_attention(
-            *(t.view(S, LENGTH, H, E).transpose(1, 2) for t in (q, k, v)))),
+            *(t.view(S, LENGTH, H, E).transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)),
         "causal_conv3d": (lambda: ops.causal_conv3d(video, kernel), lambda: convolved(video)),
         "norm_act": (lambda: ops.norm_act(video, channels), normed),
         "norm_act_conv3d": (lambda: ops.norm_act_conv3d(video, kernel, norm_weight=channels), lambda: convolved(normed())),

@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch._C import _is_any_autocast_enabled
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 from torch.compiler import is_dynamo_compiling
@@ -49,9 +50,10 @@ def no_autocast(kind: str):
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """The dtype that F.linear would compute in here, or None outside torch.autocast."""
-    # ``device.type`` is printed anew every time: 5 us on a slow core, which a call spends on nothing else
-    kind = "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+    if not _is_any_autocast_enabled():  # before ``device.type``, which is printed anew: 5 us on a slow core
+        return None
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if autocasts(kind) else None
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -159,8 +159,9 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None
     """
     op = "varlen_attention"
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    sides = window if type(window) is tuple else (window,)
     key = call_key(VARLEN_ATTENTION, backend, (q, k, v, cu_seqlens_q, cu_seqlens_k), type(max_seqlen_q), type(max_seqlen_k),
-                   type(softmax_scale), causal, window, return_lse, deterministic, casts=True)
+                   type(softmax_scale), causal, return_lse, deterministic, *sides, casts=True)
     plan = remembered(key)
     if plan is None:
         cu_seqlens_q, cu_seqlens_k = _check(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
